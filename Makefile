@@ -1,0 +1,31 @@
+# Every target does its own set-up: a virtual environment and the install, redone when pyproject.toml changes.
+# To use an environment of your own: make test PYTHON=python
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
+SOURCES := aligndet_hf benchmarks scripts tests
+
+.PHONY: demo test style quality clean
+
+demo: $(READY)  ## the whole journey on generated images, in minutes: writes demo_output/
+	$(PYTHON) scripts/demo.py
+
+test: $(READY)  ## the test suite; TESTS="tests/test_cli.py -k help" runs a part
+	$(PYTHON) -m pytest $(TESTS)
+
+style: $(READY)  ## format, and fix what ruff can fix
+	$(PYTHON) -m ruff format $(SOURCES)
+	$(PYTHON) -m ruff check --fix $(SOURCES)
+
+quality: $(READY)  ## check what `make style` would change
+	$(PYTHON) -m ruff format --check $(SOURCES)
+	$(PYTHON) -m ruff check $(SOURCES)
+
+clean:
+	rm -rf $(VENV) demo_output build dist *.egg-info
+
+$(VENV)/.installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
