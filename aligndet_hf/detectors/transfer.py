@@ -1,0 +1,112 @@
+"""What fine-tuning keeps from pre-training: a new detector with other classes, filled tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from transformers import AutoModelForObjectDetection, PreTrainedModel
+
+from .families import Family, family_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Preset = Literal["everything", "keep-boxes", "paper"]
+
+
+@dataclass
+class TransferReport:
+    """
+    What became of every tensor of a detector.
+
+    Attributes:
+        preset (`str`): the preset that was applied.
+        kept (`list[str]`): tensors taken over from the source.
+        reset (`list[str]`): tensors that the preset initialises anew.
+        mismatched (`list[str]`): tensors initialised anew because the source's has another shape or none.
+        frozen (`list[str]`): kept parameters that will not be trained.
+    """
+
+    preset: str
+    kept: list[str] = field(default_factory=list)
+    reset: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict:
+        """The report as plain JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"transfer {self.preset!r}: {len(self.kept)} tensors kept ({len(self.frozen)} of them frozen), "
+            f"{len(self.reset)} reset, {len(self.mismatched)} mismatched"
+        ]
+        for title in ("reset", "mismatched"):
+            lines += [f"  {title}: {name}" for name in getattr(self, title)]
+        return "\n".join(lines)
+
+
+def transfer_detector(
+    source: PreTrainedModel | str | Path,
+    num_labels: int,
+    id2label: dict[int, str] | None = None,
+    preset: Preset = "keep-boxes",
+) -> tuple[PreTrainedModel, TransferReport]:
+    """
+    A detector for other classes that starts from a pre-trained one.
+
+    Args:
+        source (`PreTrainedModel`, `str` or `Path`): the pre-trained detector, or the folder or Hub id of one.
+        num_labels (`int`): number of classes of the new detector.
+        id2label (`dict[int, str]`, *optional*): their names.
+        preset (`str`, *optional*, defaults to `"keep-boxes"`): "keep-boxes" initialises the class layers anew;
+            "paper" also the last layer of the box heads, as AlignDet's published transfer does; "everything" keeps all
+            that fits, for a source with the same classes.
+
+    Returns:
+        `tuple[PreTrainedModel, TransferReport]`: the new detector, in training mode, and what became of its tensors.
+
+    Raises:
+        `ValueError`: for an unknown preset or family.
+    """
+    if not isinstance(source, PreTrainedModel):
+        source = AutoModelForObjectDetection.from_pretrained(source)
+    family = family_of(source.config)
+    config = copy.deepcopy(source.config)
+    config.num_labels = num_labels
+    if id2label is not None:
+        config.id2label = id2label
+        config.label2id = {name: index for index, name in id2label.items()}
+    detector = AutoModelForObjectDetection.from_config(config).train()
+    is_reset = re.compile(_reset_pattern(family, preset))
+
+    report, weights, target = TransferReport(preset), source.state_dict(), detector.state_dict()
+    chosen: dict[str, Tensor] = {}
+    for name, tensor in target.items():
+        if is_reset.match(name):
+            report.reset.append(name)
+        elif name not in weights or weights[name].shape != tensor.shape:
+            report.mismatched.append(name)
+        else:
+            chosen[name] = weights[name]
+            report.kept.append(name)
+    with torch.no_grad():
+        detector.load_state_dict(chosen, strict=False)
+    return detector, report
+
+
+def _reset_pattern(family: Family, preset: Preset) -> str:
+    patterns = {
+        "everything": r"(?!)",  # matches nothing
+        "keep-boxes": family.class_heads,
+        "paper": f"{family.class_heads}|{family.last_box_layers}",
+    }
+    if preset not in patterns:
+        raise ValueError(f"unknown transfer preset {preset!r}; choose from {', '.join(patterns)}")
+    return patterns[preset]

@@ -1,0 +1,222 @@
+"""Losses on tensors: AlignDet's object contrast and the terms of the detection losses.
+
+Every function takes tensors and returns a scalar sum or mean; normalisers that need several processes are arguments.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .boxes import cxcywh_to_xyxy, iou_and_giou
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    """Rows of length one, in float32 at least: half precision is too coarse for logits divided by a temperature."""
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1, eps=1e-12)
+
+
+def object_contrastive_loss(
+    online_features: Tensor,
+    momentum_features: Tensor,
+    online_ids: Tensor,
+    momentum_ids: Tensor,
+    temperature: float = 0.5,
+) -> Tensor:
+    r"""
+    AlignDet's instance contrast between the queries of two views (Li et al., ICCV 2023, eq. 4; all layers at once).
+
+    Rows of one id attract each other across the views and repel all rows of other ids in both views. For an online
+    row \\(q_i\\) and a momentum row \\(k_j\\) of the same id, with all rows scaled to length one,
+
+    $$\ell_{ij} = -\log \frac{\exp(q_i k_j / \tau)}{\exp(q_i k_j / \tau) + \sum_{z} \exp(q_i \bar z / \tau)}$$
+
+    where \\(z\\) runs over the rows of every *other* id in both views (background included) and \\(\bar z\\) is
+    detached. The loss is the mean of \\(\ell_{ij}\\) over the pairs of each id, averaged over the ids of the online
+    view. An id without a row in the momentum view takes its own online rows as keys, as the official code does.
+
+    Computed without a loop over ids; time and memory grow with `R * (R + S)`.
+
+    Args:
+        online_features (`torch.Tensor` of shape `[R, D]`):
+            projected features of the online detector; several rows (decoder layers, regions) may share an id.
+        momentum_features (`torch.Tensor` of shape `[S, D]`): the same of the momentum detector.
+        online_ids (`torch.Tensor` of shape `[R]`):
+            integer id of every online row, unique in the batch; negative for background, whose rows only repel.
+        momentum_ids (`torch.Tensor` of shape `[S]`): the ids of the momentum rows.
+        temperature (`float`, *optional*, defaults to 0.5): divides the cosine similarities.
+
+    Returns:
+        `torch.Tensor`: a scalar, in float32 at least. Zero, with a graph, if no online row has an id.
+
+    Raises:
+        `ValueError`: if ids and features differ in length, or the features of the two views in width.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from aligndet_hf.losses import object_contrastive_loss
+
+    >>> features, ids = torch.eye(3), torch.tensor([0, 1, -1])
+    >>> round(object_contrastive_loss(features, features, ids, ids).item(), 4)
+    0.4326
+
+    ```
+    """
+    _check_rows(online_features, momentum_features, online_ids, momentum_ids)
+    with torch.autocast(online_features.device.type, enabled=False):
+        online, momentum = _unit_rows(online_features), _unit_rows(momentum_features)
+        is_anchor = online_ids >= 0
+        anchors, anchor_ids = online[is_anchor], online_ids[is_anchor]  # [A, D], [A]
+
+        similarity = anchors @ torch.cat([online, momentum]).detach().T / temperature  # [A, R + S]
+        same_id = anchor_ids[:, None] == torch.cat([online_ids, momentum_ids])
+        # A finite fill keeps the gradient of a row without negatives at zero instead of NaN.
+        repulsion = similarity.masked_fill(same_id, torch.finfo(similarity.dtype).min).logsumexp(1, keepdim=True)
+
+        same_online, same_momentum = same_id.split([len(online), len(momentum)], dim=1)
+        num_rows, num_keys = same_online.sum(1), same_momentum.sum(1)
+        if momentum.requires_grad:  # keys carry a gradient, negatives do not
+            to_momentum = anchors @ momentum.T / temperature
+        else:
+            to_momentum = similarity[:, len(online) :]
+        row_loss = _mean_attraction(repulsion, to_momentum, same_momentum, num_keys)
+        is_missing = num_keys == 0
+        if is_missing.any():
+            to_online = anchors @ online.T / temperature
+            row_loss = torch.where(is_missing, _mean_attraction(repulsion, to_online, same_online, num_rows), row_loss)
+        # Each id counts once however many rows it has; the weights of one id's rows add up to one.
+        weight = 1 / num_rows.to(row_loss.dtype)
+        return (row_loss * weight).sum() / weight.sum().clamp(min=1)
+
+
+def _mean_attraction(repulsion: Tensor, similarity: Tensor, is_key: Tensor, num_keys: Tensor) -> Tensor:
+    """Mean over a row's keys of `log(1 + exp(repulsion - similarity))`, which is the loss of a (row, key) pair."""
+    pair_loss = F.softplus(repulsion - similarity, threshold=40)
+    return (pair_loss * is_key).sum(1) / num_keys.clamp(min=1)
+
+
+def _check_rows(online_features: Tensor, momentum_features: Tensor, online_ids: Tensor, momentum_ids: Tensor) -> None:
+    if online_features.shape[:-1] != online_ids.shape or momentum_features.shape[:-1] != momentum_ids.shape:
+        raise ValueError(
+            "features and ids must have the same number of rows, got "
+            f"{tuple(online_features.shape)} with {tuple(online_ids.shape)} ids (online) and "
+            f"{tuple(momentum_features.shape)} with {tuple(momentum_ids.shape)} ids (momentum)"
+        )
+    if online_features.shape[-1] != momentum_features.shape[-1]:
+        raise ValueError(
+            f"the views differ in feature width: {online_features.shape[-1]} and {momentum_features.shape[-1]}"
+        )
+
+
+@torch.no_grad()
+def contrastive_diagnostics(
+    online_features: Tensor, momentum_features: Tensor, online_ids: Tensor, momentum_ids: Tensor
+) -> dict[str, Tensor]:
+    """
+    What a contrastive loss alone does not tell: whether the embeddings separate objects or collapse.
+
+    Args:
+        online_features, momentum_features, online_ids, momentum_ids:
+            as for [`object_contrastive_loss`]; one decoder layer is enough.
+
+    Returns:
+        `dict[str, torch.Tensor]` of scalars: `positive_similarity` and `negative_similarity`, mean cosines to
+        momentum rows of the same and of other ids; `rank_accuracy`, the share of online objects whose most similar
+        momentum object is their own; `embedding_spread`, the root mean square distance of the momentum objects from
+        their mean (0 when all are equal, near 1 when they fill the sphere). NaN where nothing can be measured.
+    """
+    online, momentum = _unit_rows(online_features), _unit_rows(momentum_features)
+    is_object, is_key = online_ids >= 0, momentum_ids >= 0
+    similarity = online @ momentum.T
+    is_pair = (online_ids[:, None] == momentum_ids) & is_object[:, None]
+    has_key = is_pair.any(1)
+    nearest = momentum_ids[similarity.masked_fill(~is_key, -2.0).argmax(1)] if len(momentum) else online_ids - 1
+    direction = _masked_mean(momentum, is_key[:, None].expand_as(momentum), dim=0)
+    return {
+        "positive_similarity": _masked_mean(similarity, is_pair),
+        "negative_similarity": _masked_mean(similarity, ~is_pair & is_object[:, None]),
+        "rank_accuracy": _masked_mean((nearest == online_ids).to(online.dtype), has_key),
+        "embedding_spread": _masked_mean((momentum - direction).square().sum(-1), is_key).sqrt(),
+    }
+
+
+def _masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean where the mask is set, NaN where it is nowhere set; unlike indexing, no wait for the device."""
+    return (values * mask).sum(dim) / mask.sum(dim)
+
+
+def softmax_class_loss(logits: Tensor, classes: Tensor, background_weight: float) -> tuple[Tensor, Tensor]:
+    """
+    Cross-entropy over the classes and "no object" (DETR, Carion et al., ECCV 2020).
+
+    Args:
+        logits (`torch.Tensor` of shape `[..., queries, classes + 1]`): the last class is "no object".
+        classes (`torch.Tensor` of shape `[..., queries]`): target class, `classes` for unmatched queries.
+        background_weight (`float`): weight of the unmatched queries.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the weighted sum and the sum of the weights, each of the leading shape
+        without images and queries, `[...][:-1]`; the caller divides.
+    """
+    background = logits.shape[-1] - 1
+    weight = torch.where(classes == background, background_weight, 1.0).to(logits.dtype)
+    loss = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="none").view_as(classes)
+    return (loss * weight).flatten(1).sum(1), weight.flatten(1).sum(1)
+
+
+def focal_class_loss(logits: Tensor, classes: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """
+    Sigmoid focal loss (Lin et al., ICCV 2017), summed over images, queries and classes.
+
+    Args:
+        logits (`torch.Tensor` of shape `[sets, images, queries, classes]`): class scores.
+        classes (`torch.Tensor` of shape `[sets, images, queries]`): target class, `classes` for unmatched queries.
+        alpha, gamma (`float`, *optional*): balance of positives, and focus.
+
+    Returns:
+        `torch.Tensor` of shape `[sets]`.
+    """
+    target = F.one_hot(classes, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
+    prob = logits.sigmoid()
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    error = prob * (1 - target) + (1 - prob) * target
+    loss = loss * error**gamma * (alpha * target + (1 - alpha) * (1 - target))
+    return loss.flatten(1).sum(1)
+
+
+def varifocal_class_loss(
+    logits: Tensor, classes: Tensor, quality: Tensor, alpha: float = 0.75, gamma: float = 2.0
+) -> Tensor:
+    """
+    Varifocal loss (Zhang et al., CVPR 2021): the score of a matched query learns the IoU of its box.
+
+    Args:
+        logits (`torch.Tensor` of shape `[sets, images, queries, classes]`): class scores.
+        classes (`torch.Tensor` of shape `[sets, images, queries]`): target class, `classes` for unmatched queries.
+        quality (`torch.Tensor` of shape `[sets, images, queries]`): detached IoU of matched queries, 0 elsewhere.
+        alpha, gamma (`float`, *optional*): weight and focus of the negatives.
+
+    Returns:
+        `torch.Tensor` of shape `[sets]`: the sum over images, queries and classes.
+    """
+    is_class = F.one_hot(classes, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
+    target = is_class * quality[..., None]
+    weight = alpha * logits.detach().sigmoid() ** gamma * (1 - is_class) + target
+    return F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none").flatten(1).sum(1)
+
+
+def box_losses(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    L1 and GIoU losses of matched boxes, one value a pair.
+
+    Args:
+        boxes (`torch.Tensor` of shape `[M, 4]`): predicted normalised `cxcywh` boxes.
+        target_boxes (`torch.Tensor` of shape `[M, 4]`): their targets in the same format.
+
+    Returns:
+        `tuple` of three `torch.Tensor` of shape `[M]`: L1 distance (sum over the four numbers), `1 - GIoU`, and the
+        detached IoU.
+    """
+    iou, giou = iou_and_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(target_boxes))
+    return (boxes - target_boxes).abs().sum(-1), 1 - giou, iou.detach()

@@ -1,0 +1,131 @@
+"""One-to-one assignment of decoder queries to boxes (Hungarian matching, Carion et al., ECCV 2020)."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .boxes import cxcywh_to_xyxy, iou_and_giou
+
+# Stands in for NaN and infinite costs: larger than any real cost, small enough that sums of it stay exact.
+INVALID_COST = 1e8
+
+
+class Matching(NamedTuple):
+    """
+    Matched (layer, image, query, target) quadruples, `M` in all, ordered by layer, image and query.
+
+    Attributes:
+        layer (`torch.LongTensor` of shape `[M]`): index of the decoder layer.
+        image (`torch.LongTensor` of shape `[M]`): index of the image in the batch.
+        query (`torch.LongTensor` of shape `[M]`): index of the query.
+        target (`torch.LongTensor` of shape `[M]`): row of the target in the targets of all images, concatenated.
+    """
+
+    layer: Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+    @property
+    def queries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The index `(layer, image, query)` into tensors of shape `[layers, images, queries, ...]`."""
+        return self.layer, self.image, self.query
+
+    def first_layers(self, num_layers: int, of: int) -> "Matching":
+        """The matches of the first `num_layers` layers `of` all; every layer of a batch has equally many matches."""
+        return Matching(*(index[: len(index) // of * num_layers] for index in self))
+
+    def scatter(self, values: Tensor, shape: tuple[int, int, int], fill_value: float) -> Tensor:
+        """
+        Writes one value per target to the query it is matched with.
+
+        Args:
+            values (`torch.Tensor` of shape `[targets]`): a value for every target of the batch.
+            shape (`tuple[int, int, int]`): (layers, images, queries) of the result.
+            fill_value (`float`): value of the unmatched queries.
+
+        Returns:
+            `torch.Tensor` of the given shape and the dtype of `values`.
+        """
+        out = values.new_full(shape, fill_value)
+        out[self.queries] = values[self.target]
+        return out
+
+
+@torch.no_grad()
+def match_queries(
+    logits: Tensor,
+    boxes: Tensor,
+    class_labels: list[Tensor],
+    target_boxes: list[Tensor],
+    *,
+    class_cost: float = 1.0,
+    bbox_cost: float = 5.0,
+    giou_cost: float = 2.0,
+    class_activation: Literal["softmax", "sigmoid", "focal"] = "softmax",
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Matching:
+    """
+    Assigns the boxes of every image to queries, for all decoder layers and images of a batch at once.
+
+    The cost of a (query, box) pair is `class_cost * class + bbox_cost * L1 + giou_cost * (-GIoU)`, L1 on normalised
+    `cxcywh`. All cost matrices are computed together and leave the device in one copy. A layer with fewer queries
+    than boxes leaves boxes unmatched; NaN and infinite costs are matched only when nothing else is left.
+
+    Args:
+        logits (`torch.Tensor` of shape `[layers, images, queries, classes]`):
+            class scores; with "softmax" the last class is "no object".
+        boxes (`torch.Tensor` of shape `[layers, images, queries, 4]`): predicted normalised `cxcywh` boxes.
+        class_labels (`list[torch.Tensor]` of shape `[boxes of the image]`): class of every box, one tensor an image.
+        target_boxes (`list[torch.Tensor]` of shape `[boxes of the image, 4]`): normalised `cxcywh` boxes.
+        class_cost, bbox_cost, giou_cost (`float`, *optional*): weights of the three terms.
+        class_activation (`str`, *optional*, defaults to `"softmax"`):
+            "softmax" and "sigmoid" take minus the probability of the box's class (DETR), "focal" the difference of
+            the focal terms (Deformable DETR).
+        alpha, gamma (`float`, *optional*): parameters of the focal terms.
+
+    Returns:
+        [`Matching`]: the assignment, on the device of `logits`.
+    """
+    num_layers, num_images, num_queries, _ = logits.shape
+    sizes = [len(target) for target in target_boxes]
+    if sum(sizes) == 0:
+        empty = torch.zeros(0, dtype=torch.long, device=logits.device)
+        return Matching(empty, empty, empty, empty)
+
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    padded_boxes = torch.nn.utils.rnn.pad_sequence(target_boxes, batch_first=True).to(dtype)  # [images, N, 4]
+    padded_classes = torch.nn.utils.rnn.pad_sequence(class_labels, batch_first=True)  # [images, N]
+
+    scores = logits.to(dtype)
+    if class_activation == "softmax":
+        class_term = -scores.softmax(-1)
+    elif class_activation == "sigmoid":
+        class_term = -scores.sigmoid()
+    else:
+        prob = scores.sigmoid()
+        positive = alpha * (1 - prob) ** gamma * -(prob + 1e-8).log()
+        negative = (1 - alpha) * prob**gamma * -(1 - prob + 1e-8).log()
+        class_term = positive - negative
+    index = padded_classes[None, :, None].expand(num_layers, -1, num_queries, -1)
+    predicted, target = boxes.to(dtype).unsqueeze(-2), padded_boxes[None, :, None]
+    _, giou = iou_and_giou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
+    l1 = (predicted - target).abs().sum(-1)
+    cost = (
+        class_cost * class_term.gather(-1, index) + bbox_cost * l1 - giou_cost * giou
+    )  # [layers, images, queries, N]
+
+    cost = np.nan_to_num(cost.cpu().numpy(), nan=INVALID_COST, posinf=INVALID_COST, neginf=INVALID_COST)
+    matches = []
+    offsets = np.cumsum([0, *sizes])
+    for layer in range(num_layers):
+        for image, size in enumerate(sizes):
+            query, column = linear_sum_assignment(cost[layer, image, :, :size])
+            matches.append(
+                np.stack([np.full_like(query, layer), np.full_like(query, image), query, column + offsets[image]])
+            )
+    return Matching(*torch.from_numpy(np.concatenate(matches, axis=1)).to(logits.device, non_blocking=True).unbind(0))

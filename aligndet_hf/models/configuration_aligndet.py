@@ -1,0 +1,55 @@
+"""Configuration of AlignDet pre-training."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class AlignDetConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`AlignDetForPreTraining`]: a detector's config and the numbers of the method.
+
+    Schedules (steps, learning rate, ...) are no part of it. The defaults are those of the official DETR recipe (Li et
+    al., ICCV 2023).
+
+    Args:
+        detector_config (`PreTrainedConfig` or `dict`, *optional*):
+            config of the detector, of any family in [`~aligndet_hf.detectors.families.FAMILIES`]; a default DETR if
+            missing.
+        projection_dim (`int`, *optional*, defaults to 256):
+            width of the embeddings that are contrasted.
+        contrastive_temperature (`float`, *optional*, defaults to 0.5):
+            temperature of the contrastive loss.
+        contrastive_loss_coefficient (`float`, *optional*, defaults to 1.0):
+            weight of the contrastive loss beside the detection loss; 0 switches it off.
+        base_momentum (`float`, *optional*, defaults to 0.996):
+            momentum of the first update of the momentum detector.
+        end_momentum (`float`, *optional*, defaults to 1.0):
+            momentum that the cosine schedule ends with.
+        freeze_backbone (`bool`, *optional*, defaults to `True`):
+            whether the backbone stays as it is. A frozen backbone exists once, in memory and in the checkpoint, and
+            serves both detectors.
+        normalize_class_loss_by (`str`, *optional*, defaults to `"weights"`):
+            for families with a softmax class loss: "weights" as DETR does, "boxes" as the official AlignDet code
+            does, which weighs the class loss about (queries / boxes) times more.
+    """
+
+    model_type = "aligndet"
+    sub_configs = {"detector_config": AutoConfig}
+
+    detector_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 256
+    contrastive_temperature: float = 0.5
+    contrastive_loss_coefficient: float = 1.0
+    base_momentum: float = 0.996
+    end_momentum: float = 1.0
+    freeze_backbone: bool = True
+    normalize_class_loss_by: Literal["weights", "boxes"] = "weights"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.detector_config, PreTrainedConfig):
+            fields = dict(self.detector_config or {})
+            self.detector_config = AutoConfig.for_model(fields.pop("model_type", "detr"), **fields)
+        super().__post_init__(**kwargs)

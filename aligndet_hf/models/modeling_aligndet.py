@@ -1,0 +1,273 @@
+"""AlignDet: pre-training a whole detector on unlabelled images (Li et al., ICCV 2023, arXiv 2307.11077)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForObjectDetection, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..detectors.criterion import loss_and_matching, matching_only
+from ..detectors.families import family_of
+from ..losses import contrastive_diagnostics, object_contrastive_loss
+from ..momentum import update_momentum
+from .configuration_aligndet import AlignDetConfig
+
+
+@dataclass
+class AlignDetOutput(ModelOutput):
+    """
+    Output of [`AlignDetForPreTraining`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): detection loss plus weighted contrastive loss.
+        loss_dict (`dict[str, torch.Tensor]`): terms of the detection loss, and `loss_contrastive`.
+        metrics (`dict[str, torch.Tensor]`): diagnostics of the last decoder layer, detached: those of
+            [`~aligndet_hf.losses.contrastive_diagnostics`], and `matched_proposals`, the share of proposals that have
+            a query in the online view.
+        logits (`torch.Tensor` of shape `[images, queries, classes]`): class scores of the online detector, with
+            denoising queries first where the family has them.
+        pred_boxes (`torch.Tensor` of shape `[images, queries, 4]`): normalised `cxcywh` boxes of the online detector.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    metrics: dict[str, Tensor] | None = None
+    logits: torch.FloatTensor | None = None
+    pred_boxes: torch.FloatTensor | None = None
+
+
+class SharedBackbone(nn.Module):
+    """Calls a module that another module owns, and so adds no parameters, buffers or checkpoint keys of its own."""
+
+    def __init__(self, owner: nn.Module):
+        super().__init__()
+        # Past nn.Module's registration, in a tuple: the owner must not become a child of two parents.
+        object.__setattr__(self, "_owner", (owner,))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._owner[0](*args, **kwargs)
+
+
+def _projector(input_dim: int, output_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(input_dim, input_dim), nn.ReLU(), nn.Linear(input_dim, output_dim))
+
+
+class AlignDetForPreTraining(PreTrainedModel):
+    """
+    Two detectors see two views of the same images; the online one learns boxes, classes and query embeddings.
+
+    The online detector trains with its family's own detection loss on the proposals. Besides, its queries matched to
+    a proposal are drawn to the momentum detector's queries of the same proposal in the other view, and pushed from
+    all others, over all decoder layers. The momentum detector is an exponential moving average: call
+    [`~AlignDetForPreTraining.update_momentum_detector`] after every optimizer step.
+
+    The momentum detector runs in evaluation mode, without dropout and denoising queries; the official code leaves it
+    in training mode.
+
+    Args:
+        config ([`AlignDetConfig`]): the configuration. The weights are random; see
+            [`~AlignDetForPreTraining.from_detector`].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from transformers import RTDetrConfig, RTDetrForObjectDetection
+    >>> from aligndet_hf import AlignDetForPreTraining
+
+    >>> detector = RTDetrForObjectDetection(RTDetrConfig(decoder_layers=2, num_queries=30, num_labels=1))
+    >>> model = AlignDetForPreTraining.from_detector(detector)
+    >>> views = {name: torch.rand(1, 3, 64, 64) for name in ("pixel_values", "momentum_pixel_values")}
+    >>> proposals = {
+    ...     "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6]]),
+    ...     "class_labels": torch.tensor([0]),
+    ...     "proposal_ids": torch.tensor([0]),
+    ... }
+    >>> outputs = model.train()(**views, labels=[proposals], momentum_labels=[proposals])
+    >>> outputs.loss.backward()
+    >>> model.update_momentum_detector(0.996)
+
+    ```
+    """
+
+    config_class = AlignDetConfig
+    # A name of a child here would be stripped from the keys of nested models on save, and lose them.
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: AlignDetConfig):
+        super().__init__(config)
+        family = family_of(config.detector_config)
+        width = config.detector_config.hidden_size
+        self.online_detector = AutoModelForObjectDetection.from_config(config.detector_config)
+        self.momentum_detector = AutoModelForObjectDetection.from_config(copy.deepcopy(config.detector_config))
+        self.projector = _projector(width, config.projection_dim)
+        self.momentum_projector = _projector(width, config.projection_dim)
+        self.online_detector.loss_function = partial(
+            loss_and_matching, normalize_class_loss_by=config.normalize_class_loss_by
+        )
+        self.momentum_detector.loss_function = matching_only
+        if config.freeze_backbone:
+            shared = SharedBackbone(self.online_detector.get_submodule(family.backbone))
+            self.momentum_detector.set_submodule(family.backbone, shared)
+        self.post_init()
+        self._freeze()
+
+    @classmethod
+    def from_detector(cls, detector: PreTrainedModel | str | Path, **config: Any) -> AlignDetForPreTraining:
+        """
+        Wraps a detector for pre-training; the momentum detector starts as its copy.
+
+        Args:
+            detector (`PreTrainedModel`, `str` or `Path`):
+                a detector of a supported family, or the folder or Hub id of one.
+            config: fields of [`AlignDetConfig`].
+
+        Raises:
+            `ValueError`: if the detector's family is not supported.
+        """
+        if not isinstance(detector, PreTrainedModel):
+            detector = AutoModelForObjectDetection.from_pretrained(detector)
+        model = cls(AlignDetConfig(detector_config=copy.deepcopy(detector.config), **config))
+        model.online_detector.load_state_dict(detector.state_dict())
+        model.update_momentum_detector(0.0)
+        return model.train(detector.training)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> AlignDetForPreTraining:
+        """Loads a checkpoint as every transformers model does, and freezes again what training must not move."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # transformers rebuilds every parameter on load, and with it `requires_grad=True`.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
+        return loaded
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The image network of the online detector; the momentum detector's too, if it is frozen."""
+        return self.online_detector.get_submodule(family_of(self.config.detector_config).backbone)
+
+    def _freeze(self) -> None:
+        self.momentum_detector.requires_grad_(False)
+        self.momentum_projector.requires_grad_(False)
+        if self.config.freeze_backbone:
+            self.backbone.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> AlignDetForPreTraining:
+        """Sets training mode, except where nothing is trained: the momentum networks and a frozen backbone."""
+        super().train(mode)
+        self.momentum_detector.eval()
+        self.momentum_projector.eval()
+        if self.config.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    @torch.no_grad()
+    def update_momentum_detector(self, momentum: float) -> None:
+        """
+        Moves the momentum networks towards the online ones; to be called after every optimizer step.
+
+        Args:
+            momentum (`float`): share of the old values that stays, see
+                [`~aligndet_hf.momentum.cosine_momentum`]; 0 copies.
+        """
+        copied = family_of(self.config.detector_config).query_embeddings
+        update_momentum(self.online_detector, self.momentum_detector, momentum, copied=copied)
+        update_momentum(self.projector, self.momentum_projector, momentum)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: list[dict[str, Tensor]] | None = None,
+        momentum_pixel_values: Tensor | None = None,
+        momentum_pixel_mask: Tensor | None = None,
+        momentum_labels: list[dict[str, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> AlignDetOutput:
+        """
+        One step's losses, or without labels the predictions of the online detector.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `[images, 3, height, width]`): normalised images, first view.
+            pixel_mask (`torch.LongTensor` of shape `[images, height, width]`, *optional*): 1 on the image, 0 on
+                padding.
+            labels (`list[dict]`, *optional*): per image `boxes`, float `[n, 4]`, `cxcywh` normalised to the image
+                without padding; `class_labels`, int64 `[n]`; and `proposal_ids`, int64 `[n]`, non-negative and
+                unique in the batch.
+            momentum_pixel_values, momentum_pixel_mask, momentum_labels (*optional*): the same of the second view. A
+                proposal has the same id in both; either view may lack it.
+            kwargs: further arguments for both detectors.
+
+        Raises:
+            `ValueError`: if only one of the two views has images or labels.
+        """
+        if labels is None:
+            online = self.online_detector(pixel_values=pixel_values, pixel_mask=pixel_mask, **kwargs)
+            return AlignDetOutput(logits=online.logits, pred_boxes=online.pred_boxes)
+        if momentum_pixel_values is None or momentum_labels is None:
+            raise ValueError("pre-training needs two views: momentum_pixel_values and momentum_labels are missing")
+
+        online = self.online_detector(
+            pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, output_hidden_states=True, **kwargs
+        )
+        with torch.no_grad():
+            momentum = self.momentum_detector(
+                pixel_values=momentum_pixel_values,
+                pixel_mask=momentum_pixel_mask,
+                labels=momentum_labels,
+                output_hidden_states=True,
+                **kwargs,
+            )
+        # [layers, images, queries, width] and [layers, images, queries]; the criteria return their matching.
+        decoder_features = family_of(self.config.detector_config).decoder_features
+        online_features = self.projector(decoder_features(self.online_detector, online))
+        online_ids = _query_ids(online.auxiliary_outputs, labels, online_features)
+        with torch.no_grad():
+            momentum_features = self.momentum_projector(decoder_features(self.momentum_detector, momentum))
+        momentum_ids = _query_ids(momentum.auxiliary_outputs, momentum_labels, momentum_features)
+
+        loss_contrastive = object_contrastive_loss(
+            online_features.flatten(0, 2),
+            momentum_features.flatten(0, 2),
+            online_ids.flatten(),
+            momentum_ids.flatten(),
+            self.config.contrastive_temperature,
+        )
+        last_layer = (online_features[-1], momentum_features[-1], online_ids[-1], momentum_ids[-1])
+        metrics = contrastive_diagnostics(*(tensor.flatten(0, 1).detach() for tensor in last_layer))
+        num_proposals = sum(len(label["proposal_ids"]) for label in labels)
+        metrics["matched_proposals"] = (online_ids[-1] >= 0).sum() / max(num_proposals, 1)
+        return AlignDetOutput(
+            loss=online.loss + self.config.contrastive_loss_coefficient * loss_contrastive,
+            loss_dict={**online.loss_dict, "loss_contrastive": loss_contrastive},
+            metrics=metrics,
+            logits=online.logits,
+            pred_boxes=online.pred_boxes,
+        )
+
+    def export_detector(self, path: str | Path, image_processor: Any | None = None) -> None:
+        """
+        Saves the online detector as a plain transformers checkpoint, which needs nothing of this package.
+
+        Args:
+            path (`str` or `Path`): the folder to write.
+            image_processor (*optional*): the image processor to save beside it, so that `pipeline` and
+                `AutoImageProcessor` work on the folder.
+        """
+        self.online_detector.save_pretrained(path)
+        if image_processor is not None:
+            image_processor.save_pretrained(path)
+
+
+def _query_ids(matching: Any, labels: list[dict[str, Tensor]], features: Tensor) -> Tensor:
+    """The id of the proposal that every query is matched to, -1 without one: `[layers, images, queries]`."""
+    return matching.scatter(torch.cat([label["proposal_ids"] for label in labels]), features.shape[:3], -1)

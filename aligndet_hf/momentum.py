@@ -1,0 +1,77 @@
+"""The momentum (EMA) copy of a detector: its schedule and its update."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def cosine_momentum(step: int, total_steps: int, base: float = 0.996, end: float = 1.0) -> float:
+    """
+    Momentum of the update after optimizer step `step`, rising from `base` to `end` along half a cosine.
+
+    `m_k = end - (end - base) * (cos(pi k / K) + 1) / 2` (BYOL, Grill et al. 2020, as AlignDet and SoCo use it).
+
+    Args:
+        step (`int`): optimizer steps done before this one, `k` in `0 .. total_steps - 1`.
+        total_steps (`int`): number of optimizer steps of the whole run, `K`.
+        base (`float`, *optional*, defaults to 0.996): momentum of the first step.
+        end (`float`, *optional*, defaults to 1.0): momentum that the schedule approaches.
+
+    Raises:
+        `ValueError`: if `total_steps` is not positive.
+
+    Example:
+
+    ```python
+    >>> from aligndet_hf.momentum import cosine_momentum
+
+    >>> [round(cosine_momentum(step, 4), 4) for step in range(4)]
+    [0.996, 0.9966, 0.998, 0.9994]
+
+    ```
+    """
+    if total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    return end - (end - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
+@torch.no_grad()
+def update_momentum(
+    online: nn.Module, momentum_module: nn.Module, momentum: float, *, copied: tuple[str, ...] = ()
+) -> None:
+    """
+    Moves a momentum module towards its online twin: `theta_m = momentum * theta_m + (1 - momentum) * theta_o`.
+
+    Parameters are interpolated and buffers (running statistics) are copied. Tensors that both modules share, such as
+    a frozen backbone, are left alone. Modules are paired by tensor name; the momentum module may hold a subset.
+
+    Args:
+        online (`nn.Module`): the trained module, *after* its optimizer step.
+        momentum_module (`nn.Module`): the momentum copy, changed in place.
+        momentum (`float`): share of the old value that stays, in [0, 1].
+        copied (`tuple[str, ...]`, *optional*): parameters with one of these strings in their name are copied by
+            value instead. AlignDet does so with the query embeddings, so that query slots mean the same in both
+            detectors; the official code shares their storage, this one never does.
+
+    Raises:
+        `KeyError`: if the momentum module has a tensor that the online module lacks.
+    """
+    online_parameters = dict(online.named_parameters(remove_duplicate=False))
+    averaged: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, parameter in momentum_module.named_parameters():
+        source = online_parameters[name]
+        if source is parameter:
+            continue
+        if any(part in name for part in copied):
+            parameter.copy_(source)
+        else:
+            averaged.append((parameter, source))
+    if averaged:
+        targets, sources = zip(*averaged, strict=True)
+        torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+
+    online_buffers = dict(online.named_buffers(remove_duplicate=False))
+    for name, buffer in momentum_module.named_buffers():
+        if online_buffers[name] is not buffer:
+            buffer.copy_(online_buffers[name])
