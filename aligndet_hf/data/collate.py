@@ -1,0 +1,91 @@
+"""Items to batches: padding with a mask, proposal ids unique in the batch, and normalisation on the device."""
+
+import torch
+
+
+def pad_images(images: list[torch.Tensor], pad_to_multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Pads images on the right and at the bottom to one size.
+
+    Args:
+        images (`list[torch.Tensor]`): uint8 [3, h, w] each.
+        pad_to_multiple (`int`, *optional*, defaults to 1): The padded height and width are multiples of it.
+
+    Returns:
+        `tuple`: the images (uint8 [B, 3, H, W], 0 in the padding) and the mask (int64 [B, H, W], 1 on the image).
+    """
+    height, width = (
+        -(-max(image.shape[axis] for image in images) // pad_to_multiple) * pad_to_multiple for axis in (1, 2)
+    )
+    pixel_values = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    pixel_mask = torch.zeros(len(images), height, width, dtype=torch.int64)
+    for image, padded, mask in zip(images, pixel_values, pixel_mask, strict=True):
+        _, h, w = image.shape
+        padded[:, :h, :w] = image
+        mask[:h, :w] = 1
+    return pixel_values, pixel_mask
+
+
+def collate_views(items: list[dict], pad_to_multiple: int = 1) -> dict:
+    """
+    Batches items of [`ProposalViews`] into the keyword arguments of `AlignDetForPreTraining.forward`.
+
+    Args:
+        items (`list[dict]`): Items of [`ProposalViews`].
+        pad_to_multiple (`int`, *optional*, defaults to 1): See [`pad_images`].
+
+    Returns:
+        `dict`: `pixel_values` (uint8 [B, 3, H, W]), `pixel_mask` (int64 [B, H, W]) and `labels` (one dictionary per
+        image), and the same with the prefix `momentum_`. Boxes stay relative to the unpadded images. `proposal_ids`
+        are unique in the batch: both views of an image get the same offset.
+    """
+    batch = {}
+    for prefix in ("", "momentum_"):
+        pixel_values, pixel_mask = pad_images([item[f"{prefix}image"] for item in items], pad_to_multiple)
+        batch |= {f"{prefix}pixel_values": pixel_values, f"{prefix}pixel_mask": pixel_mask, f"{prefix}labels": []}
+    offset = 0
+    for item in items:
+        used = 0
+        for prefix in ("", "momentum_"):
+            labels = item[f"{prefix}labels"]
+            ids = labels["proposal_ids"]
+            batch[f"{prefix}labels"].append(labels | {"proposal_ids": ids + offset})
+            used = max(used, int(ids.max()) + 1) if len(ids) else used
+        offset += used
+    return batch
+
+
+def collate_labelled(items: list[dict], pad_to_multiple: int = 1) -> dict:
+    """
+    Batches items of [`LabelledImages`] into `pixel_values` (uint8 [B, 3, H, W]), `pixel_mask` (int64 [B, H, W]) and
+    `labels` (one dictionary per image; boxes stay relative to the unpadded images).
+    """
+    pixel_values, pixel_mask = pad_images([item["image"] for item in items], pad_to_multiple)
+    return {"pixel_values": pixel_values, "pixel_mask": pixel_mask, "labels": [item["labels"] for item in items]}
+
+
+def normalize_images(
+    pixel_values: torch.Tensor,
+    pixel_mask: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    rescale_factor: float = 1 / 255,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """
+    Normalises a batch: `(pixel_values * rescale_factor - mean) / std`, and 0 in the padding. Once per batch, after its
+    copy to the device: a quarter of the bytes to copy, and no float images in the workers.
+
+    Args:
+        pixel_values (`torch.Tensor` [B, 3, H, W]): uint8.
+        pixel_mask (`torch.Tensor` [B, H, W]): 1 on the image, 0 in the padding.
+        mean, std (`list[float]`): Per channel, as in the image processor.
+        rescale_factor (`float`, *optional*, defaults to 1/255): As in the image processor.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the result.
+
+    Returns:
+        `torch.Tensor` [B, 3, H, W].
+    """
+    mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
+    images = (pixel_values * (rescale_factor / std) - mean / std) * pixel_mask[:, None]
+    return images.to(dtype)

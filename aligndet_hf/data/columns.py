@@ -1,0 +1,422 @@
+"""The columns `image`, `proposals` and `objects`: their features, reading boxes from Arrow, and validation."""
+
+import difflib
+from dataclasses import asdict, dataclass, field
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .errors import DataError, ImageError
+from .images import image_size
+
+__all__ = [
+    "BoxReport",
+    "DataError",
+    "ImageError",
+    "clean_boxes",
+    "find_faults",
+    "image_ids",
+    "objects_feature",
+    "proposals_feature",
+    "read_boxes",
+    "read_values",
+    "require_columns",
+    "validate_objects",
+    "validate_proposals",
+]
+
+# Why a box cannot be used; index 0 is a sound box.
+FAULTS = ("", "not finite", "no area", "outside the image")
+# Rows whose boxes are compared with the size of their image, evenly spaced over the data set. Reading all headers of a
+# set with embedded images would read the set from disk once.
+SIZE_CHECKED_ROWS = 4096
+_LISTED_ROWS = 10
+
+
+def proposals_feature(with_clusters: bool) -> dict:
+    """
+    The feature of the `proposals` column: a struct of lists.
+
+    `bbox` float32 [N, 4] absolute xywh, `score` float32 [N] (higher is better, already in that order) and, optionally,
+    `cluster` int32 [N] (pseudo-class).
+    """
+    feature = {
+        "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+        "score": datasets.List(datasets.Value("float32")),
+    }
+    if with_clusters:
+        feature["cluster"] = datasets.List(datasets.Value("int32"))
+    return feature
+
+
+def objects_feature(categories: list[str] | None) -> dict:
+    """
+    The feature of the `objects` column: a struct of lists.
+
+    `bbox` float32 [N, 4] absolute xywh, `category` int64 [N] in 0..C-1 (a `ClassLabel` if the names are known), `area`
+    float32 [N] in pixels and `id` int64 [N].
+    """
+    category = datasets.ClassLabel(names=categories) if categories else datasets.Value("int64")
+    return {
+        "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+        "category": datasets.List(category),
+        "area": datasets.List(datasets.Value("float32")),
+        "id": datasets.List(datasets.Value("int64")),
+    }
+
+
+def _nearest(name: str, candidates) -> str:
+    """A hint for a name that is not there."""
+    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    found = ", ".join(f"'{candidate}'" for candidate in candidates) or "none"
+    return f"found {found}" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def require_columns(dataset: datasets.Dataset, columns: list[str], source: str = "the data set") -> None:
+    """
+    Checks that the columns exist.
+
+    Raises:
+        [`DataError`]: names the missing column, the columns found and the nearest of them.
+    """
+    for column in columns:
+        if column not in dataset.column_names:
+            fix = {
+                "proposals": "Make it with `aligndet proposals`.",
+                "objects": "Labelled data needs it: a struct of lists with 'bbox' (absolute xywh) and 'category'.",
+            }.get(column, f"Rename the column that holds it: dataset.rename_column(old, '{column}').")
+            raise DataError(f"{source}: no column '{column}'; {_nearest(column, dataset.column_names)} {fix}")
+
+
+def _require_fields(dataset: datasets.Dataset, column: str, fields: list[str], source: str) -> None:
+    """Checks that a column is a struct of lists with these fields."""
+    require_columns(dataset, ["image", column], source)
+    feature = dataset.features[column]
+    if not isinstance(feature, dict):
+        raise DataError(
+            f"{source}: column '{column}' must be a struct of lists, {{{', '.join(fields)}}}, each with one entry per "
+            f"box; it is {feature}. A list of structs is turned into one with dataset.map."
+        )
+    for name in fields:
+        if name not in feature:
+            raise DataError(f"{source}: column '{column}' has no field '{name}'; {_nearest(name, feature)}")
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+
+
+def _field(column: pa.Array | pa.ChunkedArray, name: str) -> pa.Array:
+    field_array = pc.struct_field(column, name)
+    return field_array.combine_chunks() if isinstance(field_array, pa.ChunkedArray) else field_array
+
+
+def _lengths(lists: pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def read_values(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Reads a list field of a struct column of Arrow: all values in one array, and the number of values per row.
+
+    Raises:
+        [`DataError`]: if the field is not a list of numbers. It does not know its source: the caller adds it.
+    """
+    lists = _field(column, name)
+    if pa.types.is_null(lists.type):
+        return np.zeros(0), np.zeros(len(lists), dtype=np.int64)
+    if not _is_list(lists.type):
+        raise DataError(f"'{name}' must be a list per row, it is {lists.type}.")
+    values = lists.flatten()
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_null(values.type)):
+        raise DataError(f"'{name}' must hold numbers, it is {lists.type}.")
+    return values.to_numpy(zero_copy_only=False), _lengths(lists)
+
+
+def read_boxes(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Reads the field `bbox` of a struct column of Arrow, without a Python object per box.
+
+    Returns:
+        `tuple`: all boxes (float32 [N, 4], as stored) and the number of boxes per row (int64 [rows]).
+
+    Raises:
+        [`DataError`]: if a box does not have four numbers. It does not know its source: the caller adds it.
+    """
+    boxes = _field(column, "bbox")
+    if pa.types.is_null(boxes.type):
+        return np.zeros((0, 4), dtype=np.float32), np.zeros(len(boxes), dtype=np.int64)
+    counts = _lengths(boxes) if _is_list(boxes.type) else None
+    if counts is not None and not counts.any():  # all rows empty: the inner type may be unknown
+        return np.zeros((0, 4), dtype=np.float32), counts
+    if counts is None or not _is_list(boxes.type.value_type):
+        raise DataError(f"'bbox' must be a list of boxes [x, y, width, height] per row, it is {boxes.type}.")
+    rows = boxes.flatten()
+    wrong = np.flatnonzero(_lengths(rows) != 4)
+    if len(wrong):
+        row = int(np.searchsorted(np.cumsum(counts), wrong[0], side="right"))
+        raise DataError(f"row {row}: a box must be four numbers [x, y, width, height], got {rows[int(wrong[0])]}.")
+    values = rows.flatten().to_numpy(zero_copy_only=False)  # a null becomes NaN: counted as not finite
+    return values.astype(np.float32).reshape(-1, 4), counts
+
+
+def find_faults(boxes: np.ndarray, width=np.inf, height=np.inf) -> np.ndarray:
+    """
+    Finds the boxes that cannot be used.
+
+    Args:
+        boxes (`np.ndarray` [N, 4]): xywh in pixels.
+        width, height (`float` or `np.ndarray` [N], *optional*): Size of the image of each box.
+
+    Returns:
+        `np.ndarray` [N]: 0 for a sound box, else the index of the reason in `FAULTS`: a coordinate is NaN or infinite,
+        a side is zero or negative, no part lies in the image.
+    """
+    x, y, w, h = boxes.T.astype(np.float64)
+    faults = np.zeros(len(boxes), dtype=np.int64)
+    faults[(x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)] = 3
+    faults[(w <= 0) | (h <= 0)] = 2
+    faults[~np.isfinite(boxes).all(axis=1)] = 1
+    return faults
+
+
+def clean_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Drops the boxes that cannot be used (see [`find_faults`]) and clips the others to the image.
+
+    Args:
+        boxes (`np.ndarray` [N, 4]): xywh in pixels.
+        width, height (`float`): Size of the image in pixels.
+
+    Returns:
+        `tuple`: the boxes that are left (float32 [n, 4], xywh) and their indices in `boxes` (int64 [n]).
+    """
+    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)
+    kept = np.flatnonzero(find_faults(boxes, width, height) == 0)
+    boxes = boxes[kept]
+    low = np.clip(boxes[:, :2], 0, (width, height))
+    high = np.clip(boxes[:, :2] + boxes[:, 2:], 0, (width, height))
+    return np.concatenate([low, high - low], axis=1).astype(np.float32), kept
+
+
+@dataclass
+class BoxReport:
+    """
+    What a validation found.
+
+    Attributes:
+        source (`str`): The data set.
+        column (`str`): The column of the boxes.
+        rows (`int`): Rows of the data set.
+        boxes (`int`): Boxes stored.
+        empty_rows (`int`): Rows without a stored box.
+        size_checked_rows (`int`): Rows whose boxes were compared with the size of their image.
+        dropped (`dict[str, int]`): Boxes that will not be used, by reason. `outside the image` counts the
+            `size_checked_rows` only.
+        listed (`dict[str, list[int]]`): The first rows concerned, by reason.
+    """
+
+    source: str
+    column: str
+    rows: int
+    boxes: int = 0
+    empty_rows: int = 0
+    size_checked_rows: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    listed: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, faults: np.ndarray, rows: np.ndarray) -> None:
+        """Counts the `faults` [N] of boxes that lie in `rows` [N]."""
+        for code, reason in enumerate(FAULTS[1:], start=1):
+            found = rows[faults == code]
+            if len(found):
+                self.dropped[reason] = self.dropped.get(reason, 0) + len(found)
+                listed = self.listed.get(reason, []) + np.unique(found).tolist()
+                self.listed[reason] = sorted(set(listed))[:_LISTED_ROWS]
+
+    def to_dict(self) -> dict:
+        """The report as plain types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {self.rows} rows, {self.boxes} boxes in '{self.column}'"
+        text += f", {self.empty_rows} rows without" if self.empty_rows else ""
+        for reason, count in self.dropped.items():
+            more = " ..." if len(self.listed[reason]) == _LISTED_ROWS else ""
+            text += f"\n  dropped: {count} boxes, {reason} (rows {', '.join(map(str, self.listed[reason]))}{more})"
+        return text
+
+
+def _batches(dataset: datasets.Dataset, columns: list[str]):
+    """Arrow tables of some columns with the number of their first row; honours `select`, `shuffle` and the like."""
+    start = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        yield start, table
+        start += len(table)
+
+
+def _validate_boxes(dataset: datasets.Dataset, column: str, source: str) -> BoxReport:
+    """What `validate_proposals` and `validate_objects` share: everything about the boxes."""
+    report = BoxReport(source, column, len(dataset))
+    largest = 0.0
+    for start, table in _batches(dataset, [column]):
+        try:
+            boxes, counts = read_boxes(table[column])
+        except DataError as error:
+            raise DataError(f"{source}, column '{column}', rows from {start} on: {error}") from None
+        faults = find_faults(boxes)
+        # Without image sizes a box left of or above the image is still seen; count it in the size check only.
+        faults[faults == 3] = 0
+        report.add(faults, np.repeat(np.arange(start, start + len(counts)), counts))
+        report.boxes += len(boxes)
+        report.empty_rows += int((counts == 0).sum())
+        finite = boxes[faults == 0]
+        largest = max(largest, float(finite.max())) if len(finite) else largest
+    if report.boxes == 0:
+        raise DataError(f"{source}: column '{column}' holds no box in any of its {report.rows} rows.")
+    _check_against_images(dataset, column, source, report, normalized=largest <= 1)
+    if report.boxes == sum(report.dropped.values()):
+        raise DataError(f"{source}: column '{column}' holds no usable box.\n{report}")
+    return report
+
+
+def _check_against_images(dataset, column: str, source: str, report: BoxReport, normalized: bool) -> None:
+    """Compares boxes with the size of their images, on evenly spaced rows: boxes outside, and other box formats."""
+    sample = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), SIZE_CHECKED_ROWS)).round().astype(np.int64))
+    report.size_checked_rows = len(sample)
+    all_boxes, all_sizes, all_rows = [], [], []
+    for start, table in _batches(dataset.select(sample), ["image", column]):
+        boxes, counts = read_boxes(table[column])
+        rows = sample[start : start + len(counts)]
+        sizes = []
+        for row, image in zip(rows, table["image"], strict=True):
+            try:
+                sizes.append(image_size(image.as_py()))
+            except ImageError as error:
+                raise ImageError(f"{source}, row {row}, column 'image': {error}") from error
+        all_boxes.append(boxes)
+        all_sizes.append(np.repeat(np.array(sizes), counts, axis=0))
+        all_rows.append(np.repeat(rows, counts))
+    boxes, sizes, rows = np.concatenate(all_boxes), np.concatenate(all_sizes), np.concatenate(all_rows)
+    height, width = sizes.T
+    faults = find_faults(boxes, width, height)
+    sound = (faults == 0) | (faults == 3)
+    if not sound.any():
+        return
+    x, y, a, b = boxes[sound].T
+    height, width, sound_rows = height[sound], width[sound], rows[sound]
+
+    # Read as xywh, far too large; read as xyxy, all fit. Slips of annotators stay within the tolerance.
+    overflow = (x + a > 1.02 * width + 1) | (y + b > 1.02 * height + 1)
+    fits_xyxy = (a > x) & (b > y) & (a <= width + 1) & (b <= height + 1)
+    if overflow.mean() >= 0.2 and fits_xyxy.mean() >= 0.95:
+        row = sound_rows[overflow][0]
+        raise DataError(
+            f"{source}, row {row}, column '{column}': the boxes look like corners [x1, y1, x2, y2], expected [x, y, "
+            f"width, height]: {overflow.mean():.0%} of the boxes reach out of their image, e.g. "
+            f"{boxes[sound][overflow][0].tolist()} in an image {width[overflow][0]} pixels wide and "
+            f"{height[overflow][0]} high. Subtract x1 from x2 and y1 from y2."
+        )
+    if normalized and min(width.max(), height.max()) > 2:
+        raise DataError(
+            f"{source}, row {sound_rows[0]}, column '{column}': the boxes look relative to the image (none is above "
+            f"1), expected [x, y, width, height] in pixels. Multiply them by the image's width and height."
+        )
+    faults[faults < 3] = 0
+    report.add(faults, rows)
+
+
+def validate_proposals(
+    dataset: datasets.Dataset, source: str = "the data set", with_clusters: bool = False
+) -> BoxReport:
+    """
+    Checks the `proposals` column of all rows.
+
+    Args:
+        dataset (`datasets.Dataset`): With the columns `image` and `proposals`.
+        source (`str`, *optional*): How to call the data set in messages.
+        with_clusters (`bool`, *optional*, defaults to `False`): Whether the field `cluster` is needed.
+
+    Returns:
+        [`BoxReport`]: the boxes that will be dropped, by reason. Boxes that reach out of the image are clipped.
+
+    Raises:
+        [`DataError`]: for a missing column or field, lists of different lengths, xyxy or relative boxes, no usable
+            box.
+    """
+    fields = ["bbox", "score"] + (["cluster"] if with_clusters else [])
+    _require_fields(dataset, "proposals", fields, source)
+    for start, table in _batches(dataset, ["proposals"]):
+        for name in fields[1:]:
+            _check_lengths(table["proposals"], "proposals", name, start, source)
+    return _validate_boxes(dataset, "proposals", source)
+
+
+def validate_objects(dataset: datasets.Dataset, categories: list[str], source: str = "the data set") -> BoxReport:
+    """
+    Checks the `objects` column of all rows, and `image_id` if there is one.
+
+    Args:
+        dataset (`datasets.Dataset`): With the columns `image` and `objects`.
+        categories (`list[str]`): Names of the categories 0..C-1.
+        source (`str`, *optional*): How to call the data set in messages.
+
+    Returns:
+        [`BoxReport`]: the boxes that will be dropped, by reason. Boxes that reach out of the image are clipped.
+
+    Raises:
+        [`DataError`]: for a missing column or field, lists of different lengths, an unknown category, a repeated image
+            id, xyxy or relative boxes, no usable box.
+    """
+    _require_fields(dataset, "objects", ["bbox", "category"], source)
+    image_ids(dataset, source)
+    for start, table in _batches(dataset, ["objects"]):
+        values, counts = _check_lengths(table["objects"], "objects", "category", start, source)
+        wrong = np.flatnonzero(~((values >= 0) & (values < len(categories)) & (values == np.floor(values))))
+        if len(wrong):
+            row = start + int(np.searchsorted(np.cumsum(counts), wrong[0], side="right"))
+            raise DataError(
+                f"{source}, row {row}, column 'objects', field 'category': {values[wrong[0]]} is not one of the "
+                f"{len(categories)} categories, expected 0 to {len(categories) - 1}."
+            )
+    return _validate_boxes(dataset, "objects", source)
+
+
+def _check_lengths(column: pa.ChunkedArray, name: str, field_name: str, start: int, source: str):
+    """Checks that a field has one value per box; returns the values and their number per row."""
+    try:
+        boxes, counts = read_boxes(column)
+        values, lengths = read_values(column, field_name)
+    except DataError as error:
+        raise DataError(f"{source}, column '{name}', rows from {start} on: {error}") from None
+    wrong = np.flatnonzero(lengths != counts)
+    if len(wrong):
+        raise DataError(
+            f"{source}, row {start + wrong[0]}, column '{name}': {counts[wrong[0]]} boxes but {lengths[wrong[0]]} "
+            f"values in the field '{field_name}', expected one per box."
+        )
+    return values, counts
+
+
+def image_ids(dataset: datasets.Dataset, source: str = "the data set") -> list[int]:
+    """
+    The ids of the images: the column `image_id`, or the row numbers if there is none.
+
+    Raises:
+        [`DataError`]: if an id is not an integer or occurs twice.
+    """
+    if "image_id" not in dataset.column_names:
+        return list(range(len(dataset)))
+    first = {}
+    for row, image_id in enumerate(dataset.select_columns(["image_id"]).with_format(None)["image_id"]):
+        if not isinstance(image_id, int):
+            raise DataError(f"{source}, row {row}, column 'image_id': expected an integer, got {image_id!r}.")
+        if image_id in first:
+            raise DataError(
+                f"{source}, row {row}, column 'image_id': {image_id} is also the id of row {first[image_id]}. Ids "
+                "must be unique: number the images anew, or remove the column to use row numbers."
+            )
+        first[image_id] = row
+    return list(first)

@@ -1,0 +1,197 @@
+"""PyTorch data sets over a `datasets.Dataset` of undecoded images: views with proposals, and labelled images."""
+
+import cv2
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import Dataset
+
+from .columns import clean_boxes, read_boxes, read_values, require_columns
+from .errors import ImageError
+from .images import decode_image
+from .sampling import SampleKey
+from .views import ViewConfig, draw_crop, draw_two_crops, make_view
+
+
+def init_worker(worker_id: int) -> None:
+    """`worker_init_fn` of a `DataLoader`: one OpenCV thread per worker, as PyTorch does for its own."""
+    cv2.setNumThreads(1)
+
+
+def _sample_rng(seed: int, key: SampleKey) -> np.random.Generator:
+    return np.random.default_rng((seed, key.epoch, key.index))
+
+
+def _draw_sizes(count: int, view: ViewConfig, seed: int, key: SampleKey, rng: np.random.Generator) -> list[int]:
+    """Sizes of `count` views: drawn per image, or per batch where all images of a batch must have the same size."""
+    if view.resize == "square":
+        rng = np.random.default_rng((seed, key.epoch, key.batch))
+    return [view.sizes[i] for i in rng.integers(len(view.sizes), size=count)]
+
+
+def _read_image(table: pa.Table, index: int) -> np.ndarray:
+    try:
+        return decode_image(table["image"][0].as_py())
+    except ImageError as error:
+        raise ImageError(f"Row {index}, column 'image': {error}") from error
+
+
+def _to_tensor(image: np.ndarray) -> torch.Tensor:
+    """[h, w, 3] -> [3, h, w] without a copy: the collator's copy into the batch lays it out."""
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _normalized_cxcywh(boxes: np.ndarray, image: np.ndarray) -> torch.Tensor:
+    """Boxes xywh in pixels of an image [h, w, 3] -> cxcywh in 0..1 of this image."""
+    height, width = image.shape[:2]
+    centred = np.concatenate([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], axis=1)
+    return torch.from_numpy((centred / (width, height, width, height)).astype(np.float32))
+
+
+class ProposalViews(Dataset):
+    """
+    Two random views of an image with the same proposals, for pre-training.
+
+    An item is `{"image", "labels", "momentum_image", "momentum_labels"}`. Images are uint8 [3, h, w]; labels are
+    dictionaries of `boxes` (float32 [n, 4], cxcywh in 0..1 of the unpadded view), `class_labels` (int64 [n]: 0, or the
+    cluster) and `proposal_ids` (int64 [n]: row of the proposal in the image's list). A box too small to see in one
+    view is left out of that view only.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            With the columns `image` and `proposals`.
+        view ([`ViewConfig`]):
+            How to draw each view. With a `crop_scale` both views get the boxes that both crops show.
+        seed (`int`):
+            Seed of all draws. An item depends on nothing but the seed and its [`SampleKey`].
+        max_proposals (`int`):
+            Proposals per image, at most; never more than the detector has queries.
+        proposal_sampling (`str`, *optional*, defaults to `"top"`):
+            `"top"`: the first ones, which have the highest scores. `"random"`: drawn anew for each epoch.
+        use_clusters (`bool`, *optional*, defaults to `False`):
+            Whether the clusters are the class labels.
+
+    Raises:
+        [`DataError`]: if a column is missing. Items raise [`ImageError`] for an image that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        view: ViewConfig,
+        *,
+        seed: int,
+        max_proposals: int,
+        proposal_sampling: str = "top",
+        use_clusters: bool = False,
+    ):
+        require_columns(dataset, ["image", "proposals"])
+        if proposal_sampling not in ("top", "random"):
+            raise ValueError(f"proposal_sampling must be 'top' or 'random', got '{proposal_sampling}'.")
+        if max_proposals < 1:
+            raise ValueError(f"max_proposals must be at least 1, got {max_proposals}.")
+        self.rows = dataset.select_columns(["image", "proposals"]).with_format("arrow")
+        self.view = view
+        self.seed = seed
+        self.max_proposals = max_proposals
+        self.proposal_sampling = proposal_sampling
+        self.use_clusters = use_clusters
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _choose(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        if count <= self.max_proposals or self.proposal_sampling == "top":
+            return np.arange(min(count, self.max_proposals))
+        return np.sort(rng.choice(count, self.max_proposals, replace=False))
+
+    def __getitem__(self, key: SampleKey) -> dict:
+        rng = _sample_rng(self.seed, key)
+        row = self.rows[key.index]
+        image = _read_image(row, key.index)
+        height, width = image.shape[:2]
+        boxes, ids = clean_boxes(read_boxes(row["proposals"])[0], width, height)
+        chosen = self._choose(len(boxes), rng)
+        boxes, ids = boxes[chosen], ids[chosen]
+        if self.use_clusters:
+            classes = read_values(row["proposals"], "cluster")[0][ids].astype(np.int64)
+        else:
+            classes = np.zeros(len(ids), dtype=np.int64)
+
+        crops = (None, None)
+        if self.view.crop_scale is not None:
+            *crops, shared = draw_two_crops(height, width, boxes, rng, self.view.crop_scale)
+            boxes, ids, classes = boxes[shared], ids[shared], classes[shared]
+        item = {}
+        sizes = _draw_sizes(2, self.view, self.seed, key, rng)
+        for prefix, crop, size in zip(("", "momentum_"), crops, sizes, strict=True):
+            view, view_boxes, kept = make_view(image, boxes, rng, self.view, size, crop)
+            item[f"{prefix}image"] = _to_tensor(view)
+            item[f"{prefix}labels"] = {
+                "boxes": _normalized_cxcywh(view_boxes, view),
+                "class_labels": torch.from_numpy(classes[kept]),
+                "proposal_ids": torch.from_numpy(ids[kept]),
+            }
+        return item
+
+
+class LabelledImages(Dataset):
+    """
+    Images with their objects, for fine-tuning and evaluation.
+
+    An item is `{"image", "labels"}`: uint8 [3, h, w], and a dictionary of `boxes` (float32 [n, 4], cxcywh in 0..1 of
+    the unpadded view), `class_labels` (int64 [n]), `image_id` (int64 [1]; the row number without such a column) and
+    `orig_size` (int64 [2]: height and width in pixels of the stored image). Areas follow from the boxes and are not
+    passed on: a stored area is wrong after a resize or crop.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            With the columns `image`, `objects` and, optionally, `image_id`.
+        view ([`ViewConfig`]):
+            How to draw the view; `view.without_randomness()` for evaluation.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of all draws. An item depends on nothing but the seed and its [`SampleKey`].
+
+    Raises:
+        [`DataError`]: if a column is missing. Items raise [`ImageError`] for an image that cannot be decoded, and
+            `TypeError` if a random view is asked for by a bare row number, which would be the same in each epoch.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, view: ViewConfig, *, seed: int = 0):
+        require_columns(dataset, ["image", "objects"])
+        columns = [name for name in ("image", "objects", "image_id") if name in dataset.column_names]
+        self.rows = dataset.select_columns(columns).with_format("arrow")
+        self.view = view
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: SampleKey | int) -> dict:
+        if not isinstance(key, SampleKey):
+            if self.view.is_random:
+                raise TypeError("Random views need a SampleKey: use EpochBatchSampler as the loader's batch_sampler.")
+            key = SampleKey(int(key), 0, 0)
+        rng = _sample_rng(self.seed, key)
+        row = self.rows[key.index]
+        image = _read_image(row, key.index)
+        height, width = image.shape[:2]
+        boxes, ids = clean_boxes(read_boxes(row["objects"])[0], width, height)
+        classes = read_values(row["objects"], "category")[0].astype(np.int64)[ids]
+
+        crop = None
+        if self.view.crop_scale is not None:
+            crop = draw_crop(height, width, rng, self.view.crop_scale)
+        (size,) = _draw_sizes(1, self.view, self.seed, key, rng)
+        view, boxes, kept = make_view(image, boxes, rng, self.view, size, crop)
+        image_id = row["image_id"][0].as_py() if "image_id" in row.column_names else key.index
+        return {
+            "image": _to_tensor(view),
+            "labels": {
+                "boxes": _normalized_cxcywh(boxes, view),
+                "class_labels": torch.from_numpy(classes[kept]),
+                "image_id": torch.tensor([image_id]),
+                "orig_size": torch.tensor([height, width]),
+            },
+        }

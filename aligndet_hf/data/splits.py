@@ -1,0 +1,28 @@
+"""Nested subsets of a data set, to compare runs with few and many labels."""
+
+import numpy as np
+
+
+def nested_subsets(num_rows: int, fractions: list[float], seed: int) -> dict[float, list[int]]:
+    """
+    Draws random subsets of which each smaller one lies inside each larger one, so that adding labels never takes
+    others away.
+
+    Args:
+        num_rows (`int`): Rows of the data set.
+        fractions (`list[float]`): Sizes of the subsets, in (0, 1]. A subset has at least one row.
+        seed (`int`): Seed of the draw.
+
+    Returns:
+        `dict[float, list[int]]`: sorted row numbers by fraction.
+
+    Raises:
+        `ValueError`: if there are no rows, or for a fraction outside (0, 1].
+    """
+    if num_rows < 1:
+        raise ValueError("The data set is empty: there is nothing to draw from.")
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"A fraction must lie in (0, 1], got {fraction}.")
+    order = np.random.default_rng(seed).permutation(num_rows)
+    return {fraction: sorted(order[: max(1, round(fraction * num_rows))].tolist()) for fraction in fractions}
