@@ -160,7 +160,7 @@ def softmax_class_loss(logits: Tensor, classes: Tensor, background_weight: float
         without images and queries, `[...][:-1]`; the caller divides.
     """
     background = logits.shape[-1] - 1
-    weight = torch.where(classes == background, background_weight, 1.0).to(logits.dtype)
+    weight = torch.ones_like(classes, dtype=logits.dtype).masked_fill(classes == background, background_weight)
     loss = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="none").view_as(classes)
     return (loss * weight).flatten(1).sum(1), weight.flatten(1).sum(1)
 

@@ -115,7 +115,7 @@ def load_backbone_weights(detector: PreTrainedModel, weights: str | Path) -> lis
             + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         )
     trunk.load_state_dict(chosen, strict=False)
-    return sorted(available.values())
+    return sorted(name for name in available.values() if not name.endswith("num_batches_tracked"))
 
 
 def _flat(name: str) -> str:

@@ -229,7 +229,7 @@ def _losses(
 
 
 def _sums(predictions: _Predictions, logits: Tensor, boxes: Tensor, matching: Matching) -> dict[str, Tensor]:
-    """Un-normalised losses of every set: `class`, `l1` and `giou`, and the softmax loss's `normalizer`, each `[sets]`."""
+    """Sums of the `class`, `l1` and `giou` losses of every set, and the softmax loss's `normalizer`; each `[sets]`."""
     settings, num_sets = predictions.settings, len(logits)
     l1, giou, iou = box_losses(boxes[matching.queries], predictions.target_boxes[matching.target])
     background = logits.shape[-1] - 1 if settings.class_loss == "softmax" else logits.shape[-1]

@@ -1,0 +1,277 @@
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_detectors import CONFIGS, NUM_QUERIES, random_batch, tiny_config, tiny_detector
+from transformers import AutoModelForObjectDetection, AutoModelForPreTraining
+
+from aligndet_hf import AlignDetConfig, AlignDetForPreTraining
+from aligndet_hf.detectors.build import build_image_processor
+
+
+def two_views(counts=(5, 3), seed: int = 0) -> dict:
+    batch, momentum = random_batch(counts, seed=seed), random_batch(counts, seed=seed)
+    noise = torch.randn(batch["pixel_values"].shape, generator=torch.Generator().manual_seed(seed + 100))
+    momentum["pixel_values"] = momentum["pixel_values"] + 0.1 * noise
+    return batch | {f"momentum_{name}": value for name, value in momentum.items()}
+
+
+def pretraining_model(model_type: str, **config) -> AlignDetForPreTraining:
+    torch.manual_seed(0)
+    return AlignDetForPreTraining.from_detector(tiny_detector(model_type), **config).train()
+
+
+def step(model: AlignDetForPreTraining, momentum: float = 0.9, learning_rate: float = 1e-2) -> set[str]:
+    """One signed gradient step; returns the parameters whose gradient is exactly zero."""
+    torch.manual_seed(1)
+    model(**two_views()).loss.backward()
+    still = {n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= learning_rate * parameter.grad.sign()
+                parameter.grad = None
+    model.update_momentum_detector(momentum)
+    return still
+
+
+def clone(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+@pytest.mark.parametrize("freeze_backbone", [True, False])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_a_step_moves_what_should_move_and_nothing_else(model_type, freeze_backbone, reloaded, tmp_path):
+    model = pretraining_model(model_type, freeze_backbone=freeze_backbone)
+    if reloaded:
+        model.save_pretrained(tmp_path)
+        model = AlignDetForPreTraining.from_pretrained(tmp_path).train()
+    backbone = {id(parameter) for parameter in model.backbone.parameters()}
+    online = {
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith(("online_detector.", "projector.")) and not (freeze_backbone and id(parameter) in backbone)
+    }
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == online
+
+    with torch.no_grad():  # away from the initial zeros, behind which some heads get no gradient at first
+        for parameter in model.online_detector.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+        for buffer in model.backbone.buffers():  # timm starts the last norm of every block at zero
+            buffer.clamp_(min=0.5)
+    before = clone(model)
+    still = step(model)
+    # DETR's first decoder layer attends among equal queries: which ones it looks at makes no difference.
+    assert all("decoder.layers.0.self_attn" in name for name in still), still
+    after = model.state_dict()
+    parameters = dict(model.named_parameters())
+    for name in online:
+        twin = "momentum_" + name.removeprefix("online_")
+        assert torch.equal(after[name], before[name]) == (name in still), name
+        if any(part in name for part in ("query_position_embeddings",)):
+            assert torch.equal(after[twin], after[name])
+        else:
+            torch.testing.assert_close(after[twin], torch.lerp(before[twin], after[name], 0.1))
+    for name, parameter in parameters.items():
+        if freeze_backbone and id(parameter) in backbone:
+            assert torch.equal(after[name], before[name]), name
+    frozen_buffers = [name for name in after if name not in parameters and "backbone" in name]
+    if freeze_backbone:
+        assert frozen_buffers and all(torch.equal(after[name], before[name]) for name in frozen_buffers)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_momentum_detector_never_gets_gradients_and_stays_in_evaluation_mode(model_type):
+    model = pretraining_model(model_type)
+    model(**two_views()).loss.backward()
+    assert all(p.grad is None for p in (*model.momentum_detector.parameters(), *model.momentum_projector.parameters()))
+    assert not any(module.training for module in model.momentum_detector.modules())
+    assert not any(module.training for module in model.backbone.modules())
+    assert model.online_detector.training and model.projector.training
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_frozen_backbone_exists_once_in_memory_and_in_the_file(model_type, tmp_path):
+    model = pretraining_model(model_type)
+    own = pretraining_model(model_type, freeze_backbone=False)
+    backbone_size = sum(p.numel() for p in model.backbone.parameters())
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, own)]
+    assert sizes[1] - sizes[0] == backbone_size > 0
+    model.save_pretrained(tmp_path)
+    assert not [
+        name for name in load_file(tmp_path / "model.safetensors") if "momentum_detector.model.backbone" in name
+    ]
+    duplicate = copy.deepcopy(model)
+    assert duplicate.momentum_detector.get_submodule("model.backbone").model._owner[0] is duplicate.backbone
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_save_and_load_are_bit_equal(model_type, tmp_path):
+    model = pretraining_model(model_type)
+    step(model)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert isinstance(loaded, AlignDetForPreTraining)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    torch.manual_seed(1)
+    expected = model(**two_views()).loss
+    torch.manual_seed(1)
+    assert torch.equal(loaded.train()(**two_views()).loss, expected)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_export_is_a_plain_detector_for_a_process_without_this_package(model_type, tmp_path):
+    model = pretraining_model(model_type)
+    step(model)
+    model.export_detector(tmp_path, build_image_processor(model.online_detector, 64))
+    pixels = random_batch()["pixel_values"]
+    with torch.no_grad():
+        expected = model.eval().online_detector(pixel_values=pixels)
+    torch.save({"pixels": pixels, "logits": expected.logits, "boxes": expected.pred_boxes}, tmp_path / "expected.pt")
+    script = """
+import sys
+sys.modules["aligndet_hf"] = None  # any import of the package fails
+import numpy as np, torch
+from PIL import Image
+from transformers import AutoModelForObjectDetection, pipeline
+folder = sys.argv[1]
+detector, info = AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+case = torch.load(folder + "/expected.pt", weights_only=True)
+with torch.no_grad():
+    outputs = detector.eval()(pixel_values=case["pixels"])
+assert torch.equal(outputs.logits, case["logits"]) and torch.equal(outputs.pred_boxes, case["boxes"])
+image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8))
+found = pipeline("object-detection", model=folder, threshold=0.0)(image)
+assert found and set(found[0]) == {"score", "label", "box"}, found[:1]
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_contrast_runs_over_all_decoder_layers_without_denoising_queries(model_type, monkeypatch):
+    seen = {}
+
+    def record(online, momentum, online_ids, momentum_ids, temperature):
+        seen.update(online=online, momentum=momentum, online_ids=online_ids, momentum_ids=momentum_ids)
+        return online.sum() * 0
+
+    monkeypatch.setattr("aligndet_hf.models.modeling_aligndet.object_contrastive_loss", record)
+    model = pretraining_model(model_type)
+    model(**two_views())
+    assert seen["online"].shape == seen["momentum"].shape == (2 * 2 * NUM_QUERIES, 256)
+    for ids in (seen["online_ids"], seen["momentum_ids"]):
+        per_layer = ids.view(2, 2, NUM_QUERIES)
+        for layer in per_layer:  # every proposal once a layer, in its own image
+            assert sorted(layer[0][layer[0] >= 0].tolist()) == [0, 1, 2, 3, 4]
+            assert sorted(layer[1][layer[1] >= 0].tolist()) == [5, 6, 7]
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_contrasted_features_are_what_the_class_heads_see(model_type):
+    """Each layer's features, put through the class head, give the logits that the detector hands to its loss."""
+    from aligndet_hf.detectors.families import family_of
+
+    detector = tiny_detector(model_type).eval()
+    handed = {}
+
+    def record(logits, labels, device, boxes, config, outputs_class, outputs_coord, **kwargs):
+        handed["class"] = outputs_class.movedim(family_of(config).layer_dim, 0)
+        handed["last"] = logits
+        return logits.sum(), {}, None
+
+    detector.loss_function = record
+    with torch.no_grad():
+        outputs = detector(**random_batch(), output_hidden_states=True)
+        features = family_of(detector.config).decoder_features(detector, outputs)
+        if model_type == "rt_detr":
+            heads = detector.model.decoder.class_embed
+        else:
+            heads = [detector.class_labels_classifier] * 2
+        logits = [head(feature) for head, feature in zip(heads, features, strict=True)]
+    torch.testing.assert_close(logits[0], handed["class"][0])
+    torch.testing.assert_close(logits[1], handed["last"])
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("counts", [[0, 4], [0, 0], [4]])
+def test_images_without_proposals_train(model_type, counts):
+    # The official code fails on an empty image unless it is the last of several.
+    model = pretraining_model(model_type)
+    outputs = model(**two_views(counts))
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+    assert (outputs.loss_dict["loss_contrastive"] == 0) == (sum(counts) == 0)
+
+
+def test_a_proposal_missing_in_one_view_shifts_no_other():
+    model = pretraining_model("detr").eval()
+    batch = two_views((5, 3))
+    for name in ("labels", "momentum_labels"):
+        batch[name] = [dict(label) for label in batch[name]]
+    dropped = {key: value[1:] for key, value in batch["momentum_labels"][0].items()}
+    batch["momentum_labels"][0] = dropped
+    batch["momentum_pixel_values"] = batch["pixel_values"]
+    assert model(**batch).metrics["matched_proposals"] == 1
+    # Both views are the same image: every pair that is left is paired with itself.
+    torch.testing.assert_close(model(**batch).metrics["positive_similarity"], torch.tensor(1.0))
+
+
+def test_loss_is_detection_plus_weighted_contrast():
+    batch = two_views()
+    outputs = [pretraining_model("detr", contrastive_loss_coefficient=c).eval()(**batch) for c in (0.0, 2.0)]
+    contrast = outputs[1].loss_dict["loss_contrastive"]
+    assert contrast > 0
+    torch.testing.assert_close(outputs[1].loss - outputs[0].loss, 2 * contrast)
+
+
+def test_official_class_normaliser_is_queries_over_boxes_larger():
+    batch = two_views((5, 5))
+    terms = [
+        pretraining_model("detr", normalize_class_loss_by=rule).eval()(**batch).loss_dict["loss_ce"]
+        for rule in ("weights", "boxes")
+    ]
+    weights = 10 + 0.1 * (2 * NUM_QUERIES - 10)
+    torch.testing.assert_close(terms[1], terms[0] * weights / 10)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_bfloat16_autocast_trains(model_type):
+    model = pretraining_model(model_type)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**two_views())
+    outputs.loss.backward()
+    assert outputs.loss.dtype == torch.float32 and outputs.loss.isfinite()
+
+
+def test_one_view_alone_is_refused_and_no_labels_mean_prediction():
+    model = pretraining_model("detr")
+    with pytest.raises(ValueError, match="two views"):
+        model(**random_batch())
+    outputs = model(pixel_values=random_batch()["pixel_values"])
+    assert outputs.loss is None and outputs.logits.shape == (2, NUM_QUERIES, 4)
+
+
+def test_config_nests_any_detector_config_and_survives_a_round_trip(tmp_path):
+    config = AlignDetConfig(detector_config=tiny_config("rt_detr"), projection_dim=64, base_momentum=0.99)
+    config.save_pretrained(tmp_path)
+    loaded = AlignDetConfig.from_pretrained(tmp_path)
+    assert loaded.detector_config.model_type == "rt_detr" and loaded.detector_config.num_queries == NUM_QUERIES
+    assert (loaded.projection_dim, loaded.base_momentum) == (64, 0.99)
+    assert AlignDetConfig().detector_config.model_type == "detr"
+
+
+def test_from_detector_takes_a_folder(tmp_path):
+    detector = tiny_detector("detr")
+    detector.save_pretrained(tmp_path)
+    model = AlignDetForPreTraining.from_detector(tmp_path)
+    for name, tensor in detector.state_dict().items():
+        assert torch.equal(model.online_detector.state_dict()[name], tensor)
+    assert isinstance(AutoModelForObjectDetection.from_pretrained(tmp_path), type(model.online_detector))
