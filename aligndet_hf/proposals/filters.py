@@ -1,0 +1,177 @@
+"""Which proposals to keep: shape and size filters, duplicates, non-maximum suppression. NumPy only.
+
+Boxes are absolute `xywh` pixels everywhere in this package's proposal code.
+"""
+
+import re
+
+import numpy as np
+
+_STRATEGY = re.compile(r"(?:ratio(?P<ratio>\d+))?(?:size(?P<low>\d\d)(?P<high>\d\d)?)?(?P<post>post)?")
+
+
+def filter_proposals(
+    boxes: np.ndarray,
+    image_size: tuple[int, int],
+    max_aspect_ratio: float = 3.0,
+    min_side: float = 0,
+    min_relative_size: float = 0.0,
+    max_relative_size: float = 1.0,
+    relax_if_empty: bool = False,
+) -> np.ndarray:
+    """
+    Says which boxes have an object-like shape and size.
+
+    Args:
+        boxes (`np.ndarray` of shape `[N, 4]`): Boxes, absolute `xywh` in pixels.
+        image_size (`tuple[int, int]`): `(height, width)` of the image in the same pixels.
+        max_aspect_ratio (`float`, *optional*, defaults to 3.0):
+            Longer side over shorter side may be at most this; `float("inf")` for any shape.
+        min_side (`float`, *optional*, defaults to 0): Smallest width and height in pixels.
+        min_relative_size (`float`, *optional*, defaults to 0.0):
+            Lower bound of `sqrt(w * h) / sqrt(W * H)`, the size relative to the image.
+        max_relative_size (`float`, *optional*, defaults to 1.0): Upper bound of the relative size.
+        relax_if_empty (`bool`, *optional*, defaults to `False`):
+            When no box passes, drop the size bounds; if still none passes, the aspect ratio too. `min_side` always
+            holds, so an image may still end up without boxes. SoCo's "post" rule.
+
+    Returns:
+        `np.ndarray` of shape `[N]`: Boolean mask of the boxes to keep. All bounds are inclusive; boxes without an area
+        are never kept.
+    """
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    width, height = boxes[:, 2], boxes[:, 3]
+    large_enough = (width > 0) & (height > 0) & (width >= min_side) & (height >= min_side)
+    shape_fits = np.maximum(width, height) <= max_aspect_ratio * np.minimum(width, height)
+    # Written as SoCo does: the rounding of the two roots decides for boxes exactly on a bound.
+    relative_size = np.sqrt(np.maximum(width * height, 0)) / np.sqrt(image_size[0] * image_size[1])
+    size_fits = (min_relative_size <= relative_size) & (relative_size <= max_relative_size)
+    keep = large_enough & shape_fits & size_fits
+    if relax_if_empty and not keep.any():
+        keep = large_enough & shape_fits
+        if not keep.any():
+            keep = large_enough
+    return keep
+
+
+def parse_strategy(strategy: str) -> dict:
+    """
+    Translates the filter names of SoCo and AlignDet, such as `"ratio3size0308post"`, into arguments.
+
+    `ratioR` bounds the aspect ratio; the digits of `size` are the lower and upper relative size in tenths (`size0308`:
+    0.3 to 0.8, `size03`: from 0.3); `post` relaxes the bounds for images left empty; `none` filters by side only. Both
+    sides must always be at least 32 pixels, as in SoCo's code.
+
+    Args:
+        strategy (`str`): The name.
+
+    Returns:
+        `dict`: Keyword arguments of [`filter_proposals`].
+
+    Raises:
+        `ValueError`: If the name does not follow the pattern.
+    """
+    match = _STRATEGY.fullmatch("" if strategy == "none" else strategy)
+    if match is None or not strategy:
+        raise ValueError(
+            f"Unknown filter strategy {strategy!r}: expected 'none' or a name like 'ratio3', 'size03' or "
+            "'ratio3size0308post'."
+        )
+    return {
+        "max_aspect_ratio": float(match["ratio"] or "inf"),
+        "min_side": 32,
+        "min_relative_size": int(match["low"] or 0) / 10,
+        "max_relative_size": int(match["high"] or 10) / 10,
+        "relax_if_empty": match["post"] is not None,
+    }
+
+
+def unique_boxes(boxes: np.ndarray) -> np.ndarray:
+    """
+    Sorts boxes by their coordinates and drops exact duplicates, so that the result depends on the set only.
+
+    Args:
+        boxes (`np.ndarray` of shape `[N, 4]`): Boxes in any format and order.
+
+    Returns:
+        `np.ndarray` of shape `[M, 4]`: The distinct boxes, ascending by the first coordinate, then the second ...
+    """
+    return np.unique(np.asarray(boxes).reshape(-1, 4), axis=0)
+
+
+def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """
+    Intersection over union of one box with many.
+
+    Args:
+        box (`np.ndarray` of shape `[4]`): Box, absolute `xywh`.
+        boxes (`np.ndarray` of shape `[N, 4]`): Boxes, absolute `xywh`.
+
+    Returns:
+        `np.ndarray` of shape `[N]`: IoU, 0 where neither box has an area.
+    """
+    left_top = np.maximum(box[:2], boxes[:, :2])
+    right_bottom = np.minimum(box[:2] + box[2:], boxes[:, :2] + boxes[:, 2:])
+    intersection = (right_bottom - left_top).clip(min=0).prod(axis=1)
+    union = box[2] * box[3] + boxes[:, 2] * boxes[:, 3] - intersection
+    return intersection / np.maximum(union, np.finfo(np.float64).tiny)
+
+
+def nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, max_boxes: int | None = None) -> np.ndarray:
+    """
+    Greedy non-maximum suppression.
+
+    Args:
+        boxes (`np.ndarray` of shape `[N, 4]`): Boxes, absolute `xywh`.
+        scores (`np.ndarray` of shape `[N]`): Higher is better; of equal scores the earlier box wins.
+        threshold (`float`): A box goes when its IoU with a better, kept one is above this.
+        max_boxes (`int`, *optional*): Stop after so many.
+
+    Returns:
+        `np.ndarray` of shape `[K]`: Indices of the kept boxes, best first.
+    """
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+    remaining = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+    kept = []
+    while remaining.size and (max_boxes is None or len(kept) < max_boxes):
+        best, remaining = remaining[0], remaining[1:]
+        kept.append(best)
+        remaining = remaining[box_iou(boxes[best], boxes[remaining]) <= threshold]
+    return np.array(kept, dtype=np.int64)
+
+
+def select_proposals(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    image_size: tuple[int, int],
+    *,
+    nms_threshold: float = 0.7,
+    max_boxes: int | None = 300,
+    max_aspect_ratio: float = 3.0,
+    min_side: float = 0,
+    min_relative_size: float = 0.04,
+    max_relative_size: float = 1.0,
+    relax_if_empty: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Filters scored boxes, removes near duplicates and keeps the best.
+
+    Args:
+        boxes (`np.ndarray` of shape `[N, 4]`): Boxes, absolute `xywh` in pixels.
+        scores (`np.ndarray` of shape `[N]`): Higher is better.
+        image_size (`tuple[int, int]`): `(height, width)` of the image in the same pixels.
+        nms_threshold (`float`, *optional*, defaults to 0.7): See [`nms`]; 1.0 keeps all.
+        max_boxes (`int`, *optional*, defaults to 300): Keep at most so many; `None` for all.
+        max_aspect_ratio, min_side, min_relative_size, max_relative_size, relax_if_empty:
+            See [`filter_proposals`].
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Boxes float32 `[K, 4]` and scores float32 `[K]`, best first.
+    """
+    mask = filter_proposals(
+        boxes, image_size, max_aspect_ratio, min_side, min_relative_size, max_relative_size, relax_if_empty
+    )
+    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)[mask]
+    scores = np.asarray(scores, dtype=np.float32)[mask]
+    kept = nms(boxes, scores, nms_threshold, max_boxes)
+    return boxes[kept], scores[kept]
