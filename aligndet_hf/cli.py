@@ -90,8 +90,8 @@ def run(command: str, argv: list[str] | None = None) -> int:
     """
     Parse the arguments of one command and run it.
 
-    Errors that the input causes (`ValueError`, which `DataError` is, and `OSError`) are printed as one line; the
-    traceback is shown with `--traceback` or `ALIGNDET_DEBUG=1`.
+    Errors that the input causes (`ValueError`, which `DataError` is, `OSError` and `FloatingPointError`) are printed
+    as one line; the traceback is shown with `--traceback` or `ALIGNDET_DEBUG=1`.
 
     Args:
         command (`str`): A key of `COMMANDS`.
@@ -108,7 +108,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
         module = importlib.import_module(row.module)
         arguments = parse_arguments(getattr(module, row.arguments), argv, f"aligndet {command}", row.summary)
         getattr(module, row.function)(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if show_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -248,7 +248,7 @@ def _help_titles(cls: type) -> dict[str, str]:
     titles = {}
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith("transformers"):
-            title = "Options"
+            title = base.__name__.removesuffix("Arguments")
             for name in vars(base).get("__annotations__", ()):
                 title = vars(base).get("help_groups", {}).get(name, title)
                 titles[name] = title

@@ -1,0 +1,368 @@
+"""Pre-training: a loop over Accelerate in which everything is a pure function of (seed, step).
+
+Which images, which views, dropout and denoising noise, learning rate and momentum all follow from the seed and the
+step, so that a checkpoint needs no random state, and a run interrupted anywhere ends with the weights of one that was
+not.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import accelerate
+import datasets
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import HfApi
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+import aligndet_hf
+
+from ..data.columns import validate_proposals
+from ..data.formats import load_dataset_source
+from ..data.sampling import EpochBatchSampler
+from ..detectors.build import is_new
+from ..models import AlignDetForPreTraining
+from ..momentum import cosine_momentum
+from ..reporting.model_card import write_pretraining_card
+from .checkpointing import (
+    clear_write_errors,
+    find_last_checkpoint,
+    prepare_output_dir,
+    remove_checkpoints,
+    require_same_run,
+    save_checkpoint,
+    write_json,
+)
+from .interrupts import StopSignals, TrainingInterrupted
+from .pretrain_arguments import PretrainArguments
+from .pretrain_setup import (
+    build_accelerator,
+    build_loader,
+    build_model,
+    class_names,
+    compared_configuration,
+    parameter_groups,
+    to_device,
+)
+from .run_log import RunLog
+from .schedules import learning_rate, milestone_steps
+
+PACKAGES = (aligndet_hf, torch, transformers, accelerate, datasets)
+logger = logging.get_logger(__name__)
+
+LOG, SUMMARY = "log.jsonl", "pretrain_summary.json"
+# How many steps in a row may be skipped for infinite or NaN gradients; loss scaling of fp16 needs some to settle.
+MAX_SKIPPED_STEPS = 20
+# The attributes of a run that its checkpoints keep.
+RUN_STATE = ("step", "skipped_steps", "skipped_in_a_row", "is_collapsed", "metrics")
+# What the progress bar shows.
+SHOWN = {"loss": "loss", "contrastive": "loss_contrastive", "rank_accuracy": "rank_accuracy"}
+# Below these diagnostics (see `contrastive_diagnostics`) embeddings have collapsed, if it is so after this part of the
+# run: those of a new detector are alike.
+MIN_SPREAD, MIN_MARGIN, SETTLED = 0.05, 0.005, 0.1
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """
+    What [`pretrain`] returns.
+
+    Attributes:
+        output_dir (`Path`): The AlignDet checkpoint, with the log, the summary and the card.
+        detector_dir (`Path`): The plain detector and its image processor.
+        metrics (`dict[str, float]`): The last entry of the log.
+    """
+
+    output_dir: Path
+    detector_dir: Path
+    metrics: dict[str, float]
+
+
+def pretrain(arguments: PretrainArguments) -> PretrainResult:
+    """
+    Pre-train a detector on images with proposals, and export it.
+
+    Writes to `output_dir`: the AlignDet model (`save_pretrained`), `detector/` (a plain `transformers` detector with
+    its image processor), `log.jsonl`, `pretrain_summary.json`, a model card, and `checkpoint-<step>` folders. The same
+    call again resumes from the last checkpoint, exactly; a finished run is left as it is.
+
+    Args:
+        arguments ([`PretrainArguments`]): The configuration.
+
+    Returns:
+        [`PretrainResult`]
+
+    Raises:
+        DataError: the dataset lacks proposals or is broken.
+        ValueError: a configuration that cannot run, or that differs from that of the run in `output_dir`.
+        OSError: `output_dir` cannot be written to, or the disk is full. The last checkpoint stays.
+        FloatingPointError: the gradients stay infinite or NaN.
+        TrainingInterrupted: SIGTERM or SIGINT; a checkpoint was written.
+    """
+    accelerator = build_accelerator(arguments)
+    configuration = compared_configuration(arguments, accelerator)
+    output_dir = prepare_output_dir(arguments.output_dir)
+    if accelerator.is_main_process:
+        remove_checkpoints(output_dir, only_unfinished=not arguments.overwrite_output_dir)
+        if arguments.overwrite_output_dir:
+            (output_dir / SUMMARY).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    if (output_dir / SUMMARY).exists():
+        summary = json.loads((output_dir / SUMMARY).read_text())
+        require_same_run(summary["configuration"], configuration, output_dir)
+        accelerator.print(f"The run in {output_dir} is finished; --overwrite_output_dir starts it anew.")
+        return PretrainResult(output_dir, output_dir / "detector", summary["metrics"])
+    # Before any work, so that a missing token does not end a run that took days.
+    repo_id = _create_repo(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
+
+    with accelerator.main_process_first():
+        dataset = load_dataset_source(arguments.dataset, arguments.split)
+    report = validate_proposals(dataset, arguments.dataset, with_clusters=arguments.use_clusters)
+    accelerator.print(report)
+    model, image_processor = build_model(arguments, class_names(arguments, dataset))
+    sampler, loader = build_loader(arguments, accelerator, dataset, model.config.detector_config)
+    optimizer = torch.optim.AdamW(parameter_groups(model, arguments), arguments.learning_rate)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    run = Run(
+        arguments,
+        accelerator,
+        model,
+        optimizer,
+        image_processor,
+        sampler,
+        loader,
+        about={
+            "configuration": configuration,
+            "data": {"images": report.rows, "proposals": report.boxes},
+            "world_size": accelerator.num_processes,
+            "versions": {package.__name__: package.__version__ for package in PACKAGES},
+        },
+    )
+    run.resume()
+    accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})
+    _train(run)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        _write_result(run)
+    accelerator.wait_for_everyone()
+    if repo_id:
+        HfApi().upload_folder(
+            repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", "unfinished-*"]
+        )
+        accelerator.print(f"Uploaded to {repo_id}.")
+    return PretrainResult(output_dir, output_dir / "detector", run.metrics)
+
+
+class Run:
+    """What the loop works on: the model and its surroundings, and how far it is."""
+
+    def __init__(self, arguments, accelerator, model, optimizer, image_processor, sampler, loader, about: dict):
+        self.arguments = arguments
+        self.accelerator = accelerator
+        self.model = model
+        self.align_det: AlignDetForPreTraining = accelerator.unwrap_model(model)
+        self.optimizer = optimizer
+        self.image_processor = image_processor
+        self.sampler = sampler
+        self.loader = loader
+        self.about = about
+        self.total_steps = arguments.max_steps
+        if self.total_steps <= 0:
+            self.total_steps = max(1, math.ceil(arguments.num_train_epochs * len(sampler)))
+        self.learning_rate = partial(
+            learning_rate,
+            peak=arguments.learning_rate,
+            total_steps=self.total_steps,
+            schedule=arguments.lr_scheduler_type,
+            warmup_steps=arguments.warmup_steps,
+            milestones=milestone_steps(arguments.lr_milestones, self.total_steps, len(sampler)),
+        )
+        config = self.align_det.config
+        self.momentum = partial(
+            cosine_momentum, total_steps=self.total_steps, base=config.base_momentum, end=config.end_momentum
+        )
+        self.step = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.is_collapsed = False
+        self.metrics: dict[str, float] = {}
+
+    def resume(self) -> None:
+        """Continue from the last checkpoint, if there is one, and open the log."""
+        output_dir, totals = Path(self.arguments.output_dir), {}
+        if checkpoint := find_last_checkpoint(output_dir):
+            state = checkpoint.state
+            now = self.about["configuration"] | self.about["data"]
+            require_same_run(state["configuration"] | state["data"], now, output_dir)
+            saved = checkpoint.load(self.align_det)
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
+            totals = state["totals"]
+            for name in RUN_STATE:
+                setattr(self, name, state[name])
+            self.accelerator.print(f"Resuming from {checkpoint.path}: step {self.step} of {self.total_steps}.")
+        self.log = RunLog(self.accelerator, output_dir / LOG, self.step, totals)
+
+    def save(self) -> None:
+        """Write a checkpoint. All processes must call this."""
+        totals = self.log.totals()
+        if self.accelerator.is_main_process:
+            # Skipped steps leave the weights alone, but not the running statistics of norms.
+            if broken := [name for name, value in self.align_det.state_dict().items() if not value.isfinite().all()]:
+                raise FloatingPointError(f"step {self.step}: {', '.join(broken)} infinite or NaN; nothing was saved")
+            scaler = self.accelerator.scaler
+            tensors = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+            state = {name: getattr(self, name) for name in RUN_STATE} | self.about
+            state |= {"totals": totals, "epoch": self.step / len(self.sampler)}
+            keep = self.arguments.save_total_limit
+            save_checkpoint(self.arguments.output_dir, self.align_det, tensors, state, keep)
+        self.accelerator.wait_for_everyone()
+
+    def steps(self):
+        """Yield the micro-batches of every step that is left, epoch after epoch."""
+        step = self.step
+        while step < self.total_steps:
+            self.sampler.set_epoch(*divmod(step, len(self.sampler)))
+            for micro_batches in self.loader:
+                yield micro_batches
+                step += 1
+                if step == self.total_steps:
+                    return
+
+    def rows(self) -> list[int]:
+        """The rows of the dataset that the current step uses, on all processes."""
+        own = self.sampler
+        whole = EpochBatchSampler(own.num_samples, own.global_batch_size, seed=own.seed, drop_last=True)
+        whole.set_epoch(*divmod(self.step, len(whole)))
+        return [key.index for key in next(iter(whole))]
+
+
+def _train(run: Run) -> None:
+    """The loop, from `run.step` to the end or to a signal."""
+    arguments, accelerator, model, log = run.arguments, run.accelerator, run.model, run.log
+    show_progress = accelerator.is_main_process and not arguments.disable_tqdm
+    progress = tqdm(total=run.total_steps, initial=run.step, desc="pre-training", disable=not show_progress)
+    with StopSignals(accelerator) as stop, progress:
+        for micro_batches in run.steps():
+            for group in run.optimizer.param_groups:
+                group["lr"] = run.learning_rate(run.step)
+            for index, batch in enumerate(micro_batches):
+                # Dropout and denoising noise depend on the place of the micro-batch, not on what came before.
+                place = accelerator.process_index * len(micro_batches) + index
+                torch.manual_seed(_seed(arguments.seed, run.step, place))
+                is_last = index + 1 == len(micro_batches)
+                with nullcontext() if is_last else accelerator.no_sync(model):
+                    output = model(**to_device(batch, accelerator.device, run.image_processor))
+                    accelerator.backward(output.loss / len(micro_batches))
+                log.add({"loss": output.loss, **output.loss_dict, **output.metrics})
+            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+            log.add({"gradient_norm": gradient_norm})
+            if _is_usable(run, gradient_norm):
+                run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.align_det.update_momentum_detector(run.momentum(run.step))
+
+            run.step += 1
+            progress.update()
+            is_over = run.step == run.total_steps
+            if run.step % arguments.logging_steps == 0 or is_over:
+                _write_log(run, progress)
+            signal_number = stop.received()
+            if run.step % arguments.save_steps == 0 or is_over or signal_number:
+                run.save()
+            if signal_number and not is_over:
+                raise TrainingInterrupted(
+                    f"{signal.Signals(signal_number).name}: stopped after step {run.step} of {run.total_steps}, saved "
+                    f"in {arguments.output_dir}/checkpoint-{run.step}. Run the same command again to resume.",
+                    signal_number,
+                )
+
+
+def _is_usable(run: Run, gradient_norm: torch.Tensor) -> bool:
+    """Whether to take the optimizer step: not with infinite or NaN gradients, which are those of all processes."""
+    if gradient_norm.isfinite():  # Waits for the device, as the matching does in every forward pass.
+        run.skipped_in_a_row = 0
+        return True
+    run.skipped_steps += 1
+    run.skipped_in_a_row += 1
+    fp16 = run.accelerator.scaler is not None
+    where = f"step {run.step + 1}: infinite or NaN gradients, from the images of rows {run.rows()}"
+    if run.skipped_in_a_row == MAX_SKIPPED_STEPS:
+        raise FloatingPointError(
+            f"{where}. {MAX_SKIPPED_STEPS} steps in a row were skipped. Try a lower --learning_rate, a longer "
+            "--warmup_steps or --mixed_precision bf16, and look at these images; the last checkpoint is sound."
+        )
+    if run.accelerator.is_main_process and not fp16:
+        logger.warning(f"{where}; the step is skipped")
+    return fp16  # The scaler skips the step by itself, and has to see it to lower its scale.
+
+
+def _write_log(run: Run, progress: tqdm) -> None:
+    """Write an entry of the log, and warn when the embeddings collapse."""
+    rates = {"learning_rate": run.learning_rate(run.step - 1), "momentum": run.momentum(run.step - 1)}
+    run.metrics = run.log.write(
+        run.step,
+        run.sampler.global_batch_size,
+        epoch=run.step / len(run.sampler),
+        **rates,
+        skipped_steps=run.skipped_steps,
+    )
+    shown = {name: run.metrics.get(key, math.nan) for name, key in SHOWN.items()}
+    progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+    margin = run.metrics.get("positive_similarity", math.nan) - run.metrics.get("negative_similarity", math.nan)
+    spread = run.metrics.get("embedding_spread", math.nan)
+    is_collapsed = run.step >= SETTLED * run.total_steps and (spread < MIN_SPREAD or margin < MIN_MARGIN)
+    if is_collapsed and not run.is_collapsed and run.accelerator.is_main_process:
+        logger.warning(
+            f"step {run.step}: the embeddings collapse (spread {spread:.3f}, positive minus negative similarity "
+            f"{margin:.3f}). The contrastive loss teaches nothing like this: try a lower learning rate, a lower "
+            "contrastive_temperature, or more proposals per image."
+        )
+    run.is_collapsed = is_collapsed
+
+
+def _seed(*numbers: int) -> int:
+    """A seed for torch, of any numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _create_repo(arguments: PretrainArguments) -> str:
+    repo_id = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
+    return HfApi().create_repo(repo_id, exist_ok=True).repo_id
+
+
+def _write_result(run: Run) -> None:
+    """Save, export and describe the model. The summary comes last: it says that the run is finished."""
+    output_dir = Path(run.arguments.output_dir)
+    with clear_write_errors(output_dir):
+        run.align_det.save_pretrained(output_dir)
+        run.align_det.export_detector(output_dir / "detector", run.image_processor)
+        summary = {
+            "metrics": run.metrics,
+            "steps": run.total_steps,
+            "epochs": run.total_steps / len(run.sampler),
+            "skipped_steps": run.skipped_steps,
+            **run.about,
+            "arguments": dataclasses.asdict(run.arguments),
+        }
+        write_pretraining_card(
+            output_dir,
+            detector_config=run.align_det.config.detector_config,
+            dataset=run.arguments.dataset,
+            settings=summary["arguments"],
+            num_images=run.about["data"]["images"],
+            steps=run.total_steps,
+            base_model=None if is_new(run.arguments) else run.arguments.detector,
+            subfolder="detector",
+        )
+        write_json(output_dir / SUMMARY, summary)
+    run.accelerator.print(f"Finished. The detector is in {output_dir / 'detector'}: aligndet finetune --detector ...")

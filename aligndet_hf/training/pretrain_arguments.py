@@ -1,0 +1,102 @@
+"""The arguments of pre-training: the flags of `aligndet pretrain` and the keys of its recipes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..detectors.build import DetectorArguments
+from ..models import AlignDetConfig
+
+
+@dataclass(kw_only=True)
+class PretrainArguments(DetectorArguments):
+    """Arguments of [`pretrain`]: the flags of `aligndet pretrain` and the keys of its recipes."""
+
+    help_groups = {
+        "dataset": "Data",
+        "image_sizes": "Views",
+        "aligndet_config": "Method",
+        "num_train_epochs": "Optimisation",
+        "output_dir": "Run",
+    }
+
+    dataset: str = field(
+        metadata={"help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it"}
+    )
+    split: str | None = field(default=None, metadata={"help": "split of the dataset; needed if there are several"})
+    max_proposals: int = field(
+        default=50, metadata={"help": "proposals per image; never more than the detector has queries"}
+    )
+    proposal_sampling: Literal["top", "random"] = field(
+        default="top", metadata={"help": "`top`: always the best by score; `random`: drawn anew each epoch"}
+    )
+    use_clusters: bool = field(
+        default=False, metadata={"help": "use the proposals' clusters as classes instead of one class `object`"}
+    )
+
+    image_sizes: list[int] = field(
+        default_factory=lambda: [640, 672, 704, 736, 768, 800],
+        metadata={"help": "sizes in pixels that views are resized to at random: the shorter side, or both sides"},
+    )
+    max_size: int | None = field(
+        default=None, metadata={"help": "longest side of a view in pixels; 5/3 of the drawn size if not given"}
+    )
+    flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
+    color: bool = field(default=True, metadata={"help": "apply one random colour operation to each view"})
+    crop_scale: list[float] | None = field(
+        default=None,
+        metadata={"help": "smallest and largest area of a random crop; no crop if not given, as in AlignDet"},
+    )
+
+    aligndet_config: dict = field(
+        default_factory=dict,
+        metadata={"help": "fields of AlignDetConfig to set, e.g. contrastive_loss_coefficient, freeze_backbone"},
+    )
+
+    num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
+    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs"})
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "images per process and forward pass"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimizer step"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of AdamW"})
+    weight_decay: float = field(default=1e-4, metadata={"help": "weight decay of AdamW"})
+    decay_norms_and_biases: bool = field(default=True, metadata={"help": "decay one-dimensional parameters too"})
+    max_grad_norm: float = field(default=0.1, metadata={"help": "gradients are clipped to this norm"})
+    lr_scheduler_type: Literal["constant", "step", "cosine"] = field(
+        default="step", metadata={"help": "learning rate after the warm-up; `step` divides it by 10 at each milestone"}
+    )
+    lr_milestones: list[float] = field(
+        default_factory=lambda: [0.8], metadata={"help": "fractions of the run (below 1) or epochs, for `step`"}
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
+        default=None, metadata={"help": "precision of the forward pass; what `accelerate launch` says if not given"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the weights, the data and all noise"})
+
+    output_dir: str = field(metadata={"help": "folder of the run; the same command again resumes it"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "start anew, and remove the old checkpoints"})
+    save_steps: int = field(default=500, metadata={"help": "steps between checkpoints"})
+    save_total_limit: int = field(default=2, metadata={"help": "checkpoints to keep"})
+    logging_steps: int = field(default=50, metadata={"help": "steps between entries of the log (log.jsonl, trackers)"})
+    report_to: list[str] = field(
+        default_factory=list, metadata={"help": "trackers of Accelerate: tensorboard, wandb, ..."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "data loading processes per training process"})
+    use_cpu: bool = field(default=False, metadata={"help": "train on the CPU even if there is a GPU"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the result to the Hub"})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+    )
+
+    def __post_init__(self):
+        for name in (
+            "max_proposals", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps",
+            "save_total_limit", "logging_steps", "num_train_epochs", "learning_rate", "max_grad_norm",
+        ):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.crop_scale is not None and len(self.crop_scale) != 2:
+            raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
+        known = set(AlignDetConfig.__annotations__) - {"detector_config", "model_type"}
+        if unknown := set(self.aligndet_config) - known:
+            raise ValueError(f"aligndet_config: unknown {sorted(unknown)}; there are {sorted(known)}")

@@ -1,0 +1,159 @@
+"""What a pre-training run is made of: accelerator, model, data and parameter groups, from its arguments."""
+
+import dataclasses
+import os
+from functools import partial
+
+import datasets
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+from transformers.utils import logging
+
+from ..data.collate import collate_views, normalize_images
+from ..data.columns import DataError, read_values
+from ..data.dataset import ProposalViews, init_worker
+from ..data.sampling import EpochBatchSampler
+from ..data.views import ViewConfig
+from ..detectors.build import build_image_processor, is_new, load_detector
+from ..detectors.families import family_of, num_queries
+from ..detectors.transfer import transfer_detector
+from ..models import AlignDetForPreTraining
+from .pretrain_arguments import PretrainArguments
+
+logger = logging.get_logger(__name__)
+
+# What may differ between the start of a run and its resumption, because it does not change the result. The batch
+# counts as the number of images of one step, however they are spread over processes and micro-batches.
+NOT_COMPARED = {
+    "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "logging_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "push_to_hub",
+    "hub_model_id", "use_cpu", "disable_tqdm", "mixed_precision",
+}  # fmt: skip
+
+
+def build_accelerator(arguments: PretrainArguments) -> Accelerator:
+    devices = 0 if arguments.use_cpu else torch.cuda.device_count()
+    if devices > 1 and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
+        raise ValueError(
+            f"{devices} GPUs are visible, but one process was started. To use all: accelerate launch --num_processes "
+            f"{devices} -m aligndet_hf.cli pretrain ...; to use one: CUDA_VISIBLE_DEVICES=0 aligndet pretrain ..."
+        )
+    return Accelerator(
+        cpu=arguments.use_cpu,
+        mixed_precision=arguments.mixed_precision,
+        log_with=arguments.report_to or None,
+        project_dir=arguments.output_dir,
+        # A batch without any proposal leaves denoising embeddings without a gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def compared_configuration(arguments: PretrainArguments, accelerator: Accelerator) -> dict:
+    """What has to be the same when a run is resumed."""
+    values = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in NOT_COMPARED}
+    images = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    return values | {"mixed_precision": accelerator.mixed_precision, "images_per_step": images}
+
+
+def class_names(arguments: PretrainArguments, dataset: datasets.Dataset) -> dict[int, str]:
+    """One class, or one for each cluster that the proposals mention."""
+    if not arguments.use_clusters:
+        return {0: "object"}
+    highest = 0
+    for table in dataset.select_columns(["proposals"]).with_format("arrow").iter(batch_size=1000):
+        clusters, _ = read_values(table["proposals"], "cluster")
+        if len(clusters) and clusters.min() < 0:
+            raise DataError(
+                f"{arguments.dataset}: column 'proposals', field 'cluster' holds {clusters.min()}; expected 0, 1, ..."
+            )
+        highest = max(highest, int(clusters.max(initial=0)))
+    return {cluster: f"cluster_{cluster}" for cluster in range(highest + 1)}
+
+
+def build_model(arguments: PretrainArguments, id2label: dict[int, str]):
+    """The model to train and the image processor to export with the detector."""
+    torch.manual_seed(arguments.seed)
+    detector = load_detector(arguments, len(id2label), id2label)
+    if detector.config.num_labels != len(id2label):  # A checkpoint for other classes.
+        detector, _ = transfer_detector(detector, len(id2label), id2label)
+    model = AlignDetForPreTraining.from_detector(detector, **arguments.aligndet_config).train()
+    if is_new(arguments) and arguments.backbone_weights is None and model.config.freeze_backbone:
+        logger.warning(
+            "The backbone is random and frozen: pre-training on it is of no use. Give --backbone_weights, or train it "
+            "with --aligndet_config '{\"freeze_backbone\": false}' --freeze_batch_norm false."
+        )
+    sizes = sorted(arguments.image_sizes)
+    # Families of square images are evaluated at the middle of the sizes they were trained with, others at the largest.
+    size = sizes[len(sizes) // 2] if family_of(detector.config).resize == "square" else sizes[-1]
+    return model, build_image_processor(detector, size, arguments.max_size)
+
+
+def build_loader(arguments: PretrainArguments, accelerator: Accelerator, dataset, detector_config):
+    """The sampler, and a loader of which one item is one optimizer step of this process: a list of micro-batches."""
+    family, queries = family_of(detector_config), num_queries(detector_config)
+    stride = max(family.strides) if family.resize == "square" else 1
+    if uneven := [size for size in arguments.image_sizes if size % stride]:
+        raise ValueError(f"image_sizes: {detector_config.model_type} takes multiples of {stride}, got {uneven}")
+    if arguments.max_proposals > queries:
+        accelerator.print(f"The detector has {queries} queries: at most {queries} proposals per image are used.")
+    views = ProposalViews(
+        dataset,
+        ViewConfig(
+            sizes=arguments.image_sizes,
+            max_size=arguments.max_size,
+            resize=family.resize,
+            flip_probability=arguments.flip_probability,
+            color=arguments.color,
+            crop_scale=arguments.crop_scale and tuple(arguments.crop_scale),
+        ),
+        seed=arguments.seed,
+        max_proposals=min(arguments.max_proposals, queries),
+        proposal_sampling=arguments.proposal_sampling,
+        use_clusters=arguments.use_clusters,
+    )
+    sampler = EpochBatchSampler(
+        len(views),
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+        seed=arguments.seed,
+        drop_last=True,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    loader = DataLoader(
+        views,
+        batch_sampler=sampler,
+        collate_fn=partial(_collate_step, micro_batch_size=arguments.per_device_train_batch_size),
+        num_workers=arguments.dataloader_num_workers,
+        worker_init_fn=init_worker,
+        persistent_workers=arguments.dataloader_num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return sampler, loader
+
+
+def _collate_step(items: list[dict], micro_batch_size: int) -> list[dict]:
+    return [collate_views(items[i : i + micro_batch_size]) for i in range(0, len(items), micro_batch_size)]
+
+
+def to_device(batch: dict, device: torch.device, image_processor) -> dict:
+    """Copy a batch to the device, and normalise its images there."""
+    batch = send_to_device(batch, device, non_blocking=True)
+    for prefix in ("", "momentum_"):
+        batch[f"{prefix}pixel_values"] = normalize_images(
+            batch[f"{prefix}pixel_values"],
+            batch[f"{prefix}pixel_mask"],
+            image_processor.image_mean,
+            image_processor.image_std,
+        )
+    return batch
+
+
+def parameter_groups(model: torch.nn.Module, arguments: PretrainArguments) -> list[dict]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    is_decayed = [arguments.decay_norms_and_biases or parameter.ndim > 1 for parameter in trained]
+    decayed = [parameter for parameter, flag in zip(trained, is_decayed, strict=True) if flag]
+    plain = [parameter for parameter, flag in zip(trained, is_decayed, strict=True) if not flag]
+    groups = [{"params": decayed, "weight_decay": arguments.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,48 @@
+"""What several test files share: one thread, no network, and a small run of pre-training."""
+
+import os
+
+# Before torch and the Hub client are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import datasets
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def proposal_folder(tmp_path_factory):
+    """A saved dataset of 8 small scenes, with the true boxes as proposals, twice the same number each: 4."""
+    from aligndet_hf.data.columns import proposals_feature
+    from aligndet_hf.data.synthetic import make_synthetic_dataset
+
+    scenes = make_synthetic_dataset(8, seed=0, image_size=(64, 80))
+    proposals = []
+    for row, objects in enumerate(scenes["objects"]):
+        boxes = (objects["bbox"] + [[4.0, 6.0, 20.0, 18.0], [30.0, 8.0, 24.0, 30.0], [10.0, 30.0, 40.0, 25.0]] * 2)[:4]
+        proposals.append({"bbox": boxes, "score": [0.9, 0.8, 0.7, 0.6], "cluster": [row % 2, 1, 0, 2]})
+    features = datasets.Features({"proposals": proposals_feature(with_clusters=True)})
+    column = datasets.Dataset.from_dict({"proposals": proposals}, features=features)
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    datasets.concatenate_datasets([scenes.remove_columns("objects"), column], axis=1).save_to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def detector_folders(tmp_path_factory):
+    """A function from a family to a folder with a tiny detector of it."""
+    from tiny_detectors import tiny_detector
+
+    parent, made = tmp_path_factory.mktemp("detectors"), {}
+
+    def folder_of(model_type: str, **fields):
+        key = (model_type, *sorted(fields.items()))
+        if key not in made:
+            made[key] = parent / f"{model_type}-{len(made)}"
+            tiny_detector(model_type, num_labels=1, **fields).save_pretrained(made[key])
+        return made[key]
+
+    return folder_of

@@ -1,0 +1,223 @@
+"""The command line: flags, recipes, help and errors."""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import pytest
+from transformers import TrainingArguments
+
+from aligndet_hf import cli
+
+
+@dataclass
+class BoxArguments:
+    source: str = field(metadata={"help": "where the boxes are"})
+
+
+@dataclass(kw_only=True)
+class DemoArguments(BoxArguments):
+    help_groups = {"rate": "Optimisation"}
+
+    settings: dict = field(default_factory=dict, metadata={"help": "anything"})
+    options: dict[str, Any] | None = field(default=None, metadata={"help": "anything or nothing"})
+    rate: float = field(default=1e-4, metadata={"help": "how fast"})
+    limit: int | None = field(default=None, metadata={"help": "how many"})
+    flip: bool = field(default=True, metadata={"help": "whether to flip"})
+    crop: bool = field(default=False, metadata={"help": "whether to crop"})
+    sizes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "how large"})
+    mode: Literal["top", "random"] = field(default="top", metadata={"help": "which"})
+
+
+@dataclass(kw_only=True)
+class TrainerArguments(TrainingArguments):
+    head_rate: float = field(default=0.5, metadata={"help": "a rate of our own"})
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def parse(*argv):
+    return cli.parse_arguments(DemoArguments, list(argv))
+
+
+def test_flags():
+    arguments = parse(
+        "--source", "a b", "--rate", "2", "--sizes", "3", "4", "5", "--no_flip", "--crop", "--settings", '{"a": {"b": 1}}'
+    )  # fmt: skip
+    assert asdict(arguments) == {
+        "source": "a b", "settings": {"a": {"b": 1}}, "options": None, "rate": 2.0, "limit": None, "flip": False,
+        "crop": True, "sizes": [3, 4, 5], "mode": "top",
+    }  # fmt: skip
+
+
+def test_a_recipe_is_the_default_and_flags_win(recipe):
+    text = "source: here\nrate: 1e-3\nsettings: {a: [1, 2]}\noptions: {b: null}\nflip: false\nsizes: [7]\nlimit: 5\n"
+    arguments = parse("--config", recipe(text), "--rate", "5", "--sizes", "8", "9")
+    assert (arguments.source, arguments.rate, arguments.sizes) == ("here", 5.0, [8, 9])
+    assert (arguments.settings, arguments.options) == ({"a": [1, 2]}, {"b": None})
+    assert (arguments.flip, arguments.limit, arguments.mode) == (False, 5, "top")
+
+
+def test_a_recipe_knows_what_yaml_does_not(recipe):
+    # YAML 1.1 reads 1e-3 as text and a bare number as a number; the field's type decides.
+    arguments = parse("--config", recipe("source: 2017\nrate: 1e-3\nlimit: null\nsizes: []\n"))
+    assert (arguments.source, arguments.rate, arguments.limit, arguments.sizes) == ("2017", 0.001, None, [])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("source: x\nrat: 1", "unknown key 'rat'; did you mean 'rate'?"),
+        ("source: x\nconfig: other.yaml", "unknown key 'config'"),
+        ("source: x\nrate: fast", "argument --rate: invalid float value: 'fast'"),
+        ("source: x\nlimit: 2.5", "argument --limit: invalid int value: '2.5'"),
+        ("source: x\nsizes: [1, two]", "argument --sizes: invalid int value: 'two'"),
+        ("source: x\nmode: best", "invalid choice: 'best'"),
+        ("source: x\nsettings: [1]", "--settings"),
+        ("source: x\nflip: maybe", "--flip"),
+        ("source: {", "not valid YAML"),
+        ("- source", "must be a mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_one_clear_error_that_names_the_file(recipe, text, message):
+    path = recipe(text)
+    with pytest.raises(ValueError) as error:
+        parse("--config", path)
+    assert message in str(error.value) and path in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--source", "x", "--rat", "1"], "unknown argument --rat; did you mean '--rate'?"),
+        (["--source", "x", "--rate=fast"], "invalid float value: 'fast'"),
+        (["--source", "x", "--settings", "{"], "not valid JSON"),
+        (["--source", "x", "--settings", "[1]"], "a JSON mapping is due"),
+        ([], "the following arguments are required: --source"),
+        (["--config"], "--config"),
+    ],
+)
+def test_wrong_flags_are_one_clear_error(argv, message):
+    with pytest.raises(ValueError) as error:
+        parse(*argv)
+    assert message in str(error.value)
+
+
+def test_a_missing_recipe_is_an_error_that_names_it():
+    with pytest.raises(OSError, match="nowhere.yaml"):
+        parse("--config", "nowhere.yaml")
+
+
+def help_of(cls, capsys, *argv):
+    with pytest.raises(SystemExit) as ended:
+        cli.parse_arguments(cls, [*argv, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_has_sections_defaults_and_one_spelling(capsys):
+    text = help_of(DemoArguments, capsys)
+    sections = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections == ["options", "Box", "Demo", "Optimisation", "Common"]
+    assert "--rate FLOAT" in text and "how fast (default: 0.0001)" in text
+    assert "where the boxes are (required)" in text
+    assert "--settings JSON" in text and "{top,random}" in text
+    assert "--no_flip" not in text and "None" not in text
+
+
+def test_help_shows_the_recipe_as_defaults(capsys, recipe):
+    assert "how fast (default: 7.0)" in help_of(DemoArguments, capsys, "--config", recipe("rate: 7"))
+
+
+def test_inherited_flags_are_folded(capsys):
+    text = help_of(TrainerArguments, capsys)
+    assert "--head_rate" in text and "--adam_beta1" not in text and "--help-all" in text
+    text = help_of(TrainerArguments, capsys, "--help-all")
+    assert "--adam_beta1" in text and text.index("--head_rate") < text.index("--adam_beta1")
+
+
+def test_inherited_flags_are_accepted(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--adam_beta1", "0.8", "--head_rate", "2", "--debug", "underflow_overflow"]
+    arguments = cli.parse_arguments(TrainerArguments, flags)
+    assert (arguments.adam_beta1, arguments.head_rate) == (0.8, 2.0)
+
+
+@pytest.mark.parametrize("command", ["pretrain"])
+def test_help_of_the_commands(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: aligndet {command} [--config") and "--output_dir" in text
+
+
+def test_overview(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"aligndet {command} " in text for command in cli.COMMANDS)
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["pretrian"]) == 2
+    assert "did you mean 'pretrain'?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A command `demo` whose function raises what the test gives it."""
+
+    def install(error=None):
+        seen = []
+
+        def work(arguments):
+            seen.append(arguments)
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(sys.modules[__name__], "work", work, raising=False)
+        monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command(__name__, "DemoArguments", "work", "a demo"))
+        return seen
+
+    return install
+
+
+def test_a_command_runs(command):
+    seen = command()
+    assert cli.main(["demo", "--source", "x", "--limit", "3"]) == 0
+    assert (seen[0].source, seen[0].limit) == ("x", 3)
+
+
+@pytest.mark.parametrize("error", [ValueError("row 3 is wrong"), OSError("row 3 is wrong")])
+def test_bad_input_is_one_line_and_code_2(command, error, capsys):
+    command(error)
+    assert cli.main(["demo", "--source", "x"]) == 2
+    assert capsys.readouterr().err == "error: row 3 is wrong\n"
+
+
+def test_a_bug_keeps_its_traceback(command):
+    command(KeyError("bug"))
+    with pytest.raises(KeyError):
+        cli.main(["demo", "--source", "x"])
+
+
+def test_the_traceback_can_be_asked_for(command, monkeypatch):
+    command(ValueError("row 3 is wrong"))
+    with pytest.raises(ValueError):
+        cli.main(["demo", "--source", "x", "--traceback"])
+    monkeypatch.setenv("ALIGNDET_DEBUG", "1")
+    with pytest.raises(ValueError):
+        cli.main(["demo", "--source", "x"])
+
+
+def test_ctrl_c_has_no_traceback(command, capsys):
+    command(KeyboardInterrupt())
+    assert cli.main(["demo", "--source", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -1,0 +1,98 @@
+"""The house: imports go one way, and `import aligndet_hf` stays quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
+
+# Low to high. A room may import the rooms below it and its own modules.
+HOUSE = [
+    {"boxes"},
+    {"losses", "matching", "momentum"},
+    {"proposals"},
+    {"data"},
+    {"detectors"},
+    {"models"},
+    {"evaluation"},
+    {"reporting"},
+    {"training"},
+    {"cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
+STRANGERS = [("data", "detectors"), ("data", "models"), ("detectors", "data"), ("models", "data")]
+
+
+def rooms_imported(source: str, package: list[str]) -> set[str]:
+    """The rooms of `aligndet_hf` that a module of `package` imports, at its top or inside a function."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            start = start + (node.module.split(".") if node.module else [])
+            names += [[*start, alias.name] for alias in node.names]
+    return {name[1] for name in names if name[0] == "aligndet_hf" and len(name) > 1 and name[1] in FLOOR}
+
+
+def breaches(room: str, source: str, package: list[str]) -> list[str]:
+    others = rooms_imported(source, package) - {room}
+    return sorted(
+        f"{room} imports {other}" for other in others if FLOOR[other] >= FLOOR[room] or (room, other) in STRANGERS
+    )
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).as_posix() != "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_one_way(path):
+    *folders, name = path.relative_to(PACKAGE).parts
+    room = folders[0] if folders else name.removesuffix(".py")
+    assert room in FLOOR, f"{room} has no place in the house: add it to HOUSE, here and in CONTRIBUTING.md"
+    assert breaches(room, path.read_text(encoding="utf-8"), ["aligndet_hf", *folders]) == []
+
+
+@pytest.mark.parametrize(
+    "room, source, expected",
+    [
+        ("data", "from aligndet_hf.models import AlignDetConfig", ["data imports models"]),
+        ("data", "from ..models.modeling_aligndet import AlignDetConfig", ["data imports models"]),
+        ("data", "from . import views\nfrom .columns import DataError\nfrom ..boxes import x", []),
+        ("detectors", "def f():\n    import aligndet_hf.data.columns", ["detectors imports data"]),
+        ("models", "from aligndet_hf import losses, data", ["models imports data"]),
+        ("models", "from .. import losses, training", ["models imports training"]),
+        ("training", "from aligndet_hf.data import columns\nfrom aligndet_hf.models import x\nimport torch", []),
+    ],
+)
+def test_the_check_sees_a_breach(room, source, expected):
+    assert breaches(room, source, ["aligndet_hf", room]) == expected
+
+
+def test_the_lowest_rooms_stand_beside_each_other():
+    assert breaches("losses", "from .matching import match_queries", ["aligndet_hf"]) == ["losses imports matching"]
+    assert breaches("losses", "from .boxes import cxcywh_to_xyxy", ["aligndet_hf"]) == []
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level packages that a fresh process has loaded after running some code."""
+    code += "; import sys; print(*{name.split('.')[0] for name in sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.splitlines()[-1].split())
+
+
+HEAVY = {"datasets", "cv2", "pycocotools", "matplotlib", "timm"}
+
+
+def test_import_leaves_heavy_packages_alone():
+    loaded = loaded_by("import aligndet_hf")
+    assert "aligndet_hf" in loaded and not HEAVY & loaded
+
+
+def test_the_overview_of_the_commands_loads_none_of_them():
+    loaded = loaded_by("from aligndet_hf.cli import main; main(['--help'])")
+    assert "transformers" in loaded and not HEAVY & loaded
