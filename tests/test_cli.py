@@ -50,7 +50,8 @@ def parse(*argv):
 
 def test_flags():
     arguments = parse(
-        "--source", "a b", "--rate", "2", "--sizes", "3", "4", "5", "--no_flip", "--crop", "--settings", '{"a": {"b": 1}}'
+        "--source", "a b", "--rate", "2", "--sizes", "3", "4", "5", "--no_flip", "--crop",
+        "--settings", '{"a": {"b": 1}}',
     )  # fmt: skip
     assert asdict(arguments) == {
         "source": "a b", "settings": {"a": {"b": 1}}, "options": None, "rate": 2.0, "limit": None, "flip": False,
