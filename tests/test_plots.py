@@ -8,6 +8,7 @@ import pytest
 
 matplotlib_image = pytest.importorskip("matplotlib.image")
 
+from aligndet_hf.evaluation import pictures  # noqa: E402
 from aligndet_hf.reporting import plots  # noqa: E402
 
 
@@ -63,8 +64,8 @@ def test_a_prediction_finds_each_object_once_and_of_its_own_class():
         "scores": np.array([0.9, 0.8, 0.7, 0.6]),
     }
     # The second is a duplicate although it fits better, the third has the wrong class.
-    assert plots._agreeing(found, truth).tolist() == [True, False, False, True]
-    assert plots._agreeing(found, {"boxes": [], "labels": []}).tolist() == [False] * 4
+    assert pictures._agreeing(found, truth).tolist() == [True, False, False, True]
+    assert pictures._agreeing(found, {"boxes": [], "labels": []}).tolist() == [False] * 4
 
 
 def test_predictions_beside_ground_truth(tmp_path):

@@ -11,20 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-# Bright enough for boxes on photographs, ordered so that the first few are told apart by colour-blind readers too.
-PALETTE = [
-    "#e8601c",
-    "#1f9ede",
-    "#22a45d",
-    "#d6338a",
-    "#f2c40f",
-    "#7b4fd1",
-    "#10b5a8",
-    "#8c564b",
-    "#8fbf26",
-    "#5f6b7a",
-]
-INK, GRID = "#22262b", "#dfe3e8"
+from ..evaluation.pictures import INK, PALETTE, new_figure, plot_predictions, save_figure
+
+__all__ = ["plot_arms", "plot_curves", "plot_predictions", "read_history", "smooth"]
+
+GRID = "#dfe3e8"
 
 
 def read_history(source) -> list[dict]:
@@ -112,7 +103,7 @@ def plot_curves(
 
     columns = min(len(series), 3)
     rows = math.ceil(len(series) / columns)
-    figure = _figure(5.2 * columns, 3.4 * rows + 0.3)
+    figure = new_figure(5.2 * columns, 3.4 * rows + 0.3)
     for place, (key, lines) in enumerate(series.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         _plain(axes, key, "step", None)
@@ -128,7 +119,7 @@ def plot_curves(
                 )
         if len(runs) > 1:
             axes.legend(frameon=False, fontsize=9)
-    return _save(figure, path, title)
+    return save_figure(figure, path, title)
 
 
 def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Path:
@@ -152,7 +143,7 @@ def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Pa
         panels.append(("AP per class", classes, lambda results, name: results["per_class"].get(name, -1)))
 
     widths = [max(len(labels) * (0.35 + 0.42 * len(arms)), 2.5) for _, labels, _ in panels]
-    figure = _figure(sum(widths) + 1.2, 3.8)
+    figure = new_figure(sum(widths) + 1.2, 3.8)
     for axes, (heading, labels, value) in zip(
         figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0], panels, strict=True
     ):
@@ -172,145 +163,12 @@ def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Pa
     figure.axes[0].set_ylabel("average precision, %", fontsize=9)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(arms), frameon=False, fontsize=9)
-    return _save(figure, path, title)
-
-
-def plot_predictions(
-    images: Sequence[np.ndarray],
-    ground_truth: Sequence[Mapping],
-    predictions: Sequence[Mapping] | Mapping[str, Sequence[Mapping]],
-    class_names: Sequence[str],
-    path,
-    threshold: float = 0.3,
-    title: str | None = None,
-) -> Path:
-    """
-    Draws one row per image: the ground truth on the left, the predictions of one or several arms to its right.
-
-    A prediction is solid where it agrees with a still free box of its class (IoU >= 0.5) and dashed where it does not.
-
-    Args:
-        images (`Sequence[np.ndarray]`): RGB images, uint8 `[height, width, 3]`.
-        ground_truth (`Sequence[Mapping]`): Per image `boxes` (`[n, 4]`, absolute pixels, xyxy) and `labels` (`[n]`).
-        predictions (`Sequence[Mapping]` or `Mapping[str, Sequence[Mapping]]`):
-            Per image `boxes`, `labels` and `scores` in the same form; for several arms a mapping from name to that.
-        class_names (`Sequence[str]`): Name of each class index.
-        path (`str` or `Path`): The PNG to write.
-        threshold (`float`, *optional*, defaults to 0.3): Predictions with a lower score are not drawn.
-        title (`str`, *optional*): Title of the figure.
-
-    Returns:
-        `Path`: `path`.
-    """
-    if not isinstance(predictions, Mapping):
-        predictions = {"predictions": predictions}
-    columns = 1 + len(predictions)
-    width = 4.6
-    heights = [width * image.shape[0] / image.shape[1] for image in images]
-    figure = _figure(width * columns, sum(heights) + 0.3 * len(images) + 0.5)
-    from matplotlib.patches import Patch  # after `_figure`, which says what to install
-
-    grid = figure.subplots(len(images), columns, squeeze=False, height_ratios=heights)
-    shown = set()
-    for row, (image, truth) in enumerate(zip(images, ground_truth, strict=True)):
-        panels = {"ground truth": dict(truth)}
-        for name, per_image in predictions.items():
-            found = {key: np.asarray(per_image[row][key]) for key in ("boxes", "labels", "scores")}
-            kept = found["scores"] >= threshold
-            panels[name] = {key: value[kept] for key, value in found.items()}
-            panels[name]["right"] = _agreeing(panels[name], truth)
-        for axes, (name, panel) in zip(grid[row], panels.items(), strict=True):
-            axes.imshow(image, interpolation="lanczos")
-            axes.set_axis_off()
-            count = len(panel["labels"])
-            if "right" in panel:
-                name = f"{name}: {int(panel['right'].sum())} of {len(truth['labels'])} found, {count} drawn"
-            axes.set_title(name if row == 0 or "right" in panel else "", fontsize=9, loc="left", color=INK)
-            _draw_boxes(axes, panel, class_names, image.shape)
-            shown.update(int(label) for label in panel["labels"])
-    handles = [Patch(color=_color(label), label=class_names[label]) for label in sorted(shown)]
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9
-        )
-    note = (
-        f"scores from {threshold:g}; solid: finds an object of its class (IoU 0.5), dashed: none, or one found before"
-    )
-    return _save(figure, path, f"{title} ({note})" if title else note, title_size=9)
-
-
-def _draw_boxes(axes, panel, class_names, shape):
-    """Draws the boxes of one panel, best scores on top, with a tag each (short ones where boxes are many)."""
-    from matplotlib.patches import Rectangle
-
-    boxes, labels = np.asarray(panel["boxes"], dtype=float).reshape(-1, 4), np.asarray(panel["labels"])
-    scores = panel.get("scores")
-    crowded = len(labels) > 12
-    for index in range(len(labels)) if scores is None else np.argsort(scores):
-        x1, y1, x2, y2 = boxes[index]
-        color = _color(int(labels[index]))
-        style = "-" if "right" not in panel or panel["right"][index] else (0, (3, 2))
-        axes.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.6, linestyle=style)
-        )
-        words = [] if crowded else [class_names[int(labels[index])]]
-        words += [] if scores is None else [f"{scores[index]:.2f}"]
-        if words:
-            bright = _luminance(color) > 0.55
-            axes.text(
-                np.clip(x1, 0, shape[1]),
-                np.clip(y1, 0, shape[0]),
-                " ".join(words),
-                fontsize=5.5 if crowded else 7,
-                color=INK if bright else "white",
-                verticalalignment="bottom" if y1 > 0.06 * shape[0] else "top",
-                bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-                clip_on=True,
-            )
-    axes.set_xlim(-0.5, shape[1] - 0.5)  # a box beyond the edge must not shrink the image
-    axes.set_ylim(shape[0] - 0.5, -0.5)
-
-
-def _agreeing(found, truth, threshold: float = 0.5) -> np.ndarray:
-    """Which predictions take, best score first, a free true box of their class with an IoU of at least `threshold`."""
-    import torch
-    from torchvision.ops import box_iou
-
-    right = np.zeros(len(found["labels"]), dtype=bool)
-    boxes, labels = np.asarray(truth["boxes"], dtype=float).reshape(-1, 4), np.asarray(truth["labels"])
-    if not len(labels) or not len(right):
-        return right
-    iou = box_iou(*(torch.as_tensor(np.asarray(b, dtype=float)) for b in (found["boxes"], boxes))).numpy()
-    iou[np.asarray(found["labels"])[:, None] != labels[None]] = 0
-    for index in np.argsort(-np.asarray(found["scores"]), kind="stable"):
-        best = iou[index].argmax()
-        if iou[index, best] >= threshold:
-            right[index] = True
-            iou[:, best] = 0
-    return right
+    return save_figure(figure, path, title)
 
 
 def _drawn(value) -> bool:
     """Whether an AP exists: COCO says -1 (and some tools NaN) where there is no such object."""
     return value is not None and value >= 0
-
-
-def _color(label: int) -> str:
-    return PALETTE[label % len(PALETTE)]
-
-
-def _luminance(color: str) -> float:
-    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return 0.299 * red + 0.587 * green + 0.114 * blue
-
-
-def _figure(width: float, height: float):
-    """A figure of its own, without pyplot; the one place that imports matplotlib first."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Pictures need matplotlib: pip install "aligndet-hf[plots]"') from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def _plain(axes, title, xlabel, ylabel):
@@ -324,12 +182,3 @@ def _plain(axes, title, xlabel, ylabel):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#9aa3ad")
-
-
-def _save(figure, path, title=None, title_size=11) -> Path:
-    if title:
-        figure.suptitle(title, fontsize=title_size, color=INK, x=0.01, ha="left")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    return path

@@ -1,0 +1,603 @@
+"""Fine-tuning: transformers' `Trainer` with the data, loss, checkpoints and measuring that detectors need."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
+
+from ..data.collate import collate_labelled, normalize_images
+from ..data.columns import validate_objects
+from ..data.dataset import LabelledImages, init_worker
+from ..data.errors import DataError
+from ..data.formats import category_names, load_dataset_source
+from ..data.sampling import EpochBatchSampler
+from ..data.splits import nested_subsets
+from ..data.views import ViewConfig
+from ..detectors.backbones import get_backbone, set_backbone_trainable
+from ..detectors.build import DetectorArguments, build_image_processor, is_new, load_detector
+from ..detectors.criterion import use_correct_loss
+from ..detectors.families import family_of
+from ..detectors.transfer import transfer_detector
+from ..evaluation.coco_metrics import format_table
+from ..evaluation.evaluate import EvaluationImages, normalization_of, predict_batches
+from ..reporting.model_card import write_finetuning_card
+from .checkpointing import prepare_output_dir, remove_checkpoints, require_same_run, write_json
+from .schedules import learning_rate, milestone_steps
+
+logger = logging.get_logger(__name__)
+
+SETTINGS, RESULTS, TRANSFER = "finetune_settings.json", "results.json", "transfer_report.json"
+# Of what TrainingArguments bring, what makes another run of it. The batch counts as the images of one step, however
+# they are spread over processes and forward passes.
+INHERITED_SETTINGS = (
+    "max_steps", "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
+    "data_seed", "bf16", "fp16",
+)  # fmt: skip
+# Of our own arguments, what does not.
+NOT_COMPARED = {
+    "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "card_license", "logging_steps",
+    "save_strategy", "save_total_limit", "dataloader_num_workers", "report_to", "eval_strategy", "do_eval",
+    "eval_dataset", "eval_split", "eval_image_dir", "metric_for_best_model", "logging_nan_inf_filter",
+    "remove_unused_columns",
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class FinetuneArguments(DetectorArguments, TrainingArguments):
+    """
+    Arguments of [`finetune`]: the flags of `aligndet finetune` and the keys of its recipes.
+
+    All of `transformers.TrainingArguments` with defaults that suit detectors, and what is ours.
+    """
+
+    help_groups = {
+        "dataset": "Data",
+        "image_sizes": "Views",
+        "transfer": "Transfer",
+        "num_train_epochs": "Optimisation",
+        "do_eval": "Measuring",
+        "output_dir": "Run",
+    }
+
+    dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
+    split: str = field(default="train", metadata={"help": "split of the dataset"})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
+    )
+    label_fraction: float = field(
+        default=1.0, metadata={"help": "share of the training images to use; smaller ones lie inside larger ones"}
+    )
+    label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images"})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "data loading processes per training process"})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "leave out the images of an epoch that do not fill a batch, others each time"}
+    )
+
+    image_sizes: list[int] = field(
+        default_factory=lambda: list(range(480, 801, 32)),
+        metadata={"help": "sizes in pixels that images are resized to at random: the shorter side, or both sides"},
+    )
+    max_size: int | None = field(
+        default=None, metadata={"help": "longest side in pixels; 5/3 of the drawn size if not given"}
+    )
+    eval_size: int | None = field(
+        default=None, metadata={"help": "size to measure and to deploy with; the largest of image_sizes if not given"}
+    )
+    flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
+    color: bool = field(default=False, metadata={"help": "apply one random colour operation to each image"})
+    crop_scale: list[float] | None = field(
+        default=None, metadata={"help": "smallest and largest area of a random crop; no crop if not given"}
+    )
+
+    transfer: Literal["keep-boxes", "paper", "everything"] = field(
+        default="keep-boxes",
+        metadata={
+            "help": "what a checkpoint passes on: all but its class layers, `paper` not the last box layers either, "
+            "`everything` all that fits"
+        },
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "keep the backbone as it is"})
+
+    num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "images per process and forward pass"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of all but the backbone"})
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "peak learning rate of the backbone; a tenth of the other if not given"}
+    )
+    weight_decay: float = field(default=1e-4, metadata={"help": "weight decay; never of norms and biases"})
+    max_grad_norm: float = field(default=0.1, metadata={"help": "gradients are clipped to this norm"})
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={"help": "learning rate after the warm-up: cosine, linear, constant_with_warmup, ..."},
+    )
+    lr_milestones: list[float] = field(
+        default_factory=list,
+        metadata={"help": "fractions of the run (below 1) or epochs at which the rate falls to a tenth, instead"},
+    )
+    warmup_steps: float = field(default=0, metadata={"help": "steps of linear warm-up, or below 1 a share of the run"})
+
+    do_eval: bool = field(default=True, metadata={"help": "measure on eval_dataset, at the end at least"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "what to measure on; `dataset` if not given"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "its split; of `dataset` `validation` if not given"}
+    )
+    eval_image_dir: str | None = field(default=None, metadata={"help": "as image_dir"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to measure: epoch, steps, or no (at the end)"})
+    metric_for_best_model: str | None = field(
+        default="AP", metadata={"help": "what load_best_model_at_end goes by, e.g. AP50 or APs"}
+    )
+
+    output_dir: str = field(metadata={"help": "folder of the run; the same command again resumes it"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "start anew, and remove the old checkpoints"})
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "when to save a checkpoint: epoch, steps, best or no"}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep, besides the best"})
+    logging_steps: float = field(default=20, metadata={"help": "steps between entries of the log"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "not for detectors: there are no columns"})
+    card_license: str | None = field(
+        default=None, metadata={"help": "licence of the weights for the model card, by its Hub name, e.g. apache-2.0"}
+    )
+
+    def __post_init__(self):
+        if not self.do_eval:
+            self.eval_strategy = "no"
+        if self.backbone_learning_rate is None:
+            self.backbone_learning_rate = self.learning_rate / 10
+        if self.eval_size is None:
+            self.eval_size = max(self.image_sizes)
+        if self.eval_split is None and self.eval_dataset is None:
+            self.eval_split = "validation"
+        if self.eval_dataset is None:
+            self.eval_dataset = self.dataset
+        if self.crop_scale is not None and len(self.crop_scale) != 2:
+            raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """
+    What [`finetune`] returns.
+
+    Attributes:
+        output_dir (`Path`): The plain detector with its image processor, results, trainer state and card.
+        metrics (`dict`): What `CocoMetrics.compute()` gave at the end; empty if nothing was measured.
+    """
+
+    output_dir: Path
+    metrics: dict
+
+
+def finetune(arguments: FinetuneArguments) -> FinetuneResult:
+    """
+    Fine-tune a detector on labelled images: one that was pre-trained, any other checkpoint, or a new one.
+
+    Writes to `output_dir` a plain `transformers` detector with its image processor, `results.json`,
+    `trainer_state.json` (the log), `transfer_report.json`, a model card, and `checkpoint-<step>` folders. The same
+    call again resumes from the last checkpoint, exactly; a finished run is left as it is.
+
+    Args:
+        arguments ([`FinetuneArguments`]): The configuration.
+
+    Returns:
+        [`FinetuneResult`]
+
+    Raises:
+        DataError: a dataset is broken, or the two do not have the same categories.
+        ValueError: a configuration that cannot run, or that differs from that of the run in `output_dir`.
+        OSError: `output_dir` cannot be written to, or the disk is full. The last checkpoint stays.
+    """
+    require_one_gpu_per_process(arguments)
+    output_dir = prepare_output_dir(arguments.output_dir)
+    settings = settings_of(arguments)
+    processes = PartialState()
+    if any(output_dir.glob("checkpoint-*")) and not (output_dir / SETTINGS).exists():
+        raise ValueError(f"{output_dir} holds checkpoints, but not of `aligndet finetune`: choose another output_dir")
+    if arguments.overwrite_output_dir and processes.is_main_process:
+        remove_checkpoints(output_dir)
+        (output_dir / RESULTS).unlink(missing_ok=True)
+    processes.wait_for_everyone()
+    checkpoint = last_complete_checkpoint(output_dir)
+    finished = (output_dir / RESULTS).exists()
+    if checkpoint or finished:
+        require_same_run(json.loads((output_dir / SETTINGS).read_text()), settings, output_dir)
+    if finished:
+        processes.print(f"The run in {output_dir} is finished; --overwrite_output_dir starts it anew.")
+        return FinetuneResult(output_dir, json.loads((output_dir / RESULTS).read_text())["metrics"])
+    if processes.is_main_process:
+        write_json(output_dir / SETTINGS, settings)
+
+    with processes.main_process_first():
+        dataset, categories = _load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
+        truth = None
+        if arguments.do_eval:
+            truth, _ = _load_labelled(
+                arguments.eval_dataset, arguments.eval_split, arguments.eval_image_dir, categories
+            )
+    rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
+    dataset = dataset.select(rows)
+
+    set_seed(arguments.seed)
+    detector, report = _start(arguments, categories)
+    image_processor = build_image_processor(detector, arguments.eval_size, arguments.max_size)
+    view = ViewConfig(
+        arguments.image_sizes,
+        arguments.max_size,
+        family_of(detector.config).resize,
+        arguments.flip_probability,
+        arguments.color,
+        tuple(arguments.crop_scale) if arguments.crop_scale else None,
+    )
+    trainer = DetectionTrainer(
+        detector,
+        arguments,
+        train_dataset=LabelledImages(dataset, view, seed=arguments.seed),
+        eval_dataset=EvaluationImages(truth, categories, image_processor) if truth else None,
+        processing_class=image_processor,
+    )
+    processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
+    if report is not None:
+        processes.print(str(report).splitlines()[0])
+    trainer.fit(checkpoint)
+    metrics = {}
+    if truth is not None:
+        if trainer.measured_at != trainer.state.global_step or arguments.load_best_model_at_end:
+            trainer.evaluate()
+        metrics = trainer.results
+
+    if processes.is_main_process:
+        detector.save_pretrained(output_dir)
+        image_processor.save_pretrained(output_dir)
+        trainer.save_state()
+        if report is not None:
+            write_json(output_dir / TRANSFER, report.to_dict())
+        write_finetuning_card(
+            output_dir,
+            detector_config=detector.config,
+            dataset=arguments.dataset,
+            settings=settings,
+            results=metrics,
+            eval_dataset=arguments.eval_dataset,
+            eval_split=arguments.eval_split,
+            num_images=len(dataset),
+            num_eval_images=len(truth) if truth else None,
+            steps=trainer.state.global_step,
+            base_model=None if report is None else arguments.detector,
+            license=arguments.card_license,
+            transfer=None if report is None else report.to_dict(),
+        )
+        # Last, as the mark of a finished run.
+        write_json(
+            output_dir / RESULTS, {"metrics": metrics, "steps": trainer.state.global_step, "images": len(dataset)}
+        )
+        if metrics:
+            print(format_table(metrics))
+        if arguments.push_to_hub:
+            trainer.upload("End of fine-tuning")
+    processes.wait_for_everyone()
+    return FinetuneResult(output_dir, metrics)
+
+
+def require_one_gpu_per_process(arguments: TrainingArguments) -> None:
+    """
+    Refuses what `Trainer` would turn into `DataParallel`, which cannot split a detector's labels.
+
+    Raises:
+        ValueError: several GPUs are visible to a process that no launcher started. The message has the right line.
+    """
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"{arguments.n_gpu} GPUs are visible, but this is a single process. Use them all with\n"
+            f"  accelerate launch --num_processes {arguments.n_gpu} scripts/finetune.py ...\n"
+            "and the same flags, or one of them with CUDA_VISIBLE_DEVICES=0 before the command."
+        )
+
+
+def settings_of(arguments: FinetuneArguments) -> dict:
+    """What makes a run this run and no other: everything that has an influence on its weights, as plain values."""
+    own = _declared(FinetuneArguments) - NOT_COMPARED
+    own |= _declared(DetectorArguments) - {"detector"} if is_new(arguments) else set()
+    own -= {"transfer"} if is_new(arguments) else set()
+    plain = arguments.to_dict()  # enums by value
+    settings = {"detector": arguments.detector} | {name: plain[name] for name in (*sorted(own), *INHERITED_SETTINGS)}
+    settings["images_per_step"] = (
+        arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    )
+    return json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
+
+
+def _declared(cls) -> set[str]:
+    return {item.name for item in fields(cls) if item.name in cls.__annotations__}
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """
+    The newest checkpoint of a run that was written to its end, or `None`.
+
+    `Trainer` writes `trainer_state.json` last, so a folder without a readable one was cut short; it is removed, since
+    `Trainer` would count it as a checkpoint when it decides which ones to delete.
+    """
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+            return folder
+        except (OSError, ValueError):
+            logger.warning(f"{folder} was not written to its end and is removed.")
+            if PartialState().is_main_process:
+                shutil.rmtree(folder)
+    return None
+
+
+def _load_labelled(source: str, split: str | None, image_dir: str | None, categories: list[str] | None = None):
+    """A validated dataset and the names of its categories, which must be `categories` if those are given."""
+    dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir)
+    names = category_names(dataset, source)
+    if categories is not None and names != categories:
+        raise DataError(
+            f"{source} (split {split}) has other categories than the training data: {', '.join(names)} instead of "
+            f"{', '.join(categories)}. Number them alike in both."
+        )
+    PartialState().print(validate_objects(dataset, names, source))
+    return dataset, names
+
+
+def _start(arguments: FinetuneArguments, categories: list[str]):
+    """The detector to train and, if it comes from a checkpoint, the report of what it got from there."""
+    id2label, report = dict(enumerate(categories)), None
+    if is_new(arguments):
+        detector = load_detector(arguments, len(categories), id2label)
+    else:
+        detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)
+    # Always set, never trusted: transformers freezes by patterns that miss, and forgets it when it loads.
+    set_backbone_trainable(detector, not arguments.freeze_backbone)
+    if report is not None:
+        report.frozen = [name for name, parameter in detector.named_parameters() if not parameter.requires_grad]
+    return use_correct_loss(detector), report
+
+
+class EpochLoader(DataLoader):
+    """A loader that passes on the epoch that `Trainer` announces to its batch sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
+class DetectionTrainer(Trainer):
+    """
+    `transformers.Trainer` for detectors.
+
+    What is different: images are normalised on the device; which images and views are seen is a pure function of the
+    seed and the epoch; checkpoints restore every tensor, on resuming and for `load_best_model_at_end`, or fail;
+    evaluation streams through [`CocoMetrics`] and counts every image once, also in the last batch and with several
+    processes; the backbone has a learning rate of its own, and stays in evaluation mode when frozen; the terms of the
+    loss are logged.
+
+    Evaluation logs `eval_AP`, `eval_AP50` and the other COCO numbers (0 to 1), and `eval_AP_<class>`: any of them can
+    be `metric_for_best_model`. There is no `eval_loss`.
+
+    Args:
+        model (`PreTrainedModel`): A detector. Whether its backbone is trained is up to its `requires_grad`, and which
+            loss it computes up to its `loss_function`: see `set_backbone_trainable` and `use_correct_loss`.
+        args (`TrainingArguments`): Of `FinetuneArguments` also `backbone_learning_rate` and `lr_milestones` count.
+        train_dataset ([`LabelledImages`], *optional*): A dataset of [`SampleKey`]s.
+        eval_dataset ([`EvaluationImages`], *optional*): What to measure on.
+        processing_class (`BaseImageProcessor`): The image processor to normalise with and to save.
+        kwargs: Further arguments of `Trainer`.
+    """
+
+    def __init__(self, model, args, *, train_dataset=None, eval_dataset=None, processing_class, **kwargs):
+        require_one_gpu_per_process(args)
+        kwargs.setdefault("data_collator", collate_labelled)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.normalization = normalization_of(processing_class)
+        self.backbone = get_backbone(model)
+        self.results, self.measured_at = {}, None  # the last evaluation and its step
+        self._terms, self._terms_count = {}, 0
+
+    # ---- data ----
+
+    def _loader(self, cls, dataset, **kwargs) -> DataLoader:
+        workers = self.args.dataloader_num_workers
+        return cls(
+            dataset,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context if workers else None,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            worker_init_fn=init_worker,
+            # The loader draws a seed for its workers, which need none: not from the state that dropout draws from.
+            generator=torch.Generator(),
+            **kwargs,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this process: the sampler knows the processes, so Accelerate must not split them again."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        args = self.args
+        sampler = EpochBatchSampler(
+            len(self.train_dataset),
+            self._train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+        return self._loader(
+            EpochLoader,
+            self.train_dataset,
+            batch_sampler=sampler,
+            persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
+        )
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Every image once: each process has every `world_size`-th, and nothing is repeated to make numbers even."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset] if eval_dataset else self.eval_dataset
+        if eval_dataset is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        rows = range(self.args.process_index, len(eval_dataset), self.args.world_size)
+        return self._loader(DataLoader, eval_dataset, batch_size=self.args.eval_batch_size, sampler=rows)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        inputs = super()._prepare_inputs(inputs)
+        if inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = normalize_images(
+                inputs["pixel_values"], inputs["pixel_mask"], **self.normalization
+            )
+        return inputs
+
+    # ---- training ----
+
+    def fit(self, checkpoint: str | Path | None = None) -> None:
+        """Trains on from a checkpoint, or from the start; a checkpoint of the last step is only loaded."""
+        state = checkpoint and TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if not state or state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            return
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
+            self.backbone.eval()  # `Trainer` has just put all of the model in training mode
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            self._terms_count += 1
+            for name, value in outputs.loss_dict.items():
+                if re.fullmatch(r"loss_[a-z]+", name):  # not those of each decoder layer
+                    self._terms[name] = self._terms.get(name, 0) + value.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict, *args, **kwargs) -> None:
+        if "loss" in logs and self._terms_count:
+            logs |= {name: float(total) / self._terms_count for name, total in self._terms.items()}
+            self._terms, self._terms_count = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """What `optim` says, with groups: the backbone apart, no decay of norms and biases, nothing frozen."""
+        if self.optimizer is None:
+            args = self.args
+            backbone = {id(parameter) for parameter in self.backbone.parameters()}
+            rates = {False: args.learning_rate, True: getattr(args, "backbone_learning_rate", args.learning_rate)}
+            groups = {}
+            for parameter in (model or self.model).parameters():
+                if parameter.requires_grad:
+                    key = (id(parameter) in backbone, parameter.ndim > 1)
+                    groups.setdefault(key, []).append(parameter)
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
+            self.optimizer = cls(
+                [
+                    {"params": params, "lr": rates[of_backbone], "weight_decay": args.weight_decay if decays else 0.0}
+                    for (of_backbone, decays), params in sorted(groups.items(), key=lambda item: item[0])
+                ],
+                **kwargs,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None and getattr(self.args, "lr_milestones", None):
+            batches = len(self.get_train_dataloader())
+            steps_per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
+            factor = partial(
+                learning_rate,
+                peak=1.0,
+                total_steps=num_training_steps,
+                schedule="step",
+                warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                milestones=milestone_steps(self.args.lr_milestones, num_training_steps, steps_per_epoch),
+            )
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- checkpoints ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """
+        Saves the weights by the names they have in the model.
+
+        By default `save_pretrained` writes the names of the original checkpoints, which `from_pretrained` translates
+        back but `Trainer` does not: it would load what happens to have the same name, and go on.
+        """
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+            self.processing_class.save_pretrained(folder)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Where `Trainer` warns that tensors of a checkpoint were missing or unknown, refuse it."""
+        tensors = self.model.state_dict(keep_vars=True)
+        # Tied tensors are saved once: under the one name or the other.
+        loaded = {id(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(tensors[name]) not in loaded]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"the checkpoint is not one of this model and trainer: {len(missing)} tensors are missing from it "
+                f"(such as {missing[:3]}) and {len(load_result.unexpected_keys)} are unknown (such as "
+                f"{load_result.unexpected_keys[:3]}). Load its weights with from_pretrained instead of resuming."
+            )
+
+    def upload(self, message: str) -> None:
+        """Uploads `output_dir`, without its checkpoints, to the Hub repository of the run."""
+        from huggingface_hub import HfApi
+
+        HfApi(token=self.args.hub_token).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=message,
+            revision=self.args.hub_revision,
+            ignore_patterns=["checkpoint-*", "unfinished-*", "_*"],
+        )
+
+    # ---- measuring ----
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Streams the images through the detector; the truth comes from the dataset, never from the batches."""
+        images: EvaluationImages = dataloader.dataset
+        self.callback_handler.eval_dataloader = dataloader  # the progress bar counts its batches
+        metrics = images.metrics()
+        with self.accelerator.autocast():
+            for ids, predictions in predict_batches(self.model, dataloader, self.processing_class):
+                metrics.update(predictions, ids)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics.gather()
+        self.results = metrics.compute()
+        self.measured_at = self.state.global_step
+        numbers = {key: value for key, value in self.results.items() if key != "per_class"}
+        numbers |= {f"AP_{name}": value for name, value in self.results["per_class"].items()}
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_{key}": value for key, value in numbers.items()},
+            num_samples=len(images),
+        )

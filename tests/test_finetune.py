@@ -1,0 +1,475 @@
+"""Fine-tuning: exact resumption, whole checkpoints, what moves and what is measured, and a result without us in it."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import gather_object
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from tiny_detectors import tiny_detector
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    pipeline,
+)
+
+from aligndet_hf.data.collate import collate_labelled
+from aligndet_hf.data.dataset import LabelledImages
+from aligndet_hf.data.errors import DataError
+from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.data.sampling import SampleKey
+from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, make_synthetic_dataset, write_synthetic_folder
+from aligndet_hf.data.views import ViewConfig
+from aligndet_hf.detectors.backbones import get_backbone, set_backbone_trainable
+from aligndet_hf.detectors.build import build_image_processor
+from aligndet_hf.detectors.criterion import use_correct_loss
+from aligndet_hf.evaluation.evaluate import EvaluationImages
+from aligndet_hf.training.finetune import (
+    DetectionTrainer,
+    FinetuneArguments,
+    finetune,
+    last_complete_checkpoint,
+    settings_of,
+)
+
+FAMILIES = ["detr", "conditional_detr", "rt_detr"]
+SIZES = [64, 96]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Labelled data (8 images to train on, 5 to measure on) and a DETR checkpoint with other classes."""
+    folder = tmp_path_factory.mktemp("finetune")
+    write_synthetic_folder(folder / "data", {"train": 8, "validation": 5}, seed=0, image_size=(64, 96))
+    tiny_detector("detr").save_pretrained(folder / "detector")
+    return folder
+
+
+def arguments_for(folder: Path, output_dir: Path, **changes) -> FinetuneArguments:
+    """Two epochs of two steps."""
+    settings = {
+        "dataset": str(folder / "data"),
+        "detector": str(folder / "detector"),
+        "output_dir": str(output_dir),
+        "image_sizes": SIZES,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "dataloader_num_workers": 0,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return FinetuneArguments(**settings | changes)
+
+
+def make_trainer(model_type: str, output_dir: Path, seed: int = 0, freeze: bool = False, **changes):
+    """A trainer of a tiny detector on four synthetic images."""
+    detector = use_correct_loss(tiny_detector(model_type, seed, num_labels=len(SYNTHETIC_CATEGORIES)))
+    set_backbone_trainable(detector, not freeze)
+    dataset = make_synthetic_dataset(4, seed=0, image_size=(64, 96))
+    image_processor = build_image_processor(detector, 64)
+    view = ViewConfig([64], resize="square" if model_type == "rt_detr" else "shortest_edge")
+    return DetectionTrainer(
+        detector,
+        arguments_for(output_dir, output_dir, **{"max_steps": 1, "do_eval": False, "save_strategy": "no"} | changes),
+        train_dataset=LabelledImages(dataset, view, seed=0),
+        eval_dataset=EvaluationImages(dataset, SYNTHETIC_CATEGORIES, image_processor),
+        processing_class=image_processor,
+    )
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+class Interrupt(TrainerCallback):
+    """Ends a run right after it saved the checkpoint of a step, as a killed process does."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Makes the next runs of `finetune` end after the checkpoint of a step; `None` lets them finish."""
+    stop = {"step": None}
+    init = DetectionTrainer.__init__
+
+    def patched(self, *args, **kwargs):
+        init(self, *args, **kwargs, callbacks=[Interrupt(stop["step"])])
+
+    monkeypatch.setattr(DetectionTrainer, "__init__", patched)
+    return lambda step: stop.update(step=step)
+
+
+# ---- runs ----
+
+
+def test_an_interrupted_run_ends_bit_identical_in_a_fresh_process(folder, tmp_path, interrupt):
+    changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    whole = finetune(arguments_for(folder, tmp_path / "whole", **changes))
+    interrupt(3)  # in the middle of the second epoch; dropout, flips and evaluations drew random numbers before
+    with pytest.raises(KeyboardInterrupt):
+        finetune(arguments_for(folder, tmp_path / "parts", **changes))
+    assert last_complete_checkpoint(tmp_path / "parts").name == "checkpoint-3"
+    assert not (tmp_path / "parts" / "results.json").exists()
+
+    # Loading in another process changes nothing either.
+    flags = changes | {"dataloader_num_workers": 1}
+    settings = {**_given(arguments_for(folder, tmp_path / "parts")), **flags}
+    code = "import json, sys; from aligndet_hf.training.finetune import *; "
+    code += "finetune(FinetuneArguments(**json.loads(sys.argv[1])))"
+    run = subprocess.run([sys.executable, "-c", code, json.dumps(settings)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert json.loads((tmp_path / "parts" / "results.json").read_text())["metrics"] == whole.metrics
+    start = weights_of(folder / "detector")
+    moved = [name for name, tensor in weights_of(tmp_path / "whole").items() if not torch.equal(tensor, start[name])]
+    assert len(moved) > 50
+
+
+def _given(arguments: FinetuneArguments) -> dict:
+    """What [`arguments_for`] gave, to hand it to another process."""
+    names = ("dataset", "detector", "output_dir", "image_sizes", "num_train_epochs", "per_device_train_batch_size")
+    names += ("per_device_eval_batch_size", "logging_steps", "use_cpu", "disable_tqdm")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def test_a_run_killed_after_its_last_checkpoint_trains_no_further(folder, tmp_path, interrupt):
+    changes = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}  # ends within an epoch
+    finetune(arguments_for(folder, tmp_path / "whole", **changes))
+    interrupt(3)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(arguments_for(folder, tmp_path / "parts", **changes))
+    interrupt(None)
+    finetune(arguments_for(folder, tmp_path / "parts", **changes))
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    assert json.loads((tmp_path / "parts" / "trainer_state.json").read_text())["global_step"] == 3
+
+
+def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
+    result = finetune(arguments_for(folder, tmp_path / "run", label_fraction=0.5, card_license="apache-2.0"))
+    output_dir = result.output_dir
+
+    detector = AutoModelForObjectDetection.from_pretrained(output_dir)
+    assert type(detector).__module__.startswith("transformers.")
+    assert list(detector.config.id2label.values()) == SYNTHETIC_CATEGORIES
+    processor = AutoImageProcessor.from_pretrained(output_dir)
+    assert processor.size["shortest_edge"] == max(SIZES)
+    image = str(next((folder / "data" / "validation").glob("*.jpg")))
+    found = pipeline("object-detection", model=str(output_dir))(image, threshold=0.0)
+    assert found and found[0]["label"] in SYNTHETIC_CATEGORIES
+
+    record = json.loads((output_dir / "results.json").read_text())
+    assert record["metrics"] == result.metrics and record["images"] == 4 and record["steps"] == 2
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    assert [entry["eval_AP"] for entry in history if "eval_AP" in entry][-1] == result.metrics["AP"]
+    assert {"loss", "loss_ce", "loss_bbox", "loss_giou", "grad_norm"} <= history[0].keys()
+    for entry in history:
+        if "loss" in entry:  # the logged terms are those of the last layer; DETR adds up the two layers' terms
+            assert entry["loss"] > entry["loss_ce"] + 5 * entry["loss_bbox"] + 2 * entry["loss_giou"] > 0
+    report = json.loads((output_dir / "transfer_report.json").read_text())
+    assert report["reset"] == ["class_labels_classifier.weight", "class_labels_classifier.bias"]
+    card = ModelCard.load(output_dir / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.eval_results[0].metric_value == round(100 * result.metrics["AP"], 2)
+
+    capsys.readouterr()
+    modified = (output_dir / "model.safetensors").stat().st_mtime_ns
+    again = finetune(arguments_for(folder, output_dir, label_fraction=0.5))
+    assert again == result and "is finished" in capsys.readouterr().out
+    assert (output_dir / "model.safetensors").stat().st_mtime_ns == modified
+
+
+def test_another_configuration_is_refused_unless_told_to_overwrite(folder, tmp_path):
+    changes = {"do_eval": False, "max_steps": 1}
+    finetune(arguments_for(folder, tmp_path / "run", **changes))
+    with pytest.raises(ValueError, match="learning_rate: 0.0001 there, 0.001 now"):
+        finetune(arguments_for(folder, tmp_path / "run", learning_rate=1e-3, **changes))
+    before = weights_of(tmp_path / "run")
+    # Another spread of the same batch is the same run.
+    same_run = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    finetune(arguments_for(folder, tmp_path / "run", **changes | same_run))
+    finetune(arguments_for(folder, tmp_path / "run", learning_rate=1e-3, overwrite_output_dir=True, **changes))
+    assert not same(before, weights_of(tmp_path / "run"))
+
+    (tmp_path / "other" / "checkpoint-7").mkdir(parents=True)
+    with pytest.raises(ValueError, match="not of `aligndet finetune`"):
+        finetune(arguments_for(folder, tmp_path / "other"))
+    assert (tmp_path / "other" / "checkpoint-7").exists()
+
+
+def test_settings_are_what_has_an_influence(folder, tmp_path):
+    checkpoint = settings_of(arguments_for(folder, tmp_path))
+    assert checkpoint["transfer"] == "keep-boxes" and "backbone" not in checkpoint
+    assert checkpoint["images_per_step"] == 4 and checkpoint["backbone_learning_rate"] == 1e-5
+    assert not {"output_dir", "hub_token", "logging_steps", "dataloader_num_workers"} & checkpoint.keys()
+    new = settings_of(arguments_for(folder, tmp_path, detector="rt_detr"))
+    assert new["backbone"] == "resnet50" and "transfer" not in new
+
+
+def test_training_only_needs_no_validation_data_and_any_start_will_do(folder, tmp_path):
+    shutil.copytree(folder / "data" / "train", tmp_path / "data" / "train")
+    shutil.copy(folder / "data" / "labels.json", tmp_path / "data")
+    tiny = {"d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_layers": 2, "num_queries": 9}
+    changes = {
+        "detector": "rt_detr",
+        "backbone": "resnet10t",
+        "detector_config": tiny | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_denoising": 4},
+        "do_eval": False,
+        "max_steps": 1,
+    }
+    result = finetune(arguments_for(tmp_path, tmp_path / "run", **changes))
+    assert result.metrics == {} and not (result.output_dir / "transfer_report.json").exists()
+    assert AutoModelForObjectDetection.from_pretrained(result.output_dir).config.num_queries == 9
+    assert "Nothing was measured" in (result.output_dir / "README.md").read_text()
+    with pytest.raises(DataError, match="validation"):
+        finetune(arguments_for(tmp_path, tmp_path / "measured", **changes | {"do_eval": True}))
+
+
+def test_both_datasets_must_number_their_categories_alike(folder, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    (tmp_path / "data" / "labels.json").write_text(json.dumps(SYNTHETIC_CATEGORIES[::-1]))
+    with pytest.raises(DataError, match="other categories.*ring, star.*instead of disk"):
+        finetune(arguments_for(folder, tmp_path / "run", eval_dataset=str(tmp_path / "data"), eval_split="validation"))
+
+
+def test_a_checkpoint_cut_short_is_passed_over_and_removed(tmp_path):
+    for step, state in ((2, "{}"), (10, "{}"), (12, '{"global_step": 1'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+# ---- the trainer ----
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_checkpoints_restore_every_tensor(model_type, tmp_path):
+    saved = make_trainer(model_type, tmp_path)
+    saved._save(str(tmp_path / "checkpoint-1"))
+    expected = {name: tensor.clone() for name, tensor in saved.model.state_dict().items()}
+
+    resumed = make_trainer(model_type, tmp_path, seed=1)
+    differing = sum(not torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
+    assert differing > 30
+    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    restored = resumed.model.state_dict()
+    assert len(restored) == len(expected) and same(restored, expected)
+
+    best = make_trainer(model_type, tmp_path, seed=2)
+    best.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    best._load_best_model()
+    assert same(best.model.state_dict(), expected)
+    # And the folder is an ordinary checkpoint.
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-1")
+    assert same(loaded.state_dict(), expected)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_checkpoint_that_would_lose_tensors_is_refused(model_type, tmp_path):
+    trainer = make_trainer(model_type, tmp_path)
+    trainer.model.save_pretrained(tmp_path)  # by the names of the original checkpoints, as the stock Trainer saves
+    with pytest.raises(ValueError, match="tensors are missing"):
+        trainer._load_from_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_step_moves_what_is_trained_and_nothing_else(model_type, freeze, tmp_path):
+    # Some steps, since heads that start at zero pass no gradient on; not clipped, lest float32 loses tiny steps.
+    changes = {"learning_rate": 1e-3, "backbone_learning_rate": 1e-3, "max_grad_norm": 0.0, "max_steps": 4}
+    trainer = make_trainer(model_type, tmp_path, freeze=freeze, **changes)
+    detector = trainer.model
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    frozen = {id(tensor) for tensor in get_backbone(detector).state_dict(keep_vars=True).values()} if freeze else set()
+    trainer.train()
+    for name, tensor in detector.state_dict(keep_vars=True).items():
+        if id(tensor) in frozen:
+            assert torch.equal(tensor, before[name]), name
+        elif isinstance(tensor, torch.nn.Parameter) and not name.endswith("k_proj.bias"):  # softmax cancels it
+            assert tensor.requires_grad and not torch.equal(tensor, before[name]), name
+    assert get_backbone(detector).training != freeze
+
+
+def test_parameter_groups(tmp_path):
+    trainer = make_trainer("detr", tmp_path, learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.1)
+    trainer.model.bbox_predictor.requires_grad_(False)
+    groups = trainer.create_optimizer().param_groups
+    # The backbone's norms are frozen, and it has no biases.
+    expected = [(1e-3, 0.0), (1e-3, 0.1), (1e-4, 0.1)]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == expected
+    backbone = {id(parameter) for parameter in get_backbone(trainer.model).parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            assert (id(parameter) in backbone) == (group["lr"] == 1e-4)
+            assert (parameter.ndim > 1) == (group["weight_decay"] > 0)
+    grouped = {id(parameter) for group in groups for parameter in group["params"]}
+    assert grouped == {id(parameter) for parameter in trainer.model.parameters() if parameter.requires_grad}
+
+
+def test_the_learning_rate_falls_at_milestones(folder, tmp_path):
+    changes = {"lr_milestones": [1, 0.75], "warmup_steps": 1, "do_eval": False, "learning_rate": 0.01}
+    result = finetune(arguments_for(folder, tmp_path / "run", **changes))
+    history = json.loads((result.output_dir / "trainer_state.json").read_text())["log_history"]
+    # Two steps an epoch: a warm-up step at half the rate, a whole one, then a tenth and a hundredth.
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    assert rates == pytest.approx([0.005, 0.01, 0.001, 0.0001])
+
+
+def test_several_gpus_without_a_launcher_are_refused(tmp_path):
+    trainer = make_trainer("rt_detr", tmp_path)
+    arguments = dataclasses.replace(trainer.args)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch --num_processes 2"):
+        DetectionTrainer(trainer.model, arguments, processing_class=trainer.processing_class)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(folder, tmp_path, monkeypatch):
+    scores = iter([0.3, 0.2])
+    compute = "aligndet_hf.evaluation.coco_metrics.CocoMetrics.compute"
+    results = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), 0.1)
+    results |= dict.fromkeys(("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"), 0.1)
+    monkeypatch.setattr(compute, lambda self: results | {"per_class": {"disk": next(scores, 0.3)}})
+    changes = {"load_best_model_at_end": True, "metric_for_best_model": "AP_disk", "save_total_limit": 1}
+    result = finetune(arguments_for(folder, tmp_path / "run", **changes))
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["best_metric"] == 0.3 and state["best_global_step"] == 2
+    best = AutoModelForObjectDetection.from_pretrained(tmp_path / "run" / "checkpoint-2").state_dict()
+    assert same(AutoModelForObjectDetection.from_pretrained(result.output_dir).state_dict(), best)
+
+
+def measure_and_train(output_dir: Path, batch_size: int) -> dict:
+    """Measures on three images and takes two steps: what each process saw, the numbers, and what moved how far."""
+    # Plain gradient descent: AdamW makes whole steps of the rounding errors in gradients that are zero.
+    changes = {"optim": "sgd", "learning_rate": 0.1, "backbone_learning_rate": 0.1, "max_steps": 2}
+    changes |= {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": 1}
+    # Denoising queries are drawn anew by every process, so not the RT-DETR.
+    trainer = make_trainer("conditional_detr", output_dir, **changes)
+    for module in trainer.model.modules():
+        for name in ("dropout", "activation_dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    dataset = trainer.eval_dataset.dataset.select(range(3))  # an odd number for two processes
+    seen = []
+
+    class Images(EvaluationImages):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    numbers = trainer.evaluate(Images(dataset, SYNTHETIC_CATEGORIES, trainer.processing_class))
+    trainer.train()
+    after = trainer.model.state_dict()
+    return {
+        "rows": gather_object([seen]),
+        "numbers": {key: value for key, value in numbers.items() if key.startswith("eval_A")},
+        "moved": {name: after[name] - before[name] for name in before},
+    }
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; import torch; sys.path.insert(0, sys.argv[1]); import test_finetune; "
+    )
+    code += "result = test_finetune.measure_and_train(Path(sys.argv[2]), 2); "
+    code += "torch.distributed.get_rank() or torch.save(result, Path(sys.argv[2]) / 'result.pt')"
+    (tmp_path / "two.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(tmp_path / "two.py"), str(Path(__file__).parent), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    two = torch.load(tmp_path / "result.pt", weights_only=True)
+    one = measure_and_train(tmp_path, 4)
+
+    assert one["rows"] == [[0, 1, 2]] and two["rows"] == [[0, 2], [1]]  # every image once
+    assert len(one["numbers"]) == 12 + len(SYNTHETIC_CATEGORIES)
+    assert one["numbers"] == pytest.approx(two["numbers"], abs=1e-6)
+    differences = {name: (moved - two["moved"][name]).abs().max() for name, moved in one["moved"].items()}
+    assert max(differences.values()) < 1e-6 < 1e-3 < max(moved.abs().max() for moved in one["moved"].values())
+
+
+# ---- without this package ----
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_stock_trainer_fine_tunes_a_saved_detector(model_type, tmp_path):
+    """`AutoModel`, `AutoImageProcessor`, the stock `Trainer` and a collator of three lines: no class of ours."""
+    saved = tiny_detector(model_type)
+    saved.save_pretrained(tmp_path / "detector")
+    build_image_processor(saved, 64).save_pretrained(tmp_path / "detector")
+    del saved
+
+    detector = AutoModelForObjectDetection.from_pretrained(
+        tmp_path / "detector", num_labels=len(SYNTHETIC_CATEGORIES), ignore_mismatched_sizes=True
+    )
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "detector")
+    rows = []
+    for row in make_synthetic_dataset(2, seed=0, image_size=(64, 64)).cast_column("image", _decoded()):
+        objects = row["objects"]
+        annotations = [
+            {"bbox": box, "category_id": category, "area": area, "iscrowd": 0}
+            for box, category, area in zip(objects["bbox"], objects["category"], objects["area"], strict=True)
+        ]
+        target = {"image_id": row["image_id"], "annotations": annotations}
+        prepared = processor(images=row["image"].convert("RGB"), annotations=target, return_tensors="pt")
+        rows.append({"pixel_values": prepared["pixel_values"][0], "labels": prepared["labels"][0]})
+
+    def collate(items):
+        pixel_values = torch.stack([item["pixel_values"] for item in items])
+        return {"pixel_values": pixel_values, "labels": [dict(item["labels"]) for item in items]}
+
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        remove_unused_columns=False,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(detector, arguments, data_collator=collate, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 8 and all(map(torch.tensor(losses).isfinite().tolist().__getitem__, range(8)))
+    assert losses[-1] < losses[0]
+
+
+def _decoded():
+    from datasets import Image
+
+    return Image(decode=True)
+
+
+def test_batches_of_an_epoch_do_not_depend_on_where_it_was_entered(folder):
+    """What a resumed run relies on: an item is a function of its key alone."""
+    dataset = load_dataset_source(folder / "data", "train", labels=True)
+    images = LabelledImages(dataset, ViewConfig(SIZES), seed=3)
+    first, again = (collate_labelled([images[SampleKey(row, 1, 2)] for row in (4, 1)]) for _ in range(2))
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+    assert torch.equal(first["labels"][0]["boxes"], again["labels"][0]["boxes"])
