@@ -15,6 +15,7 @@ __all__ = [
     "BoxReport",
     "DataError",
     "ImageError",
+    "arrow_batches",
     "clean_boxes",
     "find_faults",
     "image_ids",
@@ -249,8 +250,8 @@ class BoxReport:
         return text
 
 
-def _batches(dataset: datasets.Dataset, columns: list[str]):
-    """Arrow tables of some columns with the number of their first row; honours `select`, `shuffle` and the like."""
+def arrow_batches(dataset: datasets.Dataset, columns: list[str]):
+    """Yields (number of the first row, Arrow table) over some columns; honours `select`, `shuffle` and the like."""
     start = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         yield start, table
@@ -261,7 +262,7 @@ def _validate_boxes(dataset: datasets.Dataset, column: str, source: str) -> BoxR
     """What `validate_proposals` and `validate_objects` share: everything about the boxes."""
     report = BoxReport(source, column, len(dataset))
     largest = 0.0
-    for start, table in _batches(dataset, [column]):
+    for start, table in arrow_batches(dataset, [column]):
         try:
             boxes, counts = read_boxes(table[column])
         except DataError as error:
@@ -287,7 +288,7 @@ def _check_against_images(dataset, column: str, source: str, report: BoxReport, 
     sample = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), SIZE_CHECKED_ROWS)).round().astype(np.int64))
     report.size_checked_rows = len(sample)
     all_boxes, all_sizes, all_rows = [], [], []
-    for start, table in _batches(dataset.select(sample), ["image", column]):
+    for start, table in arrow_batches(dataset.select(sample), ["image", column]):
         boxes, counts = read_boxes(table[column])
         rows = sample[start : start + len(counts)]
         sizes = []
@@ -348,7 +349,7 @@ def validate_proposals(
     """
     fields = ["bbox", "score"] + (["cluster"] if with_clusters else [])
     _require_fields(dataset, "proposals", fields, source)
-    for start, table in _batches(dataset, ["proposals"]):
+    for start, table in arrow_batches(dataset, ["proposals"]):
         for name in fields[1:]:
             _check_lengths(table["proposals"], "proposals", name, start, source)
     return _validate_boxes(dataset, "proposals", source)
@@ -372,7 +373,7 @@ def validate_objects(dataset: datasets.Dataset, categories: list[str], source: s
     """
     _require_fields(dataset, "objects", ["bbox", "category"], source)
     image_ids(dataset, source)
-    for start, table in _batches(dataset, ["objects"]):
+    for start, table in arrow_batches(dataset, ["objects"]):
         values, counts = _check_lengths(table["objects"], "objects", "category", start, source)
         wrong = np.flatnonzero(~((values >= 0) & (values < len(categories)) & (values == np.floor(values))))
         if len(wrong):
@@ -410,7 +411,8 @@ def image_ids(dataset: datasets.Dataset, source: str = "the data set") -> list[i
     if "image_id" not in dataset.column_names:
         return list(range(len(dataset)))
     first = {}
-    for row, image_id in enumerate(dataset.select_columns(["image_id"]).with_format(None)["image_id"]):
+    stored = [value for _, table in arrow_batches(dataset, ["image_id"]) for value in table["image_id"].to_pylist()]
+    for row, image_id in enumerate(stored):
         if not isinstance(image_id, int):
             raise DataError(f"{source}, row {row}, column 'image_id': expected an integer, got {image_id!r}.")
         if image_id in first:

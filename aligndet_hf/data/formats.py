@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from .columns import objects_feature, require_columns
+from .columns import arrow_batches, objects_feature, read_values, require_columns
 from .errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -90,10 +90,11 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
         return category.feature.names
     names = _read_labels(Path(source))
     if names is None:
-        used = [max(row["category"]) for row in dataset.select_columns(["objects"])["objects"] if row["category"]]
-        if not used:
+        used = [read_values(table["objects"], "category")[0] for _, table in arrow_batches(dataset, ["objects"])]
+        largest = max((int(values.max()) for values in used if len(values)), default=None)
+        if largest is None:
             raise DataError(f"{source}: column 'objects', field 'category' is empty in all rows.")
-        names = [str(number) for number in range(max(used) + 1)]
+        names = [str(number) for number in range(largest + 1)]
     return names
 
 

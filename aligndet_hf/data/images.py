@@ -109,7 +109,9 @@ def image_size(value) -> tuple[int, int]:
         if isinstance(value, np.ndarray):
             return value.shape[0], value.shape[1]
         image = _open(value)
-        rotated = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        # For a PNG without EXIF at its head, `getexif` would decode the pixels to look behind them.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        rotated = has_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return (image.width, image.height) if rotated else (image.height, image.width)
     except Exception as error:
         raise ImageError(f"Cannot read the image {image_name(value)}: {error or type(error).__name__}.") from error

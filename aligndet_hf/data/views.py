@@ -78,6 +78,8 @@ def view_shape(height: int, width: int, resize: str, size: int, max_size: int | 
         exact = max_size * short / long
     # A very long image may get a short side that rounds to nothing: one pixel is the least.
     new_short, new_long = max(1, round(exact)), max(1, int(exact * long / short))
+    if new_short == short and long <= max_size:
+        return height, width  # less than a pixel from its size: not worth a resize
     return (new_short, new_long) if height <= width else (new_long, new_short)
 
 
@@ -92,11 +94,6 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if small != (width, height):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     return image
-
-
-def resize_for_eval(image: np.ndarray, resize: str, size: int, max_size: int | None = None) -> np.ndarray:
-    """Resizes an image [H, W, 3] uint8 as at evaluation; arguments as in [`view_shape`]."""
-    return resize_image(image, *view_shape(*image.shape[:2], resize, size, max_size))
 
 
 def draw_crop(
