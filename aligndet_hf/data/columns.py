@@ -109,6 +109,10 @@ def _is_list(type_: pa.DataType) -> bool:
     return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
 
 
+def _is_number(type_: pa.DataType) -> bool:
+    return pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_null(type_)
+
+
 def _field(column: pa.Array | pa.ChunkedArray, name: str) -> pa.Array:
     field_array = pc.struct_field(column, name)
     return field_array.combine_chunks() if isinstance(field_array, pa.ChunkedArray) else field_array
@@ -131,7 +135,7 @@ def read_values(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarr
     if not _is_list(lists.type):
         raise DataError(f"'{name}' must be a list per row, it is {lists.type}.")
     values = lists.flatten()
-    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type) or pa.types.is_null(values.type)):
+    if not _is_number(values.type):
         raise DataError(f"'{name}' must hold numbers, it is {lists.type}.")
     return values.to_numpy(zero_copy_only=False), _lengths(lists)
 
@@ -159,8 +163,11 @@ def read_boxes(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarr
     if len(wrong):
         row = int(np.searchsorted(np.cumsum(counts), wrong[0], side="right"))
         raise DataError(f"row {row}: a box must be four numbers [x, y, width, height], got {rows[int(wrong[0])]}.")
-    values = rows.flatten().to_numpy(zero_copy_only=False)  # a null becomes NaN: counted as not finite
-    return values.astype(np.float32).reshape(-1, 4), counts
+    values = rows.flatten()
+    if not _is_number(values.type):
+        raise DataError(f"'bbox' must hold numbers, it is {boxes.type}.")
+    # A null becomes NaN, which is counted as not finite.
+    return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, 4), counts
 
 
 def find_faults(boxes: np.ndarray, width=np.inf, height=np.inf) -> np.ndarray:
@@ -177,7 +184,8 @@ def find_faults(boxes: np.ndarray, width=np.inf, height=np.inf) -> np.ndarray:
     """
     x, y, w, h = boxes.T.astype(np.float64)
     faults = np.zeros(len(boxes), dtype=np.int64)
-    faults[(x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)] = 3
+    with np.errstate(invalid="ignore"):  # inf - inf
+        faults[(x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)] = 3
     faults[(w <= 0) | (h <= 0)] = 2
     faults[~np.isfinite(boxes).all(axis=1)] = 1
     return faults
