@@ -1,0 +1,393 @@
+import json
+import logging
+import os
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from aligndet_hf.data.columns import DataError, validate_objects
+from aligndet_hf.data.formats import category_names, load_dataset_source
+from aligndet_hf.data.images import decode_image
+
+
+def write_image(path, value=0, size=(8, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", size, (value, 0, 0)).save(path)
+
+
+def write_metadata(folder, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def names_of(dataset):
+    return [os.path.basename(row["image"]["path"]) for row in dataset]
+
+
+OBJECTS = {"bbox": [[1, 2, 3, 4], [0, 0, 5.5, 2]], "category": [1, 0]}
+
+
+@pytest.fixture
+def labelled_folder(tmp_path):
+    """Two splits with metadata and names."""
+    for split, count in (("train", 3), ("validation", 2)):
+        rows = []
+        for number in range(count):
+            write_image(tmp_path / "data" / split / f"{number}.png", number)
+            rows.append({"file_name": f"{number}.png", "image_id": 10 + number, "caption": "x", "objects": OBJECTS})
+        write_metadata(tmp_path / "data" / split, rows)
+    (tmp_path / "data" / "labels.json").write_text('["cell", "plate"]')
+    return tmp_path / "data"
+
+
+# ---- image folders ----
+
+
+def test_plain_folder(tmp_path):
+    for name in ("b.png", "a.jpg", "deep/er/c.PNG"):
+        write_image(tmp_path / "pictures" / name, 9)
+    (tmp_path / "pictures" / "notes.txt").write_text("x")
+    for name in (".hidden.png", ".ipynb_checkpoints/a.png"):
+        write_image(tmp_path / "pictures" / name)
+    for source in (tmp_path / "pictures", str(tmp_path / "pictures")):
+        dataset = load_dataset_source(source)
+        assert names_of(dataset) == ["a.jpg", "b.png", "c.PNG"]
+        assert dataset.features == datasets.Features(image=datasets.Image(decode=False))
+        assert dataset[0]["image"]["bytes"] is None  # not read, not kept
+        assert os.path.isabs(dataset[0]["image"]["path"])
+        assert decode_image(dataset[2]["image"])[0, 0].tolist() == [9, 0, 0]
+    assert len(load_dataset_source(tmp_path / "pictures", "train")) == 3
+
+
+def test_names_of_files_do_not_make_splits(tmp_path):
+    """`datasets` would make a split of `test_1.png` and leave out the other image."""
+    write_image(tmp_path / "pictures" / "test_1.png")
+    write_image(tmp_path / "pictures" / "street.png")
+    assert len(load_dataset_source(tmp_path / "pictures")) == 2
+
+
+def test_splits_of_a_folder(labelled_folder):
+    assert len(load_dataset_source(labelled_folder, "train", labels=True)) == 3
+    assert len(load_dataset_source(labelled_folder, "validation", labels=True)) == 2
+    assert len(load_dataset_source(labelled_folder, "train+validation")) == 5
+    with pytest.raises(DataError, match="data: several splits; found train, validation.*split='train'"):
+        load_dataset_source(labelled_folder)
+    for wrong in ("test", "train+test", "val"):
+        with pytest.raises(DataError, match=f"no split '{wrong}'".replace("+", r"\+")):
+            load_dataset_source(labelled_folder, wrong)
+
+
+def test_one_split_folder_by_itself(labelled_folder):
+    dataset = load_dataset_source(labelled_folder / "validation", labels=True)
+    assert len(dataset) == 2 and category_names(dataset) == ["cell", "plate"]  # labels.json of the folder above
+    assert len(load_dataset_source(labelled_folder / "validation", "validation")) == 2
+    with pytest.raises(DataError, match="no split 'train'; found validation"):
+        load_dataset_source(labelled_folder / "validation", "train")
+
+
+def test_usual_names_of_splits_and_no_images_lost(tmp_path):
+    for name in ("train2017", "val2017", "test", "unlabeled"):
+        write_image(tmp_path / "coco" / name / "x.png")
+    (tmp_path / "coco" / "annotations").mkdir()
+    for split in ("train", "validation", "test", "unlabeled"):
+        assert len(load_dataset_source(tmp_path / "coco", split)) == 1
+    with pytest.raises(DataError, match="found test, train, unlabeled, validation"):
+        load_dataset_source(tmp_path / "coco")
+
+
+def test_sub_folders_that_are_not_splits_belong_together(tmp_path):
+    for name in ("cats", "dogs", "trainers"):
+        write_image(tmp_path / "zoo" / name / "x.png")
+    assert len(load_dataset_source(tmp_path / "zoo")) == 3
+
+
+def test_metadata(labelled_folder):
+    dataset = load_dataset_source(labelled_folder, "train", labels=True)
+    assert dataset.column_names == ["image", "image_id", "objects"]
+    row = dataset[1]
+    assert row["image_id"] == 11 and decode_image(row["image"])[0, 0, 0] == 1
+    assert row["objects"] == {"bbox": OBJECTS["bbox"], "category": [1, 0], "area": [12, 11], "id": [3, 4]}
+    assert category_names(dataset) == ["cell", "plate"]
+    assert validate_objects(dataset, ["cell", "plate"]).boxes == 6
+
+
+def test_stored_areas_and_ids_are_kept(tmp_path):
+    write_image(tmp_path / "x" / "a.png")
+    write_metadata(tmp_path / "x", [{"file_name": "a.png", "objects": OBJECTS | {"area": [7, 8], "id": [40, 50]}}])
+    objects = load_dataset_source(tmp_path / "x", labels=True)[0]["objects"]
+    assert objects["area"] == [7, 8] and objects["id"] == [40, 50]
+
+
+def test_images_without_objects(tmp_path):
+    rows = [{"file_name": "a.png", "objects": {"bbox": [], "category": []}}, {"file_name": "b.png", "objects": None}]
+    rows += [{"file_name": "c.png"}, {"file_name": "d.png", "objects": OBJECTS}]
+    for row in rows:
+        write_image(tmp_path / "x" / row["file_name"])
+    write_metadata(tmp_path / "x", rows)
+    dataset = load_dataset_source(tmp_path / "x", labels=True)
+    assert [len(row["objects"]["bbox"]) for row in dataset] == [0, 0, 0, 2]
+    assert category_names(dataset, tmp_path / "x") == ["0", "1"]  # no names anywhere
+
+
+def test_images_that_the_metadata_do_not_list_are_reported(labelled_folder, caplog):
+    write_image(labelled_folder / "train" / "extra.png")
+    with caplog.at_level(logging.WARNING):
+        assert len(load_dataset_source(labelled_folder, "train")) == 3
+    assert "1 images are left out, they are not in metadata.jsonl (e.g. extra.png)" in caplog.text
+
+
+def test_other_metadata_are_reported(tmp_path, caplog):
+    write_image(tmp_path / "x" / "a.png")
+    (tmp_path / "x" / "metadata.csv").write_text("file_name,text\na.png,hello\n")
+    with caplog.at_level(logging.WARNING):
+        load_dataset_source(tmp_path / "x")
+    assert "only metadata.jsonl is read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("{broken", "line 2: not valid JSON"),
+        ('["a.png"]', "line 2: expected an object with the key 'file_name'"),
+        ({"name": "a.png"}, "line 2: expected an object with the key 'file_name'"),
+        ({"file_name": "gone.png"}, "line 2: there is no file .*gone.png"),
+        ({"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "categories": [0]}}, "found bbox, categories"),
+        ({"file_name": "a.png", "objects": [{"bbox": [1, 2, 3, 4]}]}, "line 2: 'objects' must have the lists"),
+        ({"file_name": "a.png", "objects": {"bbox": [[1, 2, 3]], "category": [0]}}, "line 2.*four numbers.*got"),
+        ({"file_name": "a.png", "objects": {"bbox": [["1", 2, 3, 4]], "category": [0]}}, "line 2.*four numbers.*got"),
+        (
+            {"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": []}},
+            "line 2: 'category' must be a list",
+        ),
+        (
+            {"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": 0}},
+            "line 2: 'category' must be a list",
+        ),
+        ({"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": ["cell"]}}, "line 2.*labels.json"),
+        (
+            {"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": [2]}},
+            r"unknown category 2.*0 to 1 \(cell",
+        ),
+        ({"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": [-1]}}, "unknown category -1"),
+        ({"file_name": "a.png", "image_id": "one"}, "line 2: 'image_id' does not fit"),
+    ],
+)
+def test_bad_metadata_name_file_and_line(tmp_path, row, message):
+    write_image(tmp_path / "x" / "a.png")
+    (tmp_path / "x" / "labels.json").write_text('["cell", "plate"]')
+    write_metadata(tmp_path / "x", [{"file_name": "a.png", "image_id": 0, "objects": OBJECTS}, row])
+    with pytest.raises(DataError, match=f"metadata.jsonl, {message}" if message.startswith("line") else message):
+        load_dataset_source(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "a/../../secret.png", "..\\secret.png", "/etc/x.png", "file:///x.png", "C:\\x.png"]
+)
+def test_paths_that_lead_out_of_the_folder_are_refused(tmp_path, name):
+    write_image(tmp_path / "secret.png")
+    write_image(tmp_path / "x" / "a.png")
+    write_metadata(tmp_path / "x", [{"file_name": name}])
+    with pytest.raises(DataError, match="line 1: the file name .* leads out of"):
+        load_dataset_source(tmp_path / "x")
+    content = {"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": name}]}
+    (tmp_path / "x" / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="coco.json, image 2: the file name .* leads out of"):
+        load_dataset_source(tmp_path / "x" / "coco.json")
+
+
+@pytest.mark.parametrize("names", ['["a", "a"]', "[]", '"a"', '{"0": "a", "2": "b"}', '{"a": 0}'])
+def test_bad_labels_json(tmp_path, names):
+    write_image(tmp_path / "x" / "a.png")
+    (tmp_path / "x" / "labels.json").write_text(names)
+    with pytest.raises(DataError, match="labels.json: expected a list of different category names"):
+        load_dataset_source(tmp_path / "x")
+
+
+def test_labels_json_as_a_mapping(labelled_folder):
+    (labelled_folder / "labels.json").write_text('{"1": "second", "0": "first"}')
+    assert category_names(load_dataset_source(labelled_folder, "train")) == ["first", "second"]
+
+
+# ---- COCO ----
+
+
+def coco(**changes):
+    """Two images, categories with gaps in their ids and not in order, one crowd."""
+    content = {
+        "images": [{"id": 7, "file_name": "b.png", "width": 8, "height": 6}, {"id": 3, "file_name": "a.png"}],
+        "categories": [{"id": 90, "name": "zebra"}, {"id": 2, "name": "car"}],
+        "annotations": [
+            {"id": 5, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4], "area": 9.5, "iscrowd": 0},
+            {"id": 6, "image_id": 3, "category_id": 2, "bbox": [0, 0, 2, 2]},
+            {"id": 8, "image_id": 7, "category_id": 2, "bbox": [0, 0, 8, 6], "iscrowd": 1},
+        ],
+    }
+    return content | changes
+
+
+def write_coco(tmp_path, content, name="labels_here.json", images="."):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    for value, file_name in enumerate(("a.png", "b.png")):
+        write_image(tmp_path / images / file_name, value)
+    return path
+
+
+def test_coco(tmp_path, caplog):
+    path = write_coco(tmp_path, coco())
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset_source(path, labels=True)
+    assert "1 crowd annotations are left out" in caplog.text
+    assert names_of(dataset) == ["b.png", "a.png"] and list(dataset["image_id"]) == [7, 3]
+    assert category_names(dataset) == ["car", "zebra"]  # in the order of their ids
+    assert dataset[0]["objects"] == {"bbox": [], "category": [], "area": [], "id": []}
+    expected = {"bbox": [[1, 2, 3, 4], [0, 0, 2, 2]], "category": [1, 0], "area": [9.5, 4], "id": [5, 6]}
+    assert dataset[1]["objects"] == expected
+    assert decode_image(dataset[0]["image"])[0, 0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    "name, images", [("a.json", "images"), ("annotations/instances_val2017.json", "val2017"), ("ann/a.json", "images")]
+)
+def test_usual_places_of_the_images(tmp_path, name, images):
+    path = write_coco(tmp_path, coco(), name, images)
+    assert len(load_dataset_source(path)) == 2
+    assert len(load_dataset_source(path, "validation" if "val" in name else "train")) == 2
+    with pytest.raises(DataError, match="no split 'test'"):
+        load_dataset_source(path, "test")
+
+
+def test_image_dir(tmp_path):
+    path = write_coco(tmp_path, coco(), "a/b/c.json", "far/away")
+    with pytest.raises(DataError, match="cannot find 'b.png' in .*image_dir"):
+        load_dataset_source(path)
+    assert len(load_dataset_source(path, image_dir=tmp_path / "far" / "away")) == 2
+
+
+def test_coco_without_annotations(tmp_path):
+    content = coco()
+    del content["annotations"], content["categories"]
+    path = write_coco(tmp_path, content)
+    assert load_dataset_source(path).column_names == ["image", "image_id"]
+    with pytest.raises(DataError, match="no column 'objects'"):
+        load_dataset_source(path, labels=True)
+
+
+def test_faulty_boxes_of_a_coco_file_reach_the_validation(tmp_path):
+    content = json.dumps(coco()).replace("[1, 2, 3, 4]", "[1, 2, NaN, Infinity]")
+    dataset = load_dataset_source(write_coco(tmp_path, content), labels=True)
+    assert validate_objects(dataset, ["car", "zebra"]).dropped == {"not finite": 1}
+
+
+ANNOTATION = {"id": 5, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not valid JSON"),
+        ("[]", "no list 'images'"),
+        (coco(images=[]), "no list 'images'"),
+        (coco(images=[{"id": 3}]), "entry 0 of 'images' must have file_name, id"),
+        (coco(images=[{"id": 3, "file_name": "a.png"}] * 2), "image 3: this id occurs twice"),
+        (coco(annotations=[ANNOTATION | {"image_id": 99}]), "annotation 5: no image has the id 99"),
+        (
+            coco(annotations=[ANNOTATION | {"category_id": 1}]),
+            r"annotation 5: no category has the id 1; found \[2, 90\]",
+        ),
+        (coco(annotations=[ANNOTATION | {"bbox": [1, 2, 3]}]), "annotation 5: 'bbox' must be four numbers"),
+        (coco(annotations=[ANNOTATION | {"bbox": [1, 2, "3", 4]}]), "image 3: a box in 'bbox' must be four numbers"),
+        (coco(annotations=[{"image_id": 3, "category_id": 2}]), "annotation number 0: 'bbox' must be four numbers"),
+        (coco(annotations=[{"id": 1}]), "entry 0 of 'annotations' must have image_id"),
+        (coco(categories=[{"id": 2, "name": "car"}] * 2), "must be unique"),
+        (coco(categories=[{"id": 2, "name": "car"}, {"id": 90, "name": "car"}]), "must be unique"),
+        (
+            coco(images=[{"id": 3, "file_name": "a.png"}, {"id": 7, "file_name": "gone.png"}]),
+            "image 7: there is no file",
+        ),
+        (coco(images=[{"id": "x", "file_name": "a.png"}], annotations=[]), "image x: 'image_id' does not fit"),
+    ],
+)
+def test_bad_coco_files(tmp_path, content, message):
+    with pytest.raises(DataError, match=f"labels_here.json.*{message}"):
+        load_dataset_source(write_coco(tmp_path, content))
+
+
+# ---- saved data sets and the Hub ----
+
+
+def saved(tmp_path, **splits):
+    def rows(count):
+        features = datasets.Features(image=datasets.Image(), image_id=datasets.Value("int64"))
+        images = [np.full((4, 5, 3), value, np.uint8) for value in range(count)]
+        return datasets.Dataset.from_dict({"image": images, "image_id": list(range(count))}, features=features)
+
+    data = datasets.DatasetDict({name: rows(count) for name, count in splits.items()})
+    if list(splits) == ["only"]:
+        data = data["only"]
+    data.save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_saved_data_set(tmp_path):
+    folder = saved(tmp_path, only=3)
+    dataset = load_dataset_source(folder)
+    assert dataset.features["image"] == datasets.Image(decode=False) and len(dataset) == 3
+    assert decode_image(dataset[2]["image"])[0, 0].tolist() == [2, 2, 2]
+    assert len(load_dataset_source(folder, "train")) == 3
+
+
+def test_saved_splits(tmp_path):
+    folder = saved(tmp_path, train=3, test=2)
+    assert len(load_dataset_source(folder, "test")) == 2 and len(load_dataset_source(folder, "train+test")) == 5
+    with pytest.raises(DataError, match="several splits; found test, train"):
+        load_dataset_source(folder)
+
+
+def test_folder_of_parquet_files(tmp_path, labelled_folder, monkeypatch):
+    """A local copy of a data set of the Hub."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    dataset = load_dataset_source(labelled_folder, "train", labels=True)
+    (tmp_path / "copy" / "data").mkdir(parents=True)
+    dataset.to_parquet(tmp_path / "copy" / "data" / "train-00000-of-00001.parquet")
+    copy = load_dataset_source(tmp_path / "copy", labels=True)
+    assert [row["objects"] for row in copy] == [row["objects"] for row in dataset]
+    assert category_names(copy) == ["cell", "plate"] and copy.features["image"] == datasets.Image(decode=False)
+    with pytest.raises(DataError, match="validation"):
+        load_dataset_source(tmp_path / "copy", "validation")
+
+
+def test_nothing_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "empty", tmp_path / "gone", "no-such-user/no-such-set", "not an id"):
+        with pytest.raises(DataError, match="Cannot load"):
+            load_dataset_source(source)
+    (tmp_path / "table.csv").write_text("a,b")
+    with pytest.raises(DataError, match="table.csv: expected a folder or a COCO file"):
+        load_dataset_source(tmp_path / "table.csv")
+
+
+def test_missing_columns(tmp_path):
+    folder = saved(tmp_path, only=2)
+    with pytest.raises(DataError, match="no column 'objects'"):
+        load_dataset_source(folder, labels=True)
+    datasets.Dataset.from_dict({"img": ["x"]}).save_to_disk(tmp_path / "other")
+    with pytest.raises(DataError, match="no column 'image'; found 'img'; did you mean 'img'"):
+        load_dataset_source(tmp_path / "other")
+
+
+def test_category_names_without_categories():
+    row = {"bbox": [[1.0, 2.0, 3.0, 4.0]], "label": [0]}
+    dataset = datasets.Dataset.from_dict({"objects": [row]})
+    with pytest.raises(DataError, match="'category'"):
+        category_names(dataset)
+    with pytest.raises(DataError, match="no column 'objects'"):
+        category_names(dataset.rename_column("objects", "annotations"))
+    empty = datasets.Dataset.from_dict({"objects": [{"bbox": [], "category": []}]})
+    with pytest.raises(DataError, match="empty in all rows"):
+        category_names(empty)
