@@ -1,0 +1,277 @@
+"""COCO average precision, fed batch by batch."""
+
+import contextlib
+import io
+import json
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from ..data.columns import find_faults, image_ids, read_boxes, read_values
+
+logger = logging.getLogger(__name__)
+
+# pycocotools looks at no more than so many detections of one category in one image.
+MAX_DETECTIONS = 100
+
+# Each number: precision or recall, IoU threshold (None: the mean of .50:.05:.95), object area, detections per image.
+SUMMARY = {
+    "AP": ("precision", None, "all", 100),
+    "AP50": ("precision", 0.5, "all", 100),
+    "AP75": ("precision", 0.75, "all", 100),
+    "APs": ("precision", None, "small", 100),
+    "APm": ("precision", None, "medium", 100),
+    "APl": ("precision", None, "large", 100),
+    "AR1": ("recall", None, "all", 1),
+    "AR10": ("recall", None, "all", 10),
+    "AR100": ("recall", None, "all", 100),
+    "ARs": ("recall", None, "small", 100),
+    "ARm": ("recall", None, "medium", 100),
+    "ARl": ("recall", None, "large", 100),
+}
+
+
+class CocoMetrics:
+    """
+    The 12 COCO numbers and the AP of every class, equal to pycocotools on the same input.
+
+    Of each image only the boxes that count are kept, as compact arrays; logits and images never are.
+
+    Example:
+
+    ```python
+    metrics = CocoMetrics.from_dataset(dataset, categories)
+    for image_ids, predictions in ...:
+        metrics.update(predictions, image_ids)
+    metrics.gather()  # with several processes
+    print(format_table(metrics.compute()))
+    ```
+
+    Args:
+        ground_truth (`dict` or `str` or `Path`):
+            Ground truth in COCO format, or the JSON file that holds it: `images` with `id`, `categories` with `id` and
+            `name`, and `annotations` with `image_id`, `category_id`, `bbox` (absolute xywh) and, optionally, `area` in
+            pixels (width times height of the box by default) and `iscrowd`.
+
+    Raises:
+        `ValueError`: If an annotation belongs to no image or category, or if two categories share a name.
+    """
+
+    def __init__(self, ground_truth: dict | str | Path):
+        if not isinstance(ground_truth, dict):
+            ground_truth = json.loads(Path(ground_truth).read_text(encoding="utf-8"))
+        self.categories = {category["id"]: str(category["name"]) for category in ground_truth["categories"]}
+        if len(set(self.categories.values())) != len(ground_truth["categories"]):
+            raise ValueError("The ids and names of the categories must be unique.")
+        self.images = [{"id": image["id"]} for image in ground_truth["images"]]
+        self._known = {image["id"] for image in self.images}
+        self.truth = {category: [] for category in self.categories}
+        for number, annotation in enumerate(ground_truth["annotations"], start=1):
+            for key, ids in (("image_id", self._known), ("category_id", self.categories)):
+                if annotation[key] not in ids:
+                    raise ValueError(f"Annotation {annotation.get('id', number)}: unknown {key} {annotation[key]}.")
+            box = [float(value) for value in annotation["bbox"]]
+            area = annotation.get("area")
+            self.truth[annotation["category_id"]].append(
+                {
+                    # Not its own id: pycocotools takes a match with the annotation 0 for no match.
+                    "id": number,
+                    "image_id": annotation["image_id"],
+                    "category_id": annotation["category_id"],
+                    "bbox": box,
+                    "area": box[2] * box[3] if area is None else float(area),
+                    "iscrowd": int(annotation.get("iscrowd") or 0),
+                }
+            )
+        self.reset()
+
+    @classmethod
+    def from_dataset(cls, dataset: datasets.Dataset, categories: list[str]) -> "CocoMetrics":
+        """
+        Takes the ground truth from a dataset; no image is read.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                With the column `objects`: `bbox` (absolute xywh), `category` (0..C-1) and, optionally, `area` and
+                `iscrowd`. Image ids are the column `image_id`, or the row numbers without one. Boxes that are not
+                finite or have no area are left out, as in training.
+            categories (`list[str]`): Names of the categories; label `k` of a prediction means `categories[k]`.
+        """
+        objects = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
+        boxes, counts = read_boxes(objects)
+        fields = {"category_id": read_values(objects, "category")[0].astype(np.int64)}
+        fields |= {name: read_values(objects, name)[0] for name in ("area", "iscrowd") if name in objects.type.names}
+        ids = image_ids(dataset)
+        fields["image_id"] = np.repeat(ids, counts)
+        kept = np.flatnonzero(find_faults(boxes) == 0)
+        annotations = [{name: values[i].item() for name, values in fields.items()} for i in kept]
+        for annotation, box in zip(annotations, boxes[kept].tolist(), strict=True):
+            annotation["bbox"] = box
+        return cls(
+            {
+                "images": [{"id": image_id} for image_id in ids],
+                "categories": [{"id": number, "name": name} for number, name in enumerate(categories)],
+                "annotations": annotations,
+            }
+        )
+
+    def reset(self) -> None:
+        """Forgets all predictions; the ground truth stays."""
+        self.predictions: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def update(self, predictions: list[dict], image_ids) -> None:
+        """
+        Adds the predictions of some images. An image that comes again (several processes may share the last batch)
+        replaces its former predictions.
+
+        Args:
+            predictions (`list[dict]`):
+                One per image, as `post_process_object_detection` returns them: `scores` [n], `labels` [n] (category
+                ids of the ground truth) and `boxes` [n, 4] (absolute xyxy pixels of the stored image), as tensors,
+                arrays or lists. Detections of other categories or with NaN or infinite values are left out.
+            image_ids (`list[int]` or tensor): The image of each prediction.
+
+        Raises:
+            `ValueError`: If an image is not in the ground truth, or the lengths do not match.
+        """
+        image_ids = _to_numpy(image_ids).tolist()
+        if len(predictions) != len(image_ids):
+            raise ValueError(f"{len(predictions)} predictions for {len(image_ids)} image ids.")
+        for image_id, prediction in zip(image_ids, predictions, strict=True):
+            if image_id not in self._known:
+                raise ValueError(f"Image {image_id} is not in the ground truth.")
+            scores, labels = _to_numpy(prediction["scores"]), _to_numpy(prediction["labels"])
+            boxes = _to_numpy(prediction["boxes"]).reshape(-1, 4)
+            if not len(scores) == len(labels) == len(boxes):
+                raise ValueError(
+                    f"Image {image_id}: {len(scores)} scores, {len(labels)} labels and {len(boxes)} boxes; expected "
+                    "as many of each."
+                )
+            usable = np.isin(labels, list(self.categories)) & np.isfinite(scores) & np.isfinite(boxes).all(axis=1)
+            scores, labels, boxes = scores[usable], labels[usable].astype(np.int64), boxes[usable]
+            best = _best_of_each(labels, scores)
+            self.predictions[image_id] = scores[best], labels[best], boxes[best]
+
+    def gather(self) -> None:
+        """Gives every process the predictions of all of them; does nothing in a single process."""
+        for predictions in gather_object([self.predictions]):
+            self.predictions |= predictions
+
+    def compute(self) -> dict:
+        """
+        Evaluates what was added so far against the whole ground truth: an image without predictions has its objects
+        missed.
+
+        Returns:
+            `dict`: `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl`, `AR1`, `AR10`, `AR100`, `ARs`, `ARm`, `ARl` between 0
+            and 1, and `per_class`, the AP by name of the category. -1: there is nothing to find, as in pycocotools.
+        """
+        missing = len(self.images) - len(self.predictions)
+        if missing:
+            logger.warning(
+                "%d of %d images have no predictions yet: their objects count as missed.", missing, len(self.images)
+            )
+        evaluations = [self._evaluate(category) for category in self.categories]
+        params = evaluations[0].params
+        # [thresholds, (recall levels,) categories, areas, numbers of detections]
+        counts = {
+            name: np.concatenate([evaluation.eval[name] for evaluation in evaluations], axis=-3)
+            for name in ("precision", "recall")
+        }
+        results = {}
+        for name, (kind, threshold, area, detections) in SUMMARY.items():
+            values = counts[kind][..., params.areaRngLbl.index(area), params.maxDets.index(detections)]
+            results[name] = _mean(values if threshold is None else values[np.isclose(params.iouThrs, threshold)])
+        average_precisions = counts["precision"][..., params.areaRngLbl.index("all"), params.maxDets.index(100)]
+        results["per_class"] = {
+            name: _mean(average_precisions[:, :, number]) for number, name in enumerate(self.categories.values())
+        }
+        return results
+
+    def _evaluate(self, category: int):
+        """pycocotools' evaluation of one category: of all at once its dictionaries would fill the memory."""
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        detections = []
+        for image_id, (scores, labels, boxes) in self.predictions.items():
+            own = labels == category
+            for score, (x1, y1, x2, y2) in zip(scores[own].tolist(), boxes[own].tolist(), strict=True):
+                width, height = x2 - x1, y2 - y1
+                detections.append(
+                    {
+                        "id": len(detections) + 1,
+                        "image_id": image_id,
+                        "category_id": category,
+                        "bbox": [x1, y1, width, height],
+                        "area": width * height,
+                        "score": score,
+                        "iscrowd": 0,
+                    }
+                )
+        with contextlib.redirect_stdout(io.StringIO()):
+            sides = []
+            for annotations in (self.truth[category], detections):
+                side = COCO()
+                side.dataset = {"images": self.images, "categories": [{"id": category}], "annotations": annotations}
+                side.createIndex()
+                sides.append(side)
+            evaluation = COCOeval(*sides, iouType="bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+        return evaluation
+
+
+def format_table(results: dict) -> str:
+    """
+    Lays out results for a terminal, in percent.
+
+    Args:
+        results (`dict`): What [`CocoMetrics.compute`] returns.
+
+    Returns:
+        `str`: The 12 numbers in two rows, then the AP of every class in as many columns as fit.
+    """
+    names = list(SUMMARY)
+    lines = []
+    for row in (names[:6], names[6:]):
+        lines += ["".join(f"{name:>8}" for name in row), "".join(f"{_percent(results[name]):>8}" for name in row), ""]
+    per_class = results["per_class"]
+    width = max(map(len, [*per_class, "class"])) + 2
+    columns = max(1, min(100 // (width + 8), -(-len(per_class) // 8)))
+    cells = [f"{name:<{width}}{_percent(value):>6}" for name, value in per_class.items()]
+    rows = -(-len(cells) // columns)
+    header = f"{'class':<{width}}{'AP':>6}"
+    lines.append("  ".join([header] * min(columns, -(-len(cells) // max(rows, 1)))))
+    lines += ["  ".join(cells[row::rows]) for row in range(rows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _percent(value: float) -> str:
+    return "-" if value < 0 else f"{100 * value:.1f}"
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean over what exists; pycocotools marks the rest by -1."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
+
+
+def _best_of_each(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Indices of the `MAX_DETECTIONS` best of each label; the earlier of equals first, as pycocotools has it."""
+    order = np.lexsort((-scores, labels))
+    labels = labels[order]
+    rank = np.arange(len(order)) - np.searchsorted(labels, labels)
+    return order[rank < MAX_DETECTIONS]
+
+
+def _to_numpy(values) -> np.ndarray:
+    """An array of at least float32 precision where the values are not integers."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return np.asarray(values)
