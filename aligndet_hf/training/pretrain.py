@@ -149,7 +149,6 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     run.resume()
     accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})
     _train(run)
-    accelerator.end_training()
     if accelerator.is_main_process:
         _write_result(run)
     accelerator.wait_for_everyone()
@@ -158,6 +157,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
             repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", "unfinished-*"]
         )
         accelerator.print(f"Uploaded to {repo_id}.")
+    accelerator.end_training()
     return PretrainResult(output_dir, output_dir / "detector", run.metrics)
 
 

@@ -78,6 +78,7 @@ def build_model(arguments: PretrainArguments, id2label: dict[int, str]):
     detector = load_detector(arguments, len(id2label), id2label)
     if detector.config.num_labels != len(id2label):  # A checkpoint for other classes.
         detector, _ = transfer_detector(detector, len(id2label), id2label)
+    detector.config.id2label, detector.config.label2id = id2label, {name: i for i, name in id2label.items()}
     model = AlignDetForPreTraining.from_detector(detector, **arguments.aligndet_config).train()
     if is_new(arguments) and arguments.backbone_weights is None and model.config.freeze_backbone:
         logger.warning(

@@ -1,0 +1,426 @@
+"""Pre-training in this process: what moves, what is written, and how bad input ends."""
+
+import json
+import logging
+import math
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoModelForPreTraining
+
+from aligndet_hf.data.columns import DataError
+from aligndet_hf.models import AlignDetForPreTraining
+from aligndet_hf.training import pretrain as pretrain_module
+from aligndet_hf.training import pretrain_setup
+from aligndet_hf.training.pretrain import MAX_SKIPPED_STEPS, PretrainArguments, pretrain
+
+FAMILIES = ["detr", "conditional_detr", "rt_detr"]
+
+
+@pytest.fixture
+def arguments(proposal_folder, detector_folders, tmp_path):
+    """A function that gives arguments of a short run, with any of them replaced."""
+
+    def make(model_type="detr", fields=None, **kwargs):
+        defaults = {
+            "dataset": str(proposal_folder),
+            "detector": str(detector_folders(model_type, **fields or {})),
+            "output_dir": str(tmp_path / "out"),
+            "image_sizes": [64],
+            "max_steps": 2,
+            "max_proposals": 4,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return PretrainArguments(**defaults | kwargs)
+
+    return make
+
+
+@pytest.fixture
+def warnings_of(caplog, monkeypatch):
+    for module in (pretrain_module, pretrain_setup):
+        monkeypatch.setattr(module, "logger", logging.getLogger("pretrain"))
+    return caplog
+
+
+def log_of(result):
+    return [json.loads(line) for line in (result.output_dir / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(result):
+    return load_file(result.output_dir / "model.safetensors")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_everything_moves_that_should_and_nothing_else(arguments, model_type):
+    # Several steps: layers behind one that starts at zero get no gradient in the first.
+    run = arguments(model_type, max_steps=4, learning_rate=1e-2)
+    model = AutoModelForPreTraining.from_pretrained(pretrain(run).output_dir)
+    assert isinstance(model, AlignDetForPreTraining)
+    before = AutoModelForObjectDetection.from_pretrained(run.detector).state_dict()
+    after = dict(model.online_detector.named_parameters())
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    backbone = {id(parameter) for parameter in model.backbone.parameters()}
+    frozen = {name for name, parameter in after.items() if id(parameter) in backbone}
+    assert frozen and moved == after.keys() - frozen
+
+
+def test_the_momentum_detector_follows_by_its_momentum(arguments):
+    run = arguments(max_steps=1, learning_rate=1e-2, aligndet_config={"base_momentum": 0.9})
+    model = AutoModelForPreTraining.from_pretrained(pretrain(run).output_dir)
+    before = AutoModelForObjectDetection.from_pretrained(run.detector).state_dict()
+    online = model.online_detector.state_dict()
+    for name, value in model.momentum_detector.named_parameters():
+        expected = online[name] if "query_position" in name else before[name] + 0.1 * (online[name] - before[name])
+        torch.testing.assert_close(value.data, expected)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_loss_falls(arguments, model_type):
+    result = pretrain(arguments(model_type, max_steps=24, learning_rate=3e-3, max_grad_norm=1.0, flip_probability=0.0))
+    losses = [entry["loss"] for entry in log_of(result)]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+
+
+def test_what_is_written(arguments):
+    result = pretrain(arguments("rt_detr", max_steps=5, save_steps=2, save_total_limit=2, logging_steps=2))
+    names = {path.name for path in result.output_dir.iterdir()}
+    assert names == {
+        "README.md", "config.json", "model.safetensors", "detector", "log.jsonl", "pretrain_summary.json",
+        "checkpoint-4", "checkpoint-5",
+    }  # fmt: skip
+    entries = log_of(result)
+    assert [entry["step"] for entry in entries] == [2, 4, 5]
+    assert [entry["epoch"] for entry in entries] == [0.5, 1.0, 1.25]
+    diagnostics = {
+        "positive_similarity",
+        "negative_similarity",
+        "rank_accuracy",
+        "embedding_spread",
+        "matched_proposals",
+    }
+    expected = {
+        "loss",
+        "loss_contrastive",
+        "learning_rate",
+        "momentum",
+        "gradient_norm",
+        "skipped_steps",
+        *diagnostics,
+    }
+    assert expected <= entries[0].keys() and all(map(math.isfinite, entries[0].values()))
+    summary = json.loads((result.output_dir / "pretrain_summary.json").read_text())
+    assert summary["metrics"] == entries[-1] == result.metrics
+    assert (summary["steps"], summary["data"]) == (5, {"images": 8, "proposals": 32})
+    assert AutoImageProcessor.from_pretrained(result.detector_dir).size == {"height": 64, "width": 64}
+
+
+def test_the_export_is_the_online_detector(arguments):
+    result = pretrain(arguments())
+    model = AlignDetForPreTraining.from_pretrained(result.output_dir)
+    detector = AutoModelForObjectDetection.from_pretrained(result.detector_dir)
+    assert detector.config.id2label == {0: "object"}
+    expected = model.online_detector.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in detector.state_dict().items())
+
+
+def test_logged_values_are_means_over_the_steps_since_the_last_entry(arguments, tmp_path):
+    each = log_of(pretrain(arguments(max_steps=4, logging_steps=1)))
+    pairs = log_of(pretrain(arguments(max_steps=4, logging_steps=2, output_dir=str(tmp_path / "pairs"))))
+    for key in ("loss", "loss_contrastive", "gradient_norm"):
+        means = [(each[i][key] + each[i + 1][key]) / 2 for i in (0, 2)]
+        assert [entry[key] for entry in pairs] == pytest.approx(means, rel=1e-12)
+    assert [entry["learning_rate"] for entry in pairs] == [each[1]["learning_rate"], each[3]["learning_rate"]]
+
+
+def test_accumulation_equals_the_whole_batch(arguments, tmp_path, monkeypatch):
+    # Without dropout, with equally many boxes per image, and without the contrastive loss, whose negatives are those
+    # of a micro-batch. Gradients, not weights: Adam turns rounding errors into steps of full length.
+    gradients, step = [], torch.optim.AdamW.step
+
+    def record(optimizer, *args, **kwargs):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients.append(
+            torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+        )
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    losses = []
+    for size, parts in ((4, 1), (2, 2), (1, 4)):
+        run = arguments(
+            fields={"dropout": 0.0},
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=parts,
+            max_grad_norm=1e9,
+            aligndet_config={"contrastive_loss_coefficient": 0.0},
+            output_dir=str(tmp_path / f"{size}x{parts}"),
+        )
+        losses.append(pretrain(run).metrics["loss"])
+    whole, *others = gradients
+    assert whole.norm() > 1
+    for other in others:
+        torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-5)
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
+
+
+def test_a_run_goes_on_with_another_spread_of_the_same_batch(arguments):
+    first = arguments(max_steps=4, save_steps=2, per_device_train_batch_size=4)
+    stop_after(2, first)
+    spread = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert [entry["step"] for entry in log_of(pretrain(arguments(max_steps=4, **spread)))] == [1, 2, 3, 4]
+
+
+def test_a_run_does_not_go_on_with_another_batch(arguments):
+    stop_after(2, arguments(max_steps=4, save_steps=2, per_device_train_batch_size=4))
+    with pytest.raises(ValueError, match="images_per_step: 4 there, 2 now"):
+        pretrain(arguments(max_steps=4))
+
+
+def stop_after(step, run):
+    """Interrupt a run after a step, as a crash would."""
+
+    class Crash(Exception):
+        pass
+
+    update, calls = AlignDetForPreTraining.update_momentum_detector, []
+
+    def crash(model, momentum):
+        calls.append(momentum)
+        if len(calls) > step + 1:  # The first call is that of `from_detector`.
+            raise Crash
+        update(model, momentum)
+
+    AlignDetForPreTraining.update_momentum_detector = crash
+    try:
+        with pytest.raises(Crash):
+            pretrain(run)
+    finally:
+        AlignDetForPreTraining.update_momentum_detector = update
+
+
+def test_other_data_is_refused_on_resume(arguments, proposal_folder, tmp_path):
+    stop_after(2, arguments(max_steps=4, save_steps=2))
+    smaller = datasets.load_from_disk(proposal_folder).select(range(6))
+    smaller.save_to_disk(tmp_path / "smaller")
+    moved = proposal_folder.rename(proposal_folder.with_name("moved"))
+    try:
+        (tmp_path / "smaller").rename(proposal_folder)
+        with pytest.raises(ValueError, match="images: 8 there, 6 now"):
+            pretrain(arguments(max_steps=4))
+    finally:
+        proposal_folder.rename(tmp_path / "smaller")
+        moved.rename(proposal_folder)
+
+
+def test_overwriting_starts_anew_and_keeps_what_is_not_its_own(arguments):
+    result = pretrain(arguments(max_steps=2))
+    (result.output_dir / "notes.txt").touch()
+    again = pretrain(arguments(max_steps=1, learning_rate=1e-3, overwrite_output_dir=True))
+    assert [entry["step"] for entry in log_of(again)] == [1]
+    assert (result.output_dir / "notes.txt").exists() and not (result.output_dir / "checkpoint-2").exists()
+
+
+def test_the_schedules_reach_the_optimizer_and_the_momentum(arguments, monkeypatch):
+    rates, momenta = [], []
+    step, update = torch.optim.AdamW.step, AlignDetForPreTraining.update_momentum_detector
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *a: (rates.append([g["lr"] for g in self.param_groups]), step(self, *a)),
+    )
+    monkeypatch.setattr(
+        AlignDetForPreTraining, "update_momentum_detector", lambda self, m: (momenta.append(m), update(self, m))
+    )
+    pretrain(
+        arguments(
+            max_steps=4,
+            learning_rate=1e-3,
+            lr_scheduler_type="step",
+            lr_milestones=[0.75],
+            warmup_steps=1,
+            decay_norms_and_biases=False,
+            aligndet_config={"base_momentum": 0.9, "end_momentum": 1.0},
+        )  # fmt: skip
+    )
+    assert rates == [pytest.approx([rate, rate]) for rate in (5e-4, 1e-3, 1e-3, 1e-4)]
+    cosine = [1 - 0.05 * (math.cos(math.pi * k / 4) + 1) for k in range(4)]
+    assert momenta == pytest.approx([0.0, *cosine])  # 0: the copy at the start.
+
+
+def test_norms_and_biases_need_not_decay(arguments):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+    model[0].bias.requires_grad_(False)
+    (everything,) = pretrain_setup.parameter_groups(model, arguments(weight_decay=0.1))
+    assert everything["weight_decay"] == 0.1 and len(everything["params"]) == 3
+    decayed, plain = pretrain_setup.parameter_groups(model, arguments(weight_decay=0.1, decay_norms_and_biases=False))
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert [tuple(p.shape) for p in decayed["params"] + plain["params"]] == [(3, 2), (3,), (3,)]
+
+
+def test_clusters_are_classes(arguments):
+    result = pretrain(arguments("rt_detr", use_clusters=True))
+    detector = AutoModelForObjectDetection.from_pretrained(result.detector_dir)
+    assert detector.config.id2label == {0: "cluster_0", 1: "cluster_1", 2: "cluster_2"}
+
+
+def test_fewer_queries_than_proposals(arguments, capsys, monkeypatch):
+    counts = []
+    forward = AlignDetForPreTraining.forward
+
+    def count(model, **batch):
+        counts.extend(len(label["boxes"]) for label in batch["labels"])
+        return forward(model, **batch)
+
+    monkeypatch.setattr(AlignDetForPreTraining, "forward", count)
+    pretrain(arguments(fields={"num_queries": 3}))
+    assert counts == [3, 3, 3, 3]
+    assert "The detector has 3 queries: at most 3 proposals per image are used." in capsys.readouterr().out
+
+
+def test_a_random_frozen_backbone_is_reported(arguments, warnings_of):
+    config = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    new = {"detector": "detr", "backbone": "resnet10t", "detector_config": config, "max_steps": 1}
+    pretrain(arguments(**new))
+    assert "random and frozen" in warnings_of.text
+    warnings_of.clear()
+    pretrain(arguments(**new, aligndet_config={"freeze_backbone": False}, overwrite_output_dir=True))
+    assert "random and frozen" not in warnings_of.text
+
+
+def poison(monkeypatch, steps):
+    """Make the gradients of some forward passes NaN."""
+    forward, calls = AlignDetForPreTraining.forward, []
+
+    def poisoned(model, **batch):
+        calls.append(None)
+        output = forward(model, **batch)
+        if len(calls) - 1 in steps:
+            output.loss = output.loss * math.nan
+        return output
+
+    monkeypatch.setattr(AlignDetForPreTraining, "forward", poisoned)
+
+
+def test_a_step_with_nan_is_skipped_counted_and_told(arguments, monkeypatch, warnings_of):
+    poison(monkeypatch, {1})
+    result = pretrain(arguments(max_steps=3))
+    assert [entry["skipped_steps"] for entry in log_of(result)] == [0, 1, 1]
+    assert all(value.isfinite().all() for value in weights_of(result).values())
+    assert "step 2: infinite or NaN gradients, from the images of rows [" in warnings_of.text
+    assert json.loads((result.output_dir / "pretrain_summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_nan_without_end_is_an_error_that_names_step_and_images(arguments, monkeypatch):
+    poison(monkeypatch, range(2, 1000))
+    seen, views = [], pretrain_setup.ProposalViews.__getitem__
+    monkeypatch.setattr(
+        pretrain_setup.ProposalViews, "__getitem__", lambda self, key: (seen.append(key.index), views(self, key))[1]
+    )
+    with pytest.raises(FloatingPointError) as error:
+        pretrain(arguments(max_steps=MAX_SKIPPED_STEPS + 10))
+    assert f"step {MAX_SKIPPED_STEPS + 2}: " in str(error.value)
+    assert f"rows {seen[-2:]}" in str(error.value)
+
+
+def test_broken_statistics_are_not_saved(arguments, monkeypatch):
+    forward = AlignDetForPreTraining.forward
+
+    def break_statistics(model, **batch):
+        norm = next(module for module in model.online_detector.modules() if isinstance(module, torch.nn.BatchNorm2d))
+        norm.running_mean.fill_(math.inf)
+        return forward(model, **batch)
+
+    monkeypatch.setattr(AlignDetForPreTraining, "forward", break_statistics)
+    with pytest.raises(FloatingPointError, match="running_mean.*infinite or NaN; nothing was saved"):
+        pretrain(arguments("rt_detr"))
+
+
+def test_collapse_is_reported_once(arguments, monkeypatch, warnings_of):
+    forward = AlignDetForPreTraining.forward
+
+    def collapsed(model, **batch):
+        output = forward(model, **batch)
+        output.metrics["embedding_spread"] = torch.tensor(0.001)
+        return output
+
+    monkeypatch.setattr(AlignDetForPreTraining, "forward", collapsed)
+    pretrain(arguments(max_steps=3))
+    assert warnings_of.text.count("the embeddings collapse (spread 0.001") == 1
+
+
+def test_an_unwritable_output_folder_is_found_before_any_work(arguments, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(pretrain_module, "load_dataset_source", lambda *args: pytest.fail("loaded data"))
+    with pytest.raises(OSError, match="cannot write to the output folder"):
+        pretrain(arguments(output_dir=str(tmp_path / "file" / "out")))
+
+
+def test_no_proposals_column(arguments, proposal_folder, tmp_path):
+    datasets.load_from_disk(proposal_folder).remove_columns("proposals").save_to_disk(tmp_path / "bare")
+    with pytest.raises(DataError, match="no column 'proposals'.*aligndet proposals"):
+        pretrain(arguments(dataset=str(tmp_path / "bare")))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"max_grad_norm": 0}, "max_grad_norm must be positive"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be positive"),
+        ({"crop_scale": [0.5]}, "crop_scale takes"),
+        ({"aligndet_config": {"contrastive_temprature": 1}}, "contrastive_temprature.*contrastive_temperature"),
+        ({"aligndet_config": {"detector_config": {}}}, "unknown .'detector_config'"),
+    ],
+)
+def test_arguments_are_checked_at_once(arguments, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(**wrong)
+
+
+def test_sizes_that_a_family_cannot_take(arguments):
+    with pytest.raises(ValueError, match=r"rt_detr takes multiples of 32, got \[48, 80\]"):
+        pretrain(arguments("rt_detr", image_sizes=[48, 64, 80]))
+
+
+def test_several_gpus_need_a_launcher(arguments, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="accelerate launch --num_processes 4"):
+        pretrain(arguments(use_cpu=False))
+
+
+class FakeHub:
+    """Remembers what it is asked to do."""
+
+    calls = []
+
+    def create_repo(self, repo_id, exist_ok):
+        assert exist_ok
+        self.calls.append(("create", repo_id))
+        return type("RepoUrl", (), {"repo_id": f"user/{repo_id}"})()
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns):
+        assert (folder_path / "pretrain_summary.json").exists() and "checkpoint-*" in ignore_patterns
+        self.calls.append(("upload", repo_id))
+
+
+def test_push_to_hub(arguments, monkeypatch):
+    monkeypatch.setattr(pretrain_module, "HfApi", FakeHub)
+    load = pretrain_module.load_dataset_source
+    monkeypatch.setattr(
+        pretrain_module, "load_dataset_source", lambda *args: (FakeHub.calls.append("load"), load(*args))[1]
+    )
+    pretrain(arguments(push_to_hub=True, max_steps=1))
+    assert FakeHub.calls == [("create", "out"), "load", ("upload", "user/out")]
+
+
+def test_trackers(arguments, monkeypatch):
+    pytest.importorskip("tensorboard")
+    result = pretrain(arguments(report_to=["tensorboard"], max_steps=1))
+    assert list(result.output_dir.rglob("events.out.tfevents*"))
