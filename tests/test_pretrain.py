@@ -7,6 +7,7 @@ import math
 import datasets
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoModelForPreTraining
 
@@ -263,6 +264,27 @@ def test_norms_and_biases_need_not_decay(arguments):
     assert [tuple(p.shape) for p in decayed["params"] + plain["params"]] == [(3, 2), (3,), (3,)]
 
 
+def test_workers_change_nothing(arguments, tmp_path):
+    alone = pretrain(arguments(max_steps=5, proposal_sampling="random"))
+    helped = {"dataloader_num_workers": 2, "output_dir": str(tmp_path / "helped")}
+    weights = weights_of(pretrain(arguments(max_steps=5, proposal_sampling="random", **helped)))
+    assert all(torch.equal(value, weights[name]) for name, value in weights_of(alone).items())
+
+
+def test_half_precision_trains_float32_weights(arguments):
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # Accelerate keeps the precision of the process's first run.
+    try:
+        result = pretrain(arguments("rt_detr", mixed_precision="bf16"))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert {value.dtype for value in weights_of(result).values()} == {torch.float32, torch.int64}
+    assert all(math.isfinite(entry["loss"]) for entry in log_of(result))
+    summary = json.loads((result.output_dir / "pretrain_summary.json").read_text())
+    assert summary["configuration"]["mixed_precision"] == "bf16"
+
+
 def test_clusters_are_classes(arguments):
     result = pretrain(arguments("rt_detr", use_clusters=True))
     detector = AutoModelForObjectDetection.from_pretrained(result.detector_dir)
@@ -351,7 +373,7 @@ def test_collapse_is_reported_once(arguments, monkeypatch, warnings_of):
 
     monkeypatch.setattr(AlignDetForPreTraining, "forward", collapsed)
     pretrain(arguments(max_steps=3))
-    assert warnings_of.text.count("the embeddings collapse (spread 0.001") == 1
+    assert warnings_of.text.count("the embeddings of all objects are alike (spread 0.001") == 1
 
 
 def test_an_unwritable_output_folder_is_found_before_any_work(arguments, tmp_path, monkeypatch):

@@ -323,9 +323,9 @@ def _write_log(run: Run, progress: tqdm) -> None:
     is_collapsed = run.step >= SETTLED * run.total_steps and (spread < MIN_SPREAD or margin < MIN_MARGIN)
     if is_collapsed and not run.is_collapsed and run.accelerator.is_main_process:
         logger.warning(
-            f"step {run.step}: the embeddings collapse (spread {spread:.3f}, positive minus negative similarity "
-            f"{margin:.3f}). The contrastive loss teaches nothing like this: try a lower learning rate, a lower "
-            "contrastive_temperature, or more proposals per image."
+            f"step {run.step}: the embeddings of all objects are alike (spread {spread:.3f}, positive minus negative "
+            f"similarity {margin:.3f}): the contrastive loss teaches nothing yet. If that stays so, try a lower "
+            "learning rate, a lower contrastive_temperature, or more proposals per image."
         )
     run.is_collapsed = is_collapsed
 
