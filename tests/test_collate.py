@@ -53,7 +53,8 @@ def test_views_of_a_batch():
 
 def test_proposal_ids_are_unique_in_the_batch_and_the_same_in_both_views():
     """Also when one view lost a box, when an image has none, and when ids have gaps."""
-    pairs = [([0, 1, 5], [0, 5]), ([], []), ([2], [0, 2, 7]), ([], [3]), ([0], [0])]
+    every = [*range(8)]
+    pairs = [([0, 1, 5], [0]), ([], []), (every, every), ([2], [0, 2, 7]), ([], [3]), (every, every)]
     items = [item((4, 4), (4, 4), ids, momentum_ids) for ids, momentum_ids in pairs]
     batch = collate_views(items)
     online = [labels["proposal_ids"].tolist() for labels in batch["labels"]]
@@ -65,8 +66,8 @@ def test_proposal_ids_are_unique_in_the_batch_and_the_same_in_both_views():
             assert renamed.setdefault(old, new) == new  # the same proposal, the same id
         for old, new in renamed.items():
             assert owners.setdefault(new, (number, old)) == (number, old)  # another proposal, another id
-    assert min(owners) >= 0 and len(owners) == 8
-    assert items[2]["labels"]["proposal_ids"].tolist() == [2]  # the items themselves are left alone
+    assert min(owners) >= 0 and len(owners) == 3 + 8 + 3 + 1 + 8
+    assert items[3]["labels"]["proposal_ids"].tolist() == [2]  # the items themselves are left alone
 
 
 def test_labelled_batch():

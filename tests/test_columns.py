@@ -115,11 +115,15 @@ def test_sound_data():
 def test_faults_of_all_rows_are_counted_and_listed(monkeypatch):
     monkeypatch.setattr(columns, "SIZE_CHECKED_ROWS", 2)  # the first and the last row
     sound = [10, 10, 20, 20]
-    rows = [[sound, [200, 5, 5, 5]]] + [[sound]] * 1100 + [[sound, [NAN, 1, 1, 1], [1, 1, 0, 5], [1, 1, -4, 5]]]
-    rows += [[[1, INF, 5, 5]], [sound, [300, 5, 5, 5]], [sound]]
+    rows = (
+        [[sound, [200, 5, 5, 5], [-50, 5, 5, 5]]]
+        + [[sound]] * 1100
+        + [[sound, [NAN, 1, 1, 1], [1, 1, 0, 5], [1, 1, -4, 5]]]
+    )
+    rows += [[[1, INF, 5, 5]], [sound, [300, 5, 5, 5]], [sound, [300, 5, 5, 5]]]
     report = validate_proposals(proposed(rows), "mine")
-    assert report.dropped == {"not finite": 2, "no area": 2, "outside the image": 1}
-    assert report.listed == {"not finite": [1101, 1102], "no area": [1101], "outside the image": [0]}
+    assert report.dropped == {"not finite": 2, "no area": 2, "outside the image": 3}
+    assert report.listed == {"not finite": [1101, 1102], "no area": [1101], "outside the image": [0, 1104]}
     assert report.size_checked_rows == 2
     assert "dropped: 2 boxes, not finite (rows 1101, 1102)" in str(report)
 
@@ -236,6 +240,12 @@ def test_unknown_categories(category):
         validate_objects(dataset, ["a", "b"])
 
 
+def test_a_row_far_down_is_named():
+    box = [[1, 1, 5, 5]]
+    with pytest.raises(DataError, match="row 1002, column 'objects', field 'category': 3 is"):
+        validate_objects(labelled([box] * 1003, [[0]] * 1002 + [[3]]), ["a"])
+
+
 def test_image_ids():
     rows = [[[1, 1, 5, 5]]] * 3
     assert columns.image_ids(labelled(rows)) == [0, 1, 2]
@@ -276,6 +286,15 @@ def test_boxes_are_read_from_every_arrow_list(feature):
         assert boxes.dtype == np.float32
         assert boxes.tolist() == [box for number in numbers for box in rows[number]["bbox"]]
         assert counts.tolist() == [len(rows[number]["bbox"]) for number in numbers]
+
+
+def test_only_empty_lists_of_unknown_type():
+    dataset = datasets.Dataset.from_dict({"x": [{"bbox": [], "category": []}, {"bbox": [], "category": []}]})
+    column = dataset.with_format("arrow")[:]["x"]
+    boxes, counts = columns.read_boxes(column)
+    assert boxes.shape == (0, 4) and counts.tolist() == [0, 0]
+    values, counts = columns.read_values(column, "category")
+    assert values.shape == (0,) and counts.tolist() == [0, 0]
 
 
 def test_row_of_a_larger_table():

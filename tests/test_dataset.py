@@ -200,14 +200,15 @@ def test_crops_keep_the_boxes_that_both_show(twelve):
 
 
 def test_a_box_too_small_in_one_view_is_left_out_of_that_view_only():
-    dataset = proposal_dataset([[[1, 1, 0.02, 30], [5, 5, 20, 20]]])
-    views = ProposalViews(dataset, ViewConfig([20, 60]), seed=0, max_proposals=4)
+    dataset = proposal_dataset([[[1, 1, 0.02, 30], [5, 5, 20, 20]]], clusters=True)
+    views = ProposalViews(dataset, ViewConfig([20, 60]), seed=0, max_proposals=4, use_clusters=True)
     seen = set()
     for epoch in range(20):
         item = views[SampleKey(0, epoch, 0)]
         for prefix in ("", "momentum_"):
             ids = item[f"{prefix}labels"]["proposal_ids"].tolist()
             assert ids == ([0, 1] if item[f"{prefix}image"].shape[1] == 60 else [1])
+            assert item[f"{prefix}labels"]["class_labels"].tolist() == [[0, 2][number] for number in ids]
             seen.add(tuple(ids))
     assert seen == {(0, 1), (1,)}
 

@@ -89,12 +89,12 @@ def test_one_split_folder_by_itself(labelled_folder):
 
 
 def test_usual_names_of_splits_and_no_images_lost(tmp_path):
-    for name in ("train2017", "val2017", "test", "unlabeled"):
+    for name in ("train2017", "val_1", "extra"):
         write_image(tmp_path / "coco" / name / "x.png")
     (tmp_path / "coco" / "annotations").mkdir()
-    for split in ("train", "validation", "test", "unlabeled"):
+    for split in ("train", "validation", "extra"):
         assert len(load_dataset_source(tmp_path / "coco", split)) == 1
-    with pytest.raises(DataError, match="found test, train, unlabeled, validation"):
+    with pytest.raises(DataError, match="found extra, train, validation"):
         load_dataset_source(tmp_path / "coco")
 
 
@@ -303,7 +303,7 @@ ANNOTATION = {"id": 5, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4]}
         (coco(annotations=[ANNOTATION | {"bbox": [1, 2, "3", 4]}]), "image 3: a box in 'bbox' must be four numbers"),
         (coco(annotations=[{"image_id": 3, "category_id": 2}]), "annotation number 0: 'bbox' must be four numbers"),
         (coco(annotations=[{"id": 1}]), "entry 0 of 'annotations' must have image_id"),
-        (coco(categories=[{"id": 2, "name": "car"}] * 2), "must be unique"),
+        (coco(categories=[{"id": 2, "name": "car"}, {"id": 2, "name": "bus"}]), "must be unique"),
         (coco(categories=[{"id": 2, "name": "car"}, {"id": 90, "name": "car"}]), "must be unique"),
         (
             coco(images=[{"id": 3, "file_name": "a.png"}, {"id": 7, "file_name": "gone.png"}]),

@@ -62,7 +62,7 @@ def test_cmyk(pixels):
 
 
 def test_16_bit_keeps_the_upper_bits(pixels):
-    wide = pixels[:, :, 1].astype(np.uint16) * 257
+    wide = pixels[:, :, 1].astype(np.uint16) * 256 + 37
     for value in (encode(PIL.Image.fromarray(wide)), encode(PIL.Image.fromarray(wide), "TIFF"), wide):
         np.testing.assert_array_equal(decode_image(value), np.repeat(pixels[:, :, 1:2], 3, axis=2))
 
