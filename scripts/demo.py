@@ -1,0 +1,162 @@
+"""The whole journey on generated images: proposals, pre-training, fine-tuning from both starts, and the comparison.
+
+    python scripts/demo.py [output folder]
+
+`make demo` runs it. It takes some minutes on two CPU cores, downloads nothing, and can be interrupted: the same
+command goes on where it stopped. Every step is the Python function behind the `aligndet` command of the same name.
+"""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from aligndet_hf.data.formats import category_names, load_dataset_source
+from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
+from aligndet_hf.data.images import decode_image
+from aligndet_hf.data.synthetic import write_synthetic_folder
+from aligndet_hf.evaluation.coco_metrics import format_table
+from aligndet_hf.evaluation.pictures import plot_predictions
+from aligndet_hf.reporting.plots import plot_arms, plot_curves
+from aligndet_hf.training.finetune import FinetuneArguments, finetune
+from aligndet_hf.training.pretrain import PretrainArguments, pretrain
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+SIZE = 128  # pixels; everything here is small enough for a laptop's CPU
+NUM_UNLABELLED, NUM_LABELLED, NUM_MEASURED = 400, 60, 100
+
+# A small RT-DETR around a small random backbone. With weights of your own for the backbone you would freeze it in
+# pre-training, as AlignDet does.
+DETECTOR = {
+    "detector": "rt_detr",
+    "backbone": "test_resnet",
+    "freeze_batch_norm": False,
+    "detector_config": {
+        "d_model": 64,
+        "encoder_ffn_dim": 128,
+        "decoder_ffn_dim": 128,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "decoder_layers": 3,
+        "num_queries": 30,
+        "num_denoising": 20,
+        "hidden_expansion": 0.5,
+    },
+}
+
+
+def main(output: Path) -> None:
+    start = time.monotonic()
+    data = output / "data"
+    if not data.exists():
+        unfinished = output / "unfinished-data"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        scenes = {"unlabelled": NUM_UNLABELLED, "train": NUM_LABELLED, "validation": NUM_MEASURED}
+        write_synthetic_folder(unfinished, scenes, seed=0, image_size=(SIZE, SIZE), max_objects=5)
+        (unfinished / "unlabelled" / "metadata.jsonl").unlink()  # pre-training gets no labels
+        unfinished.rename(data)
+
+    banner(f"1. proposals for {NUM_UNLABELLED} images without labels")
+    generate_proposals(
+        ProposalsArguments(dataset=str(data / "unlabelled"), output_dir=str(output / "proposals"), short_side=SIZE)
+    )
+
+    banner("2. pre-training of the whole detector")
+    pretrained = pretrain(
+        PretrainArguments(
+            **DETECTOR,
+            dataset=str(output / "proposals"),
+            output_dir=str(output / "pretrained"),
+            image_sizes=[96, 128],
+            max_proposals=20,
+            aligndet_config={"freeze_backbone": False, "base_momentum": 0.99},
+            max_steps=800,
+            per_device_train_batch_size=8,
+            learning_rate=5e-4,
+            lr_scheduler_type="cosine",
+            warmup_steps=50,
+            logging_steps=20,
+            dataloader_num_workers=1,
+            use_cpu=True,
+        )
+    )
+
+    arms = {}
+    starts = {"plain": DETECTOR, "pre-trained": {"detector": str(pretrained.detector_dir)}}
+    for number, (name, detector) in enumerate(starts.items(), start=3):
+        banner(f"{number}. fine-tuning on {NUM_LABELLED} labelled images, {name} start")
+        arms[name] = finetune(
+            FinetuneArguments(
+                **detector,
+                dataset=str(data),
+                output_dir=str(output / f"finetuned-{name}"),
+                image_sizes=[96, 128],
+                max_steps=800,
+                per_device_train_batch_size=8,
+                learning_rate=5e-4,
+                backbone_learning_rate=5e-4,
+                warmup_steps=50,
+                logging_steps=20,
+                eval_strategy="steps",
+                eval_steps=200,
+                save_strategy="steps",
+                save_steps=200,
+                dataloader_num_workers=1,
+                use_cpu=True,
+                report_to="none",
+            )
+        )
+
+    banner("5. both starts side by side")
+    results = {name: arm.metrics for name, arm in arms.items()}
+    pictures(output, data, results)
+    print(f"AP on {NUM_MEASURED} images, after the same {NUM_LABELLED} labelled images and the same steps:\n")
+    for name, metrics in results.items():
+        print(f"{name} start\n{format_table(metrics)}\n")
+    (output / "results.json").write_text(json.dumps(results, indent=2))
+    gain = 100 * (results["pre-trained"]["AP"] - results["plain"]["AP"])
+    print(f"Pre-training changes AP by {gain:+.1f} points. One seed, generated images: a demonstration, no benchmark.")
+    print(f"Pictures and results are in {output} ({(time.monotonic() - start) / 60:.1f} minutes).")
+
+
+def pictures(output: Path, data: Path, results: dict) -> None:
+    plot_arms(results, output / "ap.png", title="The same fine-tuning from both starts")
+    logs = {name: output / f"finetuned-{name}" for name in results}
+    plot_curves(logs, output / "finetuning_curves.png", keys=("loss", "eval_AP"), title="Fine-tuning")
+    keys = ("loss", "loss_contrastive", "rank_accuracy", "embedding_spread")
+    plot_curves({"pre-training": output / "pretrained"}, output / "pretraining_curves.png", keys, title="Pre-training")
+
+    rows = load_dataset_source(str(data), "validation", labels=True)
+    names = category_names(rows, str(data))
+    rows = rows.select(range(4))
+    images = [decode_image(row["image"]) for row in rows]
+    truth = [
+        {
+            "boxes": [[x, y, x + w, y + h] for x, y, w, h in row["objects"]["bbox"]],
+            "labels": row["objects"]["category"],
+        }
+        for row in rows
+    ]
+    predictions = {name: predict(output / f"finetuned-{name}", images) for name in results}
+    plot_predictions(images, truth, predictions, names, output / "predictions.png", title="After fine-tuning")
+
+
+@torch.no_grad()
+def predict(folder: Path, images: list) -> list[dict]:
+    """What plain transformers makes of a fine-tuned detector: nothing of this package is needed for it."""
+    detector = AutoModelForObjectDetection.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    outputs = detector(**processor(images=images, return_tensors="pt"))
+    sizes = [image.shape[:2] for image in images]
+    return processor.post_process_object_detection(outputs, threshold=0.3, target_sizes=sizes)
+
+
+def banner(text: str) -> None:
+    print(f"\n=== {text} ===", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo_output"))
