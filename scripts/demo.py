@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from aligndet_hf.data.formats import category_names, load_dataset_source
 from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
@@ -23,7 +24,6 @@ from aligndet_hf.evaluation.pictures import plot_predictions
 from aligndet_hf.reporting.plots import plot_arms, plot_curves
 from aligndet_hf.training.finetune import FinetuneArguments, finetune
 from aligndet_hf.training.pretrain import PretrainArguments, pretrain
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 SIZE = 128  # pixels; everything here is small enough for a laptop's CPU
 NUM_UNLABELLED, NUM_LABELLED, NUM_MEASURED = 400, 60, 100
