@@ -151,7 +151,7 @@ def test_inherited_flags_are_accepted(tmp_path):
     assert (arguments.adam_beta1, arguments.head_rate) == (0.8, 2.0)
 
 
-@pytest.mark.parametrize("command", ["pretrain"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_the_commands(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

@@ -83,6 +83,8 @@ def assert_same_result(output, expected):
         assert differing == []
     assert log_of(output) == log_of(expected)
     assert [entry["step"] for entry in log_of(output)] == [5, 10, STEPS]
+    last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
+    assert json.loads((output / "pretrain_summary.json").read_text())["metrics"] == last
     left = {path.name for path in output.glob("*checkpoint*")}
     assert left == {f"checkpoint-{STEPS - 2}", f"checkpoint-{STEPS}"}
 

@@ -338,6 +338,13 @@ def test_a_step_with_nan_is_skipped_counted_and_told(arguments, monkeypatch, war
     assert json.loads((result.output_dir / "pretrain_summary.json").read_text())["skipped_steps"] == 1
 
 
+def test_skipped_steps_are_counted_across_an_interruption(arguments, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, {0})
+        stop_after(2, arguments(max_steps=3, save_steps=2))
+    assert [entry["skipped_steps"] for entry in log_of(pretrain(arguments(max_steps=3)))] == [1, 1, 1]
+
+
 def test_nan_without_end_is_an_error_that_names_step_and_images(arguments, monkeypatch):
     poison(monkeypatch, range(2, 1000))
     seen, views = [], pretrain_setup.ProposalViews.__getitem__

@@ -22,7 +22,7 @@ class PretrainArguments(DetectorArguments):
     dataset: str = field(
         metadata={"help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it"}
     )
-    split: str | None = field(default=None, metadata={"help": "split of the dataset; needed if there are several"})
+    split: str = field(default="train", metadata={"help": "split of the dataset"})
     max_proposals: int = field(
         default=50, metadata={"help": "proposals per image; never more than the detector has queries"}
     )
