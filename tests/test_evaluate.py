@@ -126,6 +126,7 @@ def test_categories_are_matched_by_name():
     [
         *PROCESSORS.values(),
         RTDetrImageProcessor(size={"height": 32, "width": 48}, do_normalize=False),
+        DetrImageProcessor(size={"shortest_edge": 40, "longest_edge": 60}, pad_size={"height": 70, "width": 70}),
         DetrImageProcessor(size={"shortest_edge": 40, "longest_edge": 60}, image_mean=[0.5] * 3, image_std=[0.25] * 3),
         DetrImageProcessor(size={"shortest_edge": 40, "longest_edge": 60}, do_normalize=False, do_rescale=False),
     ],

@@ -183,7 +183,8 @@ def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
     assert record["metrics"] == result.metrics and record["images"] == 4 and record["steps"] == 2
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     assert [entry["eval_AP"] for entry in history if "eval_AP" in entry][-1] == result.metrics["AP"]
-    assert {"loss", "loss_ce", "loss_bbox", "loss_giou", "grad_norm"} <= history[0].keys()
+    terms = {"loss_ce", "loss_bbox", "loss_giou"}  # of the last layer, for a plot
+    assert history[0].keys() == terms | {"loss", "grad_norm", "learning_rate", "epoch", "step"}
     for entry in history:
         if "loss" in entry:  # the logged terms are those of the last layer; DETR adds up the two layers' terms
             assert entry["loss"] > entry["loss_ce"] + 5 * entry["loss_bbox"] + 2 * entry["loss_giou"] > 0
@@ -198,6 +199,22 @@ def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
     again = finetune(arguments_for(folder, output_dir, label_fraction=0.5))
     assert again == result and "is finished" in capsys.readouterr().out
     assert (output_dir / "model.safetensors").stat().st_mtime_ns == modified
+
+
+def test_measuring_changes_nothing_and_a_frozen_backbone_stays(folder, tmp_path):
+    changes = {"freeze_backbone": True, "learning_rate": 1e-3}
+    finetune(arguments_for(folder, tmp_path / "measured", **changes))
+    finetune(arguments_for(folder, tmp_path / "unmeasured", do_eval=False, **changes))
+    after = weights_of(tmp_path / "measured")
+    assert same(after, weights_of(tmp_path / "unmeasured"))  # dropout draws the same in both
+
+    before = weights_of(folder / "detector")
+    backbone = {name for name in before if "backbone" in name}
+    assert backbone and all(torch.equal(after[name], before[name]) for name in backbone)
+    report = json.loads((tmp_path / "measured" / "transfer_report.json").read_text())
+    assert report["frozen"] and all("backbone" in name for name in report["frozen"])
+    head = "bbox_predictor.layers.0.weight"
+    assert not torch.equal(after[head], before[head])
 
 
 def test_another_configuration_is_refused_unless_told_to_overwrite(folder, tmp_path):
@@ -223,6 +240,8 @@ def test_settings_are_what_has_an_influence(folder, tmp_path):
     assert checkpoint["transfer"] == "keep-boxes" and "backbone" not in checkpoint
     assert checkpoint["images_per_step"] == 4 and checkpoint["backbone_learning_rate"] == 1e-5
     assert not {"output_dir", "hub_token", "logging_steps", "dataloader_num_workers"} & checkpoint.keys()
+    assert "eval_split" not in checkpoint  # measuring has none, unless it chooses the weights
+    assert settings_of(arguments_for(folder, tmp_path, load_best_model_at_end=True))["eval_split"] == "validation"
     new = settings_of(arguments_for(folder, tmp_path, detector="rt_detr"))
     assert new["backbone"] == "resnet50" and "transfer" not in new
 
@@ -244,6 +263,12 @@ def test_training_only_needs_no_validation_data_and_any_start_will_do(folder, tm
     assert "Nothing was measured" in (result.output_dir / "README.md").read_text()
     with pytest.raises(DataError, match="validation"):
         finetune(arguments_for(tmp_path, tmp_path / "measured", **changes | {"do_eval": True}))
+
+
+def test_a_pretraining_run_is_told_from_its_detector(folder, tmp_path):
+    shutil.copytree(folder / "detector", tmp_path / "pretrained" / "detector")
+    with pytest.raises(ValueError, match="its detector is .*pretrained/detector"):
+        finetune(arguments_for(folder, tmp_path / "run", detector=str(tmp_path / "pretrained")))
 
 
 def test_both_datasets_must_number_their_categories_alike(folder, tmp_path):
@@ -380,11 +405,15 @@ def measure_and_train(output_dir: Path, batch_size: int) -> dict:
             seen.append(index)
             return super().__getitem__(index)
 
-    numbers = trainer.evaluate(Images(dataset, SYNTHETIC_CATEGORIES, trainer.processing_class))
+    images = Images(dataset, SYNTHETIC_CATEGORIES, trainer.processing_class)
+    metrics = images.metrics()
+    images.metrics = lambda: metrics
+    numbers = trainer.evaluate(images)
     trainer.train()
     after = trainer.model.state_dict()
     return {
         "rows": gather_object([seen]),
+        "counted": gather_object([sorted(metrics.predictions)]),
         "numbers": {key: value for key, value in numbers.items() if key.startswith("eval_A")},
         "moved": {name: after[name] - before[name] for name in before},
     }
@@ -405,6 +434,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     one = measure_and_train(tmp_path, 4)
 
     assert one["rows"] == [[0, 1, 2]] and two["rows"] == [[0, 2], [1]]  # every image once
+    assert one["counted"] == [[0, 1, 2]] and two["counted"] == [[0, 1, 2]] * 2
     assert len(one["numbers"]) == 12 + len(SYNTHETIC_CATEGORIES)
     assert one["numbers"] == pytest.approx(two["numbers"], abs=1e-6)
     differences = {name: (moved - two["moved"][name]).abs().max() for name, moved in one["moved"].items()}

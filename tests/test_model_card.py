@@ -73,6 +73,7 @@ def test_finetuning_card(tmp_path, config):
 def test_without_measurements_the_card_has_no_numbers(tmp_path, config):
     path = write_finetuning_card(tmp_path, detector_config=config, dataset="someone/cells", settings=SETTINGS)
     card = ModelCard.load(path)
+    assert "someone/cells" in card.text
     assert card.data.eval_results is None and card.data.datasets == ["someone/cells"]
     assert "## Results" not in card.text and "Nothing was measured" in card.text
     assert "license" not in card.data.to_dict() and "base_model" not in card.data.to_dict()
@@ -107,6 +108,14 @@ def test_the_code_on_the_cards_parses(tmp_path, config):
         ast.parse(usage)
 
 
+def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path, config, monkeypatch):
+    (tmp_path / "someone" / "cells").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    path = write_finetuning_card(tmp_path, detector_config=config, dataset="someone/cells", settings={})
+    card = ModelCard.load(path)
+    assert card.data.datasets is None and "someone" not in path.read_text()
+
+
 def test_settings_are_plain_and_private():
     told = told_settings(
         {
@@ -116,6 +125,7 @@ def test_settings_are_plain_and_private():
             "image_sizes": (480, 512),
             "detector_config": {"num_queries": 60},
             "hub_token": "secret",
+            "some_other_token": "secret",
             "max_size": None,
         }
     )

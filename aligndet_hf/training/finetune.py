@@ -39,19 +39,19 @@ from .schedules import learning_rate, milestone_steps
 logger = logging.get_logger(__name__)
 
 SETTINGS, RESULTS, TRANSFER = "finetune_settings.json", "results.json", "transfer_report.json"
-# Of what TrainingArguments bring, what makes another run of it. The batch counts as the images of one step, however
-# they are spread over processes and forward passes.
-INHERITED_SETTINGS = (
-    "max_steps", "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "seed",
-    "data_seed", "bf16", "fp16",
-)  # fmt: skip
-# Of our own arguments, what does not.
-NOT_COMPARED = {
-    "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "card_license", "logging_steps",
-    "save_strategy", "save_total_limit", "dataloader_num_workers", "report_to", "eval_strategy", "do_eval",
-    "eval_dataset", "eval_split", "eval_image_dir", "metric_for_best_model", "logging_nan_inf_filter",
-    "remove_unused_columns",
+# What TrainingArguments bring that makes another run of it.
+INHERITED_SETTINGS = {
+    "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "fp16",
 }  # fmt: skip
+# What has no influence on the weights. The batch counts as the images of one step, however they are spread over
+# processes and forward passes.
+NOT_COMPARED = {
+    "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "do_eval",
+    "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_total_limit", "dataloader_num_workers",
+    "dataloader_persistent_workers", "remove_unused_columns", "push_to_hub", "hub_model_id", "card_license",
+}  # fmt: skip
+# What has one only if the weights are chosen by it.
+OF_THE_BEST = {"eval_dataset", "eval_split", "eval_image_dir", "eval_strategy", "metric_for_best_model"}
 
 
 @dataclass(kw_only=True)
@@ -81,6 +81,9 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
     label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "data loading processes per training process"})
+    dataloader_persistent_workers: bool = field(
+        default=True, metadata={"help": "keep these processes from one epoch to the next"}
+    )
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "leave out the images of an epoch that do not fill a batch, others each time"}
     )
@@ -111,7 +114,9 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     freeze_backbone: bool = field(default=False, metadata={"help": "keep the backbone as it is"})
 
     num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
+    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs"})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "images per process and forward pass"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimizer step"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of all but the backbone"})
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "peak learning rate of the backbone; a tenth of the other if not given"}
@@ -128,6 +133,11 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
     warmup_steps: float = field(default=0, metadata={"help": "steps of linear warm-up, or below 1 a share of the run"})
 
+    bf16: bool = field(
+        default=False, metadata={"help": "forward passes in bfloat16 (autocast); fp16 is there as well"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of new layers, the data and all noise"})
+
     do_eval: bool = field(default=True, metadata={"help": "measure on eval_dataset, at the end at least"})
     eval_dataset: str | None = field(default=None, metadata={"help": "what to measure on; `dataset` if not given"})
     eval_split: str | None = field(
@@ -137,6 +147,10 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "when to measure: epoch, steps, or no (at the end)"})
     metric_for_best_model: str | None = field(
         default="AP", metadata={"help": "what load_best_model_at_end goes by, e.g. AP50 or APs"}
+    )
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={"help": "end with the best measured weights instead of the last: chosen on eval_dataset"},
     )
 
     output_dir: str = field(metadata={"help": "folder of the run; the same command again resumes it"})
@@ -148,6 +162,10 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     logging_steps: float = field(default=20, metadata={"help": "steps between entries of the log"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "not for detectors: there are no columns"})
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the result to the Hub"})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+    )
     card_license: str | None = field(
         default=None, metadata={"help": "licence of the weights for the model card, by its Hub name, e.g. apache-2.0"}
     )
@@ -302,18 +320,19 @@ def require_one_gpu_per_process(arguments: TrainingArguments) -> None:
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible, but this is a single process. Use them all with\n"
-            f"  accelerate launch --num_processes {arguments.n_gpu} scripts/finetune.py ...\n"
+            f"  accelerate launch --num_processes {arguments.n_gpu} -m aligndet_hf.cli finetune ...\n"
             "and the same flags, or one of them with CUDA_VISIBLE_DEVICES=0 before the command."
         )
 
 
 def settings_of(arguments: FinetuneArguments) -> dict:
     """What makes a run this run and no other: everything that has an influence on its weights, as plain values."""
-    own = _declared(FinetuneArguments) - NOT_COMPARED
+    own = (_declared(FinetuneArguments) | INHERITED_SETTINGS) - NOT_COMPARED
+    own -= set() if arguments.load_best_model_at_end else OF_THE_BEST
     own |= _declared(DetectorArguments) - {"detector"} if is_new(arguments) else set()
     own -= {"transfer"} if is_new(arguments) else set()
     plain = arguments.to_dict()  # enums by value
-    settings = {"detector": arguments.detector} | {name: plain[name] for name in (*sorted(own), *INHERITED_SETTINGS)}
+    settings = {"detector": arguments.detector} | {name: plain[name] for name in sorted(own)}
     settings["images_per_step"] = (
         arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     )
@@ -361,6 +380,10 @@ def _start(arguments: FinetuneArguments, categories: list[str]):
     id2label, report = dict(enumerate(categories)), None
     if is_new(arguments):
         detector = load_detector(arguments, len(categories), id2label)
+    elif (Path(arguments.detector) / "detector" / "config.json").is_file():
+        raise ValueError(
+            f"{arguments.detector} is a pre-training run: its detector is {Path(arguments.detector) / 'detector'}"
+        )
     else:
         detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)
     # Always set, never trusted: transformers freezes by patterns that miss, and forgets it when it loads.
