@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from aligndet_hf.data.columns import DataError, validate_objects
-from aligndet_hf.data.formats import category_names, load_dataset_source
+from aligndet_hf.data.formats import category_names, load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
 
 
@@ -341,6 +341,21 @@ def test_saved_data_set(tmp_path):
     assert len(load_dataset_source(folder, "train")) == 3
 
 
+def test_names_of_the_splits_of_every_kind_of_source(tmp_path, labelled_folder):
+    write_image(tmp_path / "plain" / "a.png")
+    sources = {
+        labelled_folder: ["train", "validation"],
+        tmp_path / "plain": ["train"],
+        write_coco(tmp_path / "coco", coco(), "instances_val2017.json"): ["validation"],
+        saved(tmp_path / "s", test=1, train=2): ["test", "train"],
+    }
+    for source, names in sources.items():
+        assert split_names(source) == names
+        assert all(len(load_dataset_source(source, name)) for name in names)
+    with pytest.raises(DataError, match="nowhere"):
+        split_names(tmp_path / "nowhere")
+
+
 def test_saved_splits(tmp_path):
     folder = saved(tmp_path, train=3, test=2)
     assert len(load_dataset_source(folder, "test")) == 2 and len(load_dataset_source(folder, "train+test")) == 5
@@ -356,6 +371,7 @@ def test_folder_of_parquet_files(tmp_path, labelled_folder, monkeypatch):
     dataset.to_parquet(tmp_path / "copy" / "data" / "train-00000-of-00001.parquet")
     copy = load_dataset_source(tmp_path / "copy", labels=True)
     assert [row["objects"] for row in copy] == [row["objects"] for row in dataset]
+    assert split_names(tmp_path / "copy") == ["train"]
     assert category_names(copy) == ["cell", "plate"] and copy.features["image"] == datasets.Image(decode=False)
     with pytest.raises(DataError, match="validation"):
         load_dataset_source(tmp_path / "copy", "validation")

@@ -73,6 +73,23 @@ def load_dataset_source(
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
+def split_names(source: str | Path) -> list[str]:
+    """
+    The splits of a source, as [`load_dataset_source`] calls them.
+
+    Raises:
+        [`DataError`]: if there is no such source.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [_split_of_name(path.stem)]
+    if path.is_dir() and _is_saved(path):
+        return list(_load_saved(path))
+    if path.is_dir() and _has_images(path):
+        return list(_folder_splits(path))
+    return list(_load_from_hub(str(source), None))
+
+
 def category_names(dataset: datasets.Dataset, source: str | Path = "the data set") -> list[str]:
     """
     The names of the categories 0..C-1: of the `ClassLabel` feature, of `labels.json` in the folder `source`, or else
@@ -123,11 +140,19 @@ def _choose_splits(available: list[str], split: str | None, source: str | Path) 
 # ---- folders and the Hub ----
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _load_saved(folder: Path) -> dict[str, datasets.Dataset]:
+    saved = datasets.load_from_disk(str(folder))
+    return {str(saved.split or "train"): saved} if isinstance(saved, datasets.Dataset) else saved
+
+
 def _load_folder(folder: Path, split: str | None) -> datasets.Dataset:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        saved = datasets.load_from_disk(str(folder))
-        if isinstance(saved, datasets.Dataset):
-            saved = {str(saved.split or "train"): saved}
+    if _is_saved(folder):
+        saved = _load_saved(folder)
         return datasets.concatenate_datasets([saved[name] for name in _choose_splits(list(saved), split, folder)])
     if not _has_images(folder):
         return _load_hub(str(folder), split)
@@ -137,15 +162,19 @@ def _load_folder(folder: Path, split: str | None) -> datasets.Dataset:
     return datasets.concatenate_datasets([_read_image_folder(part, labels) for part in chosen])
 
 
-def _load_hub(source: str, split: str | None) -> datasets.Dataset:
-    """A Hub id, or a local folder of the files of a data repository (Parquet and the like)."""
+def _load_from_hub(source: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
+    """What `load_dataset` makes of a Hub id, or of a local folder of the files of a data repository."""
     try:
-        loaded = datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(source, split=split)
     except (OSError, ValueError) as error:  # includes everything that datasets and the Hub raise for a missing one
         raise DataError(
             f"Cannot load '{source}' (split {split or 'not given'}): it is not a folder with images, a COCO file or a "
             f"folder of save_to_disk, and as a data set of the Hub: {error}"
         ) from error
+
+
+def _load_hub(source: str, split: str | None) -> datasets.Dataset:
+    loaded = _load_from_hub(source, split)
     if isinstance(loaded, datasets.Dataset):
         return loaded
     return loaded[_choose_splits(list(loaded), None, source)[0]]

@@ -46,7 +46,7 @@ def opencv_selective_search(
         raise ValueError(f"Unknown mode {mode!r}: expected one of {', '.join(MODES)}.")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"Expected an RGB image, uint8 of shape [H, W, 3], got {image.dtype} {list(image.shape)}.")
-    cv2 = _import_opencv()
+    cv2 = import_opencv()
 
     height, width = image.shape[:2]
     scale = min(short_side / min(height, width), _MAX_SIDES_RATIO * short_side / max(height, width))
@@ -112,7 +112,13 @@ def _hash_fractions(boxes: np.ndarray) -> np.ndarray:
     return (state >> np.uint64(54)) / 1024
 
 
-def _import_opencv():
+def import_opencv():
+    """
+    Imports OpenCV with its contrib modules.
+
+    Raises:
+        `ImportError`: If OpenCV is missing or has no `ximgproc`; it says how to install the right one.
+    """
     import cv2
 
     if not hasattr(cv2, "ximgproc"):

@@ -1,0 +1,476 @@
+"""`aligndet proposals`: looks for objects in the images of a dataset and adds the boxes as the column `proposals`."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..proposals.filters import parse_strategy
+from ..proposals.opencv import MODES, import_opencv, opencv_selective_search
+from .columns import proposals_feature
+from .errors import DataError, ImageError
+from .formats import load_dataset_source, split_names
+from .images import decode_image, image_name
+
+REPORT = "proposals.json"
+_DESCRIPTION = "Proposals: "  # starts what is appended to `info.description`
+_LISTED_IMAGES = 10
+
+
+@dataclass(kw_only=True)
+class ProposalsArguments:
+    """Arguments of [`generate_proposals`]: the flags of `aligndet proposals` and the keys of its recipes."""
+
+    help_groups = {"dataset": "Data", "mode": "Search", "max_boxes": "Which boxes to keep", "num_workers": "Run"}
+
+    dataset: str = field(
+        metadata={"help": "images: folder, COCO-JSON file, folder of save_to_disk or Hub id; labels are not needed"}
+    )
+    output_dir: str = field(metadata={"help": "folder for the dataset with the column `proposals`; must be new"})
+    split: str | None = field(
+        default=None, metadata={"help": "split of the dataset; if not given, all of them, each by itself"}
+    )
+    image_dir: str | None = field(
+        default=None, metadata={"help": "folder that the file names of a COCO-JSON file start from"}
+    )
+
+    mode: str = field(
+        default="fast",
+        metadata={"help": "OpenCV's selective search: single, fast or quality (about 0.03, 0.2 and 0.8 s an image)"},
+    )
+    short_side: int = field(
+        default=200, metadata={"help": "search on a copy with this shorter side in pixels; time grows with its square"}
+    )
+
+    max_boxes: int = field(default=300, metadata={"help": "boxes stored per image, the best first"})
+    nms_threshold: float = field(
+        default=0.7, metadata={"help": "of boxes with a larger IoU only the best stays; less variety, more objects"}
+    )
+    max_aspect_ratio: float = field(default=3.0, metadata={"help": "longer side over shorter side"})
+    min_side: float = field(default=0, metadata={"help": "smallest width and height in pixels of the image"})
+    min_relative_size: float = field(
+        default=0.04, metadata={"help": "smallest sqrt(box area / image area); large values lose small objects"}
+    )
+    max_relative_size: float = field(default=1.0, metadata={"help": "largest sqrt(box area / image area)"})
+    relax_if_empty: bool = field(
+        default=True, metadata={"help": "for an image left without boxes drop the size bounds, then the aspect ratio"}
+    )
+    strategy: str | None = field(
+        default=None,
+        metadata={"help": "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the five above"},
+    )
+
+    num_workers: int | None = field(default=None, metadata={"help": "processes; one per core if not given"})
+    shard_size: int = field(default=32, metadata={"help": "images between two saves; a killed run loses no more"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace proposals in output_dir that were made with other settings"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        for name in ("short_side", "max_boxes", "shard_size", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.strategy is not None:
+            parse_strategy(self.strategy)
+
+    def search_arguments(self) -> dict:
+        """Keyword arguments of [`opencv_selective_search`]."""
+        names = ["max_aspect_ratio", "min_side", "min_relative_size", "max_relative_size", "relax_if_empty"]
+        filters = {name: getattr(self, name) for name in names}
+        return {
+            "mode": self.mode,
+            "short_side": self.short_side,
+            "max_boxes": self.max_boxes,
+            "nms_threshold": self.nms_threshold,
+            **(filters if self.strategy is None else parse_strategy(self.strategy)),
+        }
+
+
+def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | datasets.DatasetDict:
+    """
+    Finds proposals in all images of a dataset and saves the dataset with them.
+
+    The output holds all columns of the input, the images byte for byte, and `proposals` (see
+    [`~aligndet_hf.data.columns.proposals_feature`]). Beside the data, `proposals.json` has the settings, the versions,
+    statistics, and the images that could not be read, which the output leaves out.
+
+    A run that was interrupted, in whatever way, continues with the same command: finished shards wait in
+    `<output_dir>.partial`. Where the output is complete and neither images nor settings have changed, nothing is done.
+
+    Args:
+        arguments ([`ProposalsArguments`]): The configuration.
+
+    Returns:
+        `datasets.Dataset`, or `datasets.DatasetDict` if the input has several splits and none was chosen.
+
+    Raises:
+        DataError: the input is missing or has no readable image, or `output_dir` is in use.
+        OSError: the output cannot be written.
+    """
+    versions = {
+        "aligndet_hf": __version__,
+        "opencv": import_opencv().__version__,
+        "numpy": np.__version__,
+        "datasets": datasets.__version__,
+    }
+    sources = _load_sources(arguments)
+    settings = {"algorithm": "opencv_selective_search", **arguments.search_arguments()}
+    settings |= {f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()}
+
+    output = Path(arguments.output_dir).expanduser().absolute()
+    if _is_finished(output, settings, arguments.overwrite):
+        print(f"{output} is complete: these images have been searched with these settings. Nothing to do.")
+        return datasets.load_from_disk(str(output))
+    with _writing_to(output.parent):
+        report = _generate(sources, settings, versions, output, arguments)
+    _print_report(report, output)
+    return datasets.load_from_disk(str(output))
+
+
+def _generate(
+    sources: dict[str, datasets.Dataset], settings: dict, versions: dict, output: Path, arguments: ProposalsArguments
+) -> dict:
+    """Does the work of [`generate_proposals`] in a folder beside the output, puts it in place, returns the report."""
+    work = output.with_name(output.name + ".partial")
+    _open_work_folder(work, settings | versions | {"shard_size": arguments.shard_size}, arguments.overwrite)
+
+    shards = [
+        Shard(name, start, min(start + arguments.shard_size, len(source)), str(work / f"{name}-{start:09d}.arrow"))
+        for name, source in sources.items()
+        for start in range(0, len(source), arguments.shard_size)
+    ]
+    _search_shards(shards, sources, arguments)
+
+    report = {
+        "dataset": arguments.dataset,
+        "settings": settings,
+        "versions": versions,
+        "statistics": {},
+        "skipped": [],
+    }
+    results = {}
+    for name, source in sources.items():
+        own = [shard for shard in shards if shard.split == name]
+        results[name] = _with_proposals(source, own, work / f"{name}.arrow", report)
+    for name, result in results.items():
+        record = {key: report[key] for key in ("settings", "versions")} | {"statistics": report["statistics"][name]}
+        description = result.info.description.split(_DESCRIPTION)[0].rstrip()
+        result.info.description = f"{description}\n\n{_DESCRIPTION}{json.dumps(record)}".lstrip()
+    result = datasets.DatasetDict(results) if len(results) > 1 else results.popitem()[1]
+
+    complete = work / "dataset"
+    shutil.rmtree(complete, ignore_errors=True)  # of a run that was killed just here
+    result.save_to_disk(str(complete))
+    _write_json(complete / REPORT, report)
+    if output.exists():
+        os.replace(output, work / "replaced")
+    os.replace(complete, output)
+    shutil.rmtree(work)
+    return report
+
+
+def content_hash(dataset: datasets.Dataset, disable_tqdm: bool = True) -> str:
+    """
+    A hash of the content of a dataset: the bytes of its images, wherever they are stored, and all other columns.
+
+    Args:
+        dataset (`datasets.Dataset`): With the column `image`, not decoded.
+        disable_tqdm (`bool`, *optional*, defaults to `True`): Whether to show no progress bar.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with tqdm(total=len(dataset), desc="reading images", unit="image", leave=False, disable=disable_tqdm) as progress:
+        for batch in dataset.with_format("arrow").iter(batch_size=32):
+            for value in batch["image"]:
+                content = hashlib.blake2b(_image_bytes(value.as_py()), digest_size=16)
+                digest.update(content.digest())
+                progress.update()
+            digest.update(repr(batch.drop_columns(["image"]).to_pylist()).encode())
+    return digest.hexdigest()
+
+
+def _image_bytes(value: dict | None) -> bytes:
+    """The stored bytes; of an image that cannot be read, its path. The search will tell why it cannot."""
+    value = value or {"bytes": None, "path": ""}
+    if value["bytes"] is not None:
+        return value["bytes"]
+    try:
+        return Path(value["path"]).read_bytes()
+    except OSError:
+        return value["path"].encode()
+
+
+# ---- the input and the folders ----
+
+
+def _load_sources(arguments: ProposalsArguments) -> dict[str, datasets.Dataset]:
+    """The splits to search, without an earlier `proposals` column."""
+    names = split_names(arguments.dataset) if arguments.split is None else [arguments.split]
+    sources = {}
+    for name in names:
+        source = load_dataset_source(arguments.dataset, name, image_dir=arguments.image_dir)
+        if len(source) == 0:
+            raise DataError(f"{arguments.dataset}: the split '{name}' has no rows.")
+        if "proposals" in source.column_names:
+            print(f"{arguments.dataset}: the column 'proposals' of the split '{name}' is replaced.")
+            source = source.remove_columns("proposals")
+        sources[name] = source
+    return sources
+
+
+def _is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
+    """Whether the output is there and right; raises if something else is there."""
+    if (output / REPORT).is_file():
+        differences = _differences(json.loads((output / REPORT).read_text(encoding="utf-8"))["settings"], settings)
+        if differences and not overwrite:
+            raise DataError(
+                f"{output} holds proposals of other settings ({differences}). Replace them with --overwrite, or "
+                "choose another output_dir."
+            )
+        return not differences
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise DataError(f"{output} exists and was not written by this command. Choose another output_dir.")
+    return False
+
+
+def _open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
+    """Makes the folder of unfinished work, or continues that of a former run with the same settings."""
+    record = work / "run.json"
+    if record.is_file():
+        differences = _differences(json.loads(record.read_text(encoding="utf-8")), state)
+        if not differences:
+            return
+        if not overwrite:
+            raise DataError(
+                f"{work} holds an unfinished run with other settings ({differences}). Continue it with those, or "
+                "start anew with --overwrite."
+            )
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    _write_json(record, state)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path):
+    try:
+        yield
+    except ChildProcessError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"Cannot write to {folder}: {error}. Choose another output_dir or, if the disk was full, make room and "
+            "run the same command again: what is finished is kept."
+        ) from error
+
+
+def _differences(before: dict, now: dict) -> str:
+    """What differs, for a message; empty if nothing does."""
+    now = json.loads(json.dumps(now))
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {before.get(key)} then, {now.get(key)} now" for key in keys)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    """Writes a file that is either complete or not there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+# ---- searching, in several processes ----
+
+
+class Shard(NamedTuple):
+    """The rows `start` to `stop` of a split, and the file for their proposals."""
+
+    split: str
+    start: int
+    stop: int
+    path: str
+
+
+def _features() -> datasets.Features:
+    return datasets.Features({"proposals": proposals_feature(with_clusters=False)})
+
+
+def _shard_schema() -> pa.Schema:
+    """A row per image: its proposals or, if it cannot be read, what it is called and why."""
+    return pa.schema([*_features().arrow_schema, ("file", pa.string()), ("reason", pa.string())])
+
+
+def _search_shards(shards: list[Shard], sources: dict[str, datasets.Dataset], arguments: ProposalsArguments) -> None:
+    """Writes the files of the shards that are not there yet."""
+    images = {name: source.select_columns(["image"]) for name, source in sources.items()}
+    search = arguments.search_arguments()
+    pending = [shard for shard in shards if not os.path.exists(shard.path)]
+    total = sum(shard.stop - shard.start for shard in shards)
+    done = total - sum(shard.stop - shard.start for shard in pending)
+    workers = min(arguments.num_workers or _number_of_cores(), len(pending))
+    with tqdm(total=total, initial=done, desc="proposals", unit="image", disable=arguments.disable_tqdm) as progress:
+        if workers <= 1:
+            for shard in pending:
+                _search_shard(shard, images[shard.split], search)
+                progress.update(shard.stop - shard.start)
+            return
+        pool = concurrent.futures.ProcessPoolExecutor(
+            workers, _process_context(), initializer=_init_worker, initargs=(images, search)
+        )
+        try:
+            futures = {pool.submit(_search_in_worker, shard): shard for shard in pending}
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                shard = futures[future]
+                progress.update(shard.stop - shard.start)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "A worker process died, perhaps for lack of memory (or, in a script of your own, of the line "
+                "`if __name__ == '__main__':`). What is finished is kept: run the same again, with fewer num_workers."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _number_of_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))  # those this process may use; Linux only
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _process_context():
+    """
+    Workers are not forked from this process, whose threads (OpenCV, Arrow, torch) would not survive that, but from a
+    server that has imported what they need and done nothing else.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+_worker = {}
+
+
+def _init_worker(images: dict[str, datasets.Dataset], search: dict) -> None:
+    _worker.update(images=images, search=search)
+    import_opencv().setNumThreads(1)  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and lets us finish the shard
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _search_in_worker(shard: Shard) -> None:
+    _search_shard(shard, _worker["images"][shard.split], _worker["search"])
+
+
+def _search_shard(shard: Shard, images: datasets.Dataset, search: dict) -> None:
+    """Searches the images of a shard and writes its file, at once and complete."""
+    rows = []
+    for index in range(shard.start, shard.stop):
+        value = images[index]["image"]
+        try:
+            boxes, scores = opencv_selective_search(decode_image(value), **search)
+            rows.append({"proposals": {"bbox": boxes.tolist(), "score": scores.tolist()}})
+        except ImageError as error:
+            rows.append({"file": image_name(value), "reason": str(error)})
+    part = f"{shard.path}.{os.getpid()}.part"
+    table = pa.Table.from_pylist(rows, schema=_shard_schema())
+    with pa.OSFile(part, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(part, shard.path)
+
+
+# ---- the output ----
+
+
+def _with_proposals(source: datasets.Dataset, shards: list[Shard], path: Path, report: dict) -> datasets.Dataset:
+    """
+    Joins a split with the proposals of its shards; rows whose image cannot be read are left out, and reported.
+
+    The proposals are copied shard by shard into one file at `path`, from where they are mapped into memory. The column
+    is joined to the table: a `map` that touches the images would encode them anew.
+    """
+    split, features = shards[0].split, _features()
+    kept, counts = [], []
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+        for shard in shards:
+            with pa.memory_map(shard.path) as part:
+                table = pa.ipc.open_stream(part).read_all()
+            for row, name, reason in zip(
+                range(shard.start, shard.stop), table["file"].to_pylist(), table["reason"].to_pylist(), strict=True
+            ):
+                if reason is None:
+                    kept.append(row)
+                else:
+                    report["skipped"].append({"split": split, "row": row, "file": name, "reason": reason})
+            found = table.filter(pc.is_null(table["reason"])).select(["proposals"])
+            counts += pc.list_value_length(pc.struct_field(found["proposals"], "score")).to_pylist()
+            writer.write_table(found.cast(features.arrow_schema))
+    if not kept:
+        raise DataError(
+            f"None of the {len(source)} images of the split '{split}' can be read. {report['skipped'][-1]['reason']}"
+        )
+    report["statistics"][split] = {
+        "images": len(kept),
+        "skipped_images": len(source) - len(kept),
+        "images_without_boxes": counts.count(0),
+        "boxes_per_image": {
+            "min": min(counts),
+            "median": float(np.median(counts)),
+            "mean": round(float(np.mean(counts)), 2),
+            "max": max(counts),
+        },
+    }
+    # Ranges, not a list of rows: that would make `datasets` copy the images into a cache.
+    runs = np.split(np.array(kept), np.flatnonzero(np.diff(kept) > 1) + 1)
+    source = datasets.concatenate_datasets([source.select(range(run[0], run[-1] + 1)) for run in runs])
+    return datasets.concatenate_datasets(
+        [source.cast_column("image", datasets.Image()), datasets.Dataset.from_file(str(path))],
+        axis=1,
+        split=datasets.NamedSplit(split) if split.isidentifier() else None,
+    )
+
+
+def _print_report(report: dict, output: Path) -> None:
+    for split, numbers in report["statistics"].items():
+        boxes = numbers["boxes_per_image"]
+        print(
+            f"{split}: {numbers['images']} images, {numbers['images_without_boxes']} of them without boxes; boxes an "
+            f"image: mean {boxes['mean']:.1f}, min {boxes['min']}, median {boxes['median']:g}, max {boxes['max']}"
+        )
+    skipped = report["skipped"]
+    if skipped:
+        print(f"Left out, for they cannot be read: {len(skipped)}")
+        for image in skipped[:_LISTED_IMAGES]:
+            print(f"  {image['split']}, row {image['row']}: {image['reason']}")
+        if len(skipped) > _LISTED_IMAGES:
+            print(f"  ... all of them in {output / REPORT}")
+    print(f"Saved to {output}")

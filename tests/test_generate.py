@@ -1,0 +1,442 @@
+"""`aligndet proposals`: what is written, resuming after a kill, what is left alone, and what is refused."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from aligndet_hf import cli
+from aligndet_hf.data import generate
+from aligndet_hf.data.columns import DataError, validate_proposals
+from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.data.generate import ProposalsArguments, content_hash, generate_proposals
+from aligndet_hf.data.images import decode_image
+from aligndet_hf.proposals import opencv_selective_search
+
+QUICK = {"mode": "single", "short_side": 48, "shard_size": 2, "num_workers": 1, "disable_tqdm": True}
+
+
+def write_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
+    """Small scenes: a few rectangles on a noisy ground, JPEG and PNG in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    paths = []
+    for number in range(count):
+        pixels = rng.integers(90, 110, (60, 80, 3), dtype=np.uint8)
+        for _ in range(4):
+            x, y = rng.integers(0, 60), rng.integers(0, 40)
+            pixels[y : y + rng.integers(8, 30), x : x + rng.integers(8, 30)] = rng.integers(0, 255, 3)
+        paths.append(folder / f"{number:03d}.{'jpg' if number % 2 else 'png'}")
+        PIL.Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+def arguments(source, output, **changes) -> ProposalsArguments:
+    return ProposalsArguments(**{"dataset": str(source), "output_dir": str(output), **QUICK, **changes})
+
+
+def rows_of(dataset: datasets.Dataset) -> list[dict]:
+    return dataset.cast_column("image", datasets.Image(decode=False)).to_list()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The images that are searched in this process."""
+    searched = []
+
+    def search(image, **kwargs):
+        searched.append(image.shape)
+        return opencv_selective_search(image, **kwargs)
+
+    monkeypatch.setattr(generate, "opencv_selective_search", search)
+    return searched
+
+
+# ---- what is written ----
+
+
+def test_output_has_the_images_unchanged_and_their_proposals(tmp_path, capsys):
+    paths = write_images(tmp_path / "images", 5)
+    result = generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
+    assert result.column_names == ["image", "proposals"] and len(result) == 5
+    assert isinstance(result.features["image"], datasets.Image) and result.features["image"].decode
+    assert "5 images, 0 of them without boxes" in capsys.readouterr().out
+    assert not (tmp_path / "out.partial").exists()
+
+    for source in (result, load_dataset_source(tmp_path / "out")):
+        for path, row in zip(paths, rows_of(source), strict=True):
+            assert row["image"]["bytes"] == path.read_bytes()
+            boxes, scores = opencv_selective_search(decode_image(path), mode="single", short_side=48)
+            assert len(boxes) > 1
+            np.testing.assert_array_equal(np.array(row["proposals"]["bbox"], dtype=np.float32), boxes)
+            np.testing.assert_array_equal(np.array(row["proposals"]["score"], dtype=np.float32), scores)
+    assert validate_proposals(load_dataset_source(tmp_path / "out")).boxes == sum(
+        len(row["score"]) for row in result["proposals"]
+    )
+
+
+def test_report_and_description_say_how_it_was_made(tmp_path):
+    write_images(tmp_path / "images", 3)
+    result = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", max_boxes=7))
+    report = json.loads((tmp_path / "out" / "proposals.json").read_text())
+    counts = [len(row["score"]) for row in result["proposals"]]
+    assert max(counts) == 7
+    assert report["statistics"] == {
+        "train": {
+            "images": 3,
+            "skipped_images": 0,
+            "images_without_boxes": 0,
+            "boxes_per_image": {
+                "min": min(counts),
+                "median": float(np.median(counts)),
+                "mean": round(np.mean(counts), 2),
+                "max": 7,
+            },
+        }
+    }
+    assert report["settings"]["algorithm"] == "opencv_selective_search"
+    assert report["settings"]["max_boxes"] == 7 and report["settings"]["mode"] == "single"
+    assert set(report["versions"]) == {"aligndet_hf", "opencv", "numpy", "datasets"}
+    assert report["skipped"] == []
+    record = json.loads(result.info.description.removeprefix("Proposals: "))
+    assert record == {key: report[key] for key in ("settings", "versions")} | {
+        "statistics": report["statistics"]["train"]
+    }
+
+
+def test_other_columns_stay_and_an_earlier_column_is_replaced(tmp_path, capsys):
+    paths = write_images(tmp_path / "images", 3)
+    lines = [
+        {"file_name": path.name, "image_id": 10 + i, "objects": {"bbox": [[1, 2, 9, 9 + i]], "category": [i % 2]}}
+        for i, path in enumerate(paths)
+    ]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "images" / "labels.json").write_text('["cat", "dog"]')
+    first = generate_proposals(arguments(tmp_path / "images", tmp_path / "first"))
+    assert list(first["image_id"]) == [10, 11, 12]
+    assert [row["objects"]["bbox"] for row in rows_of(first)] == [line["objects"]["bbox"] for line in lines]
+    assert first.features["objects"]["category"].feature.names == ["cat", "dog"]
+
+    second = generate_proposals(arguments(tmp_path / "first", tmp_path / "second", max_boxes=2))
+    assert "column 'proposals' of the split 'train' is replaced" in capsys.readouterr().out
+    assert second.column_names == first.column_names
+    for before, after in zip(rows_of(first), rows_of(second), strict=True):
+        assert len(after["proposals"]["score"]) == 2
+        assert before.pop("proposals")["bbox"][:2] == after.pop("proposals")["bbox"]
+        assert before == after
+    assert second.info.description.count("Proposals: ") == 1
+
+
+def test_every_split_by_itself_or_one_of_them(tmp_path):
+    write_images(tmp_path / "images" / "train", 3, seed=1)
+    write_images(tmp_path / "images" / "val", 2, seed=2)
+    both = generate_proposals(arguments(tmp_path / "images", tmp_path / "both"))
+    assert {name: len(split) for name, split in both.items()} == {"train": 3, "validation": 2}
+    one = generate_proposals(arguments(tmp_path / "images", tmp_path / "one", split="validation"))
+    assert isinstance(one, datasets.Dataset)
+    assert rows_of(one) == rows_of(both["validation"])
+    assert len(load_dataset_source(tmp_path / "both", "validation")) == 2
+    assert rows_of(load_dataset_source(tmp_path / "one", "validation")) == rows_of(one)  # the split keeps its name
+    joined = generate_proposals(arguments(tmp_path / "images", tmp_path / "joined", split="validation+train"))
+    assert rows_of(joined) == rows_of(both["validation"]) + rows_of(both["train"])
+
+
+def test_coco_file_with_images_elsewhere(tmp_path):
+    write_images(tmp_path / "pictures", 2)
+    images = [{"id": i, "file_name": f"00{i}.{suffix}"} for i, suffix in enumerate(["png", "jpg"])]
+    (tmp_path / "unlabelled.json").write_text(json.dumps({"images": images}))
+    result = generate_proposals(
+        arguments(tmp_path / "unlabelled.json", tmp_path / "out", image_dir=str(tmp_path / "pictures"))
+    )
+    assert list(result["image_id"]) == [0, 1] and len(result[0]["proposals"]["score"]) > 1
+
+
+def test_kinds_of_images(tmp_path):
+    """Grey, transparent, tiny and long: all have proposals or none, none is lost."""
+    folder = tmp_path / "images"
+    write_images(folder, 1)
+    PIL.Image.new("L", (40, 40), 7).save(folder / "grey.png")
+    PIL.Image.new("RGBA", (40, 30), (255, 0, 0, 9)).save(folder / "rgba.png")
+    PIL.Image.new("RGB", (1, 1)).save(folder / "tiny.png")
+    PIL.Image.new("RGB", (8000, 50)).save(folder / "long.png")
+    result = generate_proposals(arguments(folder, tmp_path / "out", shard_size=10))
+    assert len(result) == 5
+    validate_proposals(result.cast_column("image", datasets.Image(decode=False)))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path, capsys, workers):
+    paths = write_images(tmp_path / "images", 7)
+    paths[0].write_bytes(b"no image")
+    paths[3].write_bytes(paths[3].read_bytes()[:400])  # truncated
+    result = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", num_workers=workers))
+    good = [path for number, path in enumerate(paths) if number not in (0, 3)]
+    assert [row["image"]["bytes"] for row in rows_of(result)] == [path.read_bytes() for path in good]
+    for path, row in zip(good, rows_of(result), strict=True):
+        boxes, _ = opencv_selective_search(decode_image(path), mode="single", short_side=48)
+        assert row["proposals"]["bbox"] == boxes.tolist()
+
+    report = json.loads((tmp_path / "out" / "proposals.json").read_text())
+    assert [(image["split"], image["row"], image["file"]) for image in report["skipped"]] == [
+        ("train", 0, str(paths[0])),
+        ("train", 3, str(paths[3])),
+    ]
+    assert str(paths[0]) in report["skipped"][0]["reason"]
+    assert report["statistics"]["train"]["images"] == 5
+    assert report["statistics"]["train"]["skipped_images"] == 2
+    printed = capsys.readouterr().out
+    assert "Left out, for they cannot be read: 2" in printed and str(paths[3]) in printed
+
+
+def test_strategy_by_name_replaces_the_filters(tmp_path):
+    write_images(tmp_path / "images", 2)
+    result = generate_proposals(
+        arguments(tmp_path / "images", tmp_path / "out", strategy="ratio2size0308", short_side=60)
+    )
+    boxes = np.array([box for row in result["proposals"] for box in row["bbox"]])
+    assert len(boxes) and boxes[:, 2:].min() >= 32
+    assert (boxes[:, 2:].max(axis=1) / boxes[:, 2:].min(axis=1)).max() <= 2
+    assert np.sqrt(boxes[:, 2:].prod(axis=1) / (60 * 80)).max() <= 0.8 + 1e-6
+
+
+def test_several_processes_give_the_same(tmp_path):
+    write_images(tmp_path / "images", 9)
+    one = generate_proposals(arguments(tmp_path / "images", tmp_path / "one"))
+    two = generate_proposals(arguments(tmp_path / "images", tmp_path / "two", num_workers=2, shard_size=3))
+    assert rows_of(one) == rows_of(two)
+
+
+# ---- again, and after a kill ----
+
+
+def test_second_run_does_nothing(tmp_path, counted, capsys):
+    paths = write_images(tmp_path / "images", 5)
+    first = generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
+    assert len(counted) == 5
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    second = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", num_workers=2, overwrite=True))
+    assert len(counted) == 5 and "Nothing to do" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert rows_of(first) == rows_of(second)
+
+    os.utime(paths[0], (1, 1))  # a copy of the folder has other times: the content counts
+    generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
+    assert len(counted) == 5
+    paths[0].write_bytes(paths[2].read_bytes())
+    with pytest.raises(DataError, match="input_train: .* then, .* now.*--overwrite"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
+
+
+def test_other_settings_need_overwrite(tmp_path, counted):
+    write_images(tmp_path / "images", 3)
+    before = rows_of(generate_proposals(arguments(tmp_path / "images", tmp_path / "out")))
+    changed = {"max_boxes": 3, "nms_threshold": 0.5}
+    with pytest.raises(DataError, match="max_boxes: 300 then, 3 now, nms_threshold: 0.7 then, 0.5 now.*--overwrite"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", **changed))
+    assert rows_of(datasets.load_from_disk(str(tmp_path / "out"))) == before and len(counted) == 3
+    after = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", overwrite=True, **changed))
+    assert len(counted) == 6 and max(len(row["score"]) for row in after["proposals"]) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
+
+
+def test_folders_of_others_are_never_overwritten(tmp_path):
+    write_images(tmp_path / "images", 2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="was not written by this command"):
+            generate_proposals(arguments(tmp_path / "images", tmp_path / "out", overwrite=overwrite))
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    assert len(generate_proposals(arguments(tmp_path / "images", tmp_path / "empty"))) == 2
+
+
+def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
+    """While a shard is written, in a search, after the last, while saving, and before the result is put in place."""
+    write_images(tmp_path / "images", 7)
+    expected = rows_of(generate_proposals(arguments(tmp_path / "images", tmp_path / "expected")))
+    counted.clear()
+    run = arguments(tmp_path / "images", tmp_path / "out")
+
+    class Killed(BaseException):
+        pass
+
+    search, replace = generate.opencv_selective_search, os.replace
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    def search_five(*args, **kwargs):
+        return search(*args, **kwargs) if len(counted) < 5 else kill()
+
+    def write_half(file, schema):
+        file.write(b"half")
+        kill()
+
+    def replace_files(path, target):
+        return kill() if Path(path).is_dir() else replace(path, target)
+
+    for target, name, replacement in [
+        (generate.pa.ipc, "new_stream", write_half),
+        (generate, "opencv_selective_search", search_five),
+        (generate, "_with_proposals", kill),
+        (datasets.Dataset, "save_to_disk", kill),
+        (os, "replace", replace_files),
+    ]:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(target, name, replacement)
+            generate_proposals(run)
+        assert not (tmp_path / "out").exists()
+    # 2 images lost, 2 in a finished shard, 1 lost; then the 5 that were left.
+    assert len(counted) == 5 + 5
+    assert rows_of(generate_proposals(run)) == expected
+    assert len(counted) == 5 + 5 and not (tmp_path / "out.partial").exists()
+
+
+def test_unfinished_run_of_other_settings_is_not_mixed_in(tmp_path, counted, monkeypatch):
+    write_images(tmp_path / "images", 4)
+    run = arguments(tmp_path / "images", tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "_with_proposals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        generate_proposals(run)
+    with pytest.raises(
+        DataError, match="unfinished run with other settings .short_side: 48 then, 50 now.*--overwrite"
+    ):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", short_side=50))
+    with pytest.raises(DataError, match="shard_size: 2 then, 3 now"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", shard_size=3))
+    assert len(counted) == 4
+    generate_proposals(arguments(tmp_path / "images", tmp_path / "out", short_side=50, overwrite=True))
+    assert len(counted) == 8
+
+
+def test_killed_and_started_again(tmp_path, counted):
+    """kill -9 of the command with two workers: they end too, finished shards stay, the result is the same."""
+    write_images(tmp_path / "images", 40)
+    run = arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100, num_workers=2)
+    names = ["dataset", "output_dir", "mode", "short_side", "num_workers", "shard_size"]
+    flags = [f"--{name}={getattr(run, name)}" for name in names]
+    command = [sys.executable, "-m", "aligndet_hf.cli", "proposals", *flags]
+    process = subprocess.Popen(
+        command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    )
+    work = tmp_path / "out.partial"
+    deadline = time.monotonic() + 120
+    while len(list(work.glob("*.arrow"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("the workers outlive the command")
+    assert not (tmp_path / "out").exists()
+    finished = {path: path.stat().st_mtime_ns for path in work.glob("*.arrow")}
+    assert 3 <= len(finished) < 20
+
+    resumed = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100))
+    assert len(counted) == 40 - 2 * len(finished)
+    whole = generate_proposals(arguments(tmp_path / "images", tmp_path / "whole", mode="fast", short_side=100))
+    assert rows_of(resumed) == rows_of(whole)
+
+
+def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
+    write_images(tmp_path / "images", 4)
+    monkeypatch.setattr(generate, "_init_worker", os._exit)
+    with pytest.raises(ChildProcessError, match="run the same again, with fewer"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", num_workers=2))
+
+
+# ---- what is refused ----
+
+
+def test_unwritable_output(tmp_path):
+    write_images(tmp_path / "images", 1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="Cannot write to .*file"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "file" / "out"))
+    with pytest.raises(DataError, match="was not written by this command"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "file"))
+
+
+def test_full_disk_keeps_what_is_finished(tmp_path, counted, monkeypatch):
+    write_images(tmp_path / "images", 6)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        search = generate._search_shard
+        patch.setattr(generate, "_search_shard", lambda shard, *rest: full() if shard.start else search(shard, *rest))
+        with pytest.raises(DataError, match="No space left on device.*run the same command again"):
+            generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
+    assert len(generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))) == 6 and len(counted) == 6
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        generate_proposals(arguments(tmp_path / "nowhere", tmp_path / "out"))
+    datasets.Dataset.from_dict({"picture": [1]}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match="no column 'image'; found 'picture'"):
+        generate_proposals(arguments(tmp_path / "saved", tmp_path / "out"))
+    write_images(tmp_path / "images" / "train", 1)
+    with pytest.raises(DataError, match="no split 'test'; found train"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", split="test"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match="None of the 1 images of the split 'train' can be read.*a.jpg"):
+        generate_proposals(arguments(tmp_path / "broken", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "slow"}, "mode must be one of single, fast, quality, got 'slow'"),
+        ({"short_side": 0}, "short_side must be positive"),
+        ({"num_workers": 0}, "num_workers must be positive"),
+        ({"strategy": "size3"}, "Unknown filter strategy 'size3'"),
+    ],
+)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        arguments("images", "out", **change)
+
+
+def test_content_hash_sees_all_content_and_only_content(tmp_path):
+    paths = write_images(tmp_path / "images", 40)
+    dataset = load_dataset_source(tmp_path / "images").add_column("caption", ["a"] * 40)
+    expected = content_hash(dataset)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    assert content_hash(load_dataset_source(tmp_path / "saved")) == expected  # embedded or in files
+    assert content_hash(dataset.select(range(39))) != expected
+    assert content_hash(dataset.select([1, 0, *range(2, 40)])) != expected
+    assert content_hash(dataset.remove_columns("caption").add_column("caption", ["a"] * 39 + ["b"])) != expected
+    paths[35].write_bytes(paths[35].read_bytes() + b"0")
+    assert content_hash(dataset) != expected
+
+
+def test_command_line(tmp_path, capsys):
+    write_images(tmp_path / "images", 2)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"dataset: {tmp_path / 'images'}\nmode: single\nshort_side: 48\nnum_workers: 1\n")
+    argv = ["proposals", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), "--disable_tqdm"]
+    assert cli.main(argv) == 0
+    assert len(datasets.load_from_disk(str(tmp_path / "out"))) == 2
+    assert cli.main([*argv, "--max_boxes", "5"]) == 2
+    assert "error: " in capsys.readouterr().err
