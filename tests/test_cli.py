@@ -73,6 +73,13 @@ def test_a_recipe_knows_what_yaml_does_not(recipe):
     assert (arguments.source, arguments.rate, arguments.limit, arguments.sizes) == ("2017", 0.001, None, [])
 
 
+def test_what_is_required_may_come_from_either(recipe):
+    assert parse("--config", recipe("rate: 1"), "--source", "x").source == "x"
+    assert parse("--config", recipe("source: y")).source == "y"
+    with pytest.raises(ValueError, match="required: --source"):
+        parse("--config", recipe("rate: 1"))
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
