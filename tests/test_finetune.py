@@ -166,6 +166,26 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further(folder, tmp_pa
     assert json.loads((tmp_path / "parts" / "trainer_state.json").read_text())["global_step"] == 3
 
 
+def test_a_full_disk_while_saving_costs_one_checkpoint(folder, tmp_path, monkeypatch):
+    changes = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 2, "do_eval": False}
+    finetune(arguments_for(folder, tmp_path / "whole", **changes))
+    save = torch.save
+    with monkeypatch.context() as patch:
+
+        def fail(state, path, *args, **kwargs):
+            if "checkpoint-2" in str(path):
+                raise RuntimeError("PytorchStreamWriter failed writing file")
+            save(state, path, *args, **kwargs)
+
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(OSError, match="could not write .*parts: PytorchStreamWriter"):
+            finetune(arguments_for(folder, tmp_path / "parts", **changes))
+    assert (tmp_path / "parts" / "checkpoint-2" / "model.safetensors").exists()  # the beginning of it
+    assert last_complete_checkpoint(tmp_path / "parts").name == "checkpoint-1"
+    finetune(arguments_for(folder, tmp_path / "parts", **changes))
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+
+
 def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
     result = finetune(arguments_for(folder, tmp_path / "run", label_fraction=0.5, card_license="apache-2.0"))
     output_dir = result.output_dir

@@ -33,7 +33,13 @@ from ..detectors.transfer import transfer_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.evaluate import EvaluationImages, normalization_of, predict_batches
 from ..reporting.model_card import write_finetuning_card
-from .checkpointing import prepare_output_dir, remove_checkpoints, require_same_run, write_json
+from .checkpointing import (
+    clear_write_errors,
+    prepare_output_dir,
+    remove_checkpoints,
+    require_same_run,
+    write_json,
+)
 from .schedules import learning_rate, milestone_steps
 
 logger = logging.get_logger(__name__)
@@ -278,9 +284,10 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         metrics = trainer.results
 
     if processes.is_main_process:
-        detector.save_pretrained(output_dir)
-        image_processor.save_pretrained(output_dir)
-        trainer.save_state()
+        with clear_write_errors(output_dir):
+            detector.save_pretrained(output_dir)
+            image_processor.save_pretrained(output_dir)
+            trainer.save_state()
         if report is not None:
             write_json(output_dir / TRANSFER, report.to_dict())
         write_finetuning_card(
@@ -561,6 +568,10 @@ class DetectionTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- checkpoints ----
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with clear_write_errors(Path(self.args.output_dir)):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """
