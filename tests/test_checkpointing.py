@@ -138,6 +138,13 @@ def test_a_damaged_checkpoint_is_written_anew(tmp_path):
     assert find_last_checkpoint(tmp_path).state["step"] == 1
 
 
+def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_good_one(tmp_path):
+    save(tmp_path, 1, keep=1)
+    (tmp_path / "checkpoint-9").mkdir()
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
 def test_an_unfinished_folder_is_no_checkpoint_and_is_cleaned_up(tmp_path):
     shutil.copytree(save(tmp_path, 1), tmp_path / "unfinished-checkpoint-2")
     (tmp_path / "unfinished-log.jsonl").touch()

@@ -65,8 +65,11 @@ def save_checkpoint(
         torch.save(optimizer_state, folder / OPTIMIZER)
         files = {name: _signature(folder / name) for name in (MODEL, OPTIMIZER)}
         (folder / STATE).write_text(json.dumps({**state, "files": files}, indent=2))
-    for old in _checkpoints(output_dir)[:-keep]:
-        _remove(old)
+    found = _checkpoints(output_dir)
+    end = found.index(final) + 1
+    # A checkpoint of a later step is a damaged one that the run did not resume from.
+    for other in found[: max(0, end - keep)] + found[end:]:
+        _remove(other)
     return final
 
 
