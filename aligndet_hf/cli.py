@@ -90,8 +90,8 @@ def run(command: str, argv: list[str] | None = None) -> int:
     """
     Parse the arguments of one command and run it.
 
-    Errors that the input causes (`ValueError`, which `DataError` is, `OSError` and `FloatingPointError`) are printed
-    as one line; the traceback is shown with `--traceback` or `ALIGNDET_DEBUG=1`.
+    Errors that the user can mend (`ValueError`, which `DataError` is, `OSError`, `FloatingPointError`, `ImportError`)
+    are printed as one line; the traceback is shown with `--traceback` or `ALIGNDET_DEBUG=1`.
 
     Args:
         command (`str`): A key of `COMMANDS`.
@@ -108,7 +108,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
         module = importlib.import_module(row.module)
         arguments = parse_arguments(getattr(module, row.arguments), argv, f"aligndet {command}", row.summary)
         getattr(module, row.function)(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if show_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)

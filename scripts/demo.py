@@ -26,7 +26,7 @@ from aligndet_hf.training.finetune import FinetuneArguments, finetune
 from aligndet_hf.training.pretrain import PretrainArguments, pretrain
 
 SIZE = 128  # pixels; everything here is small enough for a laptop's CPU
-NUM_UNLABELLED, NUM_LABELLED, NUM_MEASURED = 400, 60, 100
+NUM_UNLABELLED, NUM_LABELLED, NUM_MEASURED = 400, 100, 100
 
 # A small RT-DETR around a small random backbone. With weights of your own for the backbone you would freeze it in
 # pre-training, as AlignDet does.
@@ -72,8 +72,8 @@ def main(output: Path) -> None:
             output_dir=str(output / "pretrained"),
             image_sizes=[96, 128],
             max_proposals=20,
-            aligndet_config={"freeze_backbone": False, "base_momentum": 0.99},
-            max_steps=800,
+            aligndet_config={"freeze_backbone": False, "base_momentum": 0.95, "contrastive_temperature": 0.2},
+            max_steps=600,
             per_device_train_batch_size=8,
             learning_rate=5e-4,
             lr_scheduler_type="cosine",
@@ -94,16 +94,16 @@ def main(output: Path) -> None:
                 dataset=str(data),
                 output_dir=str(output / f"finetuned-{name}"),
                 image_sizes=[96, 128],
-                max_steps=800,
+                max_steps=1000,
                 per_device_train_batch_size=8,
                 learning_rate=5e-4,
                 backbone_learning_rate=5e-4,
                 warmup_steps=50,
                 logging_steps=20,
                 eval_strategy="steps",
-                eval_steps=200,
+                eval_steps=250,
                 save_strategy="steps",
-                save_steps=200,
+                save_steps=250,
                 dataloader_num_workers=1,
                 use_cpu=True,
                 report_to="none",
