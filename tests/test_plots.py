@@ -3,13 +3,12 @@
 import builtins
 import json
 
+import matplotlib.image as matplotlib_image
 import numpy as np
 import pytest
 
-matplotlib_image = pytest.importorskip("matplotlib.image")
-
-from aligndet_hf.evaluation import pictures  # noqa: E402
-from aligndet_hf.reporting import plots  # noqa: E402
+from aligndet_hf.evaluation import pictures
+from aligndet_hf.reporting import plots
 
 
 def has_color(path, color: str) -> bool:

@@ -450,6 +450,5 @@ def test_push_to_hub(arguments, monkeypatch):
 
 
 def test_trackers(arguments, monkeypatch):
-    pytest.importorskip("tensorboard")
     result = pretrain(arguments(report_to=["tensorboard"], max_steps=1))
     assert list(result.output_dir.rglob("events.out.tfevents*"))

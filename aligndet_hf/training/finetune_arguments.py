@@ -1,0 +1,140 @@
+"""The arguments of fine-tuning: the flags of `aligndet finetune` and the keys of its recipes."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from ..detectors.build import DetectorArguments
+
+
+@dataclass(kw_only=True)
+class FinetuneArguments(DetectorArguments, TrainingArguments):
+    """
+    Arguments of [`finetune`]: the flags of `aligndet finetune` and the keys of its recipes.
+
+    All of `transformers.TrainingArguments` with defaults that suit detectors, and what is ours.
+    """
+
+    help_groups = {
+        "dataset": "Data",
+        "image_sizes": "Views",
+        "transfer": "Transfer",
+        "num_train_epochs": "Optimisation",
+        "do_eval": "Measuring",
+        "output_dir": "Run",
+    }
+
+    dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
+    split: str = field(default="train", metadata={"help": "split of the dataset"})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
+    )
+    label_fraction: float = field(
+        default=1.0, metadata={"help": "share of the training images to use; smaller ones lie inside larger ones"}
+    )
+    label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images"})
+    dataloader_num_workers: int = field(default=2, metadata={"help": "data loading processes per training process"})
+    dataloader_persistent_workers: bool = field(
+        default=True, metadata={"help": "keep these processes from one epoch to the next"}
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "leave out the images of an epoch that do not fill a batch, others each time"}
+    )
+
+    image_sizes: list[int] = field(
+        default_factory=lambda: list(range(480, 801, 32)),
+        metadata={"help": "sizes in pixels that images are resized to at random: the shorter side, or both sides"},
+    )
+    max_size: int | None = field(
+        default=None, metadata={"help": "longest side in pixels; 5/3 of the drawn size if not given"}
+    )
+    eval_size: int | None = field(
+        default=None, metadata={"help": "size to measure and to deploy with; the largest of image_sizes if not given"}
+    )
+    flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
+    color: bool = field(default=False, metadata={"help": "apply one random colour operation to each image"})
+    crop_scale: list[float] | None = field(
+        default=None, metadata={"help": "smallest and largest area of a random crop; no crop if not given"}
+    )
+
+    transfer: Literal["keep-boxes", "paper", "everything"] = field(
+        default="keep-boxes",
+        metadata={
+            "help": "what a checkpoint passes on: all but its class layers, `paper` not the last box layers either, "
+            "`everything` all that fits"
+        },
+    )
+    freeze_backbone: bool = field(default=False, metadata={"help": "keep the backbone as it is"})
+
+    num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
+    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs"})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "images per process and forward pass"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimizer step"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of all but the backbone"})
+    backbone_learning_rate: float | None = field(
+        default=None, metadata={"help": "peak learning rate of the backbone; a tenth of the other if not given"}
+    )
+    weight_decay: float = field(default=1e-4, metadata={"help": "weight decay; never of norms and biases"})
+    max_grad_norm: float = field(default=0.1, metadata={"help": "gradients are clipped to this norm"})
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={"help": "learning rate after the warm-up: cosine, linear, constant_with_warmup, ..."},
+    )
+    lr_milestones: list[float] = field(
+        default_factory=list,
+        metadata={"help": "fractions of the run (below 1) or epochs at which the rate falls to a tenth, instead"},
+    )
+    warmup_steps: float = field(default=0, metadata={"help": "steps of linear warm-up, or below 1 a share of the run"})
+
+    bf16: bool = field(
+        default=False, metadata={"help": "forward passes in bfloat16 (autocast); fp16 is there as well"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of new layers, the data and all noise"})
+
+    do_eval: bool = field(default=True, metadata={"help": "measure on eval_dataset, at the end at least"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "what to measure on; `dataset` if not given"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "its split; of `dataset` `validation` if not given"}
+    )
+    eval_image_dir: str | None = field(default=None, metadata={"help": "as image_dir"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to measure: epoch, steps, or no (at the end)"})
+    metric_for_best_model: str | None = field(
+        default="AP", metadata={"help": "what load_best_model_at_end goes by, e.g. AP50 or APs"}
+    )
+    load_best_model_at_end: bool = field(
+        default=False,
+        metadata={"help": "end with the best measured weights instead of the last: chosen on eval_dataset"},
+    )
+
+    output_dir: str = field(metadata={"help": "folder of the run; the same command again resumes it"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "start anew, and remove the old checkpoints"})
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "when to save a checkpoint: epoch, steps, best or no"}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep, besides the best"})
+    logging_steps: float = field(default=20, metadata={"help": "steps between entries of the log"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "not for detectors: there are no columns"})
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the result to the Hub"})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+    )
+    card_license: str | None = field(
+        default=None, metadata={"help": "licence of the weights for the model card, by its Hub name, e.g. apache-2.0"}
+    )
+
+    def __post_init__(self):
+        if not self.do_eval:
+            self.eval_strategy = "no"
+        if self.backbone_learning_rate is None:
+            self.backbone_learning_rate = self.learning_rate / 10
+        if self.eval_size is None:
+            self.eval_size = max(self.image_sizes)
+        if self.eval_split is None and self.eval_dataset is None:
+            self.eval_split = "validation"
+        if self.eval_dataset is None:
+            self.eval_dataset = self.dataset
+        if self.crop_scale is not None and len(self.crop_scale) != 2:
+            raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
+        super().__post_init__()
