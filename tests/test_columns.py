@@ -246,6 +246,16 @@ def test_a_row_far_down_is_named():
         validate_objects(labelled([box] * 1003, [[0]] * 1002 + [[3]]), ["a"])
 
 
+def test_scores_out_of_order():
+    rows = [[[1, 1, 5, 5]] * 3] * 2
+    assert validate_proposals(proposed(rows, score=[[3, 2, 2], [9, 1, 0]])).boxes == 6
+    for scores in ([3, 2, 2.5], [NAN, 2, 1], [3, 2, NAN]):
+        with pytest.raises(
+            DataError, match="mine, row 1, column .proposals., field .score.*highest score first.*Sort"
+        ):
+            validate_proposals(proposed(rows, score=[[3, 2, 2], scores]), "mine")
+
+
 def test_image_ids():
     rows = [[[1, 1, 5, 5]]] * 3
     assert columns.image_ids(labelled(rows)) == [0, 1, 2]

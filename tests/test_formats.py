@@ -178,6 +178,7 @@ def test_other_metadata_are_reported(tmp_path, caplog):
 def test_bad_metadata_name_file_and_line(tmp_path, row, message):
     write_image(tmp_path / "x" / "a.png")
     (tmp_path / "x" / "labels.json").write_text('["cell", "plate"]')
+    row = {"image_id": 1} | row if isinstance(row, dict) else row
     write_metadata(tmp_path / "x", [{"file_name": "a.png", "image_id": 0, "objects": OBJECTS}, row])
     with pytest.raises(DataError, match=f"metadata.jsonl, {message}" if message.startswith("line") else message):
         load_dataset_source(tmp_path / "x")
@@ -203,6 +204,34 @@ def test_bad_labels_json(tmp_path, names):
     write_image(tmp_path / "x" / "a.png")
     (tmp_path / "x" / "labels.json").write_text(names)
     with pytest.raises(DataError, match="labels.json: expected a list of different category names"):
+        load_dataset_source(tmp_path / "x")
+
+
+def test_labels_json_of_the_folder_above_counts_for_splits_only(labelled_folder):
+    os.rename(labelled_folder / "train", labelled_folder / "mine")
+    assert category_names(load_dataset_source(labelled_folder / "mine")) == ["0", "1"]
+
+
+def test_metadata_with_a_byte_order_mark_and_windows_lines(tmp_path):
+    write_image(tmp_path / "x" / "a.png")
+    line = json.dumps({"file_name": "a.png", "note": "\u2028"}, ensure_ascii=False)
+    (tmp_path / "x" / "metadata.jsonl").write_bytes(f"\ufeff{line}\r\n".encode())
+    assert names_of(load_dataset_source(tmp_path / "x")) == ["a.png"]
+
+
+@pytest.mark.parametrize("content, message", [(b"\xff\xfe{}", "not a text in UTF-8"), (b"\n", "it lists no image")])
+def test_unusable_metadata_files(tmp_path, content, message):
+    write_image(tmp_path / "x" / "a.png")
+    (tmp_path / "x" / "metadata.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=f"metadata.jsonl: {message}"):
+        load_dataset_source(tmp_path / "x")
+
+
+def test_some_images_without_an_id(tmp_path):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "x" / name)
+    write_metadata(tmp_path / "x", [{"file_name": "a.png", "image_id": 1}, {"file_name": "b.png"}])
+    with pytest.raises(DataError, match="line 2: no .image_id., which other images have"):
         load_dataset_source(tmp_path / "x")
 
 
@@ -300,7 +329,7 @@ ANNOTATION = {"id": 5, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4]}
             r"annotation 5: no category has the id 1; found \[2, 90\]",
         ),
         (coco(annotations=[ANNOTATION | {"bbox": [1, 2, 3]}]), "annotation 5: 'bbox' must be four numbers"),
-        (coco(annotations=[ANNOTATION | {"bbox": [1, 2, "3", 4]}]), "image 3: a box in 'bbox' must be four numbers"),
+        (coco(annotations=[ANNOTATION | {"bbox": [1, 2, "3", 4]}]), "annotation 5: 'bbox' must be four numbers"),
         (coco(annotations=[{"image_id": 3, "category_id": 2}]), "annotation number 0: 'bbox' must be four numbers"),
         (coco(annotations=[{"id": 1}]), "entry 0 of 'annotations' must have image_id"),
         (coco(categories=[{"id": 2, "name": "car"}, {"id": 2, "name": "bus"}]), "must be unique"),

@@ -29,7 +29,9 @@ def test_columns_and_validity(scenes):
     assert ids == list(range(1, len(ids) + 1))
     for row in scenes["objects"]:
         np.testing.assert_allclose(row["area"], [w * h for _, _, w, h in row["bbox"]])
-    assert decode_image(scenes[0]["image"]).shape == (192, 256, 3)
+    image, boxes, _ = render_scene(np.random.default_rng((0, 5)), 192, 256)
+    assert np.abs(decode_image(scenes[5]["image"]).astype(int) - image).mean() < 8  # JPEG
+    assert scenes[5]["objects"]["bbox"] == boxes.tolist()
 
 
 def test_all_categories_and_many_sizes(scenes):

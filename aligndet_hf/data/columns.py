@@ -352,14 +352,21 @@ def validate_proposals(
         [`BoxReport`]: the boxes that will be dropped, by reason. Boxes that reach out of the image are clipped.
 
     Raises:
-        [`DataError`]: for a missing column or field, lists of different lengths, xyxy or relative boxes, no usable
-            box.
+        [`DataError`]: for a missing column or field, lists of different lengths, scores out of order, xyxy or relative
+            boxes, no usable box.
     """
-    fields = ["bbox", "score"] + (["cluster"] if with_clusters else [])
-    _require_fields(dataset, "proposals", fields, source)
+    _require_fields(dataset, "proposals", ["bbox", "score"] + (["cluster"] if with_clusters else []), source)
     for start, table in arrow_batches(dataset, ["proposals"]):
-        for name in fields[1:]:
-            _check_lengths(table["proposals"], "proposals", name, start, source)
+        if with_clusters:
+            _check_lengths(table["proposals"], "proposals", "cluster", start, source)
+        scores, counts = _check_lengths(table["proposals"], "proposals", "score", start, source)
+        rows = np.repeat(np.arange(start, start + len(counts)), counts)
+        wrong = np.flatnonzero((rows[1:] == rows[:-1]) & ~(scores[1:] <= scores[:-1]))
+        if len(wrong):
+            raise DataError(
+                f"{source}, row {rows[wrong[0]]}, column 'proposals', field 'score': expected the highest score "
+                f"first, got {scores[wrong[0]]} before {scores[wrong[0] + 1]}. Sort the proposals of each image."
+            )
     return _validate_boxes(dataset, "proposals", source)
 
 

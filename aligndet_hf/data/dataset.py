@@ -15,8 +15,9 @@ from .views import ViewConfig, draw_crop, draw_two_crops, make_view
 
 
 def init_worker(worker_id: int) -> None:
-    """`worker_init_fn` of a `DataLoader`: one OpenCV thread per worker, as PyTorch does for its own."""
-    cv2.setNumThreads(1)
+    """`worker_init_fn` of a `DataLoader`: no OpenCV threads beside the worker, as PyTorch does for its own."""
+    # 0, not 1: both mean sequential, but 1 waits for the threads of the pool, which do not exist after a fork.
+    cv2.setNumThreads(0)
 
 
 def _sample_rng(seed: int, key: SampleKey) -> np.random.Generator:

@@ -101,7 +101,7 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
     require_columns(dataset, ["objects"], str(source))
     feature = dataset.features["objects"]
     category = feature.get("category") if isinstance(feature, dict) else None
-    if category is None:
+    if not isinstance(category, (datasets.List, datasets.LargeList)):
         raise DataError(f"{source}: column 'objects' must be a struct of lists with the field 'category'.")
     if isinstance(category.feature, datasets.ClassLabel):
         return category.feature.names
@@ -206,8 +206,9 @@ def _folder_splits(folder: Path) -> dict[str, Path]:
 
 
 def _read_labels(folder: Path) -> list[str] | None:
-    """Names of the categories from `labels.json` in the folder or the one above: a list, or {"0": name, ...}."""
-    path = next((path for path in (folder / "labels.json", folder.parent / "labels.json") if path.is_file()), None)
+    """Category names of `labels.json` in the folder, or above that of a split: a list, or {"0": name, ...}."""
+    places = [folder] + ([folder.parent] if _split_of_name(folder.name, default=None) else [])
+    path = next((place / "labels.json" for place in places if (place / "labels.json").is_file()), None)
     if path is None:
         return None
     names = _read_json(path)
@@ -232,10 +233,11 @@ def _read_image_folder(folder: Path, labels: list[str] | None) -> datasets.Datas
         return _build([{"path": path} for path in images], None, str(folder))
     rows = []
     for path in metadata:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    rows.append(_metadata_row(path, number, line))
+        for number, line in enumerate(_read_text(path).split("\n"), start=1):
+            if line.strip():
+                rows.append(_metadata_row(path, number, line))
+    if not rows:
+        raise DataError(f"{metadata[0]}: it lists no image.")
     unlisted = set(images) - {row["path"] for row in rows}
     if unlisted:
         logger.warning(
@@ -278,10 +280,17 @@ def _inside(root: Path, name: str, where: str) -> Path:
 # ---- COCO ----
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that some editors write
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text in UTF-8 ({error}).") from error
+
+
 def _read_json(path: Path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error}).") from error
 
 
@@ -326,7 +335,7 @@ def _read_coco(path: Path, image_dir: Path | None) -> datasets.Dataset:
             crowds += 1
             continue
         box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4:
+        if not _is_box(box):
             raise DataError(f"{where}: 'bbox' must be four numbers [x, y, width, height], got {box}.")
         row = rows[annotation["image_id"]]
         row["bbox"].append(box)
@@ -367,7 +376,10 @@ def _build(rows: list[dict], categories: list[str] | None, source: str) -> datas
             raise DataError(f"{row['where']}: there is no file {row['path']}.")
     features = {"image": datasets.Image(decode=False)}
     columns = {"image": pa.array([{"bytes": None, "path": str(row["path"].absolute())} for row in rows], _IMAGE_TYPE)}
-    if all("image_id" in row for row in rows):
+    without_id = [row for row in rows if "image_id" not in row]
+    if 0 < len(without_id) < len(rows):
+        raise DataError(f"{without_id[0]['where']}: no 'image_id', which other images have.")
+    if not without_id:
         features["image_id"] = datasets.Value("int64")
         columns["image_id"] = _column([row["image_id"] for row in rows], pa.int64(), "image_id", rows, source)
     if any("bbox" in row for row in rows):
@@ -393,6 +405,10 @@ def _build(rows: list[dict], categories: list[str] | None, source: str) -> datas
 _IMAGE_TYPE = datasets.Image.pa_type
 
 
+def _is_box(value) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(number, (int, float)) for number in value)
+
+
 def _check_row(row: dict, categories: list[str] | None) -> None:
     """One entry per box in each list, four numbers per box, and only known categories."""
     boxes, where = row["bbox"], row["where"]
@@ -400,7 +416,7 @@ def _check_row(row: dict, categories: list[str] | None) -> None:
         if not isinstance(row.get(name, []), list) or len(row.get(name, boxes)) != len(boxes):
             raise DataError(f"{where}: '{name}' must be a list with one entry per box, as 'bbox' has {len(boxes)}.")
     for box in boxes:
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
+        if not _is_box(box):
             raise DataError(f"{where}: a box in 'bbox' must be four numbers [x, y, width, height], got {box}.")
     for category in row["category"]:
         if not isinstance(category, int):

@@ -114,7 +114,7 @@ def draw_crop(
 
 def boxes_in_crop(boxes: np.ndarray, crop: tuple[int, int, int, int]) -> np.ndarray:
     """
-    Which boxes a crop shows well enough to learn from: the centre lies inside and so does at least half of the area.
+    Which boxes a crop shows well enough to learn from: at least half of the area lies inside (and so does the centre).
 
     Args:
         boxes (`np.ndarray` [N, 4]): xywh in pixels of the image.
@@ -125,11 +125,9 @@ def boxes_in_crop(boxes: np.ndarray, crop: tuple[int, int, int, int]) -> np.ndar
     """
     top, left, height, width = crop
     x, y, w, h = boxes.T
-    centre_x, centre_y = x + w / 2, y + h / 2
-    inside = (centre_x >= left) & (centre_x <= left + width) & (centre_y >= top) & (centre_y <= top + height)
-    shown_w = np.minimum(x + w, left + width) - np.maximum(x, left)
-    shown_h = np.minimum(y + h, top + height) - np.maximum(y, top)
-    return inside & (shown_w * shown_h >= 0.5 * w * h)
+    shown_w = np.clip(np.minimum(x + w, left + width) - np.maximum(x, left), 0, None)
+    shown_h = np.clip(np.minimum(y + h, top + height) - np.maximum(y, top), 0, None)
+    return shown_w * shown_h >= 0.5 * w * h
 
 
 def draw_two_crops(
