@@ -433,6 +433,8 @@ def test_category_names_without_categories():
         category_names(dataset)
     with pytest.raises(DataError, match="no column 'objects'"):
         category_names(dataset.rename_column("objects", "annotations"))
+    with pytest.raises(DataError, match="must be a struct of lists"):
+        category_names(datasets.Dataset.from_dict({"objects": [{"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": 0}]}))
     empty = datasets.Dataset.from_dict({"objects": [{"bbox": [], "category": []}]})
     with pytest.raises(DataError, match="empty in all rows"):
         category_names(empty)

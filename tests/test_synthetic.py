@@ -29,9 +29,10 @@ def test_columns_and_validity(scenes):
     assert ids == list(range(1, len(ids) + 1))
     for row in scenes["objects"]:
         np.testing.assert_allclose(row["area"], [w * h for _, _, w, h in row["bbox"]])
-    image, boxes, _ = render_scene(np.random.default_rng((0, 5)), 192, 256)
-    assert np.abs(decode_image(scenes[5]["image"]).astype(int) - image).mean() < 8  # JPEG
-    assert scenes[5]["objects"]["bbox"] == boxes.tolist()
+    image, boxes, _ = render_scene(np.random.default_rng((0, 2)), 192, 256)
+    stored = decode_image(scenes[2]["image"]).astype(int)
+    assert np.abs(stored - image).mean() < 0.3 * np.abs(stored - image[:, :, ::-1]).mean()  # RGB, but for the JPEG
+    assert scenes[2]["objects"]["bbox"] == boxes.tolist()
 
 
 def test_all_categories_and_many_sizes(scenes):

@@ -6,7 +6,7 @@ import PIL.ImageEnhance
 import PIL.ImageOps
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as tv
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -85,6 +85,7 @@ def test_flip_before_pad_the_official_shift_is_not_reproduced(number):
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(16, 900), st.integers(0, 900))
+@example(height=1, width=11, size=16, more=0)  # less than a pixel from its size
 def test_size_of_a_view_is_that_of_the_image_processors(height, width, size, more):
     shape = views.view_shape(height, width, "shortest_edge", size, size + more)
     expected = get_size_with_aspect_ratio((height, width), size, size + more)
