@@ -34,9 +34,11 @@ class Matching(NamedTuple):
         """The index `(layer, image, query)` into tensors of shape `[layers, images, queries, ...]`."""
         return self.layer, self.image, self.query
 
-    def first_layers(self, num_layers: int, of: int) -> "Matching":
-        """The matches of the first `num_layers` layers `of` all; every layer of a batch has equally many matches."""
-        return Matching(*(index[: len(index) // of * num_layers] for index in self))
+    def layers(self, start: int, stop: int, of: int) -> "Matching":
+        """The matches of layers `start` to `stop` `of` all, counted from 0; all layers have equally many matches."""
+        matches = len(self.layer) // of
+        part = Matching(*(index[start * matches : stop * matches] for index in self))
+        return part._replace(layer=part.layer - start)
 
     def scatter(self, values: Tensor, shape: tuple[int, int, int], fill_value: float) -> Tensor:
         """
@@ -90,6 +92,9 @@ def match_queries(
 
     Returns:
         [`Matching`]: the assignment, on the device of `logits`.
+
+    Raises:
+        `ValueError`: if a target box is not finite or has a negative side; the message names image and box.
     """
     num_layers, num_images, num_queries, _ = logits.shape
     sizes = [len(target) for target in target_boxes]
@@ -119,7 +124,13 @@ def match_queries(
         class_cost * class_term.gather(-1, index) + bbox_cost * l1 - giou_cost * giou
     )  # [layers, images, queries, N]
 
-    cost = np.nan_to_num(cost.cpu().numpy(), nan=INVALID_COST, posinf=INVALID_COST, neginf=INVALID_COST)
+    is_valid = padded_boxes.isfinite().all(-1) & (padded_boxes[..., 2:] >= 0).all(-1)
+    cost = cost.masked_fill(~is_valid[None, :, None], torch.nan)
+
+    cost = cost.cpu().numpy()
+    if np.isnan(cost).all((0, 2)).any():
+        _require_valid(target_boxes)
+    cost = np.nan_to_num(cost, nan=INVALID_COST, posinf=INVALID_COST, neginf=INVALID_COST)
     matches = []
     offsets = np.cumsum([0, *sizes])
     for layer in range(num_layers):
@@ -129,3 +140,14 @@ def match_queries(
                 np.stack([np.full_like(query, layer), np.full_like(query, image), query, column + offsets[image]])
             )
     return Matching(*torch.from_numpy(np.concatenate(matches, axis=1)).to(logits.device, non_blocking=True).unbind(0))
+
+
+def _require_valid(target_boxes: list[Tensor]) -> None:
+    """Names the first target box that cannot be matched; finds none where only predictions are NaN."""
+    for image, boxes in enumerate(target_boxes):
+        for number, (*_, width, height) in enumerate(rows := boxes.tolist()):
+            if not np.isfinite(rows[number]).all() or width < 0 or height < 0:
+                raise ValueError(
+                    f"box {number} of image {image} of the batch is {rows[number]}: expected finite normalised "
+                    "cxcywh numbers and no negative side"
+                )

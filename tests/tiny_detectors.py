@@ -4,13 +4,25 @@ import torch
 from transformers import (
     AutoModelForObjectDetection,
     ConditionalDetrConfig,
+    DabDetrConfig,
+    DeformableDetrConfig,
+    Deimv2Config,
     DetrConfig,
+    DFineConfig,
+    HGNetV2Config,
+    LwDetrConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    RfDetrConfig,
     RTDetrConfig,
     RTDetrResNetConfig,
+    RTDetrV2Config,
+    TableTransformerConfig,
     TimmBackboneConfig,
+    YolosConfig,
 )
+from transformers.models.lw_detr.configuration_lw_detr import LwDetrViTConfig
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
 NUM_LABELS, NUM_QUERIES = 3, 20
 
@@ -43,25 +55,113 @@ def _rt_detr_backbone() -> RTDetrResNetConfig:
     )
 
 
+def _hgnet() -> HGNetV2Config:
+    return HGNetV2Config(
+        stem_channels=[3, 8, 8],
+        stage_in_channels=[8, 8, 16, 16],
+        stage_mid_channels=[8, 8, 8, 8],
+        stage_out_channels=[8, 16, 16, 16],
+        stage_num_blocks=[1, 1, 1, 1],
+        stage_numb_of_layers=[1, 1, 1, 1],
+        hidden_sizes=[8, 16, 16, 16],
+        depths=[1, 1, 1, 1],
+        embedding_size=8,
+        out_indices=[2, 3, 4],
+    )
+
+
+def _deformable_fields() -> dict:
+    return _detr_fields() | {"backbone_config": timm_backbone(out_indices=(2, 3, 4))}
+
+
+def _rt_detr_fields(channels: list[int]) -> dict:
+    return {
+        "d_model": 32,
+        "encoder_hidden_dim": 32,
+        "encoder_in_channels": channels,
+        "decoder_in_channels": [32, 32, 32],
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "decoder_layers": 2,
+        "num_queries": NUM_QUERIES,
+        "num_denoising": 10,
+    }
+
+
+def _group_detr_fields() -> dict:
+    return {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 64,
+        "decoder_self_attention_heads": 4,
+        "decoder_cross_attention_heads": 4,
+        "num_queries": NUM_QUERIES,
+        "group_detr": 3,
+        "c2f_num_blocks": 1,
+    }
+
+
+def _vit_fields() -> dict:
+    return {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2, "out_indices": [2, 4]}
+
+
+def _lw_detr_backbone() -> LwDetrViTConfig:
+    return LwDetrViTConfig(
+        **_vit_fields(),
+        image_size=64,
+        pretrain_image_size=64,
+        patch_size=8,
+        num_windows=4,
+        window_block_indices=[0, 2],
+    )
+
+
+def _rf_detr_backbone() -> RfDetrDinov2Config:
+    return RfDetrDinov2Config(**_vit_fields(), image_size=64, patch_size=8, num_windows=2, use_mask_token=False)
+
+
 CONFIGS = {
-    "detr": lambda **kw: DetrConfig(backbone_config=timm_backbone(), **_detr_fields() | kw),
-    "conditional_detr": lambda **kw: ConditionalDetrConfig(backbone_config=timm_backbone(), **_detr_fields() | kw),
+    "detr": lambda **kw: DetrConfig(**{"backbone_config": timm_backbone(), **_detr_fields()} | kw),
+    "table-transformer": lambda **kw: TableTransformerConfig(
+        **{"backbone_config": timm_backbone(), **_detr_fields()} | kw
+    ),
+    "conditional_detr": lambda **kw: ConditionalDetrConfig(
+        **{"backbone_config": timm_backbone(), **_detr_fields()} | kw
+    ),
+    "dab-detr": lambda **kw: DabDetrConfig(
+        **{"backbone_config": timm_backbone(), "hidden_size": 32, **_detr_fields()} | kw
+    ),
+    "deformable_detr": lambda **kw: DeformableDetrConfig(**_deformable_fields() | kw),
+    "deformable_detr two-stage": lambda **kw: DeformableDetrConfig(
+        **_deformable_fields()
+        | {"two_stage": True, "with_box_refine": True, "two_stage_num_proposals": NUM_QUERIES}
+        | kw
+    ),
     "rt_detr": lambda **kw: RTDetrConfig(
-        backbone_config=_rt_detr_backbone(),
+        **{"backbone_config": _rt_detr_backbone()} | _rt_detr_fields([16, 24, 32]) | kw
+    ),
+    "rt_detr_v2": lambda **kw: RTDetrV2Config(
+        **{"backbone_config": _rt_detr_backbone()} | _rt_detr_fields([16, 24, 32]) | kw
+    ),
+    "d_fine": lambda **kw: DFineConfig(**{"backbone_config": _hgnet()} | _rt_detr_fields([16, 16, 16]) | kw),
+    "deimv2": lambda **kw: Deimv2Config(**{"backbone_config": _hgnet()} | _rt_detr_fields([16, 16, 16]) | kw),
+    "lw_detr": lambda **kw: LwDetrConfig(
+        **{"backbone_config": _lw_detr_backbone(), "projector_scale_factors": [1.0]} | _group_detr_fields() | kw
+    ),
+    "rf_detr": lambda **kw: RfDetrConfig(**{"backbone_config": _rf_detr_backbone()} | _group_detr_fields() | kw),
+    "yolos": lambda **kw: YolosConfig(
         **{
-            "d_model": 32,
-            "encoder_hidden_dim": 32,
-            "encoder_in_channels": [16, 24, 32],
-            "decoder_in_channels": [32, 32, 32],
-            "encoder_ffn_dim": 64,
-            "decoder_ffn_dim": 64,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "decoder_layers": 2,
-            "num_queries": NUM_QUERIES,
-            "num_denoising": 10,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "image_size": [64, 64],
+            "patch_size": 16,
+            "num_detection_tokens": NUM_QUERIES,
         }
-        | kw,
+        | kw
     ),
 }
 

@@ -13,15 +13,20 @@ from torch import Tensor, nn
 from transformers import TimmBackboneConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .families import family_of
+from .families import backbone_path, freeze_constants
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def get_backbone(detector: PreTrainedModel) -> nn.Module:
-    """The image network inside a detector: pixels in, feature maps out."""
-    return detector.get_submodule(family_of(detector.config).backbone)
+    """
+    The image network inside a detector: pixels in, feature maps out.
+
+    A detector without one, such as YOLOS, gives an empty module: there is nothing to freeze or to load.
+    """
+    path = backbone_path(detector)
+    return nn.Module() if path is None else detector.get_submodule(path)
 
 
 def set_backbone_trainable(detector: PreTrainedModel, trainable: bool) -> None:
@@ -37,6 +42,7 @@ def set_backbone_trainable(detector: PreTrainedModel, trainable: bool) -> None:
         trainable (`bool`): whether the backbone's parameters shall receive gradients.
     """
     get_backbone(detector).requires_grad_(trainable)
+    freeze_constants(detector)
 
 
 def timm_backbone_config(

@@ -7,11 +7,13 @@ tiny config to `tests/tiny_detectors.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,13 +31,17 @@ class LossSettings:
         class_activation: class term of the matching cost, see [`~aligndet_hf.matching.match_queries`].
         match_alpha, match_gamma: focal parameters of the matching cost.
         class_weight, bbox_weight, giou_weight: weights of the loss terms in the total.
-        alpha, gamma: focal or varifocal parameters of the class loss.
+        alpha, gamma: parameters of the class loss.
         background_weight: weight of unmatched queries in the softmax loss.
         auxiliary_suffix: how transformers names the terms of the other decoder layers in `loss_dict`.
         weighted_terms: whether transformers reports the terms in `loss_dict` with their weights applied.
+        clamp_boxes: whether predicted boxes are cut to 0..1 before matching and losses.
+        dense_matching: whether all layers learn boxes from the union of their matchings (DEIM).
+        fgl_weight, ddf_weight: weights of D-FINE's losses on edge distributions.
+        num_bins, bins_up, bins_scale: the distributions' bins, see [`~aligndet_hf.losses.edge_bins`].
     """
 
-    class_loss: Literal["softmax", "focal", "varifocal"]
+    class_loss: Literal["softmax", "focal", "varifocal", "matchability", "iou_aware"]
     class_cost: float
     bbox_cost: float
     giou_cost: float
@@ -43,13 +49,20 @@ class LossSettings:
     class_weight: float
     bbox_weight: float
     giou_weight: float
-    alpha: float = 0.25
+    alpha: float | None = 0.25
     gamma: float = 2.0
     match_alpha: float = 0.25
     match_gamma: float = 2.0
     background_weight: float = 1.0
     auxiliary_suffix: str = "_{}"
     weighted_terms: bool = False
+    clamp_boxes: bool = False
+    dense_matching: bool = False
+    fgl_weight: float = 0.0
+    ddf_weight: float = 0.0
+    num_bins: int = 0
+    bins_up: float = 0.0
+    bins_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,24 +71,35 @@ class Family:
     What the package has to know of one detector family.
 
     Attributes:
-        backbone (`str`): path of the image network in the detector: pixels in, feature maps out.
+        backbones (`tuple[str, ...]`): path of the image network in the detector: pixels in, feature maps out. Of
+            several, the one that the detector has; none where the whole detector is one network.
         class_heads (`str`): regular expression of the parameters whose shape or meaning depends on the classes.
         last_box_layers (`str`): regular expression of the last layer of every box head.
-        query_embeddings (`tuple[str, ...]`): parts of the names of learned query embeddings.
         layer_dim (`int`): dimension of the decoder layers in the tensors that the family hands to its loss.
         decoder_features (`Callable`): `(detector, outputs) -> [layers, images, queries, width]`, the features that
-            enter the class heads, without denoising queries.
+            enter the class heads, without denoising queries and with one group of queries only.
         losses (`Callable`): `config -> LossSettings`.
-        strides (`tuple[int, ...]`): strides of the feature maps the family takes from its backbone.
+        strides (`tuple[int, ...]`): strides of the feature maps the family takes from its backbone; none if it only
+            works with an image network of its own, whose config is then a field of the detector's.
         backbone_fields (`Callable`): `(channels, strides, hidden_size) -> dict` of config fields that must agree with
             the backbone's feature maps.
         image_processor (`str`): name of the image processor class that detectors of the family are saved with.
         resize (`str`): "shortest_edge" keeps the aspect ratio and pads the batch, "square" gives one square size to
             the whole batch, for families that do not mask padding.
-        defaults (`dict`): config fields this package sets differently from transformers when it builds a detector.
+        contrasts (`str`): which decoder layers predict boxes in evaluation mode, and so have matched queries in the
+            momentum detector: "all", or the "last" only.
+        width (`Callable`): `config -> int`, width of the decoder features.
+        num_queries (`Callable`): `config -> int`, object queries without denoising queries and of one group.
+        query_embeddings (`tuple[str, ...]`): parts of the names of learned query embeddings.
+        constants (`tuple[str, ...]`): parameters that are never trained; transformers forgets it on loading.
+        untrained_tokens (`Callable`): `config -> bool`, whether the encoder proposes boxes with heads that
+            transformers' loss does not train.
+        size_multiple (`Callable`): `config -> int`, what the sides of the images must be divisible by.
+        defaults (`tuple[tuple[str, Any], ...]`): config fields this package sets differently from transformers when
+            it builds a detector.
     """
 
-    backbone: str
+    backbones: tuple[str, ...]
     class_heads: str
     last_box_layers: str
     layer_dim: int
@@ -85,30 +109,51 @@ class Family:
     backbone_fields: Callable[[list[int], list[int], int], dict[str, Any]]
     image_processor: str
     resize: Literal["shortest_edge", "square"]
+    contrasts: Literal["all", "last"] = "all"
+    width: Callable[[PreTrainedConfig], int] = attrgetter("hidden_size")
+    num_queries: Callable[[PreTrainedConfig], int] = attrgetter("num_queries")
     query_embeddings: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+    untrained_tokens: Callable[[PreTrainedConfig], bool] = lambda config: False
+    size_multiple: Callable[[PreTrainedConfig], int] = lambda config: 1
     defaults: tuple[tuple[str, Any], ...] = ()
 
 
 # --- decoder features ------------------------------------------------------------------------------------------------
 
 
-def _normed_hidden_states(detector: PreTrainedModel, outputs: ModelOutput) -> Tensor:
+def _recorded_hidden_states(detector: PreTrainedModel, outputs: ModelOutput) -> Tensor:
     """
-    DETR and its kin: what the class head sees after every layer, rebuilt from the recorded hidden states.
+    Hidden states of all layers where only `output_hidden_states` gives them, preceded by the decoder's input.
 
-    The recorded states are those before the decoder's norm, preceded by the decoder's input. Without
-    `config.auxiliary_loss` the decoder does not apply its norm between layers and only the last layer has a head.
+    Without `config.auxiliary_loss` only the last layer has a head.
     """
     last = outputs.last_hidden_state[None]
-    if not detector.config.auxiliary_loss:
-        return last
-    inner = [detector.model.decoder.layernorm(state) for state in outputs.decoder_hidden_states[1:-1]]
+    inner = outputs.decoder_hidden_states[1:-1] if detector.config.auxiliary_loss else ()
     return torch.cat([torch.stack(inner), last]) if inner else last
 
 
-def _intermediate_hidden_states(detector: PreTrainedModel, outputs: ModelOutput) -> Tensor:
-    """RT-DETR and its kin expose them; denoising queries, if any, come before the real ones."""
-    return outputs.intermediate_hidden_states[:, :, -num_queries(detector.config) :].transpose(0, 1)
+def _normed_hidden_states(detector: PreTrainedModel, outputs: ModelOutput) -> Tensor:
+    """The same where they are recorded before the decoder's norm, which the class head sees them after."""
+    *inner, last = _recorded_hidden_states(detector, outputs)
+    return torch.stack([*map(detector.model.decoder.layernorm, inner), last])
+
+
+def _images_first(detector: PreTrainedModel, outputs: ModelOutput) -> Tensor:
+    """Hidden states of all layers as `[images, layers, queries, width]`; denoising queries come before the real."""
+    states = outputs.intermediate_hidden_states[:, :, -num_queries(detector.config) :].transpose(0, 1)
+    return states if detector.config.auxiliary_loss else states[-1:]
+
+
+def _layers_first(detector: PreTrainedModel, outputs: ModelOutput) -> Tensor:
+    """Hidden states of all layers as `[layers, images, queries, width]`; the first group of queries is kept."""
+    states = outputs.intermediate_hidden_states[:, :, : num_queries(detector.config)]
+    return states if detector.config.auxiliary_loss else states[-1:]
+
+
+def _last_hidden_state(detector: PreTrainedModel, outputs: ModelOutput) -> Tensor:
+    """The last layer alone; real queries come after denoising queries, and after YOLOS' image tokens."""
+    return outputs.last_hidden_state[None, :, -num_queries(detector.config) :]
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -161,6 +206,32 @@ def _rt_detr_losses(config: PreTrainedConfig) -> LossSettings:
     )
 
 
+def _d_fine_losses(config: PreTrainedConfig) -> LossSettings:
+    return replace(
+        _rt_detr_losses(config),
+        clamp_boxes=True,
+        fgl_weight=config.weight_loss_fgl,
+        ddf_weight=config.weight_loss_ddf,
+        num_bins=config.max_num_bins,
+        bins_up=config.up,
+        bins_scale=config.reg_scale,
+    )
+
+
+def _deimv2_losses(config: PreTrainedConfig) -> LossSettings:
+    return replace(
+        _d_fine_losses(config),
+        class_loss="matchability",
+        class_weight=config.weight_loss_mal,
+        alpha=config.mal_alpha,
+        dense_matching=config.use_dense_one_to_one,
+    )
+
+
+def _lw_detr_losses(config: PreTrainedConfig) -> LossSettings:
+    return replace(_focal_detr_losses(config), class_loss="iou_aware", class_weight=config.class_loss_coefficient)
+
+
 # --- backbones -------------------------------------------------------------------------------------------------------
 
 
@@ -182,50 +253,127 @@ def _pyramid_fields(channels: list[int], strides: list[int], hidden_size: int) -
     }
 
 
+def _deformable_fields(channels: list[int], strides: list[int], hidden_size: int) -> dict[str, Any]:
+    # One more level, made from the last map, as published.
+    return {"num_feature_levels": len(channels) + (len(channels) > 1)}
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
-FAMILIES: dict[str, Family] = {
-    "detr": Family(
-        backbone="model.backbone.model",
-        class_heads=r"class_labels_classifier\.",
-        last_box_layers=r"bbox_predictor\.layers\.2\.",
-        query_embeddings=("query_position_embeddings",),
-        layer_dim=0,
-        decoder_features=_normed_hidden_states,
-        losses=_detr_losses,
-        strides=(32,),
-        backbone_fields=_no_fields,
-        image_processor="DetrImageProcessor",
-        resize="shortest_edge",
-        defaults=(("auxiliary_loss", True),),
+_DETR = Family(
+    backbones=("model.backbone.model",),
+    class_heads=r"class_labels_classifier\.",
+    last_box_layers=r"bbox_predictor\.layers\.2\.",
+    query_embeddings=("query_position_embeddings",),
+    layer_dim=0,
+    decoder_features=_normed_hidden_states,
+    losses=_detr_losses,
+    strides=(32,),
+    backbone_fields=_no_fields,
+    image_processor="DetrImageProcessor",
+    resize="shortest_edge",
+    defaults=(("auxiliary_loss", True),),
+)
+
+_RT_DETR = Family(
+    backbones=("model.backbone.model",),
+    class_heads=r"(model\.decoder\.)?class_embed\.|model\.enc_score_head\.|model\.denoising_class_embed\.",
+    last_box_layers=r"(model\.decoder\.)?bbox_embed\.\d+\.layers\.2\.|model\.enc_bbox_head\.layers\.2\.",
+    layer_dim=1,
+    decoder_features=_images_first,
+    losses=_rt_detr_losses,
+    strides=(8, 16, 32),
+    backbone_fields=_pyramid_fields,
+    image_processor="RTDetrImageProcessor",
+    resize="square",
+)
+
+_LW_DETR = Family(
+    backbones=("model.backbone.backbone",),
+    class_heads=r"class_embed\.|model\.enc_out_class_embed\.",
+    last_box_layers=r"bbox_embed\.layers\.2\.|model\.enc_out_bbox_embed\.\d+\.layers\.2\.",
+    query_embeddings=("reference_point_embed", "query_feat"),
+    layer_dim=0,
+    decoder_features=_layers_first,
+    losses=_lw_detr_losses,
+    strides=(),
+    backbone_fields=_no_fields,
+    image_processor="DeformableDetrImageProcessor",
+    resize="square",
+    width=attrgetter("d_model"),
+    size_multiple=lambda config: config.backbone_config.patch_size * config.backbone_config.num_windows_side,
+)
+
+_ALL: dict[str, Family] = {
+    "detr": _DETR,
+    "table-transformer": replace(
+        _DETR, backbones=("model.backbone.conv_encoder.model",), decoder_features=_recorded_hidden_states
     ),
-    "conditional_detr": Family(
-        backbone="model.backbone.model",
-        class_heads=r"class_labels_classifier\.",
-        last_box_layers=r"bbox_predictor\.layers\.2\.",
-        query_embeddings=("query_position_embeddings",),
-        layer_dim=0,
-        decoder_features=_normed_hidden_states,
+    "conditional_detr": replace(_DETR, losses=_focal_detr_losses, image_processor="ConditionalDetrImageProcessor"),
+    "dab-detr": replace(
+        _DETR,
+        backbones=("model.backbone.conv_encoder.model",),
+        class_heads=r"class_embed\.",
+        last_box_layers=r"(bbox_predictor|model\.decoder\.bbox_embed)\.layers\.2\.",
+        query_embeddings=("query_refpoint_embeddings",),
         losses=_focal_detr_losses,
-        strides=(32,),
-        backbone_fields=_no_fields,
         image_processor="ConditionalDetrImageProcessor",
-        resize="shortest_edge",
-        defaults=(("auxiliary_loss", True),),
     ),
-    "rt_detr": Family(
-        backbone="model.backbone.model",
-        class_heads=r"model\.decoder\.class_embed\.|model\.enc_score_head\.|model\.denoising_class_embed\.",
-        last_box_layers=r"model\.decoder\.bbox_embed\.\d+\.layers\.2\.|model\.enc_bbox_head\.layers\.2\.",
-        layer_dim=1,
-        decoder_features=_intermediate_hidden_states,
-        losses=_rt_detr_losses,
+    "deformable_detr": replace(
+        _DETR,
+        class_heads=r"(model\.decoder\.)?class_embed\.",
+        last_box_layers=r"(model\.decoder\.)?bbox_embed\.\d+\.layers\.2\.",
+        decoder_features=_images_first,
+        losses=_focal_detr_losses,
         strides=(8, 16, 32),
-        backbone_fields=_pyramid_fields,
-        image_processor="RTDetrImageProcessor",
+        backbone_fields=_deformable_fields,
+        image_processor="DeformableDetrImageProcessor",
+        num_queries=lambda config: config.two_stage_num_proposals if config.two_stage else config.num_queries,
+        untrained_tokens=attrgetter("two_stage"),
+    ),
+    "rt_detr": _RT_DETR,
+    "rt_detr_v2": _RT_DETR,
+    "d_fine": replace(
+        _RT_DETR,
+        last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
+        decoder_features=_last_hidden_state,
+        losses=_d_fine_losses,
+        contrasts="last",
+        constants=("model.decoder.reg_scale", "model.decoder.up"),
+    ),
+    "deimv2": replace(
+        _RT_DETR,
+        backbones=("model.conv_encoder.model", "model.conv_encoder.backbone"),
+        last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
+        decoder_features=_last_hidden_state,
+        losses=_deimv2_losses,
+        contrasts="last",
+        constants=("model.decoder.reg_scale", "model.decoder.up"),
+    ),
+    "lw_detr": _LW_DETR,
+    "rf_detr": replace(
+        _LW_DETR,
+        image_processor="RfDetrImageProcessor",
+        size_multiple=lambda config: config.backbone_config.patch_size * config.backbone_config.num_windows,
+    ),
+    "yolos": replace(
+        _DETR,
+        backbones=(),
+        class_heads=r"class_labels_classifier\.layers\.2\.",
+        query_embeddings=("detection_tokens",),
+        decoder_features=_last_hidden_state,
+        strides=(),
+        image_processor="YolosImageProcessor",
         resize="square",
+        num_queries=attrgetter("num_detection_tokens"),
+        size_multiple=attrgetter("patch_size"),
+        # transformers cannot compute it: only the last layer has heads.
+        defaults=(("auxiliary_loss", False),),
     ),
 }
+
+# Those that the installed transformers has.
+FAMILIES = {name: family for name, family in _ALL.items() if name in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES}
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -246,5 +394,20 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def num_queries(config: PreTrainedConfig) -> int:
-    """Number of object queries of a detector, without denoising or group queries."""
-    return config.num_queries
+    """Number of object queries of a detector, without denoising queries and of one group."""
+    return family_of(config).num_queries(config)
+
+
+def backbone_path(detector: PreTrainedModel) -> str | None:
+    """Where in a detector its image network is, `None` if it has none of its own."""
+    for path in family_of(detector.config).backbones:
+        parent, name = path.rsplit(".", 1)
+        if hasattr(detector.get_submodule(parent), name):
+            return path
+    return None
+
+
+def freeze_constants(detector: PreTrainedModel) -> None:
+    """Freezes what is a parameter in name only; transformers forgets about it in `from_pretrained`."""
+    for name in family_of(detector.config).constants:
+        detector.get_parameter(name).requires_grad_(False)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..detectors.criterion import loss_and_matching, matching_only
-from ..detectors.families import family_of
+from ..detectors.backbones import get_backbone
+from ..detectors.criterion import loss_and_matching, matching_only, use_correct_loss
+from ..detectors.families import backbone_path, family_of, freeze_constants
 from ..losses import contrastive_diagnostics, object_contrastive_loss
 from ..momentum import update_momentum
 from .configuration_aligndet import AlignDetConfig
@@ -106,19 +107,18 @@ class AlignDetForPreTraining(PreTrainedModel):
 
     def __init__(self, config: AlignDetConfig):
         super().__init__(config)
-        family = family_of(config.detector_config)
-        width = config.detector_config.hidden_size
+        width = family_of(config.detector_config).width(config.detector_config)
         self.online_detector = AutoModelForObjectDetection.from_config(config.detector_config)
         self.momentum_detector = AutoModelForObjectDetection.from_config(copy.deepcopy(config.detector_config))
         self.projector = _projector(width, config.projection_dim)
         self.momentum_projector = _projector(width, config.projection_dim)
-        self.online_detector.loss_function = partial(
-            loss_and_matching, normalize_class_loss_by=config.normalize_class_loss_by
+        use_correct_loss(
+            self.online_detector, partial(loss_and_matching, normalize_class_loss_by=config.normalize_class_loss_by)
         )
         self.momentum_detector.loss_function = matching_only
-        if config.freeze_backbone:
-            shared = SharedBackbone(self.online_detector.get_submodule(family.backbone))
-            self.momentum_detector.set_submodule(family.backbone, shared)
+        path = backbone_path(self.online_detector)
+        if config.freeze_backbone and path is not None:
+            self.momentum_detector.set_submodule(path, SharedBackbone(self.backbone))
         self.post_init()
         self._freeze()
 
@@ -153,11 +153,12 @@ class AlignDetForPreTraining(PreTrainedModel):
     @property
     def backbone(self) -> nn.Module:
         """The image network of the online detector; the momentum detector's too, if it is frozen."""
-        return self.online_detector.get_submodule(family_of(self.config.detector_config).backbone)
+        return get_backbone(self.online_detector)
 
     def _freeze(self) -> None:
         self.momentum_detector.requires_grad_(False)
         self.momentum_projector.requires_grad_(False)
+        freeze_constants(self.online_detector)
         if self.config.freeze_backbone:
             self.backbone.requires_grad_(False)
 
@@ -230,10 +231,10 @@ class AlignDetForPreTraining(PreTrainedModel):
         # [layers, images, queries, width] and [layers, images, queries]; the criteria return their matching.
         decoder_features = family_of(self.config.detector_config).decoder_features
         online_features = self.projector(decoder_features(self.online_detector, online))
-        online_ids = _query_ids(online.auxiliary_outputs, labels, online_features)
+        online_ids = _query_ids(online, labels, online_features)
         with torch.no_grad():
             momentum_features = self.momentum_projector(decoder_features(self.momentum_detector, momentum))
-        momentum_ids = _query_ids(momentum.auxiliary_outputs, momentum_labels, momentum_features)
+        momentum_ids = _query_ids(momentum, momentum_labels, momentum_features)
 
         loss_contrastive = object_contrastive_loss(
             online_features.flatten(0, 2),
@@ -268,6 +269,9 @@ class AlignDetForPreTraining(PreTrainedModel):
             image_processor.save_pretrained(path)
 
 
-def _query_ids(matching: Any, labels: list[dict[str, Tensor]], features: Tensor) -> Tensor:
+def _query_ids(outputs: ModelOutput, labels: list[dict[str, Tensor]], features: Tensor) -> Tensor:
     """The id of the proposal that every query is matched to, -1 without one: `[layers, images, queries]`."""
-    return matching.scatter(torch.cat([label["proposal_ids"] for label in labels]), features.shape[:3], -1)
+    layers, images, queries, _ = features.shape
+    ids = torch.cat([label["proposal_ids"] for label in labels])
+    # Queries of further groups are matched as well; they come after the first group and are left out.
+    return outputs.auxiliary_outputs.scatter(ids, (layers, images, outputs.logits.shape[1]), -1)[..., :queries]
