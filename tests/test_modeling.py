@@ -127,8 +127,9 @@ def test_save_and_load_are_bit_equal(model_type, tmp_path):
     loaded, info = AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert isinstance(loaded, AlignDetForPreTraining)
-    assert loaded.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    tensors, expected = loaded.state_dict(), model.state_dict()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
     torch.manual_seed(1)
     expected = model(**two_views()).loss
     torch.manual_seed(1)
