@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_detectors import tiny_detector
+from tiny_detectors import CONFIGS, tiny_detector
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -32,6 +32,7 @@ from aligndet_hf.data.views import ViewConfig
 from aligndet_hf.detectors.backbones import get_backbone, set_backbone_trainable
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.detectors.criterion import use_correct_loss
+from aligndet_hf.detectors.families import family_of
 from aligndet_hf.evaluation.evaluate import EvaluationImages
 from aligndet_hf.training.finetune import (
     DetectionTrainer,
@@ -41,7 +42,6 @@ from aligndet_hf.training.finetune import (
     settings_of,
 )
 
-FAMILIES = ["detr", "conditional_detr", "rt_detr"]
 SIZES = [64, 96]
 
 
@@ -72,19 +72,20 @@ def arguments_for(folder: Path, output_dir: Path, **changes) -> FinetuneArgument
     return FinetuneArguments(**settings | changes)
 
 
-def make_trainer(model_type: str, output_dir: Path, seed: int = 0, freeze: bool = False, **changes):
+def make_trainer(model_type: str, output_dir: Path, seed: int = 0, freeze: bool = False, callbacks=None, **changes):
     """A trainer of a tiny detector on four synthetic images."""
     detector = use_correct_loss(tiny_detector(model_type, seed, num_labels=len(SYNTHETIC_CATEGORIES)))
     set_backbone_trainable(detector, not freeze)
     dataset = make_synthetic_dataset(4, seed=0, image_size=(64, 96))
     image_processor = build_image_processor(detector, 64)
-    view = ViewConfig([64], resize="square" if model_type == "rt_detr" else "shortest_edge")
+    view = ViewConfig([64], resize=family_of(detector.config).resize)
     return DetectionTrainer(
         detector,
         arguments_for(output_dir, output_dir, **{"max_steps": 1, "do_eval": False, "save_strategy": "no"} | changes),
         train_dataset=LabelledImages(dataset, view, seed=0),
         eval_dataset=EvaluationImages(dataset, SYNTHETIC_CATEGORIES, image_processor),
         processing_class=image_processor,
+        callbacks=callbacks,
     )
 
 
@@ -310,7 +311,7 @@ def test_a_checkpoint_cut_short_is_passed_over_and_removed(tmp_path):
 # ---- the trainer ----
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_checkpoints_restore_every_tensor(model_type, tmp_path):
     saved = make_trainer(model_type, tmp_path)
     saved._save(str(tmp_path / "checkpoint-1"))
@@ -318,7 +319,7 @@ def test_checkpoints_restore_every_tensor(model_type, tmp_path):
 
     resumed = make_trainer(model_type, tmp_path, seed=1)
     differing = sum(not torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
-    assert differing > 30
+    assert differing > 15
     resumed._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
     restored = resumed.model.state_dict()
     assert len(restored) == len(expected) and same(restored, expected)
@@ -332,15 +333,18 @@ def test_checkpoints_restore_every_tensor(model_type, tmp_path):
     assert same(loaded.state_dict(), expected)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_a_checkpoint_that_would_lose_tensors_is_refused(model_type, tmp_path):
     trainer = make_trainer(model_type, tmp_path)
     trainer.model.save_pretrained(tmp_path)  # by the names of the original checkpoints, as the stock Trainer saves
-    with pytest.raises(ValueError, match="tensors are missing"):
+    if model_type in ("table-transformer", "dab-detr", "deimv2"):  # whose names are the original ones
         trainer._load_from_checkpoint(str(tmp_path))
+    else:
+        with pytest.raises(ValueError, match="tensors are missing"):
+            trainer._load_from_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIGS)
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_step_moves_what_is_trained_and_nothing_else(model_type, freeze, tmp_path):
     # Some steps, since heads that start at zero pass no gradient on; not clipped, lest float32 loses tiny steps.
@@ -351,11 +355,31 @@ def test_a_step_moves_what_is_trained_and_nothing_else(model_type, freeze, tmp_p
     frozen = {id(tensor) for tensor in get_backbone(detector).state_dict(keep_vars=True).values()} if freeze else set()
     trainer.train()
     for name, tensor in detector.state_dict(keep_vars=True).items():
-        if id(tensor) in frozen:
+        if id(tensor) in frozen or name in family_of(detector.config).constants:
             assert torch.equal(tensor, before[name]), name
+        elif model_type == "table-transformer" and name == "model.decoder.layers.0.self_attn_layer_norm.weight":
+            pass  # the scale of the first layer's input, which is zero
         elif isinstance(tensor, torch.nn.Parameter) and not name.endswith("k_proj.bias"):  # softmax cancels it
             assert tensor.requires_grad and not torch.equal(tensor, before[name]), name
-    assert get_backbone(detector).training != freeze
+    if model_type != "yolos":  # which is one network
+        assert get_backbone(detector).training != freeze
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_training_lowers_the_loss_and_an_interrupted_run_ends_with_the_same_weights(model_type, tmp_path):
+    """Ten epochs of one step, cut off after the fourth and resumed in a new trainer."""
+    changes = {"learning_rate": 3e-3, "max_steps": 10, "max_grad_norm": 1.0, "save_strategy": "steps", "save_steps": 4}
+    whole = make_trainer(model_type, tmp_path / "whole", **changes)
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert sum(losses[-3:]) < 0.99 * sum(losses[:3])
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(model_type, tmp_path / "cut", callbacks=[Interrupt(4)], **changes).train()
+    resumed = make_trainer(model_type, tmp_path / "cut", seed=1, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    assert resumed.state.global_step == 10
+    assert same(resumed.model.state_dict(), whole.model.state_dict())
 
 
 def test_parameter_groups(tmp_path):
@@ -464,7 +488,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 # ---- without this package ----
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_the_stock_trainer_fine_tunes_a_saved_detector(model_type, tmp_path):
     """`AutoModel`, `AutoImageProcessor`, the stock `Trainer` and a collator of three lines: no class of ours."""
     saved = tiny_detector(model_type)
@@ -493,9 +517,9 @@ def test_the_stock_trainer_fine_tunes_a_saved_detector(model_type, tmp_path):
 
     arguments = TrainingArguments(
         str(tmp_path / "run"),
-        max_steps=8,
+        max_steps=12,
         per_device_train_batch_size=2,
-        learning_rate=1e-3,
+        learning_rate=3e-3,
         lr_scheduler_type="constant",
         logging_steps=1,
         remove_unused_columns=False,
@@ -506,8 +530,8 @@ def test_the_stock_trainer_fine_tunes_a_saved_detector(model_type, tmp_path):
     trainer = Trainer(detector, arguments, data_collator=collate, train_dataset=rows)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 8 and all(map(torch.tensor(losses).isfinite().tolist().__getitem__, range(8)))
-    assert losses[-1] < losses[0]
+    assert len(losses) == 12 and torch.tensor(losses).isfinite().all()
+    assert sum(losses[-3:]) < sum(losses[:3])
 
 
 def _decoded():

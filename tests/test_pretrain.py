@@ -9,15 +9,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from tiny_detectors import CONFIGS
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoModelForPreTraining
 
 from aligndet_hf.data.columns import DataError
+from aligndet_hf.detectors.families import family_of
 from aligndet_hf.models import AlignDetForPreTraining
 from aligndet_hf.training import pretrain as pretrain_module
 from aligndet_hf.training import pretrain_setup
 from aligndet_hf.training.pretrain import MAX_SKIPPED_STEPS, PretrainArguments, pretrain
-
-FAMILIES = ["detr", "conditional_detr", "rt_detr"]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def weights_of(result):
     return load_file(result.output_dir / "model.safetensors")
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_everything_moves_that_should_and_nothing_else(arguments, model_type):
     # Several steps: layers behind one that starts at zero get no gradient in the first.
     run = arguments(model_type, max_steps=4, learning_rate=1e-2)
@@ -67,7 +67,9 @@ def test_everything_moves_that_should_and_nothing_else(arguments, model_type):
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     backbone = {id(parameter) for parameter in model.backbone.parameters()}
     frozen = {name for name, parameter in after.items() if id(parameter) in backbone}
-    assert frozen and moved == after.keys() - frozen
+    assert frozen or model_type == "yolos"  # which is one network
+    constants = family_of(model.config.detector_config).constants
+    assert moved == after.keys() - frozen - set(constants)
 
 
 def test_the_momentum_detector_follows_by_its_momentum(arguments):
@@ -80,9 +82,14 @@ def test_the_momentum_detector_follows_by_its_momentum(arguments):
         torch.testing.assert_close(value.data, expected)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_the_loss_falls(arguments, model_type):
-    result = pretrain(arguments(model_type, max_steps=24, learning_rate=3e-3, max_grad_norm=1.0, flip_probability=0.0))
+    # Vision transformers start slowly, and the boxes of Group DETR have no bounds to hold them at a high rate.
+    is_vit = model_type in ("lw_detr", "rf_detr", "yolos")
+    steps, rate = (80, 1e-3) if is_vit else (24, 3e-3)
+    result = pretrain(
+        arguments(model_type, max_steps=steps, learning_rate=rate, max_grad_norm=1.0, flip_probability=0.0)
+    )
     losses = [entry["loss"] for entry in log_of(result)]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
 

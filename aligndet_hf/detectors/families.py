@@ -286,6 +286,7 @@ _RT_DETR = Family(
     backbone_fields=_pyramid_fields,
     image_processor="RTDetrImageProcessor",
     resize="square",
+    size_multiple=lambda config: max(config.feat_strides),
 )
 
 _LW_DETR = Family(
@@ -396,6 +397,26 @@ def family_of(config: PreTrainedConfig) -> Family:
 def num_queries(config: PreTrainedConfig) -> int:
     """Number of object queries of a detector, without denoising queries and of one group."""
     return family_of(config).num_queries(config)
+
+
+def require_fitting_sizes(config: PreTrainedConfig, image_sizes: list[int]) -> None:
+    """
+    Refuses sizes that a detector cannot take.
+
+    Args:
+        config (`PreTrainedConfig`): the config of a detector.
+        image_sizes (`list[int]`): sides of square images in pixels; other families take any size.
+
+    Raises:
+        `ValueError`: if a size is not a multiple of what the feature maps or the windows of attention need.
+    """
+    multiple = family_of(config).size_multiple(config)
+    if uneven := [size for size in image_sizes if size % multiple]:
+        nearest = sorted({max(multiple, round(size / multiple) * multiple) for size in image_sizes})
+        raise ValueError(
+            f"image_sizes: this {config.model_type} takes multiples of {multiple}, got {uneven}; the nearest that fit "
+            f"are {' '.join(map(str, nearest))}"
+        )
 
 
 def backbone_path(detector: PreTrainedModel) -> str | None:

@@ -27,7 +27,7 @@ from ..data.views import ViewConfig
 from ..detectors.backbones import get_backbone, set_backbone_trainable
 from ..detectors.build import DetectorArguments, build_image_processor, is_new, load_detector
 from ..detectors.criterion import use_correct_loss
-from ..detectors.families import family_of
+from ..detectors.families import family_of, require_fitting_sizes
 from ..detectors.transfer import transfer_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.evaluate import EvaluationImages, normalization_of, predict_batches
@@ -125,6 +125,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
 
     set_seed(arguments.seed)
     detector, report = _start(arguments, categories)
+    require_fitting_sizes(detector.config, [*arguments.image_sizes, arguments.eval_size])
     image_processor = build_image_processor(detector, arguments.eval_size, arguments.max_size)
     view = ViewConfig(
         arguments.image_sizes,

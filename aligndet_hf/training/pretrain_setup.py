@@ -17,7 +17,7 @@ from ..data.dataset import ProposalViews, init_worker
 from ..data.sampling import EpochBatchSampler
 from ..data.views import ViewConfig
 from ..detectors.build import build_image_processor, is_new, load_detector
-from ..detectors.families import family_of, num_queries
+from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import transfer_detector
 from ..models import AlignDetForPreTraining
 from .pretrain_arguments import PretrainArguments
@@ -94,9 +94,7 @@ def build_model(arguments: PretrainArguments, id2label: dict[int, str]):
 def build_loader(arguments: PretrainArguments, accelerator: Accelerator, dataset, detector_config):
     """The sampler, and a loader of which one item is one optimizer step of this process: a list of micro-batches."""
     family, queries = family_of(detector_config), num_queries(detector_config)
-    stride = max(family.strides) if family.resize == "square" else 1
-    if uneven := [size for size in arguments.image_sizes if size % stride]:
-        raise ValueError(f"image_sizes: {detector_config.model_type} takes multiples of {stride}, got {uneven}")
+    require_fitting_sizes(detector_config, arguments.image_sizes)
     if arguments.max_proposals > queries:
         accelerator.print(f"The detector has {queries} queries: at most {queries} proposals per image are used.")
     views = ProposalViews(
