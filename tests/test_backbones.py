@@ -6,12 +6,12 @@ from tiny_detectors import tiny_detector
 from transformers import AutoModelForObjectDetection, ConditionalDetrConfig, TimmBackboneConfig
 
 from aligndet_hf.detectors.backbones import (
+    build_backbone_config,
     check_backbone,
     get_backbone,
     image_statistics,
     load_backbone_weights,
     set_backbone_trainable,
-    timm_backbone_config,
 )
 from aligndet_hf.detectors.build import DetectorArguments, build_detector, build_image_processor, load_detector
 
@@ -116,12 +116,12 @@ def test_nested_stage_names_of_timm_are_found(tmp_path):
 
 
 def test_feature_maps_are_chosen_by_stride():
-    config, channels, strides = timm_backbone_config("convnext_atto", (8, 16, 32))
+    config, channels, strides = build_backbone_config("convnext_atto", (8, 16, 32))
     assert (config.out_indices, channels, strides) == ([1, 2, 3], [80, 160, 320], [8, 16, 32])
     with pytest.raises(ValueError, match="stride"):
-        timm_backbone_config("convnext_atto", (2,))
+        build_backbone_config("convnext_atto", (2,))
     with pytest.raises(ValueError, match="similar names: resnet1"):
-        timm_backbone_config("resnet19", (32,))
+        build_backbone_config("resnet19", (32,))
 
 
 def test_mean_and_standard_deviation_are_the_backbones_own():
