@@ -72,10 +72,10 @@ def load_backbone_weights(detector: PreTrainedModel, weights: str | Path) -> Bac
         detector (`PreTrainedModel`): any supported detector, changed in place.
         weights (`str` or `Path`): one of
 
-            - a `.safetensors` file, or a `.pth` file of tensors, with the names of timm (which for ResNets are those
-              of torchvision) or transformers, whichever the backbone is from. Names may have any prefix, and the file
-              other networks, as the checkpoints of MoCo, SwAV, DINO and SoCo do: the network that has the backbone's
-              tensors is found, momentum encoders and students last.
+            - a `.safetensors` file, or a `.pth` file of tensors, with the names that the backbone has in timm (for
+              ResNets those of torchvision). Names may have any prefix, and the file other networks, as the checkpoints
+              of MoCo, SwAV, DINO and SoCo do: the network that has the backbone's tensors is found, momentum encoders
+              and students last;
             - the folder or Hub id of a transformers checkpoint, for a backbone of transformers;
             - `"timm"` for timm's own weights, for a backbone of timm.
 
@@ -131,18 +131,16 @@ def match_tensors(
     Returns:
         `tuple[BackboneReport, dict[str, Tensor]]`: the report, and the tensors that fit by the network's names.
     """
-    flat = {_flat(name): name for name in tensors}
-    prefixes = Counter(
-        key[: len(key) - len(_flat(name))]
-        for name in target
-        for key in flat
-        if key == _flat(name) or key.endswith(f"_{_flat(name)}")
-    )
+    flat, prefixes = {key: _flat(key) for key in tensors}, Counter()
+    for name in map(_flat, target):
+        for key, flat_key in flat.items():
+            prefix = key[: -len(name)]
+            if flat_key.endswith(name) and (not prefix or prefix.endswith(".")):
+                prefixes[prefix] += 1
     # Of those with the most tensors the first, and rather none of the second choice.
     prefix = max(prefixes, key=lambda prefix: (prefixes[prefix], not _is_second_choice(prefix)), default="")
-    names = {key.removeprefix(prefix): name for key, name in flat.items() if key.startswith(prefix)}
-    # In the file's own spelling.
-    report, chosen = BackboneReport(source, next(iter(names.values()), "")[: len(prefix)]), {}
+    names = {_flat(key.removeprefix(prefix)): key for key in tensors if key.startswith(prefix)}
+    report, chosen = BackboneReport(source, prefix), {}
     for name, tensor in target.items():
         found = names.pop(_flat(name), None)
         if found is None:
@@ -157,13 +155,13 @@ def match_tensors(
 
 
 def _is_second_choice(prefix: str) -> bool:
-    return any(_flat(part) in prefix for part in SECOND_CHOICE)
+    return any(part in prefix for part in SECOND_CHOICE)
 
 
 def _problems(report: BackboneReport, lost: list[str], target: Mapping, tensors: Mapping) -> list[str]:
     problems = []
     for name in lost[:3]:
-        closest = difflib.get_close_matches(report.prefix + name, tensors, n=1, cutoff=0)
+        closest = difflib.get_close_matches(report.prefix + name, report.unused or tensors, n=1, cutoff=0)
         problems.append(f"{name} is missing (closest: {closest[0] if closest else 'the file has no tensors'})")
     flat = {_flat(name): tensor for name, tensor in tensors.items()}
     for name in report.mismatched[:3]:
