@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_detectors import random_batch, tiny_config, tiny_detector
 from transformers import (
+    AutoConfig,
     AutoModelForObjectDetection,
     ConditionalDetrConfig,
     ConvNextConfig,
@@ -72,6 +73,7 @@ TRANSFORMERS = {
         DINOv3ViTConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
     ),
 }
+WITH_BACKBONE = sorted(name for name, family in FAMILIES.items() if family.backbones)
 PYRAMIDS = ["resnet", "swin", "convnext", "pvt_v2"]
 
 
@@ -213,7 +215,7 @@ def test_norms_of_a_transformers_backbone_are_frozen_or_not(freeze):
 # --- freezing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", WITH_BACKBONE)
 def test_freezing_covers_the_whole_backbone_and_nothing_else(model_type):
     detector = tiny_detector(model_type)
     own = {name: parameter.requires_grad for name, parameter in detector.named_parameters()}
@@ -265,7 +267,15 @@ def test_the_last_stages_of_transformers_backbones_can_be_trained_alone(kind):
         set_backbone_trainable(detector, True, count + 1)
 
 
-@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+@pytest.mark.parametrize("model_type", WITH_BACKBONE)
+def test_the_last_stage_alone_can_be_trained_in_every_family(model_type):
+    detector = tiny_detector(model_type)
+    set_backbone_trainable(detector, True, 1)
+    trained = [parameter.requires_grad for parameter in get_backbone(detector).parameters()]
+    assert any(trained) and not all(trained) and trained == sorted(trained)  # what comes last
+
+
+@pytest.mark.parametrize("model_type", ["detr", "rt_detr"])
 def test_partly_frozen_backbones_stay_so_when_an_aligndet_checkpoint_is_loaded(model_type, tmp_path):
     detector = tiny_detector(model_type)
     model = AlignDetForPreTraining.from_detector(detector, freeze_backbone=False, trainable_backbone_stages=1)
@@ -300,6 +310,16 @@ def test_eval_frozen_leaves_what_is_trained_and_what_has_no_parameters():
     assert [m.training for m in (module, module[0], module[0][1], module[1], module[2])] == [
         True, False, False, True, True
     ]  # fmt: skip
+
+
+def test_a_detector_that_is_one_network_has_nothing_to_freeze():
+    detector = tiny_detector("yolos")
+    set_backbone_trainable(detector, False)
+    assert all(parameter.requires_grad for parameter in detector.parameters())
+    with pytest.raises(ValueError, match="'yolos' has no backbone"):
+        set_backbone_trainable(detector, True, 1)
+    with pytest.raises(ValueError, match="'yolos' has no backbone"):
+        load_backbone_weights(detector, "timm")
 
 
 # --- configs and images ----------------------------------------------------------------------------------------------
@@ -366,6 +386,28 @@ def test_mean_and_standard_deviation_of_a_checkpoint_are_those_of_its_image_proc
 def test_shortest_edge_families_bound_the_longest_edge():
     processor = build_image_processor(tiny_detector("detr"), 800)
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (800, 1333)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_every_family_is_built_around_a_new_backbone_or_its_own(model_type):
+    known, of_the_backbone = AutoConfig.for_model(model_type), {"id2label", "label2id", "encoder_in_channels"}
+    of_tiny = tiny_config(model_type).to_diff_dict()
+    of_tiny = {name: of_tiny[name] for name in of_tiny.keys() - of_the_backbone if hasattr(known, name)}
+    del of_tiny["model_type"]
+    if FAMILIES[model_type].strides:
+        del of_tiny["backbone_config"]
+        detector = build_detector(model_type, backbone="test_efficientnet", num_labels=3, **of_tiny)
+        assert detector.config.backbone_config.backbone == "test_efficientnet"
+        assert detector.config.backbone_config.freeze_batch_norm_2d
+    else:
+        detector = build_detector(model_type, num_labels=3, **of_tiny)
+        with pytest.raises(
+            ValueError, match="has an image network of its own and takes no backbone such as 'resnet50'"
+        ):
+            build_detector(model_type, backbone="resnet50")
+    loss = detector.train()(**random_batch()).loss
+    loss.backward()
+    assert loss.isfinite()
 
 
 def test_build_refuses_what_it_does_not_know():

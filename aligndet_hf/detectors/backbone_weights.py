@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from .backbones import _flat, _network, get_backbone
+from .families import backbone_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,8 +89,9 @@ def load_backbone_weights(detector: PreTrainedModel, weights: str | Path) -> Bac
         `ValueError`: if they lack a tensor of the backbone, or one has another shape; or if a `.pth` file holds more
             than tensors.
     """
-    backbone = get_backbone(detector)
-    config = getattr(detector.config, "backbone_config", None) or backbone.config
+    if backbone_path(detector) is None:
+        raise ValueError(f"a detector of type {detector.config.model_type!r} has no backbone to load {weights} into")
+    backbone, config = get_backbone(detector), detector.config.backbone_config
     name = getattr(config, "backbone", None) or config.model_type
     is_timm, unused = config.model_type == "timm_backbone", []
     if weights == "timm" and is_timm:

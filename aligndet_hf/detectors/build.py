@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForObjectDetection
 
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, image_statistics
-from .families import FAMILIES, family_of
+from .families import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -36,10 +36,12 @@ class DetectorArguments:
         },
     )
     backbone: str | None = field(
-        default="resnet50",
+        default=None,
         metadata={
-            "help": "A new detector's backbone: a timm name (`resnet50`), or a folder or Hub id of a transformers "
-            "checkpoint (`facebook/dinov2-small`), whose weights come with it. Ignored for checkpoints."
+            "help": "A new detector's backbone: a timm name, or a folder or Hub id of a transformers checkpoint "
+            "(`facebook/dinov2-small`), whose weights come with it. resnet50 if not given; not for "
+            + ", ".join(sorted(name for name, family in FAMILIES.items() if not family.strides))
+            + ", which have their own. Ignored for checkpoints."
         },
     )
     backbone_weights: str | None = field(
@@ -68,7 +70,7 @@ class DetectorArguments:
 def build_detector(
     model_type: str,
     *,
-    backbone: str | PreTrainedConfig = "resnet50",
+    backbone: str | PreTrainedConfig | None = None,
     backbone_weights: str | Path | None = None,
     freeze_batch_norm: bool = True,
     num_labels: int = 1,
@@ -80,8 +82,9 @@ def build_detector(
 
     Args:
         model_type (`str`): a family of [`~aligndet_hf.detectors.families.FAMILIES`].
-        backbone (`str` or `PreTrainedConfig`, *optional*, defaults to `"resnet50"`): a timm name, a transformers
-            checkpoint or model type, or a config: see [`~aligndet_hf.detectors.backbones.find_backbone`].
+        backbone (`str` or `PreTrainedConfig`, *optional*): a timm name, a transformers checkpoint or model type, or a
+            config: see [`~aligndet_hf.detectors.backbones.find_backbone`]. A ResNet-50 by default. Families without
+            `strides` in the table take none; the field `backbone_config` changes theirs.
         backbone_weights (`str` or `Path`, *optional*): see
             [`~aligndet_hf.detectors.backbone_weights.load_backbone_weights`]. By default those of a transformers
             checkpoint; other backbones are random.
@@ -110,7 +113,7 @@ def build_detector(
 
 def _build(
     model_type: str,
-    backbone: str | PreTrainedConfig,
+    backbone: str | PreTrainedConfig | None,
     backbone_weights: str | Path | None,
     freeze_batch_norm: bool,
     num_labels: int,
@@ -121,8 +124,39 @@ def _build(
     if model_type not in FAMILIES:
         raise ValueError(f"unknown detector family {model_type!r}; supported are {', '.join(sorted(FAMILIES))}")
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
-    fields = dict(fields)
-    backbone_config, channels, strides = build_backbone_config(
+    unknown = sorted(name for name in fields if name != "strides" and not hasattr(defaults, name))
+    if unknown:
+        raise ValueError(f"{model_type} has no config field {', '.join(unknown)}")
+    names = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}} if id2label else {}
+    fields = dict(family.defaults) | fields | {"num_labels": num_labels, **names}
+    checkpoint = ""
+    if family.strides:
+        of_backbone = _backbone_fields(family, defaults, backbone or "resnet50", freeze_batch_norm, fields)
+        # Where `image_statistics` will look. On the backbone's config it would be saved: a path of this machine.
+        checkpoint = of_backbone["backbone_config"]._name_or_path
+        of_backbone["backbone_config"]._name_or_path = ""
+        fields = of_backbone | fields
+    elif backbone is not None:
+        raise ValueError(
+            f"{model_type} has an image network of its own and takes no backbone such as {backbone!r}: fields of its "
+            "config say what it is like"
+        )
+    detector = detector_from_config(AutoConfig.for_model(model_type, **fields))
+    detector.config._name_or_path = checkpoint
+    check_backbone(detector)
+    weights = backbone_weights or checkpoint or None
+    return detector, load_backbone_weights(detector, weights) if weights else None
+
+
+def _backbone_fields(
+    family: Family,
+    defaults: PreTrainedConfig,
+    backbone: str | PreTrainedConfig,
+    freeze_batch_norm: bool,
+    fields: dict[str, Any],
+) -> dict[str, Any]:
+    """The config fields of a detector that its backbone determines; takes `strides` out of the given fields."""
+    config, channels, strides = build_backbone_config(
         backbone,
         tuple(fields.get("strides", family.strides)),
         freeze_batch_norm=freeze_batch_norm,
@@ -130,33 +164,11 @@ def _build(
         any_size=family.resize == "shortest_edge",
     )
     fields.pop("strides", None)
-    unknown = sorted(name for name in fields if not hasattr(defaults, name))
-    if unknown:
-        raise ValueError(f"{model_type} has no config field {', '.join(unknown)}")
     hidden_size = fields.get("d_model", fields.get("hidden_size", defaults.hidden_size))
-    of_backbone = family.backbone_fields(channels, strides, hidden_size)
-    if backbone_config.model_type != "timm_backbone" and hasattr(defaults, "freeze_backbone_batch_norms"):
-        of_backbone["freeze_backbone_batch_norms"] = freeze_batch_norm  # timm's are frozen by the backbone's config
-    names = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}} if id2label else {}
-    detector = detector_from_config(
-        AutoConfig.for_model(
-            model_type,
-            **{
-                **dict(family.defaults),
-                **of_backbone,
-                **fields,
-                "backbone_config": backbone_config,
-                "num_labels": num_labels,
-                **names,
-            },
-        )
-    )
-    check_backbone(detector)
-    # Where `image_statistics` will look. On the backbone's config it would be saved, and tell a path of this machine.
-    checkpoint, detector.config.backbone_config._name_or_path = backbone_config._name_or_path, ""
-    detector.config._name_or_path = checkpoint
-    weights = backbone_weights or checkpoint or None
-    return detector, load_backbone_weights(detector, weights) if weights else None
+    found = {"backbone_config": config, **family.backbone_fields(channels, strides, hidden_size)}
+    if config.model_type != "timm_backbone" and hasattr(defaults, "freeze_backbone_batch_norms"):
+        found["freeze_backbone_batch_norms"] = freeze_batch_norm  # timm's are frozen by the backbone's config
+    return found
 
 
 def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
