@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import ModelCard
@@ -213,6 +214,8 @@ def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
     assert report["reset"] == ["class_labels_classifier.weight", "class_labels_classifier.bias"]
     card = ModelCard.load(output_dir / "README.md")
     assert card.data.license == "apache-2.0"
+    assert "| kept | " in card.text and "| reset | 2 | `class_labels_classifier.weight`" in card.text
+    assert "  reset: class_labels_classifier.weight" in capsys.readouterr().out.splitlines()
     assert card.data.eval_results[0].metric_value == round(100 * result.metrics["AP"], 2)
 
     capsys.readouterr()
@@ -263,7 +266,7 @@ def test_settings_are_what_has_an_influence(folder, tmp_path):
     assert not {"output_dir", "hub_token", "logging_steps", "dataloader_num_workers"} & checkpoint.keys()
     assert "eval_split" not in checkpoint  # measuring has none, unless it chooses the weights
     assert settings_of(arguments_for(folder, tmp_path, load_best_model_at_end=True))["eval_split"] == "validation"
-    new = settings_of(arguments_for(folder, tmp_path, detector="rt_detr"))
+    new = settings_of(arguments_for(folder, tmp_path, detector="rt_detr", backbone="resnet50"))
     assert new["backbone"] == "resnet50" and "transfer" not in new
 
 
@@ -279,11 +282,36 @@ def test_training_only_needs_no_validation_data_and_any_start_will_do(folder, tm
         "max_steps": 1,
     }
     result = finetune(arguments_for(tmp_path, tmp_path / "run", **changes))
-    assert result.metrics == {} and not (result.output_dir / "transfer_report.json").exists()
+    assert result.metrics == {}
+    assert not {"transfer_report.json", "backbone_report.json"} & {path.name for path in result.output_dir.iterdir()}
     assert AutoModelForObjectDetection.from_pretrained(result.output_dir).config.num_queries == 9
     assert "Nothing was measured" in (result.output_dir / "README.md").read_text()
     with pytest.raises(DataError, match="validation"):
         finetune(arguments_for(tmp_path, tmp_path / "measured", **changes | {"do_eval": True}))
+
+
+def test_the_last_stages_of_a_backbone_with_weights_are_trained_alone(folder, tmp_path):
+    network = timm.create_model("resnet10t", num_classes=3)
+    torch.save({"state_dict": {f"module.{name}": t for name, t in network.state_dict().items()}}, tmp_path / "w.pth")
+    changes = {
+        "detector": "detr",
+        "backbone": "resnet10t",
+        "backbone_weights": str(tmp_path / "w.pth"),
+        "detector_config": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 9},
+        "trainable_backbone_stages": 2,
+        "learning_rate": 1e-2,
+        "do_eval": False,
+        "max_steps": 2,
+    }
+    result = finetune(arguments_for(folder, tmp_path / "run", **changes))
+    report = json.loads((result.output_dir / "backbone_report.json").read_text())
+    assert report["prefix"] == "state_dict.module." and len(report["unused"]) == 2 and not report["missing"]
+    before = network.state_dict()
+    after = get_backbone(AutoModelForObjectDetection.from_pretrained(result.output_dir)).named_parameters()
+    moved = {name for name, parameter in after if not torch.equal(parameter, before[name])}
+    assert moved and all(name.startswith(("layer3.", "layer4.")) for name in moved)
+    with pytest.raises(ValueError, match="give it or trainable_backbone_stages"):
+        arguments_for(folder, tmp_path, freeze_backbone=True, trainable_backbone_stages=1)
 
 
 def test_a_pretraining_run_is_told_from_its_detector(folder, tmp_path):

@@ -1,19 +1,26 @@
-"""Building and loading detectors: one function for checkpoints and for new detectors around a timm backbone."""
+"""Building and loading detectors: one function for checkpoints and for new detectors around a backbone."""
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoModelForObjectDetection
 
-from .backbones import check_backbone, image_statistics, load_backbone_weights, timm_backbone_config
-from .families import FAMILIES, family_of
+from .backbone_weights import BackboneReport, load_backbone_weights
+from .backbones import build_backbone_config, check_backbone, image_statistics
+from .families import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
-    from transformers import BaseImageProcessor, PreTrainedModel
+    from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+# Probability of every class that focal losses start from.
+CLASS_PRIOR = 0.01
 
 
 @dataclass
@@ -29,13 +36,20 @@ class DetectorArguments:
         },
     )
     backbone: str | None = field(
-        default="resnet50", metadata={"help": "timm name of a new detector's backbone. Ignored for checkpoints."}
+        default=None,
+        metadata={
+            "help": "A new detector's backbone: a timm name, or a folder or Hub id of a transformers checkpoint "
+            "(`facebook/dinov2-small`), whose weights come with it. resnet50 if not given; not for "
+            + ", ".join(sorted(name for name, family in FAMILIES.items() if not family.strides))
+            + ", which have their own. Ignored for checkpoints."
+        },
     )
     backbone_weights: str | None = field(
         default=None,
         metadata={
-            "help": "Weights of a new detector's backbone: a .safetensors file with timm's names, or 'timm' to "
-            "download timm's own. Without it the backbone is random, which only makes sense if it is trained."
+            "help": "Weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or "
+            "SoCo, or `timm` to download timm's own. Without it a timm backbone is random, which only makes sense if "
+            "it is trained."
         },
     )
     freeze_batch_norm: bool = field(
@@ -56,7 +70,7 @@ class DetectorArguments:
 def build_detector(
     model_type: str,
     *,
-    backbone: str = "resnet50",
+    backbone: str | PreTrainedConfig | None = None,
     backbone_weights: str | Path | None = None,
     freeze_batch_norm: bool = True,
     num_labels: int = 1,
@@ -64,13 +78,16 @@ def build_detector(
     **config: Any,
 ) -> PreTrainedModel:
     """
-    A new detector with random weights around a timm backbone.
+    A new detector with random weights around a backbone of timm or transformers.
 
     Args:
         model_type (`str`): a family of [`~aligndet_hf.detectors.families.FAMILIES`].
-        backbone (`str`, *optional*, defaults to `"resnet50"`): timm name of the backbone.
+        backbone (`str` or `PreTrainedConfig`, *optional*): a timm name, a transformers checkpoint or model type, or a
+            config: see [`~aligndet_hf.detectors.backbones.find_backbone`]. A ResNet-50 by default. Families without
+            `strides` in the table take none; the field `backbone_config` changes theirs.
         backbone_weights (`str` or `Path`, *optional*): see
-            [`~aligndet_hf.detectors.backbones.load_backbone_weights`].
+            [`~aligndet_hf.detectors.backbone_weights.load_backbone_weights`]. By default those of a transformers
+            checkpoint; other backbones are random.
         freeze_batch_norm (`bool`, *optional*, defaults to `True`): whether the backbone's norms keep their statistics.
         num_labels (`int`, *optional*, defaults to 1): number of classes.
         id2label (`dict[int, str]`, *optional*): their names.
@@ -91,40 +108,93 @@ def build_detector(
 
     ```
     """
+    return _build(model_type, backbone, backbone_weights, freeze_batch_norm, num_labels, id2label, config)[0]
+
+
+def _build(
+    model_type: str,
+    backbone: str | PreTrainedConfig | None,
+    backbone_weights: str | Path | None,
+    freeze_batch_norm: bool,
+    num_labels: int,
+    id2label: dict[int, str] | None,
+    fields: dict[str, Any],
+) -> tuple[PreTrainedModel, BackboneReport | None]:
+    """[`build_detector`] with the report of the backbone's weights, if it has any."""
     if model_type not in FAMILIES:
         raise ValueError(f"unknown detector family {model_type!r}; supported are {', '.join(sorted(FAMILIES))}")
-    family = FAMILIES[model_type]
-    backbone_config, channels, strides = timm_backbone_config(
-        backbone, tuple(config.pop("strides", family.strides)), freeze_batch_norm
-    )
-    defaults = AutoConfig.for_model(model_type)
-    unknown = sorted(name for name in config if not hasattr(defaults, name))
+    family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
+    unknown = sorted(name for name in fields if name != "strides" and not hasattr(defaults, name))
     if unknown:
         raise ValueError(f"{model_type} has no config field {', '.join(unknown)}")
-    hidden_size = config.get("d_model", config.get("hidden_size", defaults.hidden_size))
     names = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}} if id2label else {}
-    detector = AutoModelForObjectDetection.from_config(
-        AutoConfig.for_model(
-            model_type,
-            **{
-                **dict(family.defaults),
-                **family.backbone_fields(channels, strides, hidden_size),
-                **config,
-                "backbone_config": backbone_config,
-                "num_labels": num_labels,
-                **names,
-            },
+    fields = dict(family.defaults) | fields | {"num_labels": num_labels, **names}
+    checkpoint = ""
+    if family.strides:
+        of_backbone = _backbone_fields(family, defaults, backbone or "resnet50", freeze_batch_norm, fields)
+        # Where `image_statistics` will look. On the backbone's config it would be saved: a path of this machine.
+        checkpoint = of_backbone["backbone_config"]._name_or_path
+        of_backbone["backbone_config"]._name_or_path = ""
+        fields = of_backbone | fields
+    elif backbone is not None:
+        raise ValueError(
+            f"{model_type} has an image network of its own and takes no backbone such as {backbone!r}: fields of its "
+            "config say what it is like"
         )
-    )
+    detector = detector_from_config(AutoConfig.for_model(model_type, **fields))
+    detector.config._name_or_path = checkpoint
     check_backbone(detector)
-    if backbone_weights is not None:
-        load_backbone_weights(detector, backbone_weights)
+    weights = backbone_weights or checkpoint or None
+    return detector, load_backbone_weights(detector, weights) if weights else None
+
+
+def _backbone_fields(
+    family: Family,
+    defaults: PreTrainedConfig,
+    backbone: str | PreTrainedConfig,
+    freeze_batch_norm: bool,
+    fields: dict[str, Any],
+) -> dict[str, Any]:
+    """The config fields of a detector that its backbone determines; takes `strides` out of the given fields."""
+    config, channels, strides = build_backbone_config(
+        backbone,
+        tuple(fields.get("strides", family.strides)),
+        freeze_batch_norm=freeze_batch_norm,
+        any_stride="strides" not in fields and len(family.strides) == 1,
+        any_size=family.resize == "shortest_edge",
+    )
+    fields.pop("strides", None)
+    hidden_size = fields.get("d_model", fields.get("hidden_size", defaults.hidden_size))
+    found = {"backbone_config": config, **family.backbone_fields(channels, strides, hidden_size)}
+    if config.model_type != "timm_backbone" and hasattr(defaults, "freeze_backbone_batch_norms"):
+        found["freeze_backbone_batch_norms"] = freeze_batch_norm  # timm's are frozen by the backbone's config
+    return found
+
+
+def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """
+    A detector with random weights, as transformers makes it, but for one thing.
+
+    transformers starts the class layers of Conditional and Deformable DETR at a probability of one half, and those of
+    DAB-DETR at one in the classes: the focal loss of their papers counts on one in a hundred (Lin et al., ICCV 2017,
+    3.3), without which the background drowns everything in the first steps.
+
+    Args:
+        config (`PreTrainedConfig`): the config of a detector of a supported family.
+    """
+    detector = AutoModelForObjectDetection.from_config(config)
+    family = family_of(config)
+    if family.losses(config).class_loss == "focal":
+        is_class_head = re.compile(family.class_heads)
+        for name, parameter in detector.named_parameters(remove_duplicate=False):
+            if is_class_head.match(name) and name.endswith("bias"):
+                nn.init.constant_(parameter, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
     return detector
 
 
 def load_detector(
     arguments: DetectorArguments, num_labels: int, id2label: dict[int, str] | None = None
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, BackboneReport | None]:
     """
     The detector that a command's arguments name: a new one, or a checkpoint's.
 
@@ -136,23 +206,27 @@ def load_detector(
         num_labels (`int`): number of classes of a new detector.
         id2label (`dict[int, str]`, *optional*): their names.
 
+    Returns:
+        `tuple[PreTrainedModel, BackboneReport | None]`: the detector, and which weights the backbone of a new one got,
+        `None` if it is random.
+
     Raises:
         `ValueError`: if the checkpoint's family is not supported, or the backbone has lost its activations.
     """
     if is_new(arguments):
-        return build_detector(
+        return _build(
             arguments.detector,
-            backbone=arguments.backbone,
-            backbone_weights=arguments.backbone_weights,
-            freeze_batch_norm=arguments.freeze_batch_norm,
-            num_labels=num_labels,
-            id2label=id2label,
-            **(arguments.detector_config or {}),
+            arguments.backbone,
+            arguments.backbone_weights,
+            arguments.freeze_batch_norm,
+            num_labels,
+            id2label,
+            arguments.detector_config or {},
         )
     detector = AutoModelForObjectDetection.from_pretrained(arguments.detector)
     family_of(detector.config)
     check_backbone(detector)
-    return detector
+    return detector, None
 
 
 def is_new(arguments: DetectorArguments) -> bool:

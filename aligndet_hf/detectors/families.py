@@ -90,6 +90,7 @@ class Family:
             momentum detector: "all", or the "last" only.
         width (`Callable`): `config -> int`, width of the decoder features.
         num_queries (`Callable`): `config -> int`, object queries without denoising queries and of one group.
+        encoder (`str`): regular expression of what stands before the decoder: backbone, encoder and projections.
         query_embeddings (`tuple[str, ...]`): parts of the names of learned query embeddings.
         constants (`tuple[str, ...]`): parameters that are never trained; transformers forgets it on loading.
         untrained_tokens (`Callable`): `config -> bool`, whether the encoder proposes boxes with heads that
@@ -112,6 +113,7 @@ class Family:
     contrasts: Literal["all", "last"] = "all"
     width: Callable[[PreTrainedConfig], int] = attrgetter("hidden_size")
     num_queries: Callable[[PreTrainedConfig], int] = attrgetter("num_queries")
+    encoder: str = r"model\.(backbone|conv_encoder|encoder|level_embed|\w*input_proj\w*)(\.|$)"
     query_embeddings: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     untrained_tokens: Callable[[PreTrainedConfig], bool] = lambda config: False
@@ -361,6 +363,7 @@ _ALL: dict[str, Family] = {
         _DETR,
         backbones=(),
         class_heads=r"class_labels_classifier\.layers\.2\.",
+        encoder=r"vit\.(?!embeddings\.detection_tokens)",
         query_embeddings=("detection_tokens",),
         decoder_features=_last_hidden_state,
         strides=(),

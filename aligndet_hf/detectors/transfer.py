@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 
+from .backbones import check_backbone
+from .build import detector_from_config
 from .families import Family, family_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Preset = Literal["everything", "keep-boxes", "paper"]
+Preset = Literal["everything", "keep-boxes", "paper", "encoder-only"]
 
 
 @dataclass
@@ -31,6 +34,8 @@ class TransferReport:
         mismatched (`list[str]`): tensors initialised anew because the source's has another shape or none.
         frozen (`list[str]`): kept parameters that will not be trained.
     """
+
+    file_name: ClassVar[str] = "transfer_report.json"
 
     preset: str
     kept: list[str] = field(default_factory=list)
@@ -48,7 +53,8 @@ class TransferReport:
             f"{len(self.reset)} reset, {len(self.mismatched)} mismatched"
         ]
         for title in ("reset", "mismatched"):
-            lines += [f"  {title}: {name}" for name in getattr(self, title)]
+            layers = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in getattr(self, title))
+            lines += [f"  {title}: {name}" + (f" ({count})" if count > 1 else "") for name, count in layers.items()]
         return "\n".join(lines)
 
 
@@ -66,47 +72,53 @@ def transfer_detector(
         num_labels (`int`): number of classes of the new detector.
         id2label (`dict[int, str]`, *optional*): their names.
         preset (`str`, *optional*, defaults to `"keep-boxes"`): "keep-boxes" initialises the class layers anew;
-            "paper" also the last layer of the box heads, as AlignDet's published transfer does; "everything" keeps all
-            that fits, for a source with the same classes.
+            "paper" also the last layer of the box heads, as AlignDet's published transfer does; "encoder-only" keeps
+            the backbone, the encoder and the projections around it, and initialises the decoder, the queries and all
+            heads anew; "everything" keeps all that fits, for a source with the same classes. Layers that are tied to
+            one of these are treated as it is.
 
     Returns:
         `tuple[PreTrainedModel, TransferReport]`: the new detector, in training mode, and what became of its tensors.
 
     Raises:
-        `ValueError`: for an unknown preset or family.
+        `ValueError`: for an unknown preset or family, or a backbone that has lost its activations.
     """
     if not isinstance(source, PreTrainedModel):
         source = AutoModelForObjectDetection.from_pretrained(source)
-    family = family_of(source.config)
+    is_reset = _reset_rule(family_of(source.config), preset)
+    check_backbone(source)
     config = copy.deepcopy(source.config)
     config.num_labels = num_labels
     if id2label is not None:
         config.id2label = id2label
         config.label2id = {name: index for index, name in id2label.items()}
-    detector = AutoModelForObjectDetection.from_config(config).train()
-    is_reset = re.compile(_reset_pattern(family, preset))
+    detector = detector_from_config(config).train()
 
-    report, weights, target = TransferReport(preset), source.state_dict(), detector.state_dict()
+    report, weights, target = TransferReport(preset), source.state_dict(), detector.state_dict(keep_vars=True)
+    # Tied tensors have several names, of which a pattern may know but one.
+    reset = {id(tensor) for name, tensor in target.items() if is_reset(name)}
     chosen: dict[str, Tensor] = {}
     for name, tensor in target.items():
-        if is_reset.match(name):
+        if id(tensor) in reset:
             report.reset.append(name)
         elif name not in weights or weights[name].shape != tensor.shape:
             report.mismatched.append(name)
         else:
             chosen[name] = weights[name]
             report.kept.append(name)
-    with torch.no_grad():
-        detector.load_state_dict(chosen, strict=False)
+    detector.load_state_dict(chosen, strict=False)
     return detector, report
 
 
-def _reset_pattern(family: Family, preset: Preset) -> str:
+def _reset_rule(family: Family, preset: Preset) -> Callable[[str], bool]:
+    """Whether a preset initialises a tensor anew, by its name."""
     patterns = {
         "everything": r"(?!)",  # matches nothing
         "keep-boxes": family.class_heads,
         "paper": f"{family.class_heads}|{family.last_box_layers}",
+        "encoder-only": f"(?!{family.encoder})",  # all but
     }
     if preset not in patterns:
         raise ValueError(f"unknown transfer preset {preset!r}; choose from {', '.join(patterns)}")
-    return patterns[preset]
+    pattern = re.compile(patterns[preset])
+    return lambda name: pattern.match(name) is not None

@@ -31,6 +31,9 @@ class AlignDetConfig(PreTrainedConfig):
         freeze_backbone (`bool`, *optional*, defaults to `True`):
             whether the backbone stays as it is. A frozen backbone exists once, in memory and in the checkpoint, and
             serves both detectors.
+        trainable_backbone_stages (`int`, *optional*):
+            with `freeze_backbone=False`: train only so many of the backbone's stages, counted from the last. See
+            [`~aligndet_hf.detectors.backbones.set_backbone_trainable`].
         normalize_class_loss_by (`str`, *optional*, defaults to `"weights"`):
             for families with a softmax class loss: "weights" as DETR does, "boxes" as the official AlignDet code
             does, which weighs the class loss about (queries / boxes) times more.
@@ -46,6 +49,7 @@ class AlignDetConfig(PreTrainedConfig):
     base_momentum: float = 0.996
     end_momentum: float = 1.0
     freeze_backbone: bool = True
+    trainable_backbone_stages: int | None = None
     normalize_class_loss_by: Literal["weights", "boxes"] = "weights"
 
     def __post_init__(self, **kwargs: Any) -> None:

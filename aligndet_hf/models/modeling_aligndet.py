@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..detectors.backbones import get_backbone
+from ..detectors.backbones import check_backbone, eval_frozen, get_backbone, set_backbone_trainable
 from ..detectors.criterion import loss_and_matching, matching_only, use_correct_loss
-from ..detectors.families import backbone_path, family_of, freeze_constants
+from ..detectors.families import backbone_path, family_of
 from ..losses import contrastive_diagnostics, object_contrastive_loss
 from ..momentum import update_momentum
 from .configuration_aligndet import AlignDetConfig
@@ -109,6 +109,7 @@ class AlignDetForPreTraining(PreTrainedModel):
         super().__init__(config)
         width = family_of(config.detector_config).width(config.detector_config)
         self.online_detector = AutoModelForObjectDetection.from_config(config.detector_config)
+        check_backbone(self.online_detector)
         self.momentum_detector = AutoModelForObjectDetection.from_config(copy.deepcopy(config.detector_config))
         self.projector = _projector(width, config.projection_dim)
         self.momentum_projector = _projector(width, config.projection_dim)
@@ -137,7 +138,9 @@ class AlignDetForPreTraining(PreTrainedModel):
         """
         if not isinstance(detector, PreTrainedModel):
             detector = AutoModelForObjectDetection.from_pretrained(detector)
-        model = cls(AlignDetConfig(detector_config=copy.deepcopy(detector.config), **config))
+        detector_config = copy.deepcopy(detector.config)
+        detector_config._name_or_path = ""  # inside another config it would be saved
+        model = cls(AlignDetConfig(detector_config=detector_config, **config))
         model.online_detector.load_state_dict(detector.state_dict())
         model.update_momentum_detector(0.0)
         return model.train(detector.training)
@@ -158,17 +161,17 @@ class AlignDetForPreTraining(PreTrainedModel):
     def _freeze(self) -> None:
         self.momentum_detector.requires_grad_(False)
         self.momentum_projector.requires_grad_(False)
-        freeze_constants(self.online_detector)
-        if self.config.freeze_backbone:
-            self.backbone.requires_grad_(False)
+        # Always set, never trusted: transformers freezes backbones by patterns that miss.
+        set_backbone_trainable(
+            self.online_detector, not self.config.freeze_backbone, self.config.trainable_backbone_stages
+        )
 
     def train(self, mode: bool = True) -> AlignDetForPreTraining:
-        """Sets training mode, except where nothing is trained: the momentum networks and a frozen backbone."""
+        """Sets training mode, except where nothing is trained: momentum networks, frozen parts of the backbone."""
         super().train(mode)
         self.momentum_detector.eval()
         self.momentum_projector.eval()
-        if self.config.freeze_backbone:
-            self.backbone.eval()
+        eval_frozen(self.backbone)
         return self
 
     @torch.no_grad()

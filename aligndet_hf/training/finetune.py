@@ -24,11 +24,11 @@ from ..data.formats import category_names, load_dataset_source
 from ..data.sampling import EpochBatchSampler
 from ..data.splits import nested_subsets
 from ..data.views import ViewConfig
-from ..detectors.backbones import get_backbone, set_backbone_trainable
+from ..detectors.backbones import eval_frozen, get_backbone, set_backbone_trainable
 from ..detectors.build import DetectorArguments, build_image_processor, is_new, load_detector
 from ..detectors.criterion import use_correct_loss
 from ..detectors.families import family_of, require_fitting_sizes
-from ..detectors.transfer import transfer_detector
+from ..detectors.transfer import TransferReport, transfer_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.evaluate import EvaluationImages, normalization_of, predict_batches
 from ..reporting.model_card import write_finetuning_card
@@ -44,7 +44,7 @@ from .schedules import learning_rate, milestone_steps
 
 logger = logging.get_logger(__name__)
 
-SETTINGS, RESULTS, TRANSFER = "finetune_settings.json", "results.json", "transfer_report.json"
+SETTINGS, RESULTS = "finetune_settings.json", "results.json"
 # What TrainingArguments bring that makes another run of it.
 INHERITED_SETTINGS = {
     "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "fp16",
@@ -79,7 +79,8 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     Fine-tune a detector on labelled images: one that was pre-trained, any other checkpoint, or a new one.
 
     Writes to `output_dir` a plain `transformers` detector with its image processor, `results.json`,
-    `trainer_state.json` (the log), `transfer_report.json`, a model card, and `checkpoint-<step>` folders. The same
+    `trainer_state.json` (the log), `transfer_report.json` (or, for a new detector whose backbone got weights,
+    `backbone_report.json`), a model card, and `checkpoint-<step>` folders. The same
     call again resumes from the last checkpoint, exactly; a finished run is left as it is.
 
     Args:
@@ -144,7 +145,9 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     )
     processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
     if report is not None:
-        processes.print(str(report).splitlines()[0])
+        processes.print(report)
+        if processes.is_main_process:
+            write_json(output_dir / report.file_name, report.to_dict())
     trainer.fit(checkpoint)
     metrics = {}
     if truth is not None:
@@ -157,8 +160,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
             detector.save_pretrained(output_dir)
             image_processor.save_pretrained(output_dir)
             trainer.save_state()
-        if report is not None:
-            write_json(output_dir / TRANSFER, report.to_dict())
+        transfer = report.to_dict() if isinstance(report, TransferReport) else None
         write_finetuning_card(
             output_dir,
             detector_config=detector.config,
@@ -170,9 +172,9 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
             num_images=len(dataset),
             num_eval_images=len(truth) if truth else None,
             steps=trainer.state.global_step,
-            base_model=None if report is None else arguments.detector,
+            base_model=None if transfer is None else arguments.detector,
             license=arguments.card_license,
-            transfer=None if report is None else report.to_dict(),
+            transfer=transfer,
         )
         # Last, as the mark of a finished run.
         write_json(
@@ -252,10 +254,10 @@ def _load_labelled(source: str, split: str | None, image_dir: str | None, catego
 
 
 def _start(arguments: FinetuneArguments, categories: list[str]):
-    """The detector to train and, if it comes from a checkpoint, the report of what it got from there."""
-    id2label, report = dict(enumerate(categories)), None
+    """The detector to train, and the report of what it got from a checkpoint, or its backbone from weights."""
+    id2label = dict(enumerate(categories))
     if is_new(arguments):
-        detector = load_detector(arguments, len(categories), id2label)
+        detector, report = load_detector(arguments, len(categories), id2label)
     elif (Path(arguments.detector) / "detector" / "config.json").is_file():
         raise ValueError(
             f"{arguments.detector} is a pre-training run: its detector is {Path(arguments.detector) / 'detector'}"
@@ -263,8 +265,8 @@ def _start(arguments: FinetuneArguments, categories: list[str]):
     else:
         detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)
     # Always set, never trusted: transformers freezes by patterns that miss, and forgets it when it loads.
-    set_backbone_trainable(detector, not arguments.freeze_backbone)
-    if report is not None:
+    set_backbone_trainable(detector, not arguments.freeze_backbone, arguments.trainable_backbone_stages)
+    if isinstance(report, TransferReport):
         report.frozen = [name for name, parameter in detector.named_parameters() if not parameter.requires_grad]
     return use_correct_loss(detector), report
 
@@ -283,8 +285,8 @@ class DetectionTrainer(Trainer):
     What is different: images are normalised on the device; which images and views are seen is a pure function of the
     seed and the epoch; checkpoints restore every tensor, on resuming and for `load_best_model_at_end`, or fail;
     evaluation streams through [`CocoMetrics`] and counts every image once, also in the last batch and with several
-    processes; the backbone has a learning rate of its own, and stays in evaluation mode when frozen; the terms of the
-    loss are logged.
+    processes; the backbone has a learning rate of its own, and what is frozen of it stays in evaluation mode; the
+    terms of the loss are logged.
 
     Evaluation logs `eval_AP`, `eval_AP50` and the other COCO numbers (0 to 1), and `eval_AP_<class>`: any of them can
     be `metric_for_best_model`. There is no `eval_loss`.
@@ -383,8 +385,7 @@ class DetectionTrainer(Trainer):
             self._load_best_model()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not any(parameter.requires_grad for parameter in self.backbone.parameters()):
-            self.backbone.eval()  # `Trainer` has just put all of the model in training mode
+        eval_frozen(self.backbone)  # `Trainer` has just put all of the model in training mode
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self._terms_count += 1

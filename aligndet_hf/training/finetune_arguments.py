@@ -58,14 +58,17 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         default=None, metadata={"help": "smallest and largest area of a random crop; no crop if not given"}
     )
 
-    transfer: Literal["keep-boxes", "paper", "everything"] = field(
+    transfer: Literal["keep-boxes", "paper", "encoder-only", "everything"] = field(
         default="keep-boxes",
         metadata={
             "help": "what a checkpoint passes on: all but its class layers, `paper` not the last box layers either, "
-            "`everything` all that fits"
+            "`encoder-only` nothing of the decoder, queries and heads, `everything` all that fits"
         },
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "keep the backbone as it is"})
+    trainable_backbone_stages: int | None = field(
+        default=None, metadata={"help": "train only so many of the backbone's stages, counted from the last"}
+    )
 
     num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
     max_steps: int = field(default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs"})
@@ -135,6 +138,8 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
             self.eval_split = "validation"
         if self.eval_dataset is None:
             self.eval_dataset = self.dataset
+        if self.freeze_backbone and self.trainable_backbone_stages is not None:
+            raise ValueError("freeze_backbone keeps all of the backbone: give it or trainable_backbone_stages")
         if self.crop_scale is not None and len(self.crop_scale) != 2:
             raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
         super().__post_init__()

@@ -91,8 +91,9 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     Pre-train a detector on images with proposals, and export it.
 
     Writes to `output_dir`: the AlignDet model (`save_pretrained`), `detector/` (a plain `transformers` detector with
-    its image processor), `log.jsonl`, `pretrain_summary.json`, a model card, and `checkpoint-<step>` folders. The same
-    call again resumes from the last checkpoint, exactly; a finished run is left as it is.
+    its image processor), `log.jsonl`, `pretrain_summary.json`, a model card, `backbone_report.json` or
+    `transfer_report.json` if weights were loaded, and `checkpoint-<step>` folders. The same call again resumes from
+    the last checkpoint, exactly; a finished run is left as it is.
 
     Args:
         arguments ([`PretrainArguments`]): The configuration.
@@ -127,7 +128,11 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         dataset = load_dataset_source(arguments.dataset, arguments.split)
     report = validate_proposals(dataset, arguments.dataset, with_clusters=arguments.use_clusters)
     accelerator.print(report)
-    model, image_processor = build_model(arguments, class_names(arguments, dataset))
+    model, image_processor, loaded = build_model(arguments, class_names(arguments, dataset))
+    if loaded is not None:
+        accelerator.print(loaded)
+        if accelerator.is_main_process:
+            write_json(output_dir / loaded.file_name, loaded.to_dict())
     sampler, loader = build_loader(arguments, accelerator, dataset, model.config.detector_config)
     optimizer = torch.optim.AdamW(parameter_groups(model, arguments), arguments.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)

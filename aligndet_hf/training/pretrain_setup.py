@@ -73,14 +73,17 @@ def class_names(arguments: PretrainArguments, dataset: datasets.Dataset) -> dict
 
 
 def build_model(arguments: PretrainArguments, id2label: dict[int, str]):
-    """The model to train and the image processor to export with the detector."""
+    """
+    The model to train, the image processor to export with the detector, and the report of the weights that a new
+    detector's backbone got, or of what a checkpoint for other classes passed on.
+    """
     torch.manual_seed(arguments.seed)
-    detector = load_detector(arguments, len(id2label), id2label)
+    detector, report = load_detector(arguments, len(id2label), id2label)
     if detector.config.num_labels != len(id2label):  # A checkpoint for other classes.
-        detector, _ = transfer_detector(detector, len(id2label), id2label)
+        detector, report = transfer_detector(detector, len(id2label), id2label)
     detector.config.id2label, detector.config.label2id = id2label, {name: i for i, name in id2label.items()}
     model = AlignDetForPreTraining.from_detector(detector, **arguments.aligndet_config).train()
-    if is_new(arguments) and arguments.backbone_weights is None and model.config.freeze_backbone:
+    if is_new(arguments) and report is None and model.config.freeze_backbone:
         logger.warning(
             "The backbone is random and frozen: pre-training on it is of no use. Give --backbone_weights, or train it "
             "with --aligndet_config '{\"freeze_backbone\": false}' --freeze_batch_norm false."
@@ -88,7 +91,7 @@ def build_model(arguments: PretrainArguments, id2label: dict[int, str]):
     sizes = sorted(arguments.image_sizes)
     # Families of square images are evaluated at the middle of the sizes they were trained with, others at the largest.
     size = sizes[len(sizes) // 2] if family_of(detector.config).resize == "square" else sizes[-1]
-    return model, build_image_processor(detector, size, arguments.max_size)
+    return model, build_image_processor(detector, size, arguments.max_size), report
 
 
 def build_loader(arguments: PretrainArguments, accelerator: Accelerator, dataset, detector_config):
