@@ -65,7 +65,7 @@ USAGE = "usage: aligndet <command> [--config recipe.yaml] [--flag value ...]"
 EXAMPLES = """\
 from unlabelled images to a fine-tuned detector:
   aligndet proposals --dataset images/ --output_dir outputs/proposals
-  aligndet clusters  --dataset outputs/proposals --backbone_weights timm --output_dir outputs/clusters   (optional)
+  aligndet clusters  --dataset outputs/proposals --backbone_weights timm --output_dir outputs/clusters  # optional
   aligndet pretrain  --dataset outputs/proposals --detector rt_detr --output_dir outputs/pretrained
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned

@@ -17,13 +17,8 @@ from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset, write_synthetic_folder
 from aligndet_hf.detectors.build import build_detector
 from aligndet_hf.evaluation import clusters as command
-from aligndet_hf.evaluation.clusters import (
-    BoxFeatures,
-    ClustersArguments,
-    cluster_proposals,
-    cluster_report,
-    draw_clusters,
-)
+from aligndet_hf.evaluation.box_features import BoxFeatures
+from aligndet_hf.evaluation.clusters import ClustersArguments, cluster_proposals, cluster_report, draw_clusters
 from aligndet_hf.proposals import clusters as pure
 from aligndet_hf.proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
 
@@ -299,7 +294,7 @@ def test_clusters_are_those_of_the_features(arguments, detector_folders):
     with np.load(folder / "clustering.npz") as stored:
         clustering = Clustering(**stored)
     np.testing.assert_array_equal(fit_clusters(scratch, 6, 8, 5).centers, clustering.centers)
-    features = BoxFeatures.from_arguments(run)
+    features = command.load_features(run)
     for row in rows_of(cluster_proposals(run))[:3]:
         image = torch.from_numpy(decode_image(row["image"])).permute(2, 0, 1)
         boxes = torch.tensor(row["proposals"]["bbox"]) / torch.tensor([80.0, 64.0, 80.0, 64.0])
@@ -419,10 +414,12 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(proposed, arguments,
     column = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
     broken = datasets.concatenate_datasets([column, scenes.remove_columns("image")], axis=1)
     broken.save_to_disk(tmp_path / "broken")
+    (tmp_path / "broken" / "proposals.json").write_text('{"skipped": [{"split": "old"}], "settings": {}}')
     result = cluster_proposals(arguments(dataset=str(tmp_path / "broken")))
     assert list(result["image_id"]) == [0, 2, 3, 4, 6, 7, 8, 9, 10, 11]
     report = json.loads((tmp_path / "out" / "proposals.json").read_text())
-    assert [(image["split"], image["row"]) for image in report["skipped"]] == [("train", 1), ("train", 5)]
+    assert report["skipped"][0] == {"split": "old"}
+    assert [(image["split"], image["row"]) for image in report["skipped"][1:]] == [("train", 1), ("train", 5)]
     assert "Left out, for they cannot be read: 2 images" in capsys.readouterr().out
 
 

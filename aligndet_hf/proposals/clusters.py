@@ -47,8 +47,8 @@ def fit_clusters(features: np.ndarray, num_clusters: int, num_components: int, s
     Fits PCA and k-means.
 
     The features are read in chunks and may be mapped from a file: what is held at a time is a chunk, their covariance
-    [D, D] and their projections [N, P]. The PCA is exact; scikit-learn's incremental one, which is approximate, took 9
-    times longer for 12,000 features of 3072 numbers, and its exact ones hold all features.
+    [D, D] and their projections [N, P]. The PCA is exact; of scikit-learn's, the incremental one is approximate and
+    much slower, and the exact ones hold all features.
 
     Args:
         features (`np.ndarray` [N, D]): Of any floating type.
