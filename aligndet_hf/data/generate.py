@@ -261,12 +261,7 @@ def _load_sources(arguments: ProposalsArguments) -> dict[str, datasets.Dataset]:
 
 
 def is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
-    """
-    Whether the output is there and was made with these settings.
-
-    Raises:
-        DataError: something else is there, or, without `overwrite`, the output of other settings.
-    """
+    """Whether the output is there and right; raises if something else is there."""
     if (output / REPORT).is_file():
         differences = _differences(json.loads((output / REPORT).read_text(encoding="utf-8"))["settings"], settings)
         if differences and not overwrite:
@@ -281,12 +276,7 @@ def is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
 
 
 def open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
-    """
-    Makes the folder of unfinished work, or continues that of a former run with the same state.
-
-    Raises:
-        DataError: it holds, without `overwrite`, an unfinished run with another state.
-    """
+    """Makes the folder of unfinished work, or continues that of a former run with the same settings."""
     record = work / "run.json"
     if record.is_file():
         differences = _differences(json.loads(record.read_text(encoding="utf-8")), state)
@@ -304,7 +294,6 @@ def open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def writing_to(folder: Path):
-    """Turns an `OSError` of the work inside into a [`DataError`] that says what to do."""
     try:
         yield
     except ChildProcessError:
