@@ -33,11 +33,13 @@ class BoxFeatures:
         size (`int`): D, the numbers per box.
 
     Raises:
-        `ValueError`: if the backbone has no feature map of a stride.
+        `ValueError`: if the detector has no backbone, or the backbone no feature map of a stride.
     """
 
     def __init__(self, detector, strides: list[int], normalize: bool = True, device: str = "cpu"):
         self.backbone = get_backbone(detector).eval().to(device)
+        if not list(self.backbone.parameters()):
+            raise ValueError(f"detectors of type {detector.config.model_type!r} have no backbone of their own")
         self.mean, self.std = image_statistics(detector.config)
         self.normalize, self.device = normalize, device
         side = 256

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import AutoModelForObjectDetection
 
 from .. import __version__
 from ..data.columns import arrow_batches, clean_boxes, read_boxes, read_values, validate_proposals
@@ -34,7 +35,8 @@ from ..data.generate import (
     writing_to,
 )
 from ..data.images import decode_image
-from ..detectors.build import DetectorArguments, build_detector, load_detector
+from ..detectors.backbones import check_backbone
+from ..detectors.build import build_detector
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
 from .box_features import BoxFeatures, BoxImages
 from .pictures import new_figure, plot_crops
@@ -188,7 +190,8 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
 def load_features(arguments: ClustersArguments) -> BoxFeatures:
     """The features of boxes that the arguments ask for."""
     if arguments.detector is not None:
-        detector = load_detector(DetectorArguments(detector=arguments.detector), num_labels=1)
+        detector = AutoModelForObjectDetection.from_pretrained(arguments.detector)
+        check_backbone(detector)
     else:
         detector = build_detector(  # for its backbone only, so any family will do
             "detr",
