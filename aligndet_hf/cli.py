@@ -35,6 +35,12 @@ COMMANDS = {
         "generate_proposals",
         "find object-like boxes in unlabelled images and store them as a `proposals` column",
     ),
+    "clusters": Command(
+        "aligndet_hf.evaluation.clusters",
+        "ClustersArguments",
+        "cluster_proposals",
+        "sort the proposals into pseudo-classes: k-means over features of a frozen backbone",
+    ),
     "pretrain": Command(
         "aligndet_hf.training.pretrain",
         "PretrainArguments",
@@ -59,6 +65,7 @@ USAGE = "usage: aligndet <command> [--config recipe.yaml] [--flag value ...]"
 EXAMPLES = """\
 from unlabelled images to a fine-tuned detector:
   aligndet proposals --dataset images/ --output_dir outputs/proposals
+  aligndet clusters  --dataset outputs/proposals --backbone_weights timm --output_dir outputs/clusters  # optional
   aligndet pretrain  --dataset outputs/proposals --detector rt_detr --output_dir outputs/pretrained
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned

@@ -96,3 +96,9 @@ def test_import_leaves_heavy_packages_alone():
 def test_the_overview_of_the_commands_loads_none_of_them():
     loaded = loaded_by("from aligndet_hf.cli import main; main(['--help'])")
     assert "transformers" in loaded and not HEAVY & loaded
+
+
+def test_scikit_learn_is_left_alone():
+    # Older versions of transformers load it themselves.
+    loaded = loaded_by("import aligndet_hf.proposals.clusters")
+    assert "aligndet_hf" in loaded and "sklearn" not in loaded - loaded_by("from transformers import AutoModel")

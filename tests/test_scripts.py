@@ -16,7 +16,13 @@ from aligndet_hf import cli
 from aligndet_hf.training.pretrain import PretrainArguments, pretrain
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {"generate_proposals": "proposals", "pretrain": "pretrain", "finetune": "finetune", "evaluate": "evaluate"}
+SCRIPTS = {
+    "generate_proposals": "proposals",
+    "cluster_proposals": "clusters",
+    "pretrain": "pretrain",
+    "finetune": "finetune",
+    "evaluate": "evaluate",
+}
 
 
 @pytest.fixture(scope="module")

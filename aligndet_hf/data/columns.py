@@ -102,7 +102,8 @@ def _require_fields(dataset: datasets.Dataset, column: str, fields: list[str], s
         )
     for name in fields:
         if name not in feature:
-            raise DataError(f"{source}: column '{column}' has no field '{name}'; {_nearest(name, feature)}")
+            fix = " Make it with `aligndet clusters`." if name == "cluster" else ""
+            raise DataError(f"{source}: column '{column}' has no field '{name}'; {_nearest(name, feature)}{fix}")
 
 
 def _is_list(type_: pa.DataType) -> bool:

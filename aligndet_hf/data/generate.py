@@ -138,10 +138,10 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
     settings |= {f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()}
 
     output = Path(arguments.output_dir).expanduser().absolute()
-    if _is_finished(output, settings, arguments.overwrite):
+    if is_finished(output, settings, arguments.overwrite):
         print(f"{output} is complete: these images have been searched with these settings. Nothing to do.")
         return datasets.load_from_disk(str(output))
-    with _writing_to(output.parent):
+    with writing_to(output.parent):
         report = _generate(sources, settings, versions, output, arguments)
     _print_report(report, output)
     return datasets.load_from_disk(str(output))
@@ -152,13 +152,9 @@ def _generate(
 ) -> dict:
     """Does the work of [`generate_proposals`] in a folder beside the output, puts it in place, returns the report."""
     work = output.with_name(output.name + ".partial")
-    _open_work_folder(work, settings | versions | {"shard_size": arguments.shard_size}, arguments.overwrite)
+    open_work_folder(work, settings | versions | {"shard_size": arguments.shard_size}, arguments.overwrite)
 
-    shards = [
-        Shard(name, start, min(start + arguments.shard_size, len(source)), str(work / f"{name}-{start:09d}.arrow"))
-        for name, source in sources.items()
-        for start in range(0, len(source), arguments.shard_size)
-    ]
+    shards = make_shards(sources, work, arguments.shard_size)
     _search_shards(shards, sources, arguments)
 
     report = {
@@ -168,25 +164,49 @@ def _generate(
         "statistics": {},
         "skipped": [],
     }
+    put_in_place(join_proposals(sources, shards, work, report), report, work, output)
+    return report
+
+
+def join_proposals(
+    sources: dict[str, datasets.Dataset], shards: list["Shard"], work: Path, report: dict, with_clusters: bool = False
+) -> dict[str, datasets.Dataset]:
+    """
+    Joins every split with the proposals of its shards.
+
+    Args:
+        sources (`dict[str, datasets.Dataset]`): The splits, without the column `proposals`.
+        shards (`list[Shard]`): All shards, in order, each with its file (see [`write_shard`]).
+        work (`Path`): Folder for the joined columns.
+        report (`dict`): Gets the `statistics` of the splits and what was `skipped`; its other entries are recorded in
+            the descriptions of the splits.
+        with_clusters (`bool`, *optional*, defaults to `False`): Whether the proposals have the field `cluster`.
+
+    Returns:
+        `dict[str, datasets.Dataset]`: the splits.
+    """
     results = {}
     for name, source in sources.items():
         own = [shard for shard in shards if shard.split == name]
-        results[name] = _with_proposals(source, own, work / f"{name}.arrow", report)
+        results[name] = _with_proposals(source, own, work / f"{name}.arrow", report, with_clusters)
     for name, result in results.items():
         record = {key: report[key] for key in ("settings", "versions")} | {"statistics": report["statistics"][name]}
         description = result.info.description.split(_DESCRIPTION)[0].rstrip()
         result.info.description = f"{description}\n\n{_DESCRIPTION}{json.dumps(record)}".lstrip()
-    result = datasets.DatasetDict(results) if len(results) > 1 else results.popitem()[1]
+    return results
 
+
+def put_in_place(results: dict[str, datasets.Dataset], report: dict, work: Path, output: Path) -> None:
+    """Saves the splits and the report in the folder `work`, moves them to `output` at once, and removes `work`."""
+    result = datasets.DatasetDict(results) if len(results) > 1 else next(iter(results.values()))
     complete = work / "dataset"
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was killed just here
     result.save_to_disk(str(complete))
-    _write_json(complete / REPORT, report)
+    write_json(complete / REPORT, report)
     if output.exists():
         os.replace(output, work / "replaced")
     os.replace(complete, output)
     shutil.rmtree(work)
-    return report
 
 
 def content_hash(dataset: datasets.Dataset, disable_tqdm: bool = True) -> str:
@@ -240,7 +260,7 @@ def _load_sources(arguments: ProposalsArguments) -> dict[str, datasets.Dataset]:
     return sources
 
 
-def _is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
+def is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
     """Whether the output is there and right; raises if something else is there."""
     if (output / REPORT).is_file():
         differences = _differences(json.loads((output / REPORT).read_text(encoding="utf-8"))["settings"], settings)
@@ -255,7 +275,7 @@ def _is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
     return False
 
 
-def _open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
+def open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
     """Makes the folder of unfinished work, or continues that of a former run with the same settings."""
     record = work / "run.json"
     if record.is_file():
@@ -269,11 +289,11 @@ def _open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
             )
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
-    _write_json(record, state)
+    write_json(record, state)
 
 
 @contextlib.contextmanager
-def _writing_to(folder: Path):
+def writing_to(folder: Path):
     try:
         yield
     except ChildProcessError:
@@ -287,12 +307,21 @@ def _writing_to(folder: Path):
 
 def _differences(before: dict, now: dict) -> str:
     """What differs, for a message; empty if nothing does."""
-    now = json.loads(json.dumps(now))
+    before, now = _flat(before), _flat(json.loads(json.dumps(now)))
     keys = [key for key in before | now if before.get(key) != now.get(key)]
     return ", ".join(f"{key}: {before.get(key)} then, {now.get(key)} now" for key in keys)
 
 
-def _write_json(path: Path, content: dict) -> None:
+def _flat(settings: dict) -> dict:
+    """Settings without nesting: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat = {}
+    for key, value in settings.items():
+        inner = _flat(value) if isinstance(value, dict) else None
+        flat |= {key: value} if inner is None else {f"{key}.{name}": entry for name, entry in inner.items()}
+    return flat
+
+
+def write_json(path: Path, content: dict) -> None:
     """Writes a file that is either complete or not there."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -311,13 +340,35 @@ class Shard(NamedTuple):
     path: str
 
 
-def _features() -> datasets.Features:
-    return datasets.Features({"proposals": proposals_feature(with_clusters=False)})
+def make_shards(sources: dict[str, datasets.Dataset], work: Path, shard_size: int) -> list[Shard]:
+    """Cuts the splits into shards of at most `shard_size` rows, with files in the folder `work`."""
+    return [
+        Shard(name, start, min(start + shard_size, len(source)), str(work / f"{name}-{start:09d}.arrow"))
+        for name, source in sources.items()
+        for start in range(0, len(source), shard_size)
+    ]
 
 
-def _shard_schema() -> pa.Schema:
-    """A row per image: its proposals or, if it cannot be read, what it is called and why."""
-    return pa.schema([*_features().arrow_schema, ("file", pa.string()), ("reason", pa.string())])
+def write_shard(shard: Shard, rows: list[dict], with_clusters: bool = False) -> None:
+    """
+    Writes the file of a shard, at once and complete.
+
+    Args:
+        shard ([`Shard`]): The shard.
+        rows (`list[dict]`): One per image: `{"proposals": {"bbox", "score", ...}}` or, for an image that cannot be
+            read, `{"file", "reason"}`.
+        with_clusters (`bool`, *optional*, defaults to `False`): Whether the proposals have the field `cluster`.
+    """
+    part = f"{shard.path}.{os.getpid()}.part"
+    schema = pa.schema([*_features(with_clusters).arrow_schema, ("file", pa.string()), ("reason", pa.string())])
+    table = pa.Table.from_pylist(rows, schema=schema)
+    with pa.OSFile(part, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(part, shard.path)
+
+
+def _features(with_clusters: bool) -> datasets.Features:
+    return datasets.Features({"proposals": proposals_feature(with_clusters)})
 
 
 def _search_shards(shards: list[Shard], sources: dict[str, datasets.Dataset], arguments: ProposalsArguments) -> None:
@@ -401,24 +452,22 @@ def _search_shard(shard: Shard, images: datasets.Dataset, search: dict) -> None:
             rows.append({"proposals": {"bbox": boxes.tolist(), "score": scores.tolist()}})
         except ImageError as error:
             rows.append({"file": image_name(value), "reason": str(error)})
-    part = f"{shard.path}.{os.getpid()}.part"
-    table = pa.Table.from_pylist(rows, schema=_shard_schema())
-    with pa.OSFile(part, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(part, shard.path)
+    write_shard(shard, rows)
 
 
 # ---- the output ----
 
 
-def _with_proposals(source: datasets.Dataset, shards: list[Shard], path: Path, report: dict) -> datasets.Dataset:
+def _with_proposals(
+    source: datasets.Dataset, shards: list[Shard], path: Path, report: dict, with_clusters: bool
+) -> datasets.Dataset:
     """
     Joins a split with the proposals of its shards; rows whose image cannot be read are left out, and reported.
 
     The proposals are copied shard by shard into one file at `path`, from where they are mapped into memory. The column
     is joined to the table: a `map` that touches the images would encode them anew.
     """
-    split, features = shards[0].split, _features()
+    split, features = shards[0].split, _features(with_clusters)
     kept, counts = [], []
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
         for shard in shards:

@@ -1,0 +1,132 @@
+"""Features of the boxes of an image from a frozen backbone, and the images that it sees."""
+
+import hashlib
+
+import datasets
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.ops import roi_align
+
+from ..data.collate import normalize_images
+from ..data.columns import clean_boxes, read_boxes
+from ..data.errors import ImageError
+from ..data.images import decode_image, image_name
+from ..data.views import resize_image, view_shape
+from ..detectors.backbones import get_backbone, image_statistics
+
+_SAMPLES = 8  # of a feature map, along each side of a box
+
+
+class BoxFeatures:
+    """
+    Features of boxes: RoIAlign (He et al., 2017) of the feature maps of a frozen backbone, averaged over each box.
+
+    Args:
+        detector (`PreTrainedModel`): A detector; its backbone is used, in evaluation mode.
+        strides (`list[int]`): Strides of the feature maps to take, in pixels.
+        normalize (`bool`, *optional*, defaults to `True`): Whether to scale the features of each stride to length 1.
+        device (`str`, *optional*, defaults to `"cpu"`): Where to compute.
+
+    Attributes:
+        size (`int`): D, the numbers per box.
+
+    Raises:
+        `ValueError`: if the detector has no backbone, or the backbone no feature map of a stride.
+    """
+
+    def __init__(self, detector, strides: list[int], normalize: bool = True, device: str = "cpu"):
+        self.backbone = get_backbone(detector).eval().to(device)
+        if not list(self.backbone.parameters()):
+            raise ValueError(f"detectors of type {detector.config.model_type!r} have no backbone of their own")
+        self.mean, self.std = image_statistics(detector.config)
+        self.normalize, self.device = normalize, device
+        side = 256
+        maps = self._feature_maps(torch.zeros(1, 3, side, side, device=device))
+        found = {round(side / feature_map.shape[-1]): level for level, feature_map in enumerate(maps)}
+        if missing := [stride for stride in strides if stride not in found]:
+            raise ValueError(
+                f"the backbone has no feature map of stride {missing[0]}, it has {sorted(found)}: strides"
+            )
+        self.levels = [found[stride] for stride in strides]
+        self.size = sum(maps[level].shape[1] for level in self.levels)
+
+    @torch.inference_mode()
+    def _feature_maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        maps = self.backbone(pixel_values)
+        return list(getattr(maps, "feature_maps", maps))  # transformers' wrapper, or timm's own network
+
+    @torch.inference_mode()
+    def __call__(self, image: torch.Tensor, boxes: torch.Tensor) -> np.ndarray:
+        """
+        The features of the boxes of one image.
+
+        Args:
+            image (`torch.Tensor` [3, h, w]): uint8.
+            boxes (`torch.Tensor` [N, 4]): Corners xyxy, relative to the image (0 to 1).
+
+        Returns:
+            `np.ndarray` float32 [N, D].
+        """
+        pixel_values = image[None].to(self.device)
+        maps = self._feature_maps(
+            normalize_images(pixel_values, torch.ones_like(pixel_values[:, 0]), self.mean, self.std)
+        )
+        levels = []
+        for level in self.levels:
+            height, width = maps[level].shape[-2:]
+            scaled = boxes.to(self.device) * torch.tensor([width, height] * 2, device=self.device)
+            pooled = roi_align(maps[level], [scaled], output_size=1, sampling_ratio=_SAMPLES, aligned=True).flatten(1)
+            levels.append(F.normalize(pooled, dim=1) if self.normalize else pooled)
+        return torch.cat(levels, dim=1).cpu().numpy()
+
+    def weights_hash(self) -> str:
+        """A hash of the backbone's tensors: 32 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.backbone.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class BoxImages(Dataset):
+    """
+    Resized images with their usable proposals.
+
+    An item is `{"image", "boxes", "kept"}`: uint8 [3, h, w], the boxes (float32 [n, 4], corners xyxy relative to the
+    image) and their indices among the proposals of the row (int64 [n]); or `{"file", "reason"}` for an image that
+    cannot be read.
+
+    Args:
+        sources (`dict[str, datasets.Dataset]`): The splits, with the columns `image` (not decoded) and `proposals`.
+        rows (`list[tuple[str, int]]`): Split and row of each item.
+        short_side (`int`): Shorter side of the images, in pixels; the longer one has at most 5/3 of it.
+    """
+
+    def __init__(self, sources: dict[str, datasets.Dataset], rows: list[tuple[str, int]], short_side: int):
+        columns = ["image", "proposals"]
+        self.sources = {name: source.select_columns(columns).with_format("arrow") for name, source in sources.items()}
+        self.rows = rows
+        self.short_side = short_side
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        split, row = self.rows[index]
+        table = self.sources[split][row]
+        value = table["image"][0].as_py()
+        try:
+            image = decode_image(value)
+        except ImageError as error:
+            return {"file": image_name(value), "reason": str(error)}
+        height, width = image.shape[:2]
+        boxes, kept = clean_boxes(read_boxes(table["proposals"])[0], width, height)
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) / (width, height, width, height)
+        image = resize_image(image, *view_shape(height, width, "shortest_edge", self.short_side))
+        return {
+            "image": torch.from_numpy(image).permute(2, 0, 1),
+            "boxes": torch.from_numpy(corners.astype(np.float32)),
+            "kept": torch.from_numpy(kept),
+        }

@@ -1,0 +1,482 @@
+"""`aligndet clusters`: sorts the proposals of a dataset into pseudo-classes and stores them as the field `cluster`."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoModelForObjectDetection
+
+from .. import __version__
+from ..data.columns import arrow_batches, clean_boxes, read_boxes, read_values, validate_proposals
+from ..data.dataset import init_worker
+from ..data.errors import DataError, ImageError
+from ..data.formats import load_dataset_source, split_names
+from ..data.generate import (
+    REPORT,
+    Shard,
+    content_hash,
+    is_finished,
+    join_proposals,
+    make_shards,
+    open_work_folder,
+    put_in_place,
+    write_shard,
+    writing_to,
+)
+from ..data.images import decode_image
+from ..detectors.backbones import check_backbone
+from ..detectors.build import build_detector
+from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
+from .box_features import BoxFeatures, BoxImages
+from .pictures import new_figure, plot_crops
+
+PICTURE = "clusters.png"
+# The arguments that, beside the backbone's weights and the data, decide which clusters come out.
+_COMPARED = (
+    "strides", "short_side", "normalize", "num_clusters", "pca_dim", "fit_boxes", "fit_boxes_per_image", "seed",
+)  # fmt: skip
+_SHARD_SIZE = 64  # images between two saves
+_CROPS = 12  # pictures of a cluster
+
+
+@dataclass(kw_only=True)
+class ClustersArguments:
+    """Arguments of [`cluster_proposals`]: the flags of `aligndet clusters` and the keys of its recipes."""
+
+    help_groups = {"dataset": "Data", "backbone": "Features", "num_clusters": "Clusters", "device": "Run"}
+
+    dataset: str = field(
+        metadata={"help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it"}
+    )
+    output_dir: str = field(metadata={"help": "folder for the dataset with the clusters; must be new"})
+    split: str | None = field(
+        default=None, metadata={"help": "split of the dataset; if not given, all of them, with the same clusters"}
+    )
+
+    backbone: str = field(
+        default="resnet50", metadata={"help": "timm name of the frozen backbone; best the one to pre-train with"}
+    )
+    backbone_weights: str | None = field(
+        default=None,
+        metadata={"help": "a .safetensors file with timm's names, or 'timm' to download timm's own weights"},
+    )
+    detector: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of a detector whose backbone to take, instead of these two"}
+    )
+    # Strides, size and scaling were chosen by the agreement with the labels of blood cells and of photographs: fine
+    # strides are best for the cells, coarse ones for the photographs, and both together lose little on either.
+    strides: list[int] = field(
+        default_factory=lambda: [16, 32],
+        metadata={"help": "feature maps to use, by stride in pixels: fine ones tell small objects apart"},
+    )
+    short_side: int = field(
+        default=448, metadata={"help": "shorter side in pixels of the images that the backbone sees"}
+    )
+    normalize: bool = field(
+        default=True, metadata={"help": "scale the features of a box to length 1, those of each stride by themselves"}
+    )
+
+    num_clusters: int = field(default=256, metadata={"help": "pseudo-classes; AlignDet has 256"})
+    pca_dim: int = field(default=128, metadata={"help": "numbers per box that PCA leaves for k-means"})
+    fit_boxes: int = field(
+        default=50_000,
+        metadata={"help": "boxes that PCA and k-means are fitted to, of random images; all get a cluster"},
+    )
+    fit_boxes_per_image: int = field(
+        default=50, metadata={"help": "of each of these images the best boxes, at most so many"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of the choice of images and of k-means"})
+
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
+    num_pictures: int = field(
+        default=0, metadata={"help": f"draw boxes of so many clusters, the largest: {PICTURE} in output_dir"}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace clusters in output_dir that were made with other settings"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+
+    def __post_init__(self):
+        for name in ("short_side", "num_clusters", "pca_dim", "fit_boxes", "fit_boxes_per_image"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.strides or min(self.strides) < 1:
+            raise ValueError(f"strides must be positive numbers, got {self.strides}")
+        if self.fit_boxes < self.num_clusters:
+            raise ValueError(
+                f"{self.num_clusters} clusters cannot be fitted to {self.fit_boxes} boxes: raise fit_boxes"
+            )
+        if (self.detector is None) == (self.backbone_weights is None):
+            raise ValueError(
+                "give either backbone_weights (a .safetensors file, or 'timm' to download) or a detector to take the "
+                "backbone of: features of a random backbone say little"
+            )
+
+
+def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datasets.DatasetDict:
+    """
+    Sorts the proposals of a dataset into clusters and saves the dataset with them.
+
+    RoIAlign features of a frozen backbone, PCA, k-means. The backbone sees the images twice: some, as many as
+    `fit_boxes` takes, to fit PCA and k-means (their features wait in a file, in half precision), and then all. Memory
+    does not grow with the dataset, but for some bytes a box.
+
+    The output is the input with the field `cluster` (int32, 0 to `num_clusters` - 1) in its `proposals`; a box that
+    cannot be used (see [`~aligndet_hf.data.columns.find_faults`]) is in cluster 0, and pre-training drops it. Beside
+    the data, `proposals.json` has all that the input's had, the settings and versions of the clusters, and the report
+    of [`cluster_report`]. Images that cannot be read are left out and listed there.
+
+    A run that was interrupted, in whatever way, continues with the same command. Where the output is complete and
+    neither data, backbone nor settings have changed, nothing is done. The same input gives the same clusters.
+
+    Args:
+        arguments ([`ClustersArguments`]): The configuration.
+
+    Returns:
+        `datasets.Dataset`, or `datasets.DatasetDict` if the input has several splits and none was chosen.
+
+    Raises:
+        DataError: the input is missing, broken or has fewer boxes than clusters, or `output_dir` is in use.
+        ValueError: the backbone has no feature maps of these strides, or the weights do not fit.
+        OSError: there is no such file of weights or detector.
+    """
+    output = Path(arguments.output_dir).expanduser().absolute()
+    if Path(arguments.dataset).expanduser().resolve() == output.resolve():
+        raise DataError(f"{output} holds the input. Choose another output_dir.")
+    if arguments.num_pictures:
+        new_figure(1, 1)  # says now, not after the clustering, that matplotlib is missing
+    sources = _load_sources(arguments)
+    features = load_features(arguments)
+
+    own = {
+        "backbone": arguments.detector or arguments.backbone,
+        "backbone_weights": features.weights_hash(),
+        **{name: getattr(arguments, name) for name in _COMPARED},
+        **{f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()},
+    }
+    before = _read_report(Path(arguments.dataset).expanduser() / REPORT)
+    report = {
+        "dataset": before.get("dataset", arguments.dataset),
+        "settings": before.get("settings", {}) | {"clusters": own},
+        "versions": before.get("versions", {}) | {"clusters": _versions()},
+        "statistics": {},
+        "skipped": list(before.get("skipped", [])),
+    }
+    if is_finished(output, report["settings"], arguments.overwrite):
+        print(f"{output} is complete: these proposals have been clustered with these settings. Nothing to do.")
+    else:
+        with writing_to(output.parent):
+            _cluster(sources, features, report, output, arguments)
+        _print_report(report, len(before.get("skipped", [])), output)
+    result = datasets.load_from_disk(str(output))
+    if arguments.num_pictures:
+        splits = result if isinstance(result, datasets.DatasetDict) else {"": result}
+        print(f"Pictures in {draw_clusters(splits, output / PICTURE, arguments.num_pictures, arguments.seed)}")
+    return result
+
+
+def load_features(arguments: ClustersArguments) -> BoxFeatures:
+    """The features of boxes that the arguments ask for."""
+    if arguments.detector is not None:
+        detector = AutoModelForObjectDetection.from_pretrained(arguments.detector)
+        check_backbone(detector)
+    else:
+        detector = build_detector(  # for its backbone only, so any family will do
+            "detr",
+            backbone=arguments.backbone,
+            backbone_weights=arguments.backbone_weights,
+            strides=tuple(sorted(arguments.strides)),
+        )
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return BoxFeatures(detector, arguments.strides, arguments.normalize, device)
+
+
+def _versions() -> dict:
+    packages = ("torch", "torchvision", "timm", "scikit-learn", "numpy", "datasets")
+    return {"aligndet_hf": __version__} | {name: version(name) for name in packages}
+
+
+def _load_sources(arguments: ClustersArguments) -> dict[str, datasets.Dataset]:
+    names = split_names(arguments.dataset) if arguments.split is None else [arguments.split]
+    sources = {}
+    for name in names:
+        sources[name] = load_dataset_source(arguments.dataset, name)
+        with contextlib.suppress(ImageError):  # will be left out, and listed
+            print(validate_proposals(sources[name], f"{arguments.dataset}, {name}"))
+    return sources
+
+
+def _read_report(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _cluster(
+    sources: dict[str, datasets.Dataset],
+    features: BoxFeatures,
+    report: dict,
+    output: Path,
+    arguments: ClustersArguments,
+) -> None:
+    """Does the work of [`cluster_proposals`] in a folder beside the output, and puts it in place."""
+    work = output.with_name(output.name + ".partial")
+    open_work_folder(work, report["settings"] | {"versions": report["versions"]}, arguments.overwrite)
+    clustering = _fit(sources, features, work, arguments)
+    shards = make_shards(sources, work, _SHARD_SIZE)
+    _assign(shards, sources, features, clustering, arguments)
+
+    bare = {name: source.remove_columns("proposals") for name, source in sources.items()}
+    results = join_proposals(bare, shards, work, report, with_clusters=True)
+    report["clusters"] = cluster_report(results, clustering, arguments.seed)
+    put_in_place(results, report, work, output)
+
+
+# ---- fitting and assigning ----
+
+
+def _load_items(sources, rows: list[tuple[str, int]], arguments: ClustersArguments) -> Iterator[dict]:
+    images = BoxImages(sources, rows, arguments.short_side)
+    workers = min(arguments.dataloader_num_workers, len(rows))
+    return iter(DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=init_worker))
+
+
+def _fit(
+    sources: dict[str, datasets.Dataset], features: BoxFeatures, work: Path, arguments: ClustersArguments
+) -> Clustering:
+    """Fits PCA and k-means to the boxes of random images; takes up what an interrupted run has fitted."""
+    path = work / "clustering.npz"
+    if path.is_file():
+        with np.load(path) as stored:
+            return Clustering(**{name: stored[name] for name in stored.files})
+
+    rows, total = _choose_images(sources, arguments)
+    if total < arguments.num_clusters:
+        raise DataError(
+            f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {total} boxes (of each image "
+            f"the best {arguments.fit_boxes_per_image}). Choose fewer num_clusters."
+        )
+    scratch_file = work / "features.f16"
+    scratch = np.memmap(scratch_file, dtype=np.float16, mode="w+", shape=(total, features.size))
+    filled = 0
+    for item in tqdm(
+        _load_items(sources, rows, arguments), total=len(rows), desc="fitting", unit="image",
+        disable=arguments.disable_tqdm,
+    ):  # fmt: skip
+        boxes = item["boxes"][: min(arguments.fit_boxes_per_image, total - filled)] if "boxes" in item else []
+        if len(boxes):
+            scratch[filled : filled + len(boxes)] = features(item["image"], boxes)
+            filled += len(boxes)
+    if filled < arguments.num_clusters:
+        raise DataError(
+            f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {filled} boxes, which are "
+            f"all that can be used in {len(rows)} images. Choose fewer num_clusters, or mend the images."
+        )
+    clustering = fit_clusters(scratch[:filled], arguments.num_clusters, arguments.pca_dim, arguments.seed)
+    part = work / "clustering.part.npz"
+    np.savez(part, **dataclasses.asdict(clustering))
+    os.replace(part, path)
+    del scratch
+    scratch_file.unlink()
+    return clustering
+
+
+def _choose_images(
+    sources: dict[str, datasets.Dataset], arguments: ClustersArguments
+) -> tuple[list[tuple[str, int]], int]:
+    """Random images with boxes, just enough to fit to, and the number of boxes that they give."""
+    rows, counts = [], []
+    for name, source in sources.items():
+        for start, table in arrow_batches(source, ["proposals"]):
+            numbers = read_boxes(table["proposals"])[1]
+            rows += [(name, start + int(row)) for row in np.flatnonzero(numbers)]
+            counts += numbers[numbers > 0].tolist()
+    order = np.random.default_rng(arguments.seed).permutation(len(rows))
+    reached = np.minimum(counts, arguments.fit_boxes_per_image)[order].cumsum()
+    used = int(np.searchsorted(reached, arguments.fit_boxes)) + 1
+    return [rows[index] for index in order[:used]], min(int(reached[-1]), arguments.fit_boxes)
+
+
+def _assign(
+    shards: list[Shard],
+    sources: dict[str, datasets.Dataset],
+    features: BoxFeatures,
+    clustering: Clustering,
+    arguments: ClustersArguments,
+) -> None:
+    """Writes the files of the shards that are not there yet: the proposals with their clusters."""
+    pending = [shard for shard in shards if not os.path.exists(shard.path)]
+    rows = [(shard.split, row) for shard in pending for row in range(shard.start, shard.stop)]
+    total = sum(len(source) for source in sources.values())
+    stored = {name: source.select_columns(["proposals"]) for name, source in sources.items()}
+    items = _load_items(sources, rows, arguments)
+    with tqdm(
+        total=total, initial=total - len(rows), desc="clusters", unit="image", disable=arguments.disable_tqdm
+    ) as progress:
+        for shard in pending:
+            written = []
+            for row, item in zip(range(shard.start, shard.stop), items, strict=False):
+                written.append(_with_clusters(stored[shard.split][row]["proposals"], item, features, clustering))
+                progress.update()
+            write_shard(shard, written, with_clusters=True)
+
+
+def _with_clusters(proposals: dict | None, item: dict, features: BoxFeatures, clustering: Clustering) -> dict:
+    """A row of a shard."""
+    if "reason" in item:
+        return item
+    boxes, scores = ((proposals or {}).get(name) or [] for name in ("bbox", "score"))
+    clusters = np.zeros(len(boxes), dtype=np.int32)
+    if len(item["kept"]):
+        clusters[item["kept"].numpy()] = clustering.assign(features(item["image"], item["boxes"]))
+    return {"proposals": {"bbox": boxes, "score": scores, "cluster": clusters.tolist()}}
+
+
+# ---- the report ----
+
+
+def cluster_report(splits: dict[str, datasets.Dataset], clustering: Clustering, seed: int) -> dict:
+    """
+    What became of the clusters, over all splits.
+
+    Args:
+        splits (`dict[str, datasets.Dataset]`):
+            With the column `proposals`, which has the field `cluster`, and optionally `objects`.
+        clustering ([`Clustering`]): The clustering.
+        seed (`int`): Of the shuffling.
+
+    Returns:
+        `dict`: `boxes`; `sizes` (smallest, median, largest and number of empty clusters); `explained_variance` and
+        `inertia` of the [`Clustering`]; and, where objects overlap proposals, `agreement` with their labels: a
+        proposal has the class of the object it overlaps best, with an IoU of at least 0.5, and others are left out.
+        It has the number of proposals `matched`, their `matched_share` of all, the `majority_share` of the most
+        frequent class among them, and the numbers of [`cluster_agreement`] for the `clusters`, for the same clusters
+        `shuffled`, and for as many clusters by the area of the box alone (`by_size`).
+    """
+    clusters, labels, areas = [], [], []
+    for dataset in splits.values():
+        labelled = "objects" in dataset.column_names
+        for _, table in arrow_batches(dataset, ["proposals", "objects"] if labelled else ["proposals"]):
+            boxes, counts = read_boxes(table["proposals"])
+            clusters.append(read_values(table["proposals"], "cluster")[0].astype(np.int64))
+            areas.append(boxes[:, 2] * boxes[:, 3])
+            if labelled:
+                objects, object_counts = read_boxes(table["objects"])
+                categories = read_values(table["objects"], "category")[0]
+                per_row = zip(
+                    _split(boxes, counts),
+                    _split(objects, object_counts),
+                    _split(categories, object_counts),
+                    strict=True,
+                )
+                labels += [match_labels(*row) for row in per_row]
+    clusters, areas = np.concatenate(clusters), np.concatenate(areas)
+    sizes = np.bincount(clusters, minlength=len(clustering.centers))
+    report = {
+        "boxes": len(clusters),
+        "sizes": {
+            "min": int(sizes.min()),
+            "median": float(np.median(sizes)),
+            "max": int(sizes.max()),
+            "empty": int((sizes == 0).sum()),
+        },
+        "explained_variance": float(clustering.explained_variance),
+        "inertia": float(clustering.inertia),
+    }
+    if labels and (matched := (labels := np.concatenate(labels)) >= 0).any():
+        clusters, labels, areas = clusters[matched], labels[matched], areas[matched]
+        by_size = areas.argsort(kind="stable").argsort() * len(sizes) // len(areas)
+        report["agreement"] = {
+            "matched": len(labels),
+            "matched_share": len(labels) / len(matched),
+            "majority_share": float(np.bincount(labels).max() / len(labels)),
+            "clusters": cluster_agreement(clusters, labels),
+            "by_size": cluster_agreement(by_size, labels),
+            "shuffled": cluster_agreement(np.random.default_rng(seed).permutation(clusters), labels),
+        }
+    return report
+
+
+def _split(values: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """The values of each row, of the values of all rows."""
+    return np.split(values, counts.cumsum()[:-1])
+
+
+def _print_report(report: dict, known: int, output: Path) -> None:
+    numbers = report["clusters"]
+    sizes = numbers["sizes"]
+    print(
+        f"{numbers['boxes']} boxes in {report['settings']['clusters']['num_clusters']} clusters of {sizes['min']} to "
+        f"{sizes['max']} boxes, median {sizes['median']:g}, {sizes['empty']} empty. PCA keeps "
+        f"{numbers['explained_variance']:.1%} of the variance; inertia {numbers['inertia']:.4g}."
+    )
+    if agreement := numbers.get("agreement"):
+        print(
+            f"Agreement with the labels of {agreement['matched']} boxes ({agreement['matched_share']:.1%}) that find "
+            f"an object (IoU 0.5), {agreement['majority_share']:.1%} of them of one class, in %:\n"
+            f"{'':<14}{'purity':>8}{'balanced':>10}{'NMI':>8}{'AMI':>8}"
+        )
+        for name in ("clusters", "by_size", "shuffled"):
+            purity, balanced, nmi, ami = (100 * value for value in agreement[name].values())
+            print(f"{name.replace('_', ' '):<14}{purity:>8.1f}{balanced:>10.1f}{nmi:>8.1f}{ami:>8.1f}")
+    if skipped := report["skipped"][known:]:
+        print(f"Left out, for they cannot be read: {len(skipped)} images, e.g. {skipped[0]['reason']}")
+    print(f"Saved to {output}; pre-train with --use_clusters true.")
+
+
+def draw_clusters(splits: dict[str, datasets.Dataset], path: Path, num_clusters: int, seed: int) -> Path:
+    """
+    Draws random boxes of the largest clusters, a row each, of different images as far as there are.
+
+    Args:
+        splits (`dict[str, datasets.Dataset]`): With the columns `image` and `proposals`, which has `cluster`.
+        path (`Path`): The PNG to write.
+        num_clusters (`int`): Rows of the picture, at most.
+        seed (`int`): Of the choice of boxes.
+
+    Returns:
+        `Path`: `path`.
+    """
+    places, clusters = [], []  # place: split, row, box
+    for split, dataset in enumerate(splits.values()):
+        for start, table in arrow_batches(dataset, ["proposals"]):
+            values, counts = read_values(table["proposals"], "cluster")
+            rows = np.repeat(np.arange(len(counts)), counts)
+            box = np.arange(len(values)) - np.repeat(counts.cumsum() - counts, counts)
+            places.append(np.stack([np.full(len(values), split), start + rows, box], axis=1).astype(np.int32))
+            clusters.append(values)
+    places, clusters = np.concatenate(places), np.concatenate(clusters).astype(np.int64)
+    sizes = np.bincount(clusters)
+    rng = np.random.default_rng(seed)
+    tables = [dataset.with_format("arrow") for dataset in splits.values()]
+    crops = {}
+    for cluster in np.argsort(-sizes, kind="stable")[:num_clusters]:
+        members = rng.permutation(places[clusters == cluster])
+        _, first = np.unique(members[:, :2], axis=0, return_index=True)
+        order = np.argsort(~np.isin(np.arange(len(members)), first), kind="stable")  # one of each image, then others
+        found = (_crop(tables[split], int(row), box) for split, row, box in members[order])
+        found = itertools.islice((crop for crop in found if crop is not None), _CROPS)
+        crops[f"{cluster}: {sizes[cluster]} boxes"] = list(found)
+    return plot_crops(crops, path, title=f"Proposals of the largest of {len(sizes)} clusters")
+
+
+def _crop(table: datasets.Dataset, row: int, box: int) -> np.ndarray | None:
+    """The pixels of a box; none if it cannot be used."""
+    stored = table[row]
+    image = decode_image(stored["image"][0].as_py())
+    boxes, kept = clean_boxes(read_boxes(stored["proposals"])[0], image.shape[1], image.shape[0])
+    if box not in kept:
+        return None
+    x, y, width, height = boxes[np.flatnonzero(kept == box)[0]]
+    left, top = int(x), int(y)
+    return image[top : max(top + 1, int(np.ceil(y + height))), left : max(left + 1, int(np.ceil(x + width)))]
