@@ -8,6 +8,8 @@ Sources: F. = Felzenszwalb and Huttenlocher, Efficient Graph-Based Image Segment
 U. = Uijlings et al., Selective Search for Object Recognition, IJCV 2013.
 """
 
+import functools
+
 import numba
 import numpy as np
 
@@ -19,6 +21,7 @@ ORIENTATIONS = 8
 MAGNITUDES = 5
 TEXTURE_BINS = ORIENTATIONS * MAGNITUDES
 
+NO_EDGE = 8191  # the weight of what is no edge; others are at most 16 * 255 * sqrt(3)
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -39,8 +42,10 @@ def resize_area(image, height, width):
     old_height, old_width, channels = image.shape
     result = np.empty((height, width, channels), np.uint8)
     flat = image.reshape(old_height, old_width * channels)
-    column_sums = np.empty(old_width * channels, np.int64)
+    column_sums = np.empty(old_width * channels, np.int32)
     area = old_height * old_width
+    inverse = 1.0 / area
+    totals = np.empty(channels, np.int64)
     for y in range(height):
         # New row y covers [y, y + 1) * old_height; old row i covers [i, i + 1) * height. All overlaps are integers.
         top, bottom = y * old_height, (y + 1) * old_height
@@ -48,14 +53,16 @@ def resize_area(image, height, width):
         for i in range(top // height, (bottom - 1) // height + 1):
             overlap = min(bottom, (i + 1) * height) - max(top, i * height)
             for j in range(old_width * channels):
-                column_sums[j] += overlap * flat[i, j]
+                column_sums[j] += np.int32(overlap) * np.int32(flat[i, j])
         for x in range(width):
             left, right = x * old_width, (x + 1) * old_width
+            totals[:] = area // 2
+            for j in range(left // width, (right - 1) // width + 1):
+                overlap = min(right, (j + 1) * width) - max(left, j * width)
+                for c in range(channels):
+                    totals[c] += overlap * column_sums[j * channels + c]
             for c in range(channels):
-                total = area // 2
-                for j in range(left // width, (right - 1) // width + 1):
-                    total += (min(right, (j + 1) * width) - max(left, j * width)) * column_sums[j * channels + c]
-                result[y, x, c] = total // area
+                result[y, x, c] = np.uint8(totals[c] * inverse)
     return result
 
 
@@ -84,11 +91,11 @@ def to_hsv(image):
 
 
 @_jit
-def to_lab(image, linear, root):
+def to_lab(image, linear, root, lightness):
     """
     RGB uint8 `[H, W, 3]` to CIE L*a*b* (D65), L scaled to 0..255 and a, b shifted by 128.
 
-    `linear` `[256]` and `root` `[4096]` are the tables of [`lab_tables`].
+    The other arguments are the tables of [`lab_tables`].
     """
     result = np.empty_like(image)
     for y in range(image.shape[0]):
@@ -96,40 +103,45 @@ def to_lab(image, linear, root):
             r, g, b = linear[image[y, x, 0]], linear[image[y, x, 1]], linear[image[y, x, 2]]
             # Rows of the sRGB matrix over the white point, times 2^14; each sums to 2^14.
             fx = root[(7110 * r + 6163 * g + 3111 * b) >> 14]
-            fy = root[(3484 * r + 11717 * g + 1183 * b) >> 14]
+            luminance = (3484 * r + 11717 * g + 1183 * b) >> 14
+            fy = root[luminance]
             fz = root[(291 * r + 1794 * g + 14299 * b) >> 14]
-            result[y, x, 0] = min(255, max(0, (1160 * fy - 160 * ONE) * 255 // (1000 * ONE)))
-            result[y, x, 1] = min(255, max(0, 128 + 500 * (fx - fy) // ONE))
-            result[y, x, 2] = min(255, max(0, 128 + 200 * (fy - fz) // ONE))
+            result[y, x, 0] = lightness[luminance]
+            result[y, x, 1] = min(255, max(0, 128 + (500 * (fx - fy) >> 15)))
+            result[y, x, 2] = min(255, max(0, 128 + (200 * (fy - fz) >> 15)))
     return result
 
 
+@functools.cache
 def lab_tables():
-    """Intensity 0..255 to linear light 0..4095, and linear light to the f of CIE L*a*b* (1.0 is `ONE`); both int64."""
+    """Tables int32: intensity 0..255 to linear light 0..4095, that to f of L*a*b* (1.0 is `ONE`) and to L 0..255."""
     s = np.arange(256) / 255
     linear = np.where(s <= 0.04045, s / 12.92, ((s + 0.055) / 1.055) ** 2.4)
     t = np.arange(4096) / 4095
     root = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.rint(linear * 4095).astype(np.int64), np.rint(root * ONE).astype(np.int64)
+    tables = linear * 4095, root * ONE, (1.16 * root - 0.16) * 255
+    return tuple(np.rint(table).astype(np.int32) for table in tables)
 
 
 @_jit
 def smooth(image):
-    """Filters uint8 `[H, W, C]` by 1-2-1 along both axes (like a Gaussian of sigma 0.7): int32, 16 times the value."""
+    """
+    Filters uint8 `[H, W, C]` by 1-2-1 along both axes, much like a Gaussian of sigma 0.7.
+
+    Returns int32 `[C, H, W]`, 16 times the value.
+    """
     height, width, channels = image.shape
-    result = np.empty((height, width, channels), np.int32)
-    flat = image.reshape(height, width * channels)
-    columns = np.empty(width * channels, np.int32)
-    for y in range(height):
-        above, below = max(y - 1, 0), min(y + 1, height - 1)
-        for j in range(width * channels):
-            columns[j] = np.int32(flat[above, j]) + 2 * np.int32(flat[y, j]) + np.int32(flat[below, j])
-        for x in range(width):
-            left, right = max(x - 1, 0), min(x + 1, width - 1)
-            for c in range(channels):
-                result[y, x, c] = (
-                    columns[left * channels + c] + 2 * columns[x * channels + c] + columns[right * channels + c]
-                )
+    result = np.empty((channels, height, width), np.int32)
+    column = np.empty(width, np.int32)
+    for c in range(channels):
+        for y in range(height):
+            above, below = max(y - 1, 0), min(y + 1, height - 1)
+            for x in range(width):
+                column[x] = np.int32(image[above, x, c]) + 2 * np.int32(image[y, x, c]) + np.int32(image[below, x, c])
+            result[c, y, 0] = 3 * column[0] + column[min(1, width - 1)]
+            for x in range(1, width - 1):
+                result[c, y, x] = column[x - 1] + 2 * column[x] + column[x + 1]
+            result[c, y, width - 1] = column[max(width - 2, 0)] + 3 * column[width - 1]
     return result
 
 
@@ -158,57 +170,102 @@ def texture(intensity):
 
 
 @_jit
-def edge_weights(image, diagonals):
+def edge_weights(planes):
     """
-    Distances between neighbouring pixels of int32 `[H, W, C]`, as uint16.
+    Euclidean distances between neighbouring pixels of int32 `[3, H, W]`, as uint16.
 
-    Returns `[H * W, D]`, D being 4 with diagonals and 2 without: right, below, below right, below left. Edges that
-    would leave the image weigh 65535.
+    Returns `[4, H, W]`: to the neighbour on the right, below, below right and below left; `NO_EDGE` where none is.
     """
-    height, width, channels = image.shape
-    directions = 4 if diagonals else 2
-    weights = np.full((height * width, directions), 65535, np.uint16)
-    for y in range(height):
-        for x in range(width):
-            for d in range(directions):
-                other_y = y + (d > 0)
-                other_x = x + (0 if d == 1 else (-1 if d == 3 else 1))
-                if other_y < height and 0 <= other_x < width:
-                    square = np.int32(0)
-                    for c in range(channels):
-                        difference = image[y, x, c] - image[other_y, other_x, c]
-                        square += difference * difference
-                    weights[y * width + x, d] = np.uint16(np.sqrt(np.float32(square)))
+    _, height, width = planes.shape
+    weights = np.full((4, height, width), NO_EDGE, np.uint16)
+    for direction in range(4):
+        dy = 0 if direction == 0 else 1
+        left, right = (
+            (0, 1) if direction in (0, 2) else ((0, 0) if direction == 1 else (1, 0))
+        )  # of pixel and neighbour
+        length = width - max(left, right)
+        for y in range(height - dy):
+            pixels = planes[:, y, left : left + length]
+            others = planes[:, y + dy, right : right + length]
+            row = weights[direction, y, left : left + length]
+            for x in range(length):
+                first = pixels[0, x] - others[0, x]
+                second = pixels[1, x] - others[1, x]
+                third = pixels[2, x] - others[2, x]
+                square = first * first + second * second + third * third
+                row[x] = np.int32(np.sqrt(np.float32(square)))
     return weights
+
+
+@_jit
+def prune_edges(weights):
+    """
+    Removes from [`edge_weights`] the heaviest edge of every triangle of pixels.
+
+    Its ends are connected by lighter edges, so it is in no minimum spanning tree, which is all that F. algorithm 1
+    follows but for rare cases. More than half of the edges go, and with them most of the time.
+    """
+    height, width = weights.shape[1:]
+    kept = weights.copy()
+    for y in range(height - 1):
+        top, bottom, sides = weights[0, y], weights[0, y + 1], weights[1, y]
+        falling, rising = weights[2, y], weights[3, y]
+        # The square of pixels at x has the sides top[x], bottom[x], sides[x] and sides[x + 1], and the diagonals
+        # falling[x] and rising[x + 1]. Of equal edges the diagonal goes; of two equal sides, none.
+        for x in range(width - 1):
+            heaviest = (falling[x] >= max(top[x], sides[x + 1])) | (falling[x] >= max(sides[x], bottom[x]))
+            kept[2, y, x] = NO_EDGE if heaviest else falling[x]
+        for x in range(width - 1):
+            heaviest = (rising[x + 1] >= max(top[x], sides[x])) | (rising[x + 1] >= max(sides[x + 1], bottom[x]))
+            kept[3, y, x + 1] = NO_EDGE if heaviest else rising[x + 1]
+        for x in range(width - 1):
+            heaviest = (top[x] > max(sides[x + 1], falling[x])) | (top[x] > max(sides[x], rising[x + 1]))
+            kept[0, y, x] = NO_EDGE if heaviest else kept[0, y, x]
+        for x in range(width - 1):
+            heaviest = (bottom[x] > max(sides[x], falling[x])) | (bottom[x] > max(sides[x + 1], rising[x + 1]))
+            kept[0, y + 1, x] = NO_EDGE if heaviest else kept[0, y + 1, x]
+        for x in range(width - 1):
+            heaviest = (sides[x] > max(bottom[x], falling[x])) | (sides[x] > max(top[x], rising[x + 1]))
+            kept[1, y, x] = NO_EDGE if heaviest else kept[1, y, x]
+        for x in range(1, width):
+            heaviest = (sides[x] > max(top[x - 1], falling[x - 1])) | (sides[x] > max(bottom[x - 1], rising[x]))
+            kept[1, y, x] = NO_EDGE if heaviest else kept[1, y, x]
+    return kept
 
 
 @_jit
 def sort_edges(weights):
     """
-    Sorts edges by weight, stable, in linear time (counting sort).
+    Sorts the edges of [`edge_weights`], lightest first, in linear time (a counting sort, stable).
 
-    Returns the indices of the edges in the flat `weights`, lightest first, without those of weight 65535, and
-    `starts`: the edges of weight w are `order[starts[w] : starts[w + 1]]`.
+    Returns int32 `[E, 3]`: pixel, pixel, weight.
     """
-    flat = weights.ravel()
-    heaviest = 0
-    for weight in flat:
-        if weight != 65535:
-            heaviest = max(heaviest, weight)
-    starts = np.zeros(heaviest + 2, np.int32)
-    for weight in flat:
-        if weight != 65535:
-            starts[weight + 1] += 1
-    for weight in range(heaviest + 1):
+    height, width = weights.shape[1:]
+    flat = weights.reshape(4, height * width)
+    # First the edges alone: their number is not known, and a branch on it could not be predicted.
+    present = np.empty(flat.size + 1, np.int32)
+    ends = np.zeros(5, np.int64)
+    number = 0
+    for direction in range(4):
+        for pixel in range(height * width):
+            present[number] = pixel
+            number += flat[direction, pixel] != NO_EDGE
+        ends[direction + 1] = number
+    starts = np.zeros(NO_EDGE + 1, np.int32)
+    for direction in range(4):
+        for pixel in present[ends[direction] : ends[direction + 1]]:
+            starts[flat[direction, pixel] + 1] += 1
+    for weight in range(NO_EDGE):
         starts[weight + 1] += starts[weight]
-    order = np.empty(starts[heaviest + 1], np.int32)
-    place = starts.copy()
-    for edge in range(len(flat)):
-        weight = flat[edge]
-        if weight != 65535:
-            order[place[weight]] = edge
-            place[weight] += 1
-    return order, starts
+    edges = np.empty((number, 3), np.int32)
+    for direction in range(4):
+        offset = (1, width, width + 1, width - 1)[direction]
+        for pixel in present[ends[direction] : ends[direction + 1]]:
+            weight = flat[direction, pixel]
+            place = starts[weight]
+            edges[place, 0], edges[place, 1], edges[place, 2] = pixel, pixel + offset, weight
+            starts[weight] = place + 1
+    return edges
 
 
 @_jit
@@ -221,110 +278,101 @@ def _find(parent, node):
 
 
 @_jit
-def segment_pixels(order, starts, directions, width, num_pixels, scale, min_size):
-    """
-    F. algorithm 1: walks the edges, lightest first, and joins two regions when the edge is no heavier than
-    `internal + scale / size` of both; then joins what is smaller than `min_size` to a neighbour.
+def _number_roots(parent):
+    """Labels int32 `[N]` of the trees in the order of their first nodes, and the root of each label."""
+    labels = np.full(len(parent), -1, np.int32)
+    roots = np.empty(len(parent), np.int32)
+    number = 0
+    for node in range(len(parent)):
+        root = _find(parent, node)
+        if labels[root] < 0:
+            labels[root] = number
+            roots[number] = root
+            number += 1
+        labels[node] = labels[root]
+    return labels, roots[:number]
 
-    Returns the label of each pixel int32, the heaviest edge inside each region (before the
-    small ones were joined) int32 `[R]`, and the neighbourhoods:
-    int32 `[E, 3]` of region, region, and the lightest edge between them, in ascending order of that edge.
+
+@_jit
+def join_regions(sizes, internal, edges, scale):
     """
-    offsets = np.array([1, width, width + 1, width - 1], np.int32)
-    shift = 2 if directions == 4 else 1
-    parent = np.arange(num_pixels).astype(np.int32)
-    size = np.ones(num_pixels, np.int32)
-    internal = np.zeros(num_pixels, np.int32)
-    limit = np.full(num_pixels, np.float32(scale), np.float32)
-    waiting = np.empty((len(order), 2), np.int32)  # edges between two regions, and their weight
+    F. algorithm 1: walks the edges, lightest first, and joins two regions where the edge is no heavier than
+    `internal + scale / size` of both.
+
+    The regions may be pixels (sizes 1, internal 0), or come from a smaller scale: a larger one joins, with few
+    exceptions, whole regions of a smaller one, and has a small part of the edges left to walk.
+
+    Args: sizes int32 `[N]`, the heaviest edge used inside each region int32 `[N]`, edges int32 `[E, 3]` (region,
+    region, weight), ascending in weight.
+    Returns: the new label of each region int32 `[N]`, and sizes, internal and edges of the new regions.
+    """
+    parent = np.arange(len(sizes)).astype(np.int32)
+    size, heaviest = sizes.copy(), internal.copy()
+    limit = np.empty(len(sizes), np.float32)
+    for region in range(len(sizes)):
+        limit[region] = np.float32(heaviest[region]) + np.float32(scale) / np.float32(size[region])
+    waiting = np.empty(len(edges), np.int32)
     num_waiting = 0
-    for weight in range(len(starts) - 1):
-        for i in range(starts[weight], starts[weight + 1]):
-            first = order[i] >> shift
-            second = first + offsets[order[i] & (directions - 1)]
-            a, b = _find(parent, first), _find(parent, second)
-            if a == b:
-                continue
-            if weight <= limit[a] and weight <= limit[b]:
-                if size[a] < size[b]:
-                    a, b = b, a
-                parent[b] = a
-                size[a] += size[b]
-                internal[a] = weight
-                limit[a] = np.float32(weight) + np.float32(scale) / np.float32(size[a])
-            else:
-                waiting[num_waiting, 0] = order[i]
-                waiting[num_waiting, 1] = weight
-                num_waiting += 1
+    for i in range(len(edges)):
+        a, b = parent[edges[i, 0]], parent[edges[i, 1]]
+        if a == b:
+            continue
+        a, b = _find(parent, a), _find(parent, b)
+        parent[edges[i, 0]], parent[edges[i, 1]] = a, b
+        if a == b:
+            continue
+        weight = edges[i, 2]
+        if weight <= limit[a] and weight <= limit[b]:
+            if size[a] < size[b]:
+                a, b = b, a
+            parent[b] = a
+            size[a] += size[b]
+            heaviest[a] = weight
+            limit[a] = np.float32(weight) + np.float32(scale) / np.float32(size[a])
+        else:
+            waiting[num_waiting] = i
+            num_waiting += 1
 
-    for i in range(num_waiting):
-        first = waiting[i, 0] >> shift
-        a, b = _find(parent, first), _find(parent, first + offsets[waiting[i, 0] & (directions - 1)])
+    labels, roots = _number_roots(parent)
+    left = np.empty((num_waiting, 3), np.int32)
+    num_left = 0
+    for i in waiting[:num_waiting]:
+        a, b = labels[edges[i, 0]], labels[edges[i, 1]]
+        if a != b:
+            left[num_left, 0], left[num_left, 1], left[num_left, 2] = a, b, edges[i, 2]
+            num_left += 1
+    return labels, size[roots], heaviest[roots], left[:num_left]
+
+
+@_jit
+def absorb_small(sizes, edges, min_size):
+    """
+    Joins regions of less than `min_size` pixels with a neighbour, over the lightest edges first (F. section 6).
+
+    Takes sizes and edges like [`join_regions`]. Returns the new label of each region int32 `[N]`, the number R of new
+    regions, and which of them are neighbours, int32 `[E', 2]`, every pair once.
+    """
+    parent = np.arange(len(sizes)).astype(np.int32)
+    size = sizes.copy()
+    for i in range(len(edges)):
+        a, b = _find(parent, edges[i, 0]), _find(parent, edges[i, 1])
         if a != b and (size[a] < min_size or size[b] < min_size):
             if size[a] < size[b]:
                 a, b = b, a
             parent[b] = a
             size[a] += size[b]
 
-    labels = np.empty(num_pixels, np.int32)
-    number = np.full(num_pixels, -1, np.int32)
-    roots = np.empty(num_pixels, np.int32)
-    num_regions = 0
-    for pixel in range(num_pixels):
-        root = _find(parent, pixel)
-        if number[root] < 0:
-            number[root] = num_regions
-            roots[num_regions] = root
-            num_regions += 1
-        labels[pixel] = number[root]
-
-    seen = np.zeros((num_regions, num_regions), np.bool_)
-    neighbours = np.empty((num_waiting, 3), np.int32)
-    num_neighbours = 0
-    for i in range(num_waiting):
-        first = waiting[i, 0] >> shift
-        a, b = labels[first], labels[first + offsets[waiting[i, 0] & (directions - 1)]]
-        a, b = min(a, b), max(a, b)
+    labels, roots = _number_roots(parent)
+    seen = np.zeros((len(roots), len(roots)), np.bool_)
+    neighbours = np.empty((len(edges), 2), np.int32)
+    number = 0
+    for i in range(len(edges)):
+        a, b = labels[edges[i, 0]], labels[edges[i, 1]]
         if a != b and not seen[a, b]:
-            seen[a, b] = True
-            neighbours[num_neighbours] = a, b, waiting[i, 1]
-            num_neighbours += 1
-    return labels, internal[roots[:num_regions]], neighbours[:num_neighbours]
-
-
-@_jit
-def join_regions(sizes, internal, neighbours, scale):
-    """
-    F. algorithm 1 on regions instead of pixels: continues a segmentation with a larger `scale`.
-
-    A larger scale joins, with few exceptions, whole regions of a smaller one; starting from those saves the walk over
-    the pixels. Returns the new label of each region int32 `[R]`, and the number of new regions.
-    """
-    parent = np.arange(len(sizes)).astype(np.int32)
-    size = sizes.copy()
-    heaviest = internal.copy()
-    for i in range(len(neighbours)):
-        a, b, weight = _find(parent, neighbours[i, 0]), _find(parent, neighbours[i, 1]), neighbours[i, 2]
-        if a == b:
-            continue
-        margin = np.float32(scale)
-        if weight <= heaviest[a] + margin / np.float32(size[a]) and weight <= heaviest[b] + margin / np.float32(
-            size[b]
-        ):
-            if size[a] < size[b]:
-                a, b = b, a
-            parent[b] = a
-            size[a] += size[b]
-            heaviest[a] = max(heaviest[a], heaviest[b], weight)
-    labels = np.full(len(sizes), -1, np.int32)
-    num_regions = 0
-    for region in range(len(sizes)):
-        root = _find(parent, region)
-        if labels[root] < 0:
-            labels[root] = num_regions
-            num_regions += 1
-        labels[region] = labels[root]
-    return labels, num_regions
+            seen[a, b] = seen[b, a] = True
+            neighbours[number, 0], neighbours[number, 1] = a, b
+            number += 1
+    return labels, len(roots), neighbours[:number]
 
 
 # ---- hierarchical grouping of regions (U.)
@@ -359,8 +407,8 @@ def describe_regions(labels, num_regions, colour, gradient):
 
 
 @_jit
-def join_descriptions(labels, num_regions, sizes, boxes, counts, neighbours):
-    """Sizes, boxes, counts and neighbourhoods after [`join_regions`]."""
+def join_descriptions(labels, num_regions, sizes, boxes, counts):
+    """Sizes, boxes and counts of [`describe_regions`] after the regions were joined: region i is now `labels[i]`."""
     new_sizes = np.zeros(num_regions, np.int32)
     new_boxes = np.empty((num_regions, 4), np.int32)
     new_boxes[:, :2], new_boxes[:, 2:] = np.int32(2**30), 0
@@ -373,17 +421,7 @@ def join_descriptions(labels, num_regions, sizes, boxes, counts, neighbours):
             new_boxes[new, i + 2] = max(new_boxes[new, i + 2], boxes[old, i + 2])
         for i in range(counts.shape[1]):
             new_counts[new, i] += counts[old, i]
-    seen = np.zeros((num_regions, num_regions), np.bool_)
-    new_neighbours = np.empty_like(neighbours)
-    number = 0
-    for i in range(len(neighbours)):
-        a, b = labels[neighbours[i, 0]], labels[neighbours[i, 1]]
-        a, b = min(a, b), max(a, b)
-        if a != b and not seen[a, b]:
-            seen[a, b] = True
-            new_neighbours[number] = a, b, neighbours[i, 2]
-            number += 1
-    return new_sizes, new_boxes, new_counts, new_neighbours[:number]
+    return new_sizes, new_boxes, new_counts
 
 
 @_jit
@@ -504,32 +542,33 @@ def group_regions(sizes, boxes, counts, neighbours, area, weights):
 
 
 @_jit
-def count_votes(boxes, hierarchy, num_hierarchies):
+def collect_votes(boxes, hierarchies):
     """
-    How many hierarchies hold a box much like each box: with an IoU of at least 3/4.
+    Which hierarchies hold a box much like each box: with an IoU of at least 3/4.
 
-    Args: boxes xyxy int64 `[N, 4]` in ascending order of area, and the hierarchy int64 `[N]` that each comes from.
-    Returns int64 `[N]`, at least 1.
+    Args: distinct boxes xyxy int64 `[N, 4]` in ascending order of area, and the hierarchies that hold exactly each
+    box, bits of an int64 `[N]`.
+    Returns their number for each box, int64 `[N]`.
     """
     number = len(boxes)
-    agrees = np.zeros((number, num_hierarchies), np.bool_)
+    agreeing = hierarchies.copy()
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for i in range(number):
-        agrees[i, hierarchy[i]] = True
+        left, top, right, bottom = boxes[i]
         for j in range(i + 1, number):
             if 4 * areas[i] < 3 * areas[j]:
                 break
-            width = min(boxes[i, 2], boxes[j, 2]) - max(boxes[i, 0], boxes[j, 0])
-            height = min(boxes[i, 3], boxes[j, 3]) - max(boxes[i, 1], boxes[j, 1])
-            if width > 0 and height > 0:
-                intersection = width * height
-                if 4 * intersection >= 3 * (areas[i] + areas[j] - intersection):
-                    agrees[i, hierarchy[j]] = True
-                    agrees[j, hierarchy[i]] = True
+            width = min(right, boxes[j, 2]) - max(left, boxes[j, 0])
+            height = min(bottom, boxes[j, 3]) - max(top, boxes[j, 1])
+            intersection = max(width, 0) * max(height, 0)
+            if 4 * intersection >= 3 * (areas[i] + areas[j] - intersection):
+                agreeing[i] |= hierarchies[j]
+                agreeing[j] |= hierarchies[i]
     votes = np.zeros(number, np.int64)
     for i in range(number):
-        for j in range(num_hierarchies):
-            votes[i] += agrees[i, j]
+        while agreeing[i]:
+            agreeing[i] &= agreeing[i] - 1  # drops the lowest bit
+            votes[i] += 1
     return votes
 
 
