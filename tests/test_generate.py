@@ -15,14 +15,14 @@ import PIL.Image
 import pytest
 
 from aligndet_hf import cli
-from aligndet_hf.data import generate
+from aligndet_hf.data import generate, sources
 from aligndet_hf.data.columns import DataError, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.generate import ProposalsArguments, content_hash, generate_proposals
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.proposals import opencv_selective_search
 
-QUICK = {"mode": "single", "short_side": 48, "shard_size": 2, "num_workers": 1, "disable_tqdm": True}
+QUICK = {"mode": "single", "short_side": 48, "shard_size": 2, "num_workers": 0, "disable_tqdm": True}
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
@@ -53,11 +53,11 @@ def counted(monkeypatch):
     """The images that are searched in this process."""
     searched = []
 
-    def search(image, **kwargs):
+    def search(image, *args, **kwargs):
         searched.append(image.shape)
-        return opencv_selective_search(image, **kwargs)
+        return opencv_selective_search(image, *args, **kwargs)
 
-    monkeypatch.setattr(generate, "opencv_selective_search", search)
+    monkeypatch.setattr(sources, "opencv_selective_search", search)
     return searched
 
 
@@ -103,7 +103,7 @@ def test_report_and_description_say_how_it_was_made(tmp_path):
             },
         }
     }
-    assert report["settings"]["algorithm"] == "opencv_selective_search"
+    assert report["settings"]["source"] == "opencv"
     assert report["settings"]["max_boxes"] == 7 and report["settings"]["mode"] == "single"
     assert set(report["versions"]) == {"aligndet_hf", "opencv", "numpy", "datasets"}
     assert report["skipped"] == []
@@ -270,7 +270,7 @@ def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
     class Killed(BaseException):
         pass
 
-    search, replace = generate.opencv_selective_search, os.replace
+    search, replace = sources.opencv_selective_search, os.replace
 
     def kill(*args, **kwargs):
         raise Killed
@@ -287,9 +287,9 @@ def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
 
     for target, name, replacement in [
         (generate.pa.ipc, "new_stream", write_half),
-        (generate, "opencv_selective_search", search_five),
+        (sources, "opencv_selective_search", search_five),
         (generate, "_with_proposals", kill),
-        (datasets.Dataset, "save_to_disk", kill),
+        (generate, "embed_table_storage", kill),
         (os, "replace", replace_files),
     ]:
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -409,7 +409,7 @@ def test_bad_input_is_named(tmp_path):
     [
         ({"mode": "slow"}, "mode must be one of single, fast, quality, got 'slow'"),
         ({"short_side": 0}, "short_side must be positive"),
-        ({"num_workers": 0}, "num_workers must be positive"),
+        ({"num_workers": -1}, "num_workers must be 0 or more"),
         ({"strategy": "size3"}, "Unknown filter strategy 'size3'"),
     ],
 )
