@@ -41,6 +41,12 @@ COMMANDS = {
         "cluster_proposals",
         "sort the proposals into pseudo-classes: k-means over features of a frozen backbone",
     ),
+    "recall": Command(
+        "aligndet_hf.evaluation.recall",
+        "RecallArguments",
+        "measure_recall",
+        "say how many objects the proposals find, beside random boxes and a grid; draw them",
+    ),
     "pretrain": Command(
         "aligndet_hf.training.pretrain",
         "PretrainArguments",
