@@ -142,6 +142,10 @@ class ProposalsArguments:
         """What the chosen source takes of these arguments."""
         return {name: getattr(self, name) for name in SOURCES[self.source].settings}
 
+    def input_column(self) -> str | None:
+        """The column that the source reads, beside the images."""
+        return {"column": self.column, "json": "proposals"}.get(self.source)
+
     def selection(self) -> dict:
         """Keyword arguments of [`~aligndet_hf.proposals.filters.select_indices`]."""
         names = ["max_aspect_ratio", "min_side", "min_relative_size", "max_relative_size", "relax_if_empty"]
@@ -221,7 +225,7 @@ def _generate(
     if arguments.source == "json":
         launch.on_main(_import, sources, work, arguments.proposals_file)
         sources = {name: _with_imported(source, work / f"{name}-imported.arrow") for name, source in sources.items()}
-    column = arguments.source_settings().get("column")
+    column = arguments.input_column()
     with_clusters = column is not None and all("cluster" in source.features[column] for source in sources.values())
 
     shards = make_shards(sources, work, arguments.shard_size)
@@ -395,13 +399,13 @@ def _image_bytes(value: dict | None) -> bytes:
 def _load_sources(arguments: ProposalsArguments, launch: Launch) -> dict[str, datasets.Dataset]:
     """The splits to search; with an earlier `proposals` column only if that is the source."""
     names = split_names(arguments.dataset) if arguments.split is None else [arguments.split]
-    column = arguments.source_settings().get("column")
+    column = arguments.column if arguments.source == "column" else None
     sources = {}
     for name in names:
         source = load_dataset_source(arguments.dataset, name, image_dir=arguments.image_dir)
         if len(source) == 0:
             raise DataError(f"{arguments.dataset}: the split '{name}' has no rows.")
-        if arguments.source == "column":
+        if column is not None:
             require_columns(source, [column], f"{arguments.dataset}, split '{name}'")
         if "proposals" in source.column_names and column != "proposals":
             if launch.is_main:
@@ -534,7 +538,7 @@ def _search_shards(
     launch: Launch,
 ) -> None:
     """Writes the files of the shards that are not there yet."""
-    needed = {"image", arguments.source_settings().get("column", "image")}
+    needed = {"image", arguments.input_column() or "image"}
     inputs = {name: source.select_columns(sorted(needed)) for name, source in sources.items()}
     pending = [shard for shard in shards if not os.path.exists(shard.path)]
     total = sum(shard.stop - shard.start for shard in shards)

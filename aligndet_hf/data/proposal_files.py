@@ -38,8 +38,8 @@ def import_proposals(path: str | Path, sources: dict[str, datasets.Dataset]) -> 
     annotations = content["annotations"]
     try:
         owners = np.array([annotation["image_id"] for annotation in annotations], dtype=np.int64)
-        boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float32).reshape(-1, 4)
-        if len(boxes) != len(owners):
+        boxes = np.array([annotation["bbox"] for annotation in annotations] or np.zeros((0, 4)), dtype=np.float32)
+        if boxes.shape != (len(owners), 4):
             raise ValueError("'bbox' must be four numbers [x, y, width, height]")
         scored = bool(annotations) and all("score" in annotation for annotation in annotations)
         scores = np.array([annotation["score"] for annotation in annotations] if scored else np.zeros(len(boxes)))

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -85,6 +86,8 @@ SOURCES = {
         lambda: {name: version(name) for name in ("torch", "transformers")},
     ),
     "column": Source(_open_column, ("column",), dict),
+    # Read into the column `proposals` before the search.
+    "json": Source(partial(_open_column, "proposals"), (), dict),
 }
 
 

@@ -232,12 +232,12 @@ class BoxStatistics:
 def format_statistics(statistics: Mapping) -> str:
     """Lays out what [`BoxStatistics.compute`] returns for a terminal."""
     counts = statistics["per_image"]
-    shares = [f"{100 * share:.1f} % {_NAMES.get(name, name)}" for name, share in statistics["share"].items()]
+    shares = [f"{100 * share:.1f} % {name}" for name, share in statistics["share"].items()]
     lines = [
         f"boxes an image: mean {counts['mean']:.1f}, min {counts['min']:g}, median {counts['median']:g}, "
         f"max {counts['max']:g}",
-        f"  in pixels: {', '.join(shares[: len(AREAS)])}",
-        f"  in the image: {', '.join(shares[len(AREAS) :])}",
+        f"  by area: {', '.join(shares[: len(AREAS)])}",
+        f"  by size relative to the image: {', '.join(shares[len(AREAS) :])}",
     ]
     return "\n".join(lines)
 

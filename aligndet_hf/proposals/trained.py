@@ -77,9 +77,9 @@ def _load_mask_generator(model: str, score_threshold: float, device: str) -> Box
         found = []
         for image in images:
             result = generate(PIL.Image.fromarray(image), pred_iou_thresh=score_threshold, output_bboxes_mask=True)
-            boxes = np.array([np.asarray(box.cpu()) for box in result["bounding_boxes"]]).reshape(-1, 4)
-            scores = np.array([float(score) for score in result["scores"]], dtype=np.float32)
-            found.append((_xywh_inside(boxes, image), scores))
+            # The corners are pixels of the mask, both included.
+            boxes = result["bounding_boxes"].cpu().numpy() + [0, 0, 1, 1]
+            found.append((_xywh_inside(boxes, image), result["scores"].float().cpu().numpy()))
         return found
 
     return find
