@@ -38,7 +38,7 @@ _DESCRIPTION = "Proposals: "  # starts what is appended to `info.description`
 _LISTED_IMAGES = 10
 
 _ROWS_IN_MEMORY = 16  # photographs of 20 megapixels take some 10 MB each
-_ROWS_AT_ONCE = 512  # between two mappings of a file into memory, see `reopened`
+_ROWS_AT_ONCE = 128  # between two mappings of a file into memory, see `reopened`
 _FILE_BYTES = 500_000_000  # of a file of the output, as `save_to_disk` has it
 
 
@@ -222,9 +222,8 @@ def _generate(
     work = output.with_name(output.name + ".partial")
     state = settings | versions | {"shard_size": arguments.shard_size}
     launch.on_main(open_work_folder, work, state, arguments.overwrite)
-    if arguments.source == "json":
-        launch.on_main(_import, sources, work, arguments.proposals_file)
-        sources = {name: _with_imported(source, work / f"{name}-imported.arrow") for name, source in sources.items()}
+    launch.on_main(_write_inputs, sources, work, arguments)
+    sources = _mapped_inputs(sources, work, arguments)
     column = arguments.input_column()
     with_clusters = column is not None and all("cluster" in source.features[column] for source in sources.values())
 
@@ -253,17 +252,34 @@ def _generate(
     launch.on_main(finish)
 
 
-def _import(sources: dict[str, datasets.Dataset], work: Path, path: str) -> None:
-    """Reads a proposal file into one Arrow file per split, which all processes map into memory."""
-    for name, column in import_proposals(path, sources).items():
-        with pa.OSFile(str(work / f"{name}-imported.arrow"), "wb") as file:
-            with pa.ipc.new_stream(file, column.features.arrow_schema) as writer:
-                writer.write_table(column.data.table, max_chunksize=1000)
+def _write_inputs(sources: dict[str, datasets.Dataset], work: Path, arguments: ProposalsArguments) -> None:
+    """Writes what only this process's memory holds to files that all processes map: image paths, imported boxes."""
+    for name, source in sources.items():
+        if not source.cache_files:
+            _write_arrow(source, work / f"{name}-input.arrow")
+    if arguments.source == "json":
+        for name, column in import_proposals(arguments.proposals_file, sources).items():
+            _write_arrow(column, work / f"{name}-imported.arrow")
 
 
-def _with_imported(source: datasets.Dataset, path: Path) -> datasets.Dataset:
-    imported = datasets.Dataset.from_file(str(path))
-    return datasets.concatenate_datasets([_without_proposals(source), imported], axis=1)
+def _mapped_inputs(
+    sources: dict[str, datasets.Dataset], work: Path, arguments: ProposalsArguments
+) -> dict[str, datasets.Dataset]:
+    """The splits with all their columns in files."""
+    mapped = {}
+    for name, source in sources.items():
+        if not source.cache_files:
+            source = datasets.Dataset.from_file(str(work / f"{name}-input.arrow"), source.info, source.split)
+        if arguments.source == "json":
+            imported = datasets.Dataset.from_file(str(work / f"{name}-imported.arrow"))
+            source = datasets.concatenate_datasets([source, imported], axis=1)
+        mapped[name] = source
+    return mapped
+
+
+def _write_arrow(dataset: datasets.Dataset, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, dataset.features.arrow_schema) as writer:
+        writer.write_table(dataset.data.table, max_chunksize=1000)
 
 
 def _export(result: datasets.Dataset | datasets.DatasetDict, path: Path) -> None:
@@ -333,7 +349,7 @@ def save_split(dataset: datasets.Dataset, folder: Path) -> None:
         files.append(f"data-{len(files):05d}.arrow")
         with pa.OSFile(str(folder / files[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
             while rows and file.tell() < _FILE_BYTES:
-                for table in reopened(dataset).select(rows[:_ROWS_AT_ONCE]).with_format("arrow").iter(_ROWS_IN_MEMORY):
+                for table in reopened(dataset, rows[:_ROWS_AT_ONCE]).with_format("arrow").iter(_ROWS_IN_MEMORY):
                     writer.write_table(embed_table_storage(table_cast(table, schema)))
                 rows = rows[_ROWS_AT_ONCE:]
     dataset.info.write_to_directory(str(folder))
@@ -349,13 +365,14 @@ def save_split(dataset: datasets.Dataset, folder: Path) -> None:
     write_json(folder / "state.json", state)
 
 
-def reopened(dataset: datasets.Dataset) -> datasets.Dataset:
+def reopened(dataset: datasets.Dataset, rows: range) -> datasets.Dataset:
     """
-    The same data set, its files mapped into memory anew.
+    Some rows of a data set, whose files are mapped into memory anew.
 
-    What was read through the former mapping counts as memory of this process as long as that is there.
+    What was read through a mapping counts as memory of this process as long as the mapping is there.
     """
-    return pickle.loads(pickle.dumps(dataset)) if dataset.cache_files else dataset
+    part = dataset.select(rows)
+    return pickle.loads(pickle.dumps(part)) if part.cache_files else part
 
 
 def content_hash(dataset: datasets.Dataset, disable_tqdm: bool = True) -> str:
@@ -373,7 +390,7 @@ def content_hash(dataset: datasets.Dataset, disable_tqdm: bool = True) -> str:
     with tqdm(total=len(dataset), desc="reading images", unit="image", leave=False, disable=disable_tqdm) as progress:
         for start in range(0, len(dataset), _ROWS_AT_ONCE):
             rows = range(start, min(start + _ROWS_AT_ONCE, len(dataset)))
-            for batch in reopened(dataset).select(rows).with_format("arrow").iter(_ROWS_IN_MEMORY):
+            for batch in reopened(dataset, rows).with_format("arrow").iter(_ROWS_IN_MEMORY):
                 for value in batch["image"]:
                     content = hashlib.blake2b(_image_bytes(value.as_py()), digest_size=16)
                     digest.update(content.digest())
@@ -622,13 +639,13 @@ def _search_shard(
     shard: Shard, inputs: datasets.Dataset, search: Search, with_clusters: bool, arguments: ProposalsArguments
 ) -> None:
     """Searches the images of a shard, a batch at a time, and writes its file."""
-    inputs = reopened(inputs)
+    inputs = reopened(inputs, range(shard.start, shard.stop))
     batch_size = arguments.source_settings().get("batch_size", 1)
     results = []
     for start in range(shard.start, shard.stop, batch_size):
         rows, images, faults = [], [], {}
         for place in range(start, min(start + batch_size, shard.stop)):
-            row = inputs[place]
+            row = inputs[place - shard.start]
             try:
                 images.append(decode_image(row["image"]))
                 rows.append(row)
