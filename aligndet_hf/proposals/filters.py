@@ -1,4 +1,4 @@
-"""Which proposals to keep: shape and size filters, duplicates, non-maximum suppression. NumPy only.
+"""Which proposals to keep: shape and size filters, duplicates, non-maximum suppression.
 
 Boxes are absolute `xywh` pixels everywhere in this package's proposal code.
 """
@@ -130,14 +130,11 @@ def nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, max_boxes: int 
     Returns:
         `np.ndarray` of shape `[K]`: Indices of the kept boxes, best first.
     """
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    remaining = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
-    kept = []
-    while remaining.size and (max_boxes is None or len(kept) < max_boxes):
-        best, remaining = remaining[0], remaining[1:]
-        kept.append(best)
-        remaining = remaining[box_iou(boxes[best], boxes[remaining]) <= threshold]
-    return np.array(kept, dtype=np.int64)
+    from .kernels import suppress  # numba takes a moment to import
+
+    boxes = np.ascontiguousarray(boxes, dtype=np.float64).reshape(-1, 4)
+    order = np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")
+    return suppress(boxes, order, float(threshold), len(boxes) if max_boxes is None else max_boxes)
 
 
 def select_indices(
