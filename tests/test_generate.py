@@ -23,7 +23,14 @@ from aligndet_hf.data.generate import ProposalsArguments, content_hash, generate
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.proposals import opencv_selective_search
 
-QUICK = {"mode": "single", "short_side": 48, "shard_size": 2, "num_workers": 0, "disable_tqdm": True}
+QUICK = {
+    "source": "opencv",
+    "mode": "single",
+    "short_side": 48,
+    "shard_size": 2,
+    "num_workers": 0,
+    "disable_tqdm": True,
+}
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
@@ -326,7 +333,7 @@ def test_killed_twice_and_started_again(tmp_path, counted):
     """kill -9 of the command with two workers: they end too, finished shards stay, the result is the same."""
     write_images(tmp_path / "images", 40)
     run = arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100)
-    names = ["dataset", "output_dir", "mode", "short_side", "shard_size"]
+    names = ["dataset", "output_dir", "source", "mode", "short_side", "shard_size"]
     flags = [f"--{name}={getattr(run, name)}" for name in names]
     command = [sys.executable, "-m", "aligndet_hf.cli", "proposals", *flags]
     work, finished = tmp_path / "out.partial", {}
@@ -483,7 +490,9 @@ def test_content_hash_sees_all_content_and_only_content(tmp_path):
 def test_command_line(tmp_path, capsys):
     write_images(tmp_path / "images", 2)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"dataset: {tmp_path / 'images'}\nmode: single\nshort_side: 48\nnum_workers: 1\n")
+    recipe.write_text(
+        f"dataset: {tmp_path / 'images'}\nsource: opencv\nmode: single\nshort_side: 48\nnum_workers: 1\n"
+    )
     argv = ["proposals", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), "--disable_tqdm"]
     assert cli.main(argv) == 0
     assert len(datasets.load_from_disk(str(tmp_path / "out"))) == 2

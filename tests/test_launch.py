@@ -32,7 +32,7 @@ with Launch() as launch:
     launch.wait()
     for arguments in (sys.argv[1:3], sys.argv[1:3]):
         found = generate_proposals(ProposalsArguments(
-            dataset=arguments[0], output_dir=arguments[1], mode="single", short_side=40, shard_size=2, num_workers=0
+            dataset=arguments[0], output_dir=arguments[1], preset="tiny", shard_size=2, num_workers=0
         ))
         print("rows:", len(found))
 """
@@ -89,9 +89,7 @@ def test_two_processes_share_the_work(images, tmp_path):
         assert output.count("rows: 8") == 2
         assert ("Saved to" in output, "Nothing to do" in output) == (rank == 0, rank == 0)  # only the main one talks
     alone = generate_proposals(
-        ProposalsArguments(
-            dataset=str(images), output_dir=str(tmp_path / "alone"), mode="single", short_side=40, disable_tqdm=True
-        )
+        ProposalsArguments(dataset=str(images), output_dir=str(tmp_path / "alone"), preset="tiny", disable_tqdm=True)
     )
     assert datasets.load_from_disk(str(tmp_path / "out"))["proposals"][:] == alone["proposals"][:]
 
@@ -118,7 +116,7 @@ def test_a_rank_searches_its_shards_only(images, tmp_path, monkeypatch, rank):
             raise Stop
 
     monkeypatch.setattr(generate, "Launch", OneOfThree)
-    fields = {"mode": "single", "short_side": 40, "shard_size": 2, "num_workers": 0, "disable_tqdm": True}
+    fields = {"preset": "tiny", "shard_size": 2, "num_workers": 0, "disable_tqdm": True}
     run = ProposalsArguments(dataset=str(images), output_dir=str(tmp_path / "out"), **fields)
     with pytest.raises(Stop):
         generate_proposals(run)

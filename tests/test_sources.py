@@ -299,7 +299,7 @@ def test_export_of_several_splits_without_clusters(images, tmp_path, capsys):
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)
         (tmp_path / "images" / split / "a.png").write_bytes((images / "0.png").read_bytes())
-    run = {"mode": "single", "short_side": 40, "export_json": str(tmp_path / "p.json")}
+    run = {"preset": "tiny", "export_json": str(tmp_path / "p.json")}
     generate_proposals(arguments(tmp_path / "images", tmp_path / "out", **run))
     for split in ("train", "validation"):
         content = json.loads((tmp_path / f"p-{split}.json").read_text())
@@ -329,11 +329,13 @@ def test_other_files_are_refused(images, tmp_path, text, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "magic"}, "source must be one of opencv, .*got 'magic'"),
-        ({"source": "detector"}, "detector and --source detector go together"),
-        ({"detector": "x"}, "detector and --source detector go together"),
-        ({"source": "json"}, "proposals_file and --source json go together"),
-        ({"batch_size": 0}, "batch_size must be positive"),
+        ({"source": "magic"}, "source must be one of selective_search, .*got 'magic'"),
+        ({"source": "detector"}, "--source detector needs --detector"),
+        ({"source": "json"}, "--source json needs --proposals_file"),
+        ({"detector": "x"}, "detector is for --source detector, not for selective_search"),
+        ({"source": "opencv", "preset": "tiny"}, "preset is for --source selective_search, not for opencv"),
+        ({"preset": "huge"}, "preset must be one of tiny, default, quality, got 'huge'"),
+        ({"source": "detector", "detector": "x", "batch_size": 0}, "batch_size must be positive"),
     ],
 )
 def test_arguments_that_do_not_fit(changes, message):

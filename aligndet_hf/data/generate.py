@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
+from ..proposals.selective_search import PRESETS
 from .columns import proposals_feature, require_columns
 from .errors import DataError, ImageError
 from .formats import load_dataset_source, split_names
@@ -65,27 +66,36 @@ class ProposalsArguments:
     )
 
     source: str = field(
-        default="opencv",
+        default="selective_search",
         metadata={
-            "help": "opencv: selective search as in OpenCV; detector: the boxes of a trained model; column: boxes "
-            "that the dataset has; json: a proposal file of AlignDet or SoCo"
+            "help": "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; "
+            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo"
         },
     )
-    mode: str = field(
-        default="fast",
-        metadata={"help": "opencv: single, fast or quality (about 0.03, 0.2 and 0.8 s an image)"},
+    preset: str | None = field(
+        default=None, metadata={"help": "selective_search: tiny (fastest), default, or quality (most boxes)"}
     )
-    short_side: int = field(
-        default=200,
-        metadata={"help": "opencv: search on a copy with this shorter side in pixels; time grows with its square"},
+    mode: str | None = field(
+        default=None,
+        metadata={"help": "opencv: single, fast (the default) or quality (about 0.03, 0.2 and 0.8 s an image)"},
+    )
+    short_side: int | None = field(
+        default=None,
+        metadata={"help": "opencv: search on a copy with this shorter side in pixels, 200 if not given"},
     )
     detector: str | None = field(
         default=None,
         metadata={"help": "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM"},
     )
-    score_threshold: float = field(default=0.05, metadata={"help": "detector: lowest score of a box"})
-    batch_size: int = field(default=8, metadata={"help": "detector: images per forward pass"})
-    column: str = field(default="proposals", metadata={"help": "column: which one; objects for the labels"})
+    score_threshold: float | None = field(
+        default=None, metadata={"help": "detector: lowest score of a box, 0.05 if not given"}
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "detector: images per forward pass, 8 if not given"}
+    )
+    column: str | None = field(
+        default=None, metadata={"help": "column: its name, proposals if not given; objects for the labels"}
+    )
     proposals_file: str | None = field(
         default=None, metadata={"help": "json: the file, in COCO format; every annotation is a proposal"}
     )
@@ -124,17 +134,25 @@ class ProposalsArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     def __post_init__(self):
-        for name, known in (("source", [*SOURCES]), ("mode", MODES)):
-            if getattr(self, name) not in known:
+        if self.source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
+        for source, (_, settings, _) in SOURCES.items():
+            for name, default in settings.items():
+                given = getattr(self, name)
+                if source != self.source and given is not None:
+                    raise ValueError(f"{name} is for --source {source}, not for {self.source}")
+                if source == self.source and given is None:
+                    if default is None:
+                        raise ValueError(f"--source {source} needs --{name}")
+                    setattr(self, name, default)
+        for name, known in (("preset", PRESETS), ("mode", MODES)):
+            if getattr(self, name) not in (None, *known):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name in ("short_side", "batch_size", "max_boxes", "shard_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
-        for source, name in (("detector", "detector"), ("json", "proposals_file")):
-            if (self.source == source) != (getattr(self, name) is not None):
-                raise ValueError(f"{name} and --source {source} go together: give both or neither")
         if self.strategy is not None:
             parse_strategy(self.strategy)
 
@@ -416,7 +434,7 @@ def _image_bytes(value: dict | None) -> bytes:
 def _load_sources(arguments: ProposalsArguments, launch: Launch) -> dict[str, datasets.Dataset]:
     """The splits to search; with an earlier `proposals` column only if that is the source."""
     names = split_names(arguments.dataset) if arguments.split is None else [arguments.split]
-    column = arguments.column if arguments.source == "column" else None
+    column = arguments.column
     sources = {}
     for name in names:
         source = load_dataset_source(arguments.dataset, name, image_dir=arguments.image_dir)
@@ -611,7 +629,7 @@ def _process_context():
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, f"{__package__.removesuffix('.data')}.proposals.kernels"])
     return context
 
 

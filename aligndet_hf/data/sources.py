@@ -2,16 +2,16 @@
 
 import hashlib
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers.utils.hub import cached_file
 
 from ..proposals.filters import select_indices
 from ..proposals.opencv import import_opencv, opencv_selective_search
+from ..proposals.selective_search import selective_search
 from ..proposals.trained import load_box_finder
 from .columns import clean_boxes
 
@@ -28,13 +28,22 @@ class Source(NamedTuple):
 
     Attributes:
         open (`Callable`): From its settings and the `selection` (see [`select_indices`]) to a [`Search`].
-        settings (`tuple[str, ...]`): The fields of `ProposalsArguments` that it takes.
+        settings (`dict[str, Any]`): The fields of `ProposalsArguments` that it takes, and their defaults; `None` for
+            one that must be given.
         versions (`Callable[[], dict[str, str]]`): The packages that decide what it finds.
     """
 
     open: Callable[..., Search]
-    settings: tuple[str, ...]
+    settings: dict[str, Any]
     versions: Callable[[], dict[str, str]]
+
+
+def _open_selective_search(preset: str, selection: dict) -> Search:
+    def search(images, rows):
+        found = [selective_search(image, preset, **selection) for image in images]
+        return [{"bbox": boxes, "score": scores} for boxes, scores in found]
+
+    return search
 
 
 def _open_opencv(mode: str, short_side: int, selection: dict) -> Search:
@@ -78,16 +87,26 @@ def _open_column(column: str, selection: dict) -> Search:
     return search
 
 
+def _open_json(proposals_file: str, selection: dict) -> Search:
+    return _open_column("proposals", selection)  # which the file has been read into
+
+
 SOURCES = {
-    "opencv": Source(_open_opencv, ("mode", "short_side"), lambda: {"opencv": import_opencv().__version__}),
+    "selective_search": Source(
+        _open_selective_search,
+        {"preset": "default"},
+        lambda: {"numba": version("numba"), "opencv": import_opencv().__version__},
+    ),
+    "opencv": Source(
+        _open_opencv, {"mode": "fast", "short_side": 200}, lambda: {"opencv": import_opencv().__version__}
+    ),
     "detector": Source(
         _open_detector,
-        ("detector", "score_threshold", "batch_size"),
+        {"detector": None, "score_threshold": 0.05, "batch_size": 8},
         lambda: {name: version(name) for name in ("torch", "transformers")},
     ),
-    "column": Source(_open_column, ("column",), dict),
-    # Read into the column `proposals` before the search.
-    "json": Source(partial(_open_column, "proposals"), (), dict),
+    "column": Source(_open_column, {"column": "proposals"}, dict),
+    "json": Source(_open_json, {"proposals_file": None}, dict),
 }
 
 
