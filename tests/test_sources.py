@@ -114,6 +114,14 @@ def test_boxes_of_a_detector_are_those_of_its_processor(images, detector, tmp_pa
         np.testing.assert_allclose(row["proposals"]["bbox"], boxes, atol=0.02)
 
 
+def test_a_checkpoint_in_half_precision_runs_in_float32(images, detector, tmp_path):
+    AutoModelForObjectDetection.from_pretrained(detector).half().save_pretrained(tmp_path / "half")
+    AutoImageProcessor.from_pretrained(detector).save_pretrained(tmp_path / "half")
+    (boxes, scores) = trained.load_box_finder(str(tmp_path / "half"))([np.zeros((40, 60, 3), dtype=np.uint8)])[0]
+    assert len(boxes) and boxes.dtype == scores.dtype == np.float32 and np.isfinite(boxes).all()
+    assert (boxes != boxes.astype(np.float16)).any()
+
+
 def test_low_scores_are_left_out(images, detector, tmp_path):
     common = {"source": "detector", "detector": str(detector), **EVERYTHING}
     everything = generate_proposals(arguments(images, tmp_path / "all", score_threshold=0.0, **common))

@@ -95,7 +95,7 @@ SOURCES = {
     "selective_search": Source(
         _open_selective_search,
         {"preset": "default"},
-        lambda: {"numba": version("numba"), "opencv": import_opencv().__version__},
+        lambda: {"numba": version("numba")},
     ),
     "opencv": Source(
         _open_opencv, {"mode": "fast", "short_side": 200}, lambda: {"opencv": import_opencv().__version__}

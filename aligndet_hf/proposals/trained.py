@@ -12,8 +12,8 @@ def load_box_finder(model: str, score_threshold: float = 0.05) -> BoxFinder:
     """
     Loads a model of `transformers` to find boxes with, whatever their class.
 
-    It runs on a GPU if there is one: that of the process's `LOCAL_RANK` under a launcher. Code that a repository
-    brings along is never run.
+    It runs in float32, on a GPU if there is one: that of the process's `LOCAL_RANK` under a launcher. Code that a
+    repository brings along is never run.
 
     Args:
         model (`str`): Folder or Hub id, with its image processor, of any object detector, or of a model for the
@@ -51,7 +51,8 @@ def _load_detector(model: str, score_threshold: float, device: str) -> BoxFinder
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
     image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
-    detector = AutoModelForObjectDetection.from_pretrained(model, trust_remote_code=False).to(device).eval()
+    detector = AutoModelForObjectDetection.from_pretrained(model, trust_remote_code=False, dtype=torch.float32)
+    detector.to(device).eval()
 
     @torch.no_grad()
     def find(images):
@@ -69,9 +70,10 @@ def _load_detector(model: str, score_threshold: float, device: str) -> BoxFinder
 
 def _load_mask_generator(model: str, score_threshold: float, device: str) -> BoxFinder:
     import PIL.Image
+    import torch
     from transformers import pipeline
 
-    generate = pipeline("mask-generation", model=model, device=device, trust_remote_code=False)
+    generate = pipeline("mask-generation", model, device=device, trust_remote_code=False, dtype=torch.float32)
 
     def find(images):
         found = []
@@ -79,7 +81,7 @@ def _load_mask_generator(model: str, score_threshold: float, device: str) -> Box
             result = generate(PIL.Image.fromarray(image), pred_iou_thresh=score_threshold, output_bboxes_mask=True)
             # The corners are pixels of the mask, both included.
             boxes = result["bounding_boxes"].cpu().numpy() + [0, 0, 1, 1]
-            found.append((_xywh_inside(boxes, image), result["scores"].float().cpu().numpy()))
+            found.append((_xywh_inside(boxes, image), result["scores"].cpu().numpy()))
         return found
 
     return find
