@@ -161,6 +161,9 @@ def test_other_models_are_refused(images, tmp_path):
     run = arguments(images, tmp_path / "out", source="detector", detector=str(tmp_path / "vit"))
     with pytest.raises(ValueError, match="type 'vit', which neither detects objects nor generates masks"):
         generate_proposals(run)
+    tiny_detector("detr").save_pretrained(tmp_path / "alone")
+    with pytest.raises(OSError, match="(?i)image ?processor.*alone"):
+        generate_proposals(arguments(images, tmp_path / "out", source="detector", detector=str(tmp_path / "alone")))
     with pytest.raises(OSError, match="nowhere"):
         trained.load_box_finder(str(tmp_path / "nowhere"))
 

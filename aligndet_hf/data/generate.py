@@ -476,7 +476,8 @@ def open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
         differences = _differences(json.loads(record.read_text(encoding="utf-8")), state)
         if not differences:
             return
-        if not overwrite:
+        finished = any(work.glob("*-" + "[0-9]" * 9 + ".arrow"))  # see `make_shards`
+        if finished and not overwrite:
             raise DataError(
                 f"{work} holds an unfinished run with other settings ({differences}). Continue it with those, or "
                 "start anew with --overwrite."
@@ -493,6 +494,8 @@ def writing_to(folder: Path):
     except ChildProcessError:
         raise
     except OSError as error:
+        if error.errno is None:  # not of the system: transformers says so what a model lacks
+            raise
         raise DataError(
             f"Cannot write to {folder}: {error}. Choose another output_dir or, if the disk was full, make room and "
             "run the same command again: what is finished is kept."
