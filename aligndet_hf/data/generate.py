@@ -494,7 +494,7 @@ def writing_to(folder: Path):
     except ChildProcessError:
         raise
     except OSError as error:
-        if error.errno is None:  # not of the system: transformers says so what a model lacks
+        if type(error) is OSError and error.errno is None:  # transformers tells so what a model lacks
             raise
         raise DataError(
             f"Cannot write to {folder}: {error}. Choose another output_dir or, if the disk was full, make room and "
