@@ -41,6 +41,12 @@ COMMANDS = {
         "cluster_proposals",
         "sort the proposals into pseudo-classes: k-means over features of a frozen backbone",
     ),
+    "recall": Command(
+        "aligndet_hf.evaluation.recall",
+        "RecallArguments",
+        "measure_recall",
+        "say how many objects the proposals find, beside random boxes and a grid; draw them",
+    ),
     "pretrain": Command(
         "aligndet_hf.training.pretrain",
         "PretrainArguments",
@@ -65,13 +71,15 @@ USAGE = "usage: aligndet <command> [--config recipe.yaml] [--flag value ...]"
 EXAMPLES = """\
 from unlabelled images to a fine-tuned detector:
   aligndet proposals --dataset images/ --output_dir outputs/proposals
+  aligndet recall    --dataset outputs/proposals --output_dir outputs/recall --num_pictures 8  # a look
   aligndet clusters  --dataset outputs/proposals --backbone_weights timm --output_dir outputs/clusters  # optional
   aligndet pretrain  --dataset outputs/proposals --detector rt_detr --output_dir outputs/pretrained
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
 
 Every flag is also a key of the YAML recipe given by --config; a flag on the command line wins over the recipe.
-`aligndet <command> --help` lists a command's flags; `accelerate launch scripts/pretrain.py ...` uses several GPUs."""
+`aligndet <command> --help` lists a command's flags; `accelerate launch scripts/pretrain.py ...` uses several GPUs.
+`--source` of `aligndet proposals` takes boxes from elsewhere, say from a detector of an earlier round."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -60,9 +60,7 @@ def main(output: Path) -> None:
         unfinished.rename(data)
 
     banner(f"1. proposals for {NUM_UNLABELLED} images without labels")
-    generate_proposals(
-        ProposalsArguments(dataset=str(data / "unlabelled"), output_dir=str(output / "proposals"), short_side=SIZE)
-    )
+    generate_proposals(ProposalsArguments(dataset=str(data / "unlabelled"), output_dir=str(output / "proposals")))
 
     banner("2. pre-training of the whole detector")
     pretrained = pretrain(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -15,14 +16,21 @@ import PIL.Image
 import pytest
 
 from aligndet_hf import cli
-from aligndet_hf.data import generate
+from aligndet_hf.data import generate, sources
 from aligndet_hf.data.columns import DataError, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.generate import ProposalsArguments, content_hash, generate_proposals
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.proposals import opencv_selective_search
 
-QUICK = {"mode": "single", "short_side": 48, "shard_size": 2, "num_workers": 1, "disable_tqdm": True}
+QUICK = {
+    "source": "opencv",
+    "mode": "single",
+    "short_side": 48,
+    "shard_size": 2,
+    "num_workers": 0,
+    "disable_tqdm": True,
+}
 
 
 def write_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
@@ -53,11 +61,11 @@ def counted(monkeypatch):
     """The images that are searched in this process."""
     searched = []
 
-    def search(image, **kwargs):
+    def search(image, *args, **kwargs):
         searched.append(image.shape)
-        return opencv_selective_search(image, **kwargs)
+        return opencv_selective_search(image, *args, **kwargs)
 
-    monkeypatch.setattr(generate, "opencv_selective_search", search)
+    monkeypatch.setattr(sources, "opencv_selective_search", search)
     return searched
 
 
@@ -103,7 +111,7 @@ def test_report_and_description_say_how_it_was_made(tmp_path):
             },
         }
     }
-    assert report["settings"]["algorithm"] == "opencv_selective_search"
+    assert report["settings"]["source"] == "opencv"
     assert report["settings"]["max_boxes"] == 7 and report["settings"]["mode"] == "single"
     assert set(report["versions"]) == {"aligndet_hf", "opencv", "numpy", "datasets"}
     assert report["skipped"] == []
@@ -270,7 +278,7 @@ def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
     class Killed(BaseException):
         pass
 
-    search, replace = generate.opencv_selective_search, os.replace
+    search, replace, new_stream = sources.opencv_selective_search, os.replace, generate.pa.ipc.new_stream
 
     def kill(*args, **kwargs):
         raise Killed
@@ -279,6 +287,8 @@ def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
         return search(*args, **kwargs) if len(counted) < 5 else kill()
 
     def write_half(file, schema):
+        if "reason" not in schema.names:  # not a shard
+            return new_stream(file, schema)
         file.write(b"half")
         kill()
 
@@ -287,9 +297,9 @@ def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
 
     for target, name, replacement in [
         (generate.pa.ipc, "new_stream", write_half),
-        (generate, "opencv_selective_search", search_five),
+        (sources, "opencv_selective_search", search_five),
         (generate, "_with_proposals", kill),
-        (datasets.Dataset, "save_to_disk", kill),
+        (generate, "embed_table_storage", kill),
         (os, "replace", replace_files),
     ]:
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -319,40 +329,86 @@ def test_unfinished_run_of_other_settings_is_not_mixed_in(tmp_path, counted, mon
     assert len(counted) == 8
 
 
-def test_killed_and_started_again(tmp_path, counted):
+def test_killed_twice_and_started_again(tmp_path, counted):
     """kill -9 of the command with two workers: they end too, finished shards stay, the result is the same."""
     write_images(tmp_path / "images", 40)
-    run = arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100, num_workers=2)
-    names = ["dataset", "output_dir", "mode", "short_side", "num_workers", "shard_size"]
+    run = arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100)
+    names = ["dataset", "output_dir", "source", "mode", "short_side", "shard_size"]
     flags = [f"--{name}={getattr(run, name)}" for name in names]
     command = [sys.executable, "-m", "aligndet_hf.cli", "proposals", *flags]
-    process = subprocess.Popen(
-        command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    )
-    work = tmp_path / "out.partial"
-    deadline = time.monotonic() + 120
-    while len(list(work.glob("*.arrow"))) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.05)
-    else:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("the workers outlive the command")
-    assert not (tmp_path / "out").exists()
-    finished = {path: path.stat().st_mtime_ns for path in work.glob("*.arrow")}
-    assert 3 <= len(finished) < 20
+    work, finished = tmp_path / "out.partial", {}
+    for kill, workers in ((1, 2), (2, 0)):
+        process = subprocess.Popen(
+            [*command, f"--num_workers={workers}"],
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        )
+        deadline = time.monotonic() + 120
+        while (
+            len(list(work.glob("train-0*.arrow"))) < 3 * kill
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.05)
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("the workers outlive the command")
+        assert not (tmp_path / "out").exists()
+        before, finished = finished, {path: path.stat().st_mtime_ns for path in work.glob("train-0*.arrow")}
+        assert before.items() <= finished.items() and 3 * kill <= len(finished) < 20
 
     resumed = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100))
     assert len(counted) == 40 - 2 * len(finished)
     whole = generate_proposals(arguments(tmp_path / "images", tmp_path / "whole", mode="fast", short_side=100))
     assert rows_of(resumed) == rows_of(whole)
+
+
+def mapped_megabytes() -> float:
+    """Memory of this process that is a mapped file."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssFile")).split()[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of the process as Linux has it")
+@pytest.mark.parametrize("embedded", [True, False])
+def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch, embedded):
+    """80 MB of images are hashed and saved: in files, and mapped from a data set of their own."""
+    blob = np.random.default_rng(0).bytes(400_000)
+    for number in range(200):
+        (tmp_path / f"{number:03d}.png").write_bytes(blob)
+    source = load_dataset_source(tmp_path)
+    if embedded:
+        generate.save_split(source, tmp_path / "saved")
+        source = load_dataset_source(tmp_path / "saved")
+    before, mapped, reopened = mapped_megabytes(), [], generate.reopened
+    del blob
+
+    def watched(*args):
+        mapped.append(mapped_megabytes() - before)
+        return reopened(*args)
+
+    monkeypatch.setattr(generate, "reopened", watched)
+    monkeypatch.setattr(generate, "_ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(generate, "_FILE_BYTES", 30_000_000)
+    tracemalloc.start()
+    content_hash(source)
+    generate.save_split(source, tmp_path / "copy")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(mapped) == 2 * 13 and max(mapped) < 30 and peak < 30e6
+    copy = datasets.load_from_disk(str(tmp_path / "copy"))
+    assert len(copy.cache_files) == 3 and content_hash(copy.cast_column("image", datasets.Image(decode=False)))
+    assert rows_of(copy) == rows_of(datasets.load_from_disk(str(tmp_path / "saved")) if embedded else copy)
+    assert [row["image"]["path"] for row in rows_of(copy)] == [f"{number:03d}.png" for number in range(200)]
 
 
 def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
@@ -409,7 +465,7 @@ def test_bad_input_is_named(tmp_path):
     [
         ({"mode": "slow"}, "mode must be one of single, fast, quality, got 'slow'"),
         ({"short_side": 0}, "short_side must be positive"),
-        ({"num_workers": 0}, "num_workers must be positive"),
+        ({"num_workers": -1}, "num_workers must be 0 or more"),
         ({"strategy": "size3"}, "Unknown filter strategy 'size3'"),
     ],
 )
@@ -434,7 +490,9 @@ def test_content_hash_sees_all_content_and_only_content(tmp_path):
 def test_command_line(tmp_path, capsys):
     write_images(tmp_path / "images", 2)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"dataset: {tmp_path / 'images'}\nmode: single\nshort_side: 48\nnum_workers: 1\n")
+    recipe.write_text(
+        f"dataset: {tmp_path / 'images'}\nsource: opencv\nmode: single\nshort_side: 48\nnum_workers: 1\n"
+    )
     argv = ["proposals", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), "--disable_tqdm"]
     assert cli.main(argv) == 0
     assert len(datasets.load_from_disk(str(tmp_path / "out"))) == 2

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "generate_proposals": "proposals",
     "cluster_proposals": "clusters",
+    "recall": "recall",
     "pretrain": "pretrain",
     "finetune": "finetune",
     "evaluate": "evaluate",

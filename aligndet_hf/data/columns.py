@@ -259,10 +259,10 @@ class BoxReport:
         return text
 
 
-def arrow_batches(dataset: datasets.Dataset, columns: list[str]):
+def arrow_batches(dataset: datasets.Dataset, columns: list[str], batch_size: int = 1000):
     """Yields (number of the first row, Arrow table) over some columns; honours `select`, `shuffle` and the like."""
     start = 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size):
         yield start, table
         start += len(table)
 

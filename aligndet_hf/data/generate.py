@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -18,26 +19,40 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.table import embed_table_storage, table_cast
 from tqdm.auto import tqdm
 
 from .. import __version__
 from ..proposals.filters import parse_strategy
-from ..proposals.opencv import MODES, import_opencv, opencv_selective_search
-from .columns import proposals_feature
+from ..proposals.opencv import MODES
+from ..proposals.selective_search import PRESETS
+from .columns import proposals_feature, require_columns
 from .errors import DataError, ImageError
 from .formats import load_dataset_source, split_names
 from .images import decode_image, image_name
+from .launch import Launch
+from .proposal_files import export_proposals, import_proposals
+from .sources import SOURCES, Search, file_hash, model_hash
 
 REPORT = "proposals.json"
 _DESCRIPTION = "Proposals: "  # starts what is appended to `info.description`
 _LISTED_IMAGES = 10
+
+_ROWS_IN_MEMORY = 16  # photographs of 20 megapixels take some 10 MB each
+_ROWS_AT_ONCE = 128  # between two mappings of a file into memory, see `reopened`
+_FILE_BYTES = 500_000_000  # of a file of the output, as `save_to_disk` has it
 
 
 @dataclass(kw_only=True)
 class ProposalsArguments:
     """Arguments of [`generate_proposals`]: the flags of `aligndet proposals` and the keys of its recipes."""
 
-    help_groups = {"dataset": "Data", "mode": "Search", "max_boxes": "Which boxes to keep", "num_workers": "Run"}
+    help_groups = {
+        "dataset": "Data",
+        "source": "Where boxes come from",
+        "max_boxes": "Which to keep",
+        "num_workers": "Run",
+    }
 
     dataset: str = field(
         metadata={"help": "images: folder, COCO-JSON file, folder of save_to_disk or Hub id; labels are not needed"}
@@ -50,12 +65,39 @@ class ProposalsArguments:
         default=None, metadata={"help": "folder that the file names of a COCO-JSON file start from"}
     )
 
-    mode: str = field(
-        default="fast",
-        metadata={"help": "OpenCV's selective search: single, fast or quality (about 0.03, 0.2 and 0.8 s an image)"},
+    source: str = field(
+        default="selective_search",
+        metadata={
+            "help": "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; "
+            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo"
+        },
     )
-    short_side: int = field(
-        default=200, metadata={"help": "search on a copy with this shorter side in pixels; time grows with its square"}
+    preset: str | None = field(
+        default=None, metadata={"help": "selective_search: tiny (fastest), default, or quality (most boxes)"}
+    )
+    mode: str | None = field(
+        default=None,
+        metadata={"help": "opencv: single, fast (the default) or quality (about 0.03, 0.2 and 0.8 s an image)"},
+    )
+    short_side: int | None = field(
+        default=None,
+        metadata={"help": "opencv: search on a copy with this shorter side in pixels, 200 if not given"},
+    )
+    detector: str | None = field(
+        default=None,
+        metadata={"help": "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM"},
+    )
+    score_threshold: float | None = field(
+        default=None, metadata={"help": "detector: lowest score of a box, 0.05 if not given"}
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "detector: images per forward pass, 8 if not given"}
+    )
+    column: str | None = field(
+        default=None, metadata={"help": "column: its name, proposals if not given; objects for the labels"}
+    )
+    proposals_file: str | None = field(
+        default=None, metadata={"help": "json: the file, in COCO format; every annotation is a proposal"}
     )
 
     max_boxes: int = field(default=300, metadata={"help": "boxes stored per image, the best first"})
@@ -76,30 +118,57 @@ class ProposalsArguments:
         metadata={"help": "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the five above"},
     )
 
-    num_workers: int | None = field(default=None, metadata={"help": "processes; one per core if not given"})
+    num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "processes that search; 0: this one; by default one per core, but 0 for the source detector"
+        },
+    )
     shard_size: int = field(default=32, metadata={"help": "images between two saves; a killed run loses no more"})
     overwrite: bool = field(
         default=False, metadata={"help": "replace proposals in output_dir that were made with other settings"}
     )
+    export_json: str | None = field(
+        default=None, metadata={"help": "also write the proposals to this file, in AlignDet's COCO format"}
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        for name in ("short_side", "max_boxes", "shard_size", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
+        if self.source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
+        for source, (_, settings, _) in SOURCES.items():
+            for name, default in settings.items():
+                given = getattr(self, name)
+                if source != self.source and given is not None:
+                    raise ValueError(f"{name} is for --source {source}, not for {self.source}")
+                if source == self.source and given is None:
+                    if default is None:
+                        raise ValueError(f"--source {source} needs --{name}")
+                    setattr(self, name, default)
+        for name, known in (("preset", PRESETS), ("mode", MODES)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("short_side", "batch_size", "max_boxes", "shard_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
         if self.strategy is not None:
             parse_strategy(self.strategy)
 
-    def search_arguments(self) -> dict:
-        """Keyword arguments of [`opencv_selective_search`]."""
+    def source_settings(self) -> dict:
+        """What the chosen source takes of these arguments."""
+        return {name: getattr(self, name) for name in SOURCES[self.source].settings}
+
+    def input_column(self) -> str | None:
+        """The column that the source reads, beside the images."""
+        return {"column": self.column, "json": "proposals"}.get(self.source)
+
+    def selection(self) -> dict:
+        """Keyword arguments of [`~aligndet_hf.proposals.filters.select_indices`]."""
         names = ["max_aspect_ratio", "min_side", "min_relative_size", "max_relative_size", "relax_if_empty"]
         filters = {name: getattr(self, name) for name in names}
         return {
-            "mode": self.mode,
-            "short_side": self.short_side,
             "max_boxes": self.max_boxes,
             "nms_threshold": self.nms_threshold,
             **(filters if self.strategy is None else parse_strategy(self.strategy)),
@@ -117,6 +186,9 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
     A run that was interrupted, in whatever way, continues with the same command: finished shards wait in
     `<output_dir>.partial`. Where the output is complete and neither images nor settings have changed, nothing is done.
 
+    The processes of `accelerate launch` or `torchrun`, on one machine or many that share the disk of `output_dir`,
+    divide the shards among them; the main one joins them at the end.
+
     Args:
         arguments ([`ProposalsArguments`]): The configuration.
 
@@ -125,47 +197,117 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
 
     Raises:
         DataError: the input is missing or has no readable image, or `output_dir` is in use.
-        OSError: the output cannot be written.
+        OSError: the output cannot be written, or there is no such detector.
     """
-    versions = {
-        "aligndet_hf": __version__,
-        "opencv": import_opencv().__version__,
-        "numpy": np.__version__,
-        "datasets": datasets.__version__,
-    }
-    sources = _load_sources(arguments)
-    settings = {"algorithm": "opencv_selective_search", **arguments.search_arguments()}
-    settings |= {f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()}
-
     output = Path(arguments.output_dir).expanduser().absolute()
-    if is_finished(output, settings, arguments.overwrite):
-        print(f"{output} is complete: these images have been searched with these settings. Nothing to do.")
-        return datasets.load_from_disk(str(output))
-    with writing_to(output.parent):
-        report = _generate(sources, settings, versions, output, arguments)
-    _print_report(report, output)
-    return datasets.load_from_disk(str(output))
+    with Launch() as launch:
+        sources = _load_sources(arguments, launch)
+        settings = launch.on_main(_settings, sources, arguments)
+        if launch.on_main(is_finished, output, settings, arguments.overwrite):
+            if launch.is_main:
+                print(f"{output} is complete: these images have been searched with these settings. Nothing to do.")
+        else:
+            with writing_to(output.parent):
+                _generate(sources, settings, output, arguments, launch)
+        result = datasets.load_from_disk(str(output))
+        if arguments.export_json is not None:
+            launch.on_main(_export, result, Path(arguments.export_json))
+    return result
+
+
+def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArguments) -> dict:
+    """Everything that decides what is found: the settings, and hashes of the images and of other files."""
+    settings = {"source": arguments.source, **arguments.source_settings(), **arguments.selection()}
+    if arguments.source == "detector":
+        settings["detector_content"] = model_hash(arguments.detector)
+    if arguments.source == "json":
+        settings["proposals_file_content"] = file_hash(arguments.proposals_file)
+    return settings | {
+        f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()
+    }
 
 
 def _generate(
-    sources: dict[str, datasets.Dataset], settings: dict, versions: dict, output: Path, arguments: ProposalsArguments
-) -> dict:
-    """Does the work of [`generate_proposals`] in a folder beside the output, puts it in place, returns the report."""
+    sources: dict[str, datasets.Dataset], settings: dict, output: Path, arguments: ProposalsArguments, launch: Launch
+) -> None:
+    """Does the work of [`generate_proposals`] in a folder beside the output, and puts it in place."""
+    versions = {
+        "aligndet_hf": __version__,
+        "numpy": np.__version__,
+        "datasets": datasets.__version__,
+        **SOURCES[arguments.source].versions(),
+    }
     work = output.with_name(output.name + ".partial")
-    open_work_folder(work, settings | versions | {"shard_size": arguments.shard_size}, arguments.overwrite)
+    state = settings | versions | {"shard_size": arguments.shard_size}
+    launch.on_main(open_work_folder, work, state, arguments.overwrite)
+    launch.on_main(_write_inputs, sources, work, arguments)
+    sources = _mapped_inputs(sources, work, arguments)
+    column = arguments.input_column()
+    with_clusters = column is not None and all("cluster" in source.features[column] for source in sources.values())
 
     shards = make_shards(sources, work, arguments.shard_size)
-    _search_shards(shards, sources, arguments)
+    _search_shards(shards[launch.rank :: launch.size], sources, with_clusters, arguments, launch)
+    launch.wait()
 
-    report = {
-        "dataset": arguments.dataset,
-        "settings": settings,
-        "versions": versions,
-        "statistics": {},
-        "skipped": [],
-    }
-    put_in_place(join_proposals(sources, shards, work, report), report, work, output)
-    return report
+    def finish():
+        missing = [shard.path for shard in shards if not os.path.exists(shard.path)]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(shards)} shards are not there, such as {missing[0]}: all machines must see "
+                "the same output_dir."
+            )
+        report = {
+            "dataset": arguments.dataset,
+            "settings": settings,
+            "versions": versions,
+            "statistics": {},
+            "skipped": [],
+        }
+        plain = {name: _without_proposals(source) for name, source in sources.items()}
+        put_in_place(join_proposals(plain, shards, work, report, with_clusters), report, work, output)
+        _print_report(report, output)
+
+    launch.on_main(finish)
+
+
+def _write_inputs(sources: dict[str, datasets.Dataset], work: Path, arguments: ProposalsArguments) -> None:
+    """Writes what only this process's memory holds to files that all processes map: image paths, imported boxes."""
+    for name, source in sources.items():
+        if not source.cache_files:
+            _write_arrow(source, work / f"{name}-input.arrow")
+    if arguments.source == "json":
+        for name, column in import_proposals(arguments.proposals_file, sources).items():
+            _write_arrow(column, work / f"{name}-imported.arrow")
+
+
+def _mapped_inputs(
+    sources: dict[str, datasets.Dataset], work: Path, arguments: ProposalsArguments
+) -> dict[str, datasets.Dataset]:
+    """The splits with all their columns in files."""
+    mapped = {}
+    for name, source in sources.items():
+        if not source.cache_files:
+            source = datasets.Dataset.from_file(str(work / f"{name}-input.arrow"), source.info, source.split)
+        if arguments.source == "json":
+            imported = datasets.Dataset.from_file(str(work / f"{name}-imported.arrow"))
+            source = datasets.concatenate_datasets([source, imported], axis=1)
+        mapped[name] = source
+    return mapped
+
+
+def _write_arrow(dataset: datasets.Dataset, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, dataset.features.arrow_schema) as writer:
+        writer.write_table(dataset.data.table, max_chunksize=1000)
+
+
+def _export(result: datasets.Dataset | datasets.DatasetDict, path: Path) -> None:
+    """Writes the proposals in COCO format; of several splits, each to a file of its own."""
+    splits = {path: result}
+    if isinstance(result, datasets.DatasetDict):
+        splits = {path.with_name(f"{path.stem}-{name}{path.suffix}"): split for name, split in result.items()}
+    for place, split in splits.items():
+        export_proposals(split.cast_column("image", datasets.Image(decode=False)), place)
+        print(f"Exported to {place}")
 
 
 def join_proposals(
@@ -198,15 +340,57 @@ def join_proposals(
 
 def put_in_place(results: dict[str, datasets.Dataset], report: dict, work: Path, output: Path) -> None:
     """Saves the splits and the report in the folder `work`, moves them to `output` at once, and removes `work`."""
-    result = datasets.DatasetDict(results) if len(results) > 1 else next(iter(results.values()))
     complete = work / "dataset"
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was killed just here
-    result.save_to_disk(str(complete))
+    for name, result in results.items():
+        save_split(result, complete / name if len(results) > 1 else complete)
+    if len(results) > 1:
+        write_json(complete / "dataset_dict.json", {"splits": list(results)})
     write_json(complete / REPORT, report)
     if output.exists():
         os.replace(output, work / "replaced")
     os.replace(complete, output)
     shutil.rmtree(work)
+
+
+def save_split(dataset: datasets.Dataset, folder: Path) -> None:
+    """
+    Does what `dataset.save_to_disk` does, a few images at a time: that holds up to 1000 of them in memory.
+
+    Args:
+        dataset (`datasets.Dataset`): Any; files that its images are in are embedded.
+        folder (`Path`): The folder, for `datasets.load_from_disk`.
+    """
+    folder.mkdir(parents=True)
+    schema, files, rows = dataset.features.arrow_schema, [], range(len(dataset))
+    while rows:
+        files.append(f"data-{len(files):05d}.arrow")
+        with pa.OSFile(str(folder / files[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            while rows and file.tell() < _FILE_BYTES:
+                for table in reopened(dataset, rows[:_ROWS_AT_ONCE]).with_format("arrow").iter(_ROWS_IN_MEMORY):
+                    writer.write_table(embed_table_storage(table_cast(table, schema)))
+                rows = rows[_ROWS_AT_ONCE:]
+    dataset.info.write_to_directory(str(folder))
+    state = {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": dataset._fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None if dataset.split is None else str(dataset.split),
+    }
+    write_json(folder / "state.json", state)
+
+
+def reopened(dataset: datasets.Dataset, rows: range) -> datasets.Dataset:
+    """
+    Some rows of a data set, whose files are mapped into memory anew.
+
+    What was read through a mapping counts as memory of this process as long as the mapping is there.
+    """
+    part = dataset.select(rows)
+    return pickle.loads(pickle.dumps(part)) if part.cache_files else part
 
 
 def content_hash(dataset: datasets.Dataset, disable_tqdm: bool = True) -> str:
@@ -222,12 +406,14 @@ def content_hash(dataset: datasets.Dataset, disable_tqdm: bool = True) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     with tqdm(total=len(dataset), desc="reading images", unit="image", leave=False, disable=disable_tqdm) as progress:
-        for batch in dataset.with_format("arrow").iter(batch_size=32):
-            for value in batch["image"]:
-                content = hashlib.blake2b(_image_bytes(value.as_py()), digest_size=16)
-                digest.update(content.digest())
-                progress.update()
-            digest.update(repr(batch.drop_columns(["image"]).to_pylist()).encode())
+        for start in range(0, len(dataset), _ROWS_AT_ONCE):
+            rows = range(start, min(start + _ROWS_AT_ONCE, len(dataset)))
+            for batch in reopened(dataset, rows).with_format("arrow").iter(_ROWS_IN_MEMORY):
+                for value in batch["image"]:
+                    content = hashlib.blake2b(_image_bytes(value.as_py()), digest_size=16)
+                    digest.update(content.digest())
+                    progress.update()
+                digest.update(repr(batch.drop_columns(["image"]).to_pylist()).encode())
     return digest.hexdigest()
 
 
@@ -245,19 +431,27 @@ def _image_bytes(value: dict | None) -> bytes:
 # ---- the input and the folders ----
 
 
-def _load_sources(arguments: ProposalsArguments) -> dict[str, datasets.Dataset]:
-    """The splits to search, without an earlier `proposals` column."""
+def _load_sources(arguments: ProposalsArguments, launch: Launch) -> dict[str, datasets.Dataset]:
+    """The splits to search; with an earlier `proposals` column only if that is the source."""
     names = split_names(arguments.dataset) if arguments.split is None else [arguments.split]
+    column = arguments.column
     sources = {}
     for name in names:
         source = load_dataset_source(arguments.dataset, name, image_dir=arguments.image_dir)
         if len(source) == 0:
             raise DataError(f"{arguments.dataset}: the split '{name}' has no rows.")
-        if "proposals" in source.column_names:
-            print(f"{arguments.dataset}: the column 'proposals' of the split '{name}' is replaced.")
-            source = source.remove_columns("proposals")
+        if column is not None:
+            require_columns(source, [column], f"{arguments.dataset}, split '{name}'")
+        if "proposals" in source.column_names and column != "proposals":
+            if launch.is_main:
+                print(f"{arguments.dataset}: the column 'proposals' of the split '{name}' is replaced.")
+            source = _without_proposals(source)
         sources[name] = source
     return sources
+
+
+def _without_proposals(source: datasets.Dataset) -> datasets.Dataset:
+    return source.remove_columns([name for name in source.column_names if name == "proposals"])
 
 
 def is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
@@ -282,7 +476,8 @@ def open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
         differences = _differences(json.loads(record.read_text(encoding="utf-8")), state)
         if not differences:
             return
-        if not overwrite:
+        finished = any(work.glob("*-" + "[0-9]" * 9 + ".arrow"))  # see `make_shards`
+        if finished and not overwrite:
             raise DataError(
                 f"{work} holds an unfinished run with other settings ({differences}). Continue it with those, or "
                 "start anew with --overwrite."
@@ -299,6 +494,8 @@ def writing_to(folder: Path):
     except ChildProcessError:
         raise
     except OSError as error:
+        if type(error) is OSError and error.errno is None:  # transformers tells so what a model lacks
+            raise
         raise DataError(
             f"Cannot write to {folder}: {error}. Choose another output_dir or, if the disk was full, make room and "
             "run the same command again: what is finished is kept."
@@ -371,22 +568,35 @@ def _features(with_clusters: bool) -> datasets.Features:
     return datasets.Features({"proposals": proposals_feature(with_clusters)})
 
 
-def _search_shards(shards: list[Shard], sources: dict[str, datasets.Dataset], arguments: ProposalsArguments) -> None:
+def _search_shards(
+    shards: list[Shard],
+    sources: dict[str, datasets.Dataset],
+    with_clusters: bool,
+    arguments: ProposalsArguments,
+    launch: Launch,
+) -> None:
     """Writes the files of the shards that are not there yet."""
-    images = {name: source.select_columns(["image"]) for name, source in sources.items()}
-    search = arguments.search_arguments()
+    needed = {"image", arguments.input_column() or "image"}
+    inputs = {name: source.select_columns(sorted(needed)) for name, source in sources.items()}
     pending = [shard for shard in shards if not os.path.exists(shard.path)]
     total = sum(shard.stop - shard.start for shard in shards)
     done = total - sum(shard.stop - shard.start for shard in pending)
-    workers = min(arguments.num_workers or _number_of_cores(), len(pending))
-    with tqdm(total=total, initial=done, desc="proposals", unit="image", disable=arguments.disable_tqdm) as progress:
-        if workers <= 1:
+    workers = arguments.num_workers
+    if workers is None:
+        workers = 0 if arguments.source == "detector" else max(1, _number_of_cores() // launch.local_size)
+    disable = arguments.disable_tqdm or not launch.is_main
+    with tqdm(total=total, initial=done, desc="proposals", unit="image", disable=disable) as progress:
+        if workers == 0 or len(pending) <= 1:
+            search = _open_source(arguments) if pending else None
             for shard in pending:
-                _search_shard(shard, images[shard.split], search)
+                _search_shard(shard, inputs[shard.split], search, with_clusters, arguments)
                 progress.update(shard.stop - shard.start)
             return
         pool = concurrent.futures.ProcessPoolExecutor(
-            workers, _process_context(), initializer=_init_worker, initargs=(images, search)
+            min(workers, len(pending)),
+            _process_context(),
+            initializer=_init_worker,
+            initargs=(inputs, with_clusters, arguments),
         )
         try:
             futures = {pool.submit(_search_in_worker, shard): shard for shard in pending}
@@ -401,6 +611,10 @@ def _search_shards(shards: list[Shard], sources: dict[str, datasets.Dataset], ar
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _open_source(arguments: ProposalsArguments) -> Search:
+    return SOURCES[arguments.source].open(**arguments.source_settings(), selection=arguments.selection())
 
 
 def _number_of_cores() -> int:
@@ -418,18 +632,17 @@ def _process_context():
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, f"{__package__.removesuffix('.data')}.proposals.kernels"])
     return context
 
 
 _worker = {}
 
 
-def _init_worker(images: dict[str, datasets.Dataset], search: dict) -> None:
-    _worker.update(images=images, search=search)
-    import_opencv().setNumThreads(1)  # the processes are the parallelism
+def _init_worker(inputs: dict[str, datasets.Dataset], with_clusters: bool, arguments: ProposalsArguments) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and lets us finish the shard
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker.update(inputs=inputs, search=_open_source(arguments), with_clusters=with_clusters, arguments=arguments)
 
 
 def _end_with_parent() -> None:
@@ -439,20 +652,30 @@ def _end_with_parent() -> None:
 
 
 def _search_in_worker(shard: Shard) -> None:
-    _search_shard(shard, _worker["images"][shard.split], _worker["search"])
+    inputs = _worker["inputs"][shard.split]
+    _search_shard(shard, inputs, _worker["search"], _worker["with_clusters"], _worker["arguments"])
 
 
-def _search_shard(shard: Shard, images: datasets.Dataset, search: dict) -> None:
-    """Searches the images of a shard and writes its file, at once and complete."""
-    rows = []
-    for index in range(shard.start, shard.stop):
-        value = images[index]["image"]
-        try:
-            boxes, scores = opencv_selective_search(decode_image(value), **search)
-            rows.append({"proposals": {"bbox": boxes.tolist(), "score": scores.tolist()}})
-        except ImageError as error:
-            rows.append({"file": image_name(value), "reason": str(error)})
-    write_shard(shard, rows)
+def _search_shard(
+    shard: Shard, inputs: datasets.Dataset, search: Search, with_clusters: bool, arguments: ProposalsArguments
+) -> None:
+    """Searches the images of a shard, a batch at a time, and writes its file."""
+    inputs = reopened(inputs, range(shard.start, shard.stop))
+    batch_size = arguments.source_settings().get("batch_size", 1)
+    results = []
+    for start in range(shard.start, shard.stop, batch_size):
+        rows, images, faults = [], [], {}
+        for place in range(start, min(start + batch_size, shard.stop)):
+            row = inputs[place - shard.start]
+            try:
+                images.append(decode_image(row["image"]))
+                rows.append(row)
+            except ImageError as error:
+                faults[place] = {"file": image_name(row["image"]), "reason": str(error)}
+        found = iter(search(images, rows) if images else [])
+        for place in range(start, min(start + batch_size, shard.stop)):
+            results.append(faults.get(place) or {"proposals": {k: v.tolist() for k, v in next(found).items()}})
+    write_shard(shard, results, with_clusters)
 
 
 # ---- the output ----

@@ -14,6 +14,7 @@ from ..data.views import resize_image
 # Bright enough for boxes on photographs, ordered so that the first few are told apart by colour-blind readers too.
 PALETTE = "#e8601c #1f9ede #22a45d #d6338a #f2c40f #7b4fd1 #10b5a8 #8c564b #8fbf26 #5f6b7a".split()
 INK = "#22262b"
+GRID = "#dfe3e8"
 
 
 def plot_predictions(
@@ -78,6 +79,91 @@ def plot_predictions(
         f"scores from {threshold:g}; solid: finds an object of its class (IoU 0.5), dashed: none, or one found before"
     )
     return save_figure(figure, path, f"{title} ({note})" if title else note, title_size=9)
+
+
+def plot_proposals(
+    images: Sequence[np.ndarray],
+    proposals: Sequence[np.ndarray],
+    path,
+    objects: Sequence[np.ndarray] | None = None,
+    columns: int = 4,
+) -> Path:
+    """
+    Draws boxes on images, numbered in their order, over the objects (white) if they are known.
+
+    Args:
+        images (`Sequence[np.ndarray]`): RGB images, uint8 `[height, width, 3]`.
+        proposals (`Sequence[np.ndarray]`): Per image the boxes `[n, 4]` to draw, absolute `xywh`, best first.
+        path (`str` or `Path`): The PNG to write.
+        objects (`Sequence[np.ndarray]`, *optional*): Per image the true boxes `[m, 4]`, absolute `xywh`.
+        columns (`int`, *optional*, defaults to 4): Images in a row.
+
+    Returns:
+        `Path`: `path`.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    height = 3.4 * float(np.median([image.shape[0] / image.shape[1] for image in images]))
+    figure = new_figure(3.4 * columns, height * rows + 0.4)
+    from matplotlib.patches import Rectangle  # after `new_figure`, which says what to install
+
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for number, axes in enumerate(grid):
+        axes.set_axis_off()
+        if number >= len(images):
+            continue
+        axes.imshow(images[number], interpolation="lanczos")
+        for box in objects[number] if objects is not None else ():
+            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=INK, linewidth=3.4))
+            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor="white", linewidth=1.8))
+        for rank, box in reversed(list(enumerate(proposals[number]))):
+            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=_color(rank), linewidth=1.2))
+            place = {"x": box[0], "y": box[1], "verticalalignment": "top", "clip_on": True}
+            tag = {"facecolor": _color(rank), "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+            axes.text(s=str(rank + 1), fontsize=5.5, color="white", bbox=tag, **place)
+        axes.set_xlim(-0.5, images[number].shape[1] - 0.5)
+        axes.set_ylim(images[number].shape[0] - 0.5, -0.5)
+    known = "; white: the objects" if objects is not None else ""
+    return save_figure(figure, path, f"the first {max(map(len, proposals))} boxes, in their order{known}", 9)
+
+
+def plot_recall(results: Mapping[str, Mapping], path) -> Path:
+    """
+    Draws recall and average recall over the number of boxes, and the average recall by size of the object.
+
+    Args:
+        results (`Mapping[str, Mapping]`):
+            Name of each list of boxes to what [`~aligndet_hf.evaluation.recall.RecallMeter.compute`] returns for it.
+        path (`str` or `Path`): The PNG to write.
+
+    Returns:
+        `Path`: `path`.
+    """
+    first = next(iter(results.values()))
+    limits = [int(name.removeprefix("AR@")) for name in first["all"] if name.startswith("AR@")]
+    sizes = [name for name, values in first.items() if isinstance(values, Mapping) and values["objects"]]
+    shown = 100 if 100 in limits else limits[-1]
+    figure = new_figure(12, 3.6)
+    panels = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
+    for axes, kind, heading in zip(panels, ("recall", "AR"), ("recall, IoU 0.5", "average recall"), strict=False):
+        plain_axes(axes, f"{heading}, %", "first boxes of an image", None)
+        for number, (name, values) in enumerate(results.items()):
+            heights = [100 * values["all"][f"{kind}@{limit}"] for limit in limits]
+            axes.plot(limits, heights, color=PALETTE[number], linewidth=1.8, marker="o", markersize=3.5, label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(limits, limits, minor=False)
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+    plain_axes(panels[2], f"average recall of the first {shown}, by size of the object, %", None, None)
+    for number, (name, values) in enumerate(results.items()):
+        places = np.arange(len(sizes)) + (number - (len(results) - 1) / 2) * 0.8 / len(results)
+        heights = [100 * values[size][f"AR@{shown}"] for size in sizes]
+        panels[2].bar(places, heights, 0.75 / len(results), color=PALETTE[number], label=name)
+    panels[2].grid(axis="x", visible=False)
+    panels[2].set_xticks(range(len(sizes)), [f"{size}\n({first[size]['objects']})" for size in sizes], fontsize=7.5)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(results), frameon=False, fontsize=9)
+    return save_figure(figure, path)
 
 
 def _draw_boxes(axes, panel, class_names, shape):
@@ -187,3 +273,17 @@ def save_figure(figure, path, title=None, title_size=11) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
+
+
+def plain_axes(axes, title, xlabel, ylabel) -> None:
+    """Titles and a faint grid instead of a frame."""
+    axes.set_title(title, fontsize=10, loc="left", color=INK)
+    axes.set_xlabel(xlabel or "", fontsize=9)
+    axes.set_ylabel(ylabel or "", fontsize=9)
+    axes.tick_params(labelsize=8, colors=INK, length=3)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#9aa3ad")

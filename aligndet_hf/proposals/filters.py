@@ -137,7 +137,7 @@ def nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, max_boxes: int 
     return suppress(boxes, order, float(threshold), len(boxes) if max_boxes is None else max_boxes)
 
 
-def select_proposals(
+def select_indices(
     boxes: np.ndarray,
     scores: np.ndarray,
     image_size: tuple[int, int],
@@ -149,7 +149,7 @@ def select_proposals(
     min_relative_size: float = 0.04,
     max_relative_size: float = 1.0,
     relax_if_empty: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> np.ndarray:
     """
     Filters scored boxes, removes near duplicates and keeps the best.
 
@@ -163,12 +163,26 @@ def select_proposals(
             See [`filter_proposals`].
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: Boxes float32 `[K, 4]` and scores float32 `[K]`, best first.
+        `np.ndarray` of shape `[K]`: Indices of the kept boxes, best first.
     """
+    boxes = np.asarray(boxes).reshape(-1, 4)
     mask = filter_proposals(
         boxes, image_size, max_aspect_ratio, min_side, min_relative_size, max_relative_size, relax_if_empty
     )
-    boxes = np.asarray(boxes, dtype=np.float32).reshape(-1, 4)[mask]
-    scores = np.asarray(scores, dtype=np.float32)[mask]
-    kept = nms(boxes, scores, nms_threshold, max_boxes)
-    return boxes[kept], scores[kept]
+    passed = np.flatnonzero(mask)
+    # In the precision in which boxes are stored: what is kept does not change when the result is filtered again.
+    boxes, scores = boxes[passed].astype(np.float32), np.asarray(scores)[passed].astype(np.float32)
+    return passed[nms(boxes, scores, nms_threshold, max_boxes)]
+
+
+def select_proposals(
+    boxes: np.ndarray, scores: np.ndarray, image_size: tuple[int, int], **selection
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    [`select_indices`], applied: the boxes float32 `[K, 4]` and scores float32 `[K]` that are kept, best first.
+
+    Args:
+        boxes, scores, image_size, **selection: See [`select_indices`].
+    """
+    kept = select_indices(boxes, scores, image_size, **selection)
+    return np.asarray(boxes, dtype=np.float32).reshape(-1, 4)[kept], np.asarray(scores, dtype=np.float32)[kept]

@@ -31,7 +31,7 @@ def opencv_selective_search(
             The search runs on a copy with this shorter side in pixels (longer side at most five times that); more
             pixels cost more time and put fragments first without finding more objects among the first 100 boxes.
         **selection:
-            Filters, NMS threshold and number of boxes, see [`select_proposals`].
+            Filters, NMS threshold and number of boxes, see [`select_indices`].
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: Boxes float32 `[N, 4]`, absolute `xywh` in pixels of `image`, and scores

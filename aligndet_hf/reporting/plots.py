@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.pictures import INK, PALETTE, new_figure, plot_predictions, save_figure
+from ..evaluation.pictures import INK, PALETTE, new_figure, plain_axes, plot_predictions, save_figure
 
 __all__ = ["plot_arms", "plot_curves", "plot_predictions", "read_history", "smooth"]
-
-GRID = "#dfe3e8"
 
 
 def read_history(source) -> list[dict]:
@@ -106,7 +104,7 @@ def plot_curves(
     figure = new_figure(5.2 * columns, 3.4 * rows + 0.3)
     for place, (key, lines) in enumerate(series.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
-        _plain(axes, key, "step", None)
+        plain_axes(axes, key, "step", None)
         for name, points in lines.items():
             color = PALETTE[list(runs).index(name) % len(PALETTE)]
             steps, values = np.array(points, dtype=float).T
@@ -147,7 +145,7 @@ def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Pa
     for axes, (heading, labels, value) in zip(
         figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0], panels, strict=True
     ):
-        _plain(axes, heading, None, None)
+        plain_axes(axes, heading, None, None)
         axes.grid(axis="x", visible=False)
         bar = 0.8 / len(arms)
         for position, (name, results) in enumerate(arms.items()):
@@ -169,16 +167,3 @@ def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Pa
 def _drawn(value) -> bool:
     """Whether an AP exists: COCO says -1 (and some tools NaN) where there is no such object."""
     return value is not None and value >= 0
-
-
-def _plain(axes, title, xlabel, ylabel):
-    axes.set_title(title, fontsize=10, loc="left", color=INK)
-    axes.set_xlabel(xlabel or "", fontsize=9)
-    axes.set_ylabel(ylabel or "", fontsize=9)
-    axes.tick_params(labelsize=8, colors=INK, length=3)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#9aa3ad")

@@ -1,0 +1,174 @@
+"""Proposal files of AlignDet and SoCo: COCO-format JSON in which every annotation is a proposal."""
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from .columns import arrow_batches, image_ids, proposals_feature, read_boxes, read_values
+from .errors import DataError, ImageError
+from .images import image_name, image_size
+
+
+def import_proposals(path: str | Path, sources: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """
+    Reads the proposals of the images of a data set from a COCO-format file.
+
+    Images are found by their file name (as many folders of it as the file gives), or else by the column `image_id`.
+    The file is read whole, which takes several times its size of memory.
+
+    Args:
+        path (`str` or `Path`):
+            The file: `images` with `id` and `file_name`, and `annotations` with `image_id` and `bbox` (absolute xywh).
+            Proposals are ordered by `score` where all have one, else they stay as they are. Where `categories` has
+            several entries, they are clusters, 0 to C-1 in the order of their ids.
+        sources (`dict[str, datasets.Dataset]`): The splits, with the column `image` and, optionally, `image_id`.
+
+    Returns:
+        `dict[str, datasets.Dataset]`: per split the column `proposals` alone, row by row; images that the file does
+        not list have none.
+
+    Raises:
+        [`DataError`]: if it is no such file, or lists no image of a split.
+    """
+    content = _read(Path(path))
+    annotations = content["annotations"]
+    try:
+        owners = np.array([annotation["image_id"] for annotation in annotations], dtype=np.int64)
+        boxes = np.array([annotation["bbox"] for annotation in annotations] or np.zeros((0, 4)), dtype=np.float32)
+        if boxes.shape != (len(owners), 4):
+            raise ValueError("'bbox' must be four numbers [x, y, width, height]")
+        scored = bool(annotations) and all("score" in annotation for annotation in annotations)
+        scores = np.array([annotation["score"] for annotation in annotations] if scored else np.zeros(len(boxes)))
+        categories = sorted(category["id"] for category in content.get("categories", []))
+        numbers = {category: number for number, category in enumerate(categories)}
+        with_clusters = len(numbers) > 1
+        clusters = np.zeros(len(boxes), dtype=np.int32)
+        if with_clusters:
+            clusters[:] = [numbers[annotation["category_id"]] for annotation in annotations]
+        names = {str(PurePosixPath(image["file_name"])): image["id"] for image in content["images"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a COCO file of proposals: {type(error).__name__} {error}.") from error
+    known = set(names.values())
+    order = np.lexsort((-scores, owners))
+    owners = owners[order]
+
+    columns = {}
+    for split, source in sources.items():
+        keys = [_find(name, names) for name in _names(source)]
+        if not any(key is not None for key in keys) and "image_id" in source.column_names:
+            keys = [key if key in known else None for key in image_ids(source, split)]
+        missing = sum(key is None for key in keys)
+        if missing == len(keys):
+            raise DataError(
+                f"{path} lists none of the images of the split '{split}', such as {next(_names(source))}: neither its "
+                "file names nor, if there is a column 'image_id', its ids are those of the images."
+            )
+        if missing:
+            print(f"{path}: {missing} of {len(keys)} images of the split '{split}' are not in this file.")
+        starts, stops = (
+            np.searchsorted(owners, [-1 if key is None else key for key in keys], side) for side in ("left", "right")
+        )
+        stops = np.where([key is None for key in keys], starts, stops)
+        taken = order[_ranges(starts, stops)]
+        offsets = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
+        places = np.arange(len(taken)) - np.repeat(offsets[:-1], np.diff(offsets))
+        values = scores[taken] if scored else 1 - places / np.repeat(np.diff(offsets), np.diff(offsets))
+        columns[split] = _column(boxes[taken], values, clusters[taken] if with_clusters else None, offsets)
+    return columns
+
+
+def export_proposals(dataset: datasets.Dataset, path: str | Path) -> None:
+    """
+    Writes a column of proposals as a COCO-format file, as AlignDet's code reads it.
+
+    The only category is `selective_search`, whatever made the proposals, as in AlignDet's files; with clusters there
+    is one per cluster, whose id is its number. Every proposal is an annotation with its `score`. Images have their own
+    ids, or those of their rows if there is no column `image_id`.
+
+    Args:
+        dataset (`datasets.Dataset`): With the columns `image` (not decoded) and `proposals`.
+        path (`str` or `Path`): The file; it is written complete or not at all.
+
+    Raises:
+        [`DataError`]: if there is no such column, or an image cannot be read.
+    """
+    if "proposals" not in dataset.column_names:
+        raise DataError(f"There is no column 'proposals' to export to {path}.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ids, number, largest = image_ids(dataset), 0, 0
+    images = []
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.write('{"annotations": [')
+        for start, table in arrow_batches(dataset, ["image", "proposals"], batch_size=100):
+            boxes, counts = read_boxes(table["proposals"])
+            fields = {"score": read_values(table["proposals"], "score")[0].tolist()}
+            if "cluster" in dataset.features["proposals"]:
+                fields["category_id"] = read_values(table["proposals"], "cluster")[0].tolist()
+                largest = max([largest, *fields["category_id"]])
+            owners = np.repeat(ids[start : start + len(counts)], counts).tolist()
+            for place, (owner, box) in enumerate(zip(owners, boxes.tolist(), strict=True)):
+                annotation = {"id": number + 1, "image_id": owner, "category_id": 1, "bbox": box}
+                annotation |= {"area": box[2] * box[3], "iscrowd": 0} | {key: fields[key][place] for key in fields}
+                file.write((",\n" if number else "\n") + json.dumps(annotation))
+                number += 1
+            for row, value in enumerate(table["image"].to_pylist(), start):
+                try:
+                    height, width = image_size(value)
+                except ImageError as error:
+                    raise DataError(f"Row {row}: {error}") from error
+                name = value["path"] or f"{ids[row]}"
+                images.append({"id": ids[row], "file_name": Path(name).name, "height": height, "width": width})
+        categories = [{"id": 1, "name": "selective_search"}]
+        if "cluster" in dataset.features["proposals"]:
+            categories = [{"id": cluster, "name": f"cluster {cluster}"} for cluster in range(largest + 1)]
+        file.write(f'\n],\n"images": {json.dumps(images)},\n"categories": {json.dumps(categories)}}}\n')
+    os.replace(part, path)
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise DataError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
+        raise DataError(f"{path}: not a COCO file of proposals, it has no lists 'images' and 'annotations'.")
+    return content
+
+
+def _names(source: datasets.Dataset):
+    for _, table in arrow_batches(source, ["image"], batch_size=100):
+        for value in table["image"]:
+            yield image_name({"path": value["path"].as_py()})
+
+
+def _find(name: str, names: dict[str, int]) -> int | None:
+    """The id of the image that a path ends with the name of; the longest name if there are several."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    found = (names.get("/".join(parts[start:])) for start in range(len(parts)))
+    return next((image for image in found if image is not None), None)
+
+
+def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """`[*range(starts[0], stops[0]), *range(starts[1], stops[1]), ...]`"""
+    lengths = stops - starts
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+
+
+def _column(boxes, scores, clusters, offsets) -> datasets.Dataset:
+    """A data set of one column, from the values of all rows and where each row's begin."""
+    features = datasets.Features({"proposals": proposals_feature(with_clusters=clusters is not None)})
+    values = {"bbox": pa.FixedSizeListArray.from_arrays(pa.array(boxes.ravel(), pa.float32()), 4)}
+    values["score"] = pa.array(scores, pa.float32())
+    if clusters is not None:
+        values["cluster"] = pa.array(clusters, pa.int32())
+    lists = {name: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), array) for name, array in values.items()}
+    column = pa.StructArray.from_arrays(list(lists.values()), names=list(lists))
+    table = pa.table({"proposals": column}).cast(features.arrow_schema)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))

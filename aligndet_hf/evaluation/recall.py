@@ -1,0 +1,341 @@
+"""`aligndet recall`: how many objects the proposals find, beside boxes that have not seen the image."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..data.columns import arrow_batches, find_faults, read_boxes, read_values, validate_proposals
+from ..data.errors import DataError, ImageError
+from ..data.formats import load_dataset_source
+from ..data.images import decode_image, image_size
+from ..proposals.controls import grid_boxes, random_boxes
+from ..proposals.filters import box_iou
+from .pictures import new_figure, plot_proposals, plot_recall
+
+# pycocotools' thresholds: .50:.05:.95
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+LIMITS = (10, 50, 100, 300, 1000)
+
+# Bounds of the area in pixels, inclusive on both sides as in pycocotools.
+AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+# Bounds of sqrt(area of the box / area of the image), the lower one inclusive.
+RELATIVE_SIZES = {"below 0.1": (0, 0.1), "0.1 to 0.3": (0.1, 0.3), "above 0.3": (0.3, np.inf)}
+_NAMES = {name: f"{name} of the image's size" for name in RELATIVE_SIZES}
+
+
+@dataclass(kw_only=True)
+class RecallArguments:
+    """Arguments of [`measure_recall`]: the flags of `aligndet recall` and the keys of its recipes."""
+
+    help_groups = {"dataset": "Measured", "seed": "Control", "output_dir": "Output"}
+
+    dataset: str = field(
+        metadata={
+            "help": "images with a column `proposals`, and `objects` to compare with; without labels the boxes are "
+            "counted and drawn"
+        }
+    )
+    split: str | None = field(default=None, metadata={"help": "split of the dataset, if there are several"})
+
+    seed: int = field(default=0, metadata={"help": "seed of the random boxes beside the proposals"})
+
+    output_dir: str | None = field(default=None, metadata={"help": "folder for recall.json and the pictures"})
+    plot: bool = field(default=True, metadata={"help": "draw the recall over the number of boxes: recall.png"})
+    num_pictures: int = field(default=0, metadata={"help": "draw the first boxes of so many images: proposals.png"})
+    num_boxes: int = field(default=10, metadata={"help": "how many boxes a picture shows, the best ones"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+
+    def __post_init__(self):
+        if self.num_pictures and self.output_dir is None:
+            raise ValueError("num_pictures needs an output_dir to write to")
+
+
+def measure_recall(arguments: RecallArguments) -> dict:
+    """
+    Measures what the proposals of a data set find of its labels, and prints a table.
+
+    Args:
+        arguments ([`RecallArguments`]): The configuration.
+
+    Returns:
+        `dict`: `boxes`, statistics of the proposals (see [`BoxStatistics`]), and, where the data set has labels,
+        `recall`: what [`RecallMeter.compute`] returns for the `proposals` and for the controls, `random` and `grid`.
+
+    Raises:
+        DataError: there is no column `proposals`, it is broken, or an image cannot be read.
+    """
+    dataset = load_dataset_source(arguments.dataset, arguments.split)
+    print(validate_proposals(dataset, arguments.dataset))
+    if arguments.output_dir is not None and (arguments.plot or arguments.num_pictures):
+        new_figure(1, 1)  # says now that matplotlib is missing
+    labelled = "objects" in dataset.column_names
+    statistics = BoxStatistics()
+    meters = {name: RecallMeter() for name in ("proposals", "random", "grid")}
+    with tqdm(total=len(dataset), desc="recall", unit="image", disable=arguments.disable_tqdm) as progress:
+        for row, (boxes, truth, areas, size) in enumerate(_rows(dataset, arguments.dataset)):
+            statistics.update(boxes, size)
+            if labelled:
+                seed = arguments.seed + row
+                lists = {"proposals": boxes, "random": random_boxes(size, LIMITS[-1], seed), "grid": grid_boxes(size)}
+                for name, meter in meters.items():
+                    meter.update(lists[name], truth, areas, size)
+            progress.update()
+    results = {"boxes": statistics.compute()}
+    if labelled:
+        results["recall"] = {name: meter.compute() for name, meter in meters.items()}
+    print(format_statistics(results["boxes"]))
+    if labelled:
+        print(f"\n{format_recall(results['recall'])}")
+    else:
+        print("There is no column 'objects': without labels there is no recall to measure.")
+    if arguments.output_dir is not None:
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"dataset": arguments.dataset, "split": arguments.split, "seed": arguments.seed, **results}
+        (folder / "recall.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if labelled and arguments.plot:
+            plot_recall(results["recall"], folder / "recall.png")
+        if arguments.num_pictures:
+            _draw(dataset, folder / "proposals.png", arguments.num_pictures, arguments.num_boxes)
+    return results
+
+
+def proposal_recall(
+    proposals: Iterable[np.ndarray],
+    objects: Iterable[np.ndarray],
+    areas: Iterable[np.ndarray] | None = None,
+    image_sizes: Iterable[tuple[int, int]] | None = None,
+    limits: tuple[int, ...] = LIMITS,
+) -> dict:
+    """
+    Measures what share of the objects the first k proposals of their image find, whatever their class.
+
+    Images are read one after the other and not kept.
+
+    Args:
+        proposals (`Iterable[np.ndarray]`): Per image the boxes `[N, 4]`, absolute `xywh`, best first.
+        objects (`Iterable[np.ndarray]`): Per image the true boxes `[M, 4]`, absolute `xywh`.
+        areas (`Iterable[np.ndarray]`, *optional*): Per image the areas `[M]`, see [`RecallMeter.update`].
+        image_sizes (`Iterable[tuple[int, int]]`, *optional*):
+            Per image `(height, width)`; if given, results by the size relative to the image are added.
+        limits (`tuple[int, ...]`, *optional*, defaults to `(10, 50, 100, 300, 1000)`): The values of k, ascending.
+
+    Returns:
+        `dict`: See [`RecallMeter.compute`].
+
+    Raises:
+        `ValueError`: If there is no image, or not as many of one argument as of another.
+    """
+    meter = RecallMeter(limits)
+    given = {"areas": areas, "image_size": image_sizes}
+    given = {name: values for name, values in given.items() if values is not None}
+    for boxes, truth, *more in zip(proposals, objects, *given.values(), strict=True):
+        meter.update(boxes, truth, **dict(zip(given, more, strict=True)))
+    return meter.compute()
+
+
+class RecallMeter:
+    """
+    Recall and average recall of the first k boxes, fed image by image; it holds counts only.
+
+    As in COCO's evaluation (`useCats=0`), proposals choose in their order: each takes, of the objects that overlap it
+    enough and are not yet taken, the one it overlaps most. So one box finds one object at most. The numbers equal the
+    average recall of pycocotools with the same `maxDets`.
+
+    Args:
+        limits (`tuple[int, ...]`, *optional*, defaults to `(10, 50, 100, 300, 1000)`): The values of k, ascending.
+    """
+
+    def __init__(self, limits: tuple[int, ...] = LIMITS):
+        self.limits = limits
+        self.groups = ["all", *AREAS, *RELATIVE_SIZES]
+        self.objects = np.zeros(len(self.groups), dtype=np.int64)
+        self.found = np.zeros((len(self.groups), len(limits), len(IOU_THRESHOLDS)), dtype=np.int64)
+        self.images = self.boxes = 0
+
+    def update(
+        self,
+        boxes: np.ndarray,
+        objects: np.ndarray,
+        areas: np.ndarray | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        """
+        Adds an image.
+
+        Args:
+            boxes (`np.ndarray` of shape `[N, 4]`): Proposals, absolute `xywh`, best first.
+            objects (`np.ndarray` of shape `[M, 4]`): True boxes, absolute `xywh`.
+            areas (`np.ndarray` of shape `[M]`, *optional*):
+                Areas of the objects in pixels, which decide what is small, medium (from 32² pixels) and large (from
+                96²). Width times height of the box by default.
+            image_size (`tuple[int, int]`, *optional*):
+                `(height, width)`; without it the object belongs to none of the sizes relative to the image.
+        """
+        boxes, objects = (np.asarray(value, dtype=np.float64).reshape(-1, 4) for value in (boxes, objects))
+        member = np.stack([np.ones(len(objects), dtype=bool), *_size_groups(objects, areas, image_size).values()])
+        ranks = _ranks_of_finders(boxes[: self.limits[-1]], objects, member)
+        self.objects += member.sum(axis=1)
+        self.found += (ranks[:, None] < np.array(self.limits)[:, None, None]).sum(axis=-1)
+        self.images += 1
+        self.boxes += len(boxes)
+
+    def compute(self) -> dict:
+        """
+        The recall over what was added so far.
+
+        Returns:
+            `dict`: for all objects (`"all"`) and each size (`"small"`, ..., `"below 0.1"`, ...) the number of
+            `objects` and, per k, `recall@k` (IoU of at least 0.5) and `AR@k` (mean over the IoU thresholds
+            .50:.05:.95), both between 0 and 1, or -1 where there is no such object; the number of `images`, and
+            `boxes_per_image`, the mean number of proposals.
+
+        Raises:
+            `ValueError`: If there was no image.
+        """
+        if not self.images:
+            raise ValueError("There is no image to measure recall on.")
+        results = {"images": self.images, "boxes_per_image": self.boxes / self.images}
+        for group, count, found in zip(self.groups, self.objects.tolist(), self.found, strict=True):
+            recalls = found / count if count else np.full(found.shape, -1.0)
+            results[group] = {"objects": count}
+            results[group] |= {f"recall@{k}": float(r[0]) for k, r in zip(self.limits, recalls, strict=True)}
+            results[group] |= {f"AR@{k}": float(r.mean()) for k, r in zip(self.limits, recalls, strict=True)}
+        return results
+
+
+class BoxStatistics:
+    """How many boxes there are in an image, and of which sizes; fed image by image."""
+
+    def __init__(self):
+        self.counts = []
+        self.sizes = dict.fromkeys([*AREAS, *RELATIVE_SIZES], 0)
+
+    def update(self, boxes: np.ndarray, image_size: tuple[int, int]) -> None:
+        """Adds the boxes `[N, 4]` (absolute `xywh`) of an image of the size `(height, width)`."""
+        self.counts.append(len(boxes))
+        for name, member in _size_groups(boxes.astype(np.float64), None, image_size).items():
+            self.sizes[name] += int(member.sum())
+
+    def compute(self) -> dict:
+        """`per_image`: `min`, `median`, `mean` and `max`; `share`: of all boxes those of a size, between 0 and 1."""
+        total = max(sum(self.counts), 1)
+        statistics = {name: float(getattr(np, name)(self.counts)) for name in ("min", "median", "mean", "max")}
+        return {"per_image": statistics, "share": {name: count / total for name, count in self.sizes.items()}}
+
+
+def format_statistics(statistics: Mapping) -> str:
+    """Lays out what [`BoxStatistics.compute`] returns for a terminal."""
+    counts = statistics["per_image"]
+    shares = [f"{100 * share:.1f} % {name}" for name, share in statistics["share"].items()]
+    lines = [
+        f"boxes an image: mean {counts['mean']:.1f}, min {counts['min']:g}, median {counts['median']:g}, "
+        f"max {counts['max']:g}",
+        f"  by area: {', '.join(shares[: len(AREAS)])}",
+        f"  by size relative to the image: {', '.join(shares[len(AREAS) :])}",
+    ]
+    return "\n".join(lines)
+
+
+def format_recall(results: Mapping[str, Mapping]) -> str:
+    """
+    Lays out recall for a terminal, in percent.
+
+    Args:
+        results (`Mapping[str, Mapping]`): Name of each list of boxes to what [`RecallMeter.compute`] returns for it.
+
+    Returns:
+        `str`: A block of rows for all objects, and one for each size that there is.
+    """
+    first = next(iter(results.values()))
+    limits = [name.removeprefix("AR@") for name in first["all"] if name.startswith("AR@")]
+    width = max(len("first boxes"), *map(len, results)) + 2
+    columns = [f"{kind}@{limit}" for kind in ("recall", "AR") for limit in limits]
+    half = 7 * len(limits)
+    lines = [
+        f"{'':<{width}}{'recall (IoU 0.5), %':>{half}}   {'average recall, %':>{half}}",
+        f"{'first boxes':<{width}}" + "   ".join(["".join(f"{limit:>7}" for limit in limits)] * 2),
+    ]
+    for group in [name for name, values in first.items() if isinstance(values, Mapping) and values["objects"]]:
+        lines.append(f"{_NAMES.get(group, group)} ({first[group]['objects']} objects)")
+        for name, values in results.items():
+            cells = [f"{100 * values[group][column]:>7.1f}" for column in columns]
+            cells.insert(len(limits), "   ")
+            lines.append(f"  {name:<{width - 2}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _rows(dataset: datasets.Dataset, source: str):
+    """Yields the boxes, the objects, their areas, and the size of the image of each row."""
+    labelled = "objects" in dataset.column_names
+    for start, table in arrow_batches(dataset, ["image", "proposals"] + ["objects"] * labelled, batch_size=100):
+        boxes, counts = read_boxes(table["proposals"])
+        lists = [np.split(boxes, np.cumsum(counts)[:-1])]
+        if labelled:
+            truth, counts = read_boxes(table["objects"])
+            names = table["objects"].type.names
+            areas = read_values(table["objects"], "area")[0] if "area" in names else truth[:, 2] * truth[:, 3]
+            sound = find_faults(truth) == 0
+            if "iscrowd" in names:
+                sound &= read_values(table["objects"], "iscrowd")[0] == 0
+            counts = [int(part.sum()) for part in np.split(sound, np.cumsum(counts)[:-1])]
+            lists += [np.split(values[sound], np.cumsum(counts)[:-1]) for values in (truth, areas)]
+        else:
+            lists += [[None] * len(table)] * 2
+        for row, (image, *values) in enumerate(zip(table["image"], *lists, strict=True), start):
+            try:
+                yield *values, image_size(image.as_py())
+            except ImageError as error:
+                raise DataError(f"{source}, row {row}, column 'image': {error}") from error
+
+
+def _draw(dataset: datasets.Dataset, path: Path, num_pictures: int, num_boxes: int) -> None:
+    """Draws the first boxes of evenly spaced rows, over the objects where there are any."""
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(num_pictures, len(dataset))).round().astype(int))
+    images = [decode_image(value) for value in dataset.select(rows)["image"]]
+    columns = [name for name in ("proposals", "objects") if name in dataset.column_names]
+    drawn = {name: [] for name in columns}
+    for row in rows:
+        table = dataset.select([row]).select_columns(columns).with_format("arrow")[:]
+        for name in columns:
+            drawn[name].append(read_boxes(table[name])[0])
+    plot_proposals(images, [boxes[:num_boxes] for boxes in drawn["proposals"]], path, drawn.get("objects"))
+
+
+def _size_groups(boxes: np.ndarray, areas: np.ndarray | None, image_size: tuple[int, int] | None) -> dict:
+    """Which boxes `[N, 4]` (xywh) are of which size: boolean masks `[N]`."""
+    area = boxes[:, 2] * boxes[:, 3]
+    size = np.full(len(boxes), np.nan) if image_size is None else np.sqrt(np.maximum(area, 0) / np.prod(image_size))
+    area = area if areas is None else np.asarray(areas, dtype=np.float64)
+    groups = {name: (low <= area) & (area <= high) for name, (low, high) in AREAS.items()}
+    return groups | {name: (low <= size) & (size < high) for name, (low, high) in RELATIVE_SIZES.items()}
+
+
+def _ranks_of_finders(boxes: np.ndarray, truth: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """
+    The place in the list of the box that finds each object; beyond any list if none does.
+
+    The choice depends on the group: within a group only its objects `member [groups, M]` are there to be taken. (What
+    pycocotools ignores it matches after everything else, so that ignoring and leaving out are the same.)
+
+    Returns:
+        `np.ndarray` of shape `[groups, thresholds, M]`.
+    """
+    ranks = np.full((len(member), len(IOU_THRESHOLDS), len(truth)), np.iinfo(np.int64).max)
+    if not len(truth) or not len(boxes):
+        return ranks
+    # The last of equal overlaps wins in pycocotools: reversed, it is the first, which `argmax` finds.
+    overlaps = np.stack([box_iou(box, boxes) for box in truth[::-1]], axis=1)  # [N, M]
+    free = np.repeat(member[:, None, ::-1], len(IOU_THRESHOLDS), axis=1)
+    for rank in np.flatnonzero(overlaps.max(axis=1) >= IOU_THRESHOLDS[0]):
+        candidates = np.where(free & (overlaps[rank] >= IOU_THRESHOLDS[:, None]), overlaps[rank], 0)
+        group, threshold = np.nonzero(candidates.any(axis=2))
+        best = candidates.argmax(axis=2)[group, threshold]
+        ranks[group, threshold, best] = rank
+        free[group, threshold, best] = False
+    return ranks[..., ::-1]

@@ -1,0 +1,129 @@
+"""Several processes of a launcher: who does what, and what the others learn of it."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from aligndet_hf.data import generate
+from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
+from aligndet_hf.data.launch import Launch
+
+SCRIPT = """
+import os, sys
+from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
+from aligndet_hf.data.launch import Launch
+
+def fail():
+    raise ValueError(f"only rank {os.environ['RANK']} does it")
+
+with Launch() as launch:
+    print("main:", launch.on_main(lambda: int(os.environ["RANK"])), launch.rank, launch.is_main)
+    try:
+        launch.on_main(fail)
+    except ValueError as error:
+        print("raised:", error)
+    launch.wait()
+    for arguments in (sys.argv[1:3], sys.argv[1:3]):
+        found = generate_proposals(ProposalsArguments(
+            dataset=arguments[0], output_dir=arguments[1], preset="tiny", shard_size=2, num_workers=0
+        ))
+        print("rows:", len(found))
+"""
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(9):
+        pixels = np.random.default_rng(number).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        PIL.Image.fromarray(np.kron(pixels, np.ones((8, 8, 1), dtype=np.uint8))).save(folder / f"{number}.png")
+    (folder / "4.png").write_text("no picture")
+    return folder
+
+
+def test_alone_the_main_process_is_this_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with Launch() as launch:
+        assert (launch.rank, launch.size, launch.local_size, launch.is_main) == (0, 1, 1, True)
+        assert launch.on_main(max, 2, 3) == 3
+        with pytest.raises(ZeroDivisionError):
+            launch.on_main(divmod, 1, 0)
+        launch.wait()
+
+
+def test_two_processes_share_the_work(images, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(images), str(tmp_path / "out")],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    for rank, (output, _) in enumerate(outputs):
+        assert f"main: 0 {rank} {rank == 0}" in output and "raised: only rank 0 does it" in output
+        assert output.count("rows: 8") == 2
+        assert ("Saved to" in output, "Nothing to do" in output) == (rank == 0, rank == 0)  # only the main one talks
+    alone = generate_proposals(
+        ProposalsArguments(dataset=str(images), output_dir=str(tmp_path / "alone"), preset="tiny", disable_tqdm=True)
+    )
+    assert datasets.load_from_disk(str(tmp_path / "out"))["proposals"][:] == alone["proposals"][:]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_searches_its_shards_only(images, tmp_path, monkeypatch, rank):
+    class Stop(Exception):
+        pass
+
+    class OneOfThree(Launch):
+        def __init__(self):
+            self.rank, self.size, self.local_size, self._started = rank, 3, 3, True
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def on_main(self, function, *args):
+            return function(*args)
+
+        def wait(self):
+            raise Stop
+
+    monkeypatch.setattr(generate, "Launch", OneOfThree)
+    fields = {"preset": "tiny", "shard_size": 2, "num_workers": 0, "disable_tqdm": True}
+    run = ProposalsArguments(dataset=str(images), output_dir=str(tmp_path / "out"), **fields)
+    with pytest.raises(Stop):
+        generate_proposals(run)
+    written = sorted(path.name for path in (tmp_path / "out.partial").glob("train-0*.arrow"))
+    assert written == [f"train-{start:09d}.arrow" for start in range(0, 9, 2) if start // 2 % 3 == rank]
+
+    # The main process does not join what another machine has written to another disk.
+    monkeypatch.setattr(OneOfThree, "wait", lambda self: None)
+    with pytest.raises(generate.DataError, match="of 5 shards are not there.*same output_dir"):
+        generate_proposals(run)
