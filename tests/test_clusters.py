@@ -595,7 +595,8 @@ def test_from_images_to_a_detector_of_pseudo_classes(tmp_path, detector_folders,
 
     pretrain = ["--detector", detector, "--output_dir", paths["pretrained"], "--use_clusters", "true"]
     pretrain += ["--image_sizes", 64, "--max_steps", 1, "--use_cpu", "true"]
-    assert run("proposals", "images", "--output_dir", paths["proposals"], "--mode", "single", "--num_workers", 1) == 0
+    search = ["--source", "opencv", "--mode", "single", "--num_workers", 1]
+    assert run("proposals", "images", "--output_dir", paths["proposals"], *search) == 0
     assert run("pretrain", "proposals", *pretrain) == 2
     assert "'proposals' has no field 'cluster'" in (error := capsys.readouterr().err) and "aligndet clusters" in error
     cluster = ["--detector", detector, "--strides", 32, "--num_clusters", 5, "--short_side", 64, "--num_pictures", 2]
