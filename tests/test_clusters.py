@@ -176,6 +176,15 @@ def test_features_do_not_depend_on_the_position(features):
         )
 
 
+def test_features_do_not_depend_on_the_size_of_the_image(features):
+    image, _ = scene(160, 128)
+    reference, other = features(*scene(160, 128)), features(*scene(160, 128, color=20))
+    for height, width in ((373, 491), (330, 512)):
+        corners = torch.tensor([[160, 128, 256, 224]]) / torch.tensor([width, height, width, height])
+        cut = features(image[:, :height, :width], corners)
+        assert np.abs(cut - reference).max() < 0.1 * np.abs(other - reference).max()
+
+
 def test_features_of_several_boxes_are_those_of_each(features):
     image, box = scene(160, 128)
     boxes = torch.cat([box, torch.tensor([[0, 0, 1, 1], [0.2, 0.5, 0.21, 0.51]])])
@@ -203,6 +212,11 @@ def test_backbones_of_detectors(family, strides):
     assert not features.backbone.training
     with pytest.raises(ValueError, match=r"no feature map of stride 4, it has \[.*32\]"):
         BoxFeatures(detector, [4])
+
+
+def test_detectors_without_a_backbone_are_refused():
+    with pytest.raises(ValueError, match="'yolos' have no backbone of their own"):
+        BoxFeatures(tiny_detector("yolos"), [32])
 
 
 # ---- the command ----
@@ -581,7 +595,8 @@ def test_from_images_to_a_detector_of_pseudo_classes(tmp_path, detector_folders,
 
     pretrain = ["--detector", detector, "--output_dir", paths["pretrained"], "--use_clusters", "true"]
     pretrain += ["--image_sizes", 64, "--max_steps", 1, "--use_cpu", "true"]
-    assert run("proposals", "images", "--output_dir", paths["proposals"], "--mode", "single", "--num_workers", 1) == 0
+    search = ["--source", "opencv", "--mode", "single", "--num_workers", 1]
+    assert run("proposals", "images", "--output_dir", paths["proposals"], *search) == 0
     assert run("pretrain", "proposals", *pretrain) == 2
     assert "'proposals' has no field 'cluster'" in (error := capsys.readouterr().err) and "aligndet clusters" in error
     cluster = ["--detector", detector, "--strides", 32, "--num_clusters", 5, "--short_side", 64, "--num_pictures", 2]

@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
-from ..data.collate import normalize_images
+from ..data.collate import normalize_images, pad_images
 from ..data.columns import clean_boxes, read_boxes
 from ..data.errors import ImageError
 from ..data.images import decode_image, image_name
 from ..data.views import resize_image, view_shape
 from ..detectors.backbones import get_backbone, image_statistics
 
+_MULTIPLE = 64  # padded sizes are multiples of it, so that every cell of a feature map stands for as many pixels
 _SAMPLES = 8  # of a feature map, along each side of a box
 
 
@@ -69,14 +70,14 @@ class BoxFeatures:
         Returns:
             `np.ndarray` float32 [N, D].
         """
-        pixel_values = image[None].to(self.device)
-        maps = self._feature_maps(
-            normalize_images(pixel_values, torch.ones_like(pixel_values[:, 0]), self.mean, self.std)
-        )
+        pixel_values, mask = (tensor.to(self.device) for tensor in pad_images([image], _MULTIPLE))
+        maps = self._feature_maps(normalize_images(pixel_values, mask, self.mean, self.std))
+        size = torch.tensor([image.shape[2], image.shape[1]] * 2, device=self.device)
+        padded = torch.tensor([mask.shape[2], mask.shape[1]] * 2, device=self.device)
         levels = []
         for level in self.levels:
-            height, width = maps[level].shape[-2:]
-            scaled = boxes.to(self.device) * torch.tensor([width, height] * 2, device=self.device)
+            cells = torch.tensor([maps[level].shape[3], maps[level].shape[2]] * 2, device=self.device)
+            scaled = boxes.to(self.device) * (size / padded * cells)
             pooled = roi_align(maps[level], [scaled], output_size=1, sampling_ratio=_SAMPLES, aligned=True).flatten(1)
             levels.append(F.normalize(pooled, dim=1) if self.normalize else pooled)
         return torch.cat(levels, dim=1).cpu().numpy()
