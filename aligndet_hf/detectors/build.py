@@ -176,8 +176,8 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     A detector with random weights, as transformers makes it, but for one thing.
 
     transformers starts the class layers of Conditional and Deformable DETR at a probability of one half, and those of
-    DAB-DETR at one in the classes (older versions also some of LW-DETR): the focal loss of their papers counts on one in a hundred (Lin et al., ICCV 2017,
-    3.3), without which the background drowns everything in the first steps.
+    DAB-DETR at one in the classes (older versions also some of LW-DETR at one half). The focal loss of their papers
+    counts on one in a hundred (Lin et al., ICCV 2017, 3.3): otherwise the background drowns the first steps.
 
     Args:
         config (`PreTrainedConfig`): the config of a detector of a supported family.
