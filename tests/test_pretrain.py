@@ -6,6 +6,7 @@ import math
 
 import datasets
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -320,6 +321,21 @@ def test_a_random_frozen_backbone_is_reported(arguments, warnings_of):
     warnings_of.clear()
     pretrain(arguments(**new, aligndet_config={"freeze_backbone": False}, overwrite_output_dir=True))
     assert "random and frozen" not in warnings_of.text
+
+
+def test_weights_of_the_backbone_and_a_transfer_are_reported(arguments, tmp_path, capsys, warnings_of):
+    config = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+    new = {"detector": "detr", "backbone": "resnet10t", "detector_config": config, "max_steps": 1}
+    result = pretrain(arguments(**new, backbone_weights=str(tmp_path / "weights.pth")))
+    report = json.loads((result.output_dir / "backbone_report.json").read_text())
+    assert report["matched"] and not report["missing"] and "tensors matched" in capsys.readouterr().out
+    assert "random and frozen" not in warnings_of.text
+
+    other = {"detector": str(result.detector_dir), "use_clusters": True, "overwrite_output_dir": True, "max_steps": 1}
+    result = pretrain(arguments(**other, output_dir=str(tmp_path / "again")))
+    report = json.loads((result.output_dir / "transfer_report.json").read_text())
+    assert report["reset"] == ["class_labels_classifier.weight", "class_labels_classifier.bias"]
 
 
 def poison(monkeypatch, steps):

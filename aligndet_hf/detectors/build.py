@@ -176,15 +176,15 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     A detector with random weights, as transformers makes it, but for one thing.
 
     transformers starts the class layers of Conditional and Deformable DETR at a probability of one half, and those of
-    DAB-DETR at one in the classes: the focal loss of their papers counts on one in a hundred (Lin et al., ICCV 2017,
-    3.3), without which the background drowns everything in the first steps.
+    DAB-DETR at one in the classes (older versions also some of LW-DETR at one half). The focal loss of their papers
+    counts on one in a hundred (Lin et al., ICCV 2017, 3.3): otherwise the background drowns the first steps.
 
     Args:
         config (`PreTrainedConfig`): the config of a detector of a supported family.
     """
     detector = AutoModelForObjectDetection.from_config(config)
     family = family_of(config)
-    if family.losses(config).class_loss == "focal":
+    if family.losses(config).class_loss in ("focal", "iou_aware"):
         is_class_head = re.compile(family.class_heads)
         for name, parameter in detector.named_parameters(remove_duplicate=False):
             if is_class_head.match(name) and name.endswith("bias"):
