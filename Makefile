@@ -11,7 +11,7 @@ demo: $(READY)  ## the whole journey on generated images, in minutes: writes dem
 	$(PYTHON) scripts/demo.py
 
 test: $(READY)  ## the test suite; TESTS="tests/test_cli.py -k help" runs a part
-	$(PYTHON) -m pytest $(TESTS)
+	$(PYTHON) -m pytest -n auto --dist loadfile $(TESTS)
 
 style: $(READY)  ## format, and fix what ruff can fix
 	$(PYTHON) -m ruff format $(SOURCES)
