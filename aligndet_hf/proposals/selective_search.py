@@ -15,8 +15,8 @@ Departures from the papers, each for time or for the recall of the first boxes o
 - The order, which Uijlings et al. draw at random, goes by agreement and persistence, see [`rank_regions`].
 
 What did not help the first 100 boxes on photographs: four instead of eight neighbours, a third colour space, a third
-resolution, larger or smaller least regions, votes weighted by persistence, and weights of the score fitted to labels by
-logistic regression, also with the shape of a region among its features (which helps on blood cells).
+resolution, larger or smaller least regions, votes weighted by persistence, and weights of the score fitted to labels
+by logistic regression, also with the shape of a region among its features (which helps on blood cells).
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(pixels=16_000, shares=(1.0,), scales=(200,)),
-    "default": Preset(pixels=50_000),
+    "default": Preset(pixels=60_000),
     "quality": Preset(pixels=80_000, scales=(50, 100, 200, 400), min_size=1 / 800),
 }
 
