@@ -138,14 +138,14 @@ def measure_throughput(seconds: float) -> dict:
 
 
 def environment() -> dict:
-    """Versions and hardware."""
+    """Versions, hardware, and how busy it is (the load of the last minute)."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
     versions = {"aligndet_hf": aligndet_hf.__version__, "python": platform.python_version()}
     versions |= {"numpy": np.__version__, "numba": numba.__version__, "opencv": cv2.__version__}
-    return {**versions, "cpu": cpu, "cores": os.cpu_count()}
+    return {**versions, "cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
 
 
 def format_table(name: str, results: dict) -> str:

@@ -60,7 +60,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(pixels=16_000, shares=(1.0,), scales=(200,)),
+    "tiny": Preset(pixels=15_000, shares=(1.0,), scales=(200,)),
     "default": Preset(pixels=60_000),
     "quality": Preset(pixels=80_000, scales=(50, 100, 200, 400), min_size=1 / 800),
 }
