@@ -29,8 +29,8 @@ import aligndet_hf
 from aligndet_hf.data.formats import load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset
+from aligndet_hf.evaluation.recall import proposal_recall
 from aligndet_hf.proposals import PRESETS, opencv_selective_search, random_boxes, selective_search
-from aligndet_hf.proposals.filters import box_iou
 
 LIMITS = (50, 100, 300)
 FULL = "OpenCV fast, full resolution"
@@ -87,20 +87,6 @@ def methods() -> dict:
     }
 
 
-def recall(proposals: list[np.ndarray], objects: list[np.ndarray]) -> dict:
-    """Recall at an IoU of 0.5, and average recall (IoU .5:.95), of the first k boxes."""
-    results = {}
-    for limit in LIMITS:
-        best = [
-            box_iou(box, boxes[:limit]).max(initial=0)
-            for boxes, truth in zip(proposals, objects, strict=True)
-            for box in truth
-        ]
-        found = np.array(best)[:, None] >= np.linspace(0.5, 0.95, 10)
-        results |= {f"recall@{limit}": float(found[:, 0].mean()), f"AR@{limit}": float(found.mean())}
-    return results
-
-
 def measure(samples: list[tuple[np.ndarray, np.ndarray]], full_images: int) -> dict:
     """Per method: median CPU milliseconds, mean number of boxes, number of images, and recall."""
     times, found = {name: [] for name in methods()}, {name: [] for name in methods()}
@@ -120,7 +106,7 @@ def measure(samples: list[tuple[np.ndarray, np.ndarray]], full_images: int) -> d
             "milliseconds": statistics.median(times[name]),
             "boxes": statistics.mean(map(len, boxes)),
             "images": len(boxes),
-            **recall(boxes, [truth for _, truth in samples[: len(boxes)]]),
+            **proposal_recall(boxes, [truth for _, truth in samples[: len(boxes)]], limits=LIMITS)["all"],
         }
         for name, boxes in found.items()
         if boxes
@@ -152,14 +138,14 @@ def measure_throughput(seconds: float) -> dict:
 
 
 def environment() -> dict:
-    """Versions and hardware."""
+    """Versions, hardware, and how busy it is (the load of the last minute)."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
     versions = {"aligndet_hf": aligndet_hf.__version__, "python": platform.python_version()}
     versions |= {"numpy": np.__version__, "numba": numba.__version__, "opencv": cv2.__version__}
-    return {**versions, "cpu": cpu, "cores": os.cpu_count()}
+    return {**versions, "cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
 
 
 def format_table(name: str, results: dict) -> str:

@@ -38,11 +38,11 @@ def segment(image: np.ndarray, scale: float, min_size: int):
 
 
 def test_shrinking_averages_areas():
-    image = np.array([[0, 10, 20], [30, 40, 50]], dtype=np.uint8)[:, :, None]
-    assert kernels.resize_area(image, 1, 1).ravel().tolist() == [25]
-    assert kernels.resize_area(image, 2, 1).ravel().tolist() == [10, 40]
+    image = np.array([[0, 10, 20], [30, 40, 50]], dtype=np.uint8)[:, :, None] + np.array([0, 100, 200], dtype=np.uint8)
+    assert kernels.resize_area(image, 1, 1).tolist() == [[[25, 125, 225]]]
+    assert kernels.resize_area(image, 2, 1)[:, :, 0].tolist() == [[10], [40]]
     # Two columns of one and a half each: (0 + 10 / 2) / 1.5 = 3.33 and (20 + 10 / 2) / 1.5 = 16.67.
-    assert kernels.resize_area(image, 2, 2).ravel().tolist() == [3, 17, 33, 47]
+    assert kernels.resize_area(image, 2, 2)[:, :, 2].tolist() == [[203, 217], [233, 247]]
     np.testing.assert_array_equal(kernels.resize_area(image, 2, 3), image)
 
 

@@ -4,9 +4,19 @@ Selective search (Uijlings et al., IJCV 2013) on graph segmentations (Felzenszwa
 An image is segmented in several colour spaces at several scales; from each segmentation, similar neighbours are joined
 one by one until one region is left. Every region on the way is a proposal. The compiled parts are in `kernels`.
 
-Departures from the papers: a larger scale continues the segmentation of the smaller one, on its regions instead of the
-pixels; texture is the gradient of one channel; and the order, which Uijlings et al. draw at random, goes by agreement
-and persistence (see [`rank_regions`]).
+Departures from the papers, each for time or for the recall of the first boxes on photographs and blood cells:
+
+- The heaviest edge of every triangle of pixels is left out (`prune_edges`), at no cost in recall. A larger scale
+  continues the segmentation of the smaller one on its regions, at the cost of some diversity. Together they save most
+  of the time.
+- Hierarchies built on colour and on texture apart, and at two resolutions, err in different ways, so that their
+  agreement says more. Adding up all four similarities was worse for the first boxes.
+- Texture is the gradient of one channel.
+- The order, which Uijlings et al. draw at random, goes by agreement and persistence, see [`rank_regions`].
+
+What did not help the first 100 boxes on photographs: four instead of eight neighbours, a third colour space, a third
+resolution, larger or smaller least regions, votes weighted by persistence, and weights of the score fitted to labels
+by logistic regression, also with the shape of a region among its features (which helps on blood cells).
 """
 
 from dataclasses import dataclass
@@ -50,8 +60,8 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(pixels=14_000, shares=(1.0,), scales=(200,)),
-    "default": Preset(pixels=50_000),
+    "tiny": Preset(pixels=15_000, shares=(1.0,), scales=(200,)),
+    "default": Preset(pixels=60_000),
     "quality": Preset(pixels=80_000, scales=(50, 100, 200, 400), min_size=1 / 800),
 }
 
