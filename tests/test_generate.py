@@ -181,7 +181,7 @@ def test_kinds_of_images(tmp_path):
     validate_proposals(result.cast_column("image", datasets.Image(decode=False)))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path, capsys, workers):
     paths = write_images(tmp_path / "images", 7)
     paths[0].write_bytes(b"no image")

@@ -343,7 +343,8 @@ def test_other_files_are_refused(images, tmp_path, text, message):
         ({"source": "magic"}, "source must be one of selective_search, .*got 'magic'"),
         ({"source": "detector"}, "--source detector needs --detector"),
         ({"source": "json"}, "--source json needs --proposals_file"),
-        ({"detector": "x"}, "detector is for --source detector, not for selective_search"),
+        ({"source": "column", "detector": "x"}, "detector is for --source detector, not for column"),
+        ({"mode": "fast", "detector": "x"}, "detector is for --source detector, not for opencv"),
         ({"source": "opencv", "preset": "tiny"}, "preset is for --source selective_search, not for opencv"),
         ({"preset": "huge"}, "preset must be one of tiny, default, quality, got 'huge'"),
         ({"source": "detector", "detector": "x", "batch_size": 0}, "batch_size must be positive"),
@@ -352,6 +353,21 @@ def test_other_files_are_refused(images, tmp_path, text, message):
 def test_arguments_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         arguments("images", "out", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "source"),
+    [
+        ({}, "selective_search"),
+        ({"preset": "tiny"}, "selective_search"),
+        ({"short_side": 100}, "opencv"),
+        ({"detector": "x"}, "detector"),
+        ({"column": "objects"}, "column"),
+        ({"proposals_file": "x"}, "json"),
+    ],
+)
+def test_the_source_is_that_of_the_settings_given(changes, source):
+    assert arguments("images", "out", **changes).source == source
 
 
 def test_selection_keeps_the_same_boxes_when_repeated():

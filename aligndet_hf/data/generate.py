@@ -65,11 +65,12 @@ class ProposalsArguments:
         default=None, metadata={"help": "folder that the file names of a COCO-JSON file start from"}
     )
 
-    source: str = field(
-        default="selective_search",
+    source: str | None = field(
+        default=None,
         metadata={
             "help": "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; "
-            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo"
+            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo. If not given, the one "
+            "that the following flags are of, else selective_search"
         },
     )
     preset: str | None = field(
@@ -134,6 +135,11 @@ class ProposalsArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     def __post_init__(self):
+        if self.source is None:
+            owners = (
+                name for name, row in SOURCES.items() if any(getattr(self, key) is not None for key in row.settings)
+            )
+            self.source = next(owners, "selective_search")
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         for source, (_, settings, _) in SOURCES.items():
