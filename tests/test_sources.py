@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from aligndet_hf.data.columns import DataError, proposals_feature, validate_proposals
+from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
+from aligndet_hf.data.proposal_files import import_proposals
 from aligndet_hf.proposals import trained
 from aligndet_hf.proposals.filters import select_proposals
 
@@ -186,9 +188,9 @@ def labelled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelled") / "saved"
     proposals = [
         {
-            "bbox": [[0, 0, 20, 20], [0, 0, 20, 19], [30, 5, 20, 10], [0, 0, 40, 4]],
-            "score": [0.9, 0.8, 0.7, 0.6],
-            "cluster": [3, 2, 1, 0],
+            "bbox": [[70, 0, 9, 9], [0, 0, 20, 20], [0, 0, 20, 19], [30, 5, 20, 10], [0, 0, 40, 4]],  # one is outside
+            "score": [0.95, 0.9, 0.8, 0.7, 0.6],
+            "cluster": [5, 3, 2, 1, 0],
         },
         {"bbox": [[50, 30, 40, 30]], "score": [0.5], "cluster": [7]},  # reaches out of the image
     ]
@@ -284,6 +286,8 @@ def test_scores_and_clusters_of_a_proposal_file(images, tmp_path):
     first = result[0]["proposals"]
     assert first["bbox"] == [[10, 10, 20, 20], [0, 0, 10, 10]] and first["cluster"] == [0, 1]
     np.testing.assert_allclose(first["score"], [0.6, 0.2])
+    column = import_proposals(path, {"train": load_dataset_source(images)})["train"]
+    assert column.column_names == ["proposals"] and column[0]["proposals"] == first
 
 
 def test_what_is_exported_is_read_again(labelled, tmp_path):
