@@ -41,7 +41,7 @@ _LISTED_IMAGES = 10
 
 _ROWS_IN_MEMORY = 16  # photographs of 20 megapixels take some 10 MB each
 _ROWS_AT_ONCE = 128  # between two mappings of a file into memory, see `reopened`
-_BATCH_BYTES = 16_000_000  # of a record batch: each that is mapped costs some memory, however small it is
+_BATCH_BYTES = 8_000_000  # of a record batch: each that is mapped costs some memory, however small it is
 _FILE_BYTES = 500_000_000  # of a file of the output, as `save_to_disk` has it
 
 
@@ -408,6 +408,7 @@ def _merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         if sum(part.nbytes for part in parts) >= _BATCH_BYTES:
             yield pa.concat_tables(parts).combine_chunks()
             parts = []
+            pa.default_memory_pool().release_unused()  # Arrow would keep it
     if parts:
         yield pa.concat_tables(parts).combine_chunks()
 
