@@ -181,7 +181,7 @@ def test_kinds_of_images(tmp_path):
     validate_proposals(result.cast_column("image", datasets.Image(decode=False)))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path, capsys, workers):
     paths = write_images(tmp_path / "images", 7)
     paths[0].write_bytes(b"no image")
@@ -406,6 +406,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch, embedded):
     tracemalloc.stop()
     assert len(mapped) == 2 * 13 and max(mapped) < 30 and peak < 30e6
     copy = datasets.load_from_disk(str(tmp_path / "copy"))
+    assert copy.data["image"].num_chunks <= 12  # a batch that is mapped costs some memory, however small it is
     assert len(copy.cache_files) == 3 and content_hash(copy.cast_column("image", datasets.Image(decode=False)))
     assert rows_of(copy) == rows_of(datasets.load_from_disk(str(tmp_path / "saved")) if embedded else copy)
     assert [row["image"]["path"] for row in rows_of(copy)] == [f"{number:03d}.png" for number in range(200)]

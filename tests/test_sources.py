@@ -22,7 +22,9 @@ from transformers import (
 )
 
 from aligndet_hf.data.columns import DataError, proposals_feature, validate_proposals
+from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
+from aligndet_hf.data.proposal_files import import_proposals
 from aligndet_hf.proposals import trained
 from aligndet_hf.proposals.filters import select_proposals
 
@@ -186,9 +188,9 @@ def labelled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("labelled") / "saved"
     proposals = [
         {
-            "bbox": [[0, 0, 20, 20], [0, 0, 20, 19], [30, 5, 20, 10], [0, 0, 40, 4]],
-            "score": [0.9, 0.8, 0.7, 0.6],
-            "cluster": [3, 2, 1, 0],
+            "bbox": [[70, 0, 9, 9], [0, 0, 20, 20], [0, 0, 20, 19], [30, 5, 20, 10], [0, 0, 40, 4]],  # one is outside
+            "score": [0.95, 0.9, 0.8, 0.7, 0.6],
+            "cluster": [5, 3, 2, 1, 0],
         },
         {"bbox": [[50, 30, 40, 30]], "score": [0.5], "cluster": [7]},  # reaches out of the image
     ]
@@ -284,6 +286,8 @@ def test_scores_and_clusters_of_a_proposal_file(images, tmp_path):
     first = result[0]["proposals"]
     assert first["bbox"] == [[10, 10, 20, 20], [0, 0, 10, 10]] and first["cluster"] == [0, 1]
     np.testing.assert_allclose(first["score"], [0.6, 0.2])
+    column = import_proposals(path, {"train": load_dataset_source(images)})["train"]
+    assert column.column_names == ["proposals"] and column[0]["proposals"] == first
 
 
 def test_what_is_exported_is_read_again(labelled, tmp_path):
@@ -343,7 +347,8 @@ def test_other_files_are_refused(images, tmp_path, text, message):
         ({"source": "magic"}, "source must be one of selective_search, .*got 'magic'"),
         ({"source": "detector"}, "--source detector needs --detector"),
         ({"source": "json"}, "--source json needs --proposals_file"),
-        ({"detector": "x"}, "detector is for --source detector, not for selective_search"),
+        ({"source": "column", "detector": "x"}, "detector is for --source detector, not for column"),
+        ({"mode": "fast", "detector": "x"}, "detector is for --source detector, not for opencv"),
         ({"source": "opencv", "preset": "tiny"}, "preset is for --source selective_search, not for opencv"),
         ({"preset": "huge"}, "preset must be one of tiny, default, quality, got 'huge'"),
         ({"source": "detector", "detector": "x", "batch_size": 0}, "batch_size must be positive"),
@@ -352,6 +357,21 @@ def test_other_files_are_refused(images, tmp_path, text, message):
 def test_arguments_that_do_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         arguments("images", "out", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "source"),
+    [
+        ({}, "selective_search"),
+        ({"preset": "tiny"}, "selective_search"),
+        ({"short_side": 100}, "opencv"),
+        ({"detector": "x"}, "detector"),
+        ({"column": "objects"}, "column"),
+        ({"proposals_file": "x"}, "json"),
+    ],
+)
+def test_the_source_is_that_of_the_settings_given(changes, source):
+    assert arguments("images", "out", **changes).source == source
 
 
 def test_selection_keeps_the_same_boxes_when_repeated():

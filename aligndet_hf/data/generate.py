@@ -10,6 +10,7 @@ import pickle
 import shutil
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ _LISTED_IMAGES = 10
 
 _ROWS_IN_MEMORY = 16  # photographs of 20 megapixels take some 10 MB each
 _ROWS_AT_ONCE = 128  # between two mappings of a file into memory, see `reopened`
+_BATCH_BYTES = 8_000_000  # of a record batch: each that is mapped costs some memory, however small it is
 _FILE_BYTES = 500_000_000  # of a file of the output, as `save_to_disk` has it
 
 
@@ -65,11 +67,12 @@ class ProposalsArguments:
         default=None, metadata={"help": "folder that the file names of a COCO-JSON file start from"}
     )
 
-    source: str = field(
-        default="selective_search",
+    source: str | None = field(
+        default=None,
         metadata={
             "help": "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; "
-            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo"
+            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo. If not given, the one "
+            "that the following flags are of, else selective_search"
         },
     )
     preset: str | None = field(
@@ -134,6 +137,11 @@ class ProposalsArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     def __post_init__(self):
+        if self.source is None:
+            owners = (
+                name for name, row in SOURCES.items() if any(getattr(self, key) is not None for key in row.settings)
+            )
+            self.source = next(owners, "selective_search")
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         for source, (_, settings, _) in SOURCES.items():
@@ -362,14 +370,15 @@ def save_split(dataset: datasets.Dataset, folder: Path) -> None:
         folder (`Path`): The folder, for `datasets.load_from_disk`.
     """
     folder.mkdir(parents=True)
-    schema, files, rows = dataset.features.arrow_schema, [], range(len(dataset))
-    while rows:
+    schema, files = dataset.features.arrow_schema, []
+    batches = _merged(_embedded(dataset))
+    batch = next(batches, None)
+    while batch is not None:
         files.append(f"data-{len(files):05d}.arrow")
         with pa.OSFile(str(folder / files[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            while rows and file.tell() < _FILE_BYTES:
-                for table in reopened(dataset, rows[:_ROWS_AT_ONCE]).with_format("arrow").iter(_ROWS_IN_MEMORY):
-                    writer.write_table(embed_table_storage(table_cast(table, schema)))
-                rows = rows[_ROWS_AT_ONCE:]
+            while batch is not None and file.tell() < _FILE_BYTES:
+                writer.write_table(batch)
+                batch = next(batches, None)
     dataset.info.write_to_directory(str(folder))
     state = {
         "_data_files": [{"filename": name} for name in files],
@@ -381,6 +390,27 @@ def save_split(dataset: datasets.Dataset, folder: Path) -> None:
         "_split": None if dataset.split is None else str(dataset.split),
     }
     write_json(folder / "state.json", state)
+
+
+def _embedded(dataset: datasets.Dataset) -> Iterator[pa.Table]:
+    """The rows of a data set, a few at a time, with their images."""
+    for start in range(0, len(dataset), _ROWS_AT_ONCE):
+        part = reopened(dataset, range(start, min(start + _ROWS_AT_ONCE, len(dataset))))
+        for table in part.with_format("arrow").iter(_ROWS_IN_MEMORY):
+            yield embed_table_storage(table_cast(table, dataset.features.arrow_schema))
+
+
+def _merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in fewer tables, of one record batch each."""
+    parts = []
+    for table in tables:
+        parts.append(table)
+        if sum(part.nbytes for part in parts) >= _BATCH_BYTES:
+            yield pa.concat_tables(parts).combine_chunks()
+            parts = []
+            pa.default_memory_pool().release_unused()  # Arrow would keep it
+    if parts:
+        yield pa.concat_tables(parts).combine_chunks()
 
 
 def reopened(dataset: datasets.Dataset, rows: range) -> datasets.Dataset:
@@ -692,7 +722,8 @@ def _with_proposals(
     """
     split, features = shards[0].split, _features(with_clusters)
     kept, counts = [], []
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+
+    def found():
         for shard in shards:
             with pa.memory_map(shard.path) as part:
                 table = pa.ipc.open_stream(part).read_all()
@@ -703,9 +734,13 @@ def _with_proposals(
                     kept.append(row)
                 else:
                     report["skipped"].append({"split": split, "row": row, "file": name, "reason": reason})
-            found = table.filter(pc.is_null(table["reason"])).select(["proposals"])
-            counts += pc.list_value_length(pc.struct_field(found["proposals"], "score")).to_pylist()
-            writer.write_table(found.cast(features.arrow_schema))
+            table = table.filter(pc.is_null(table["reason"])).select(["proposals"]).cast(features.arrow_schema)
+            counts.extend(pc.list_value_length(pc.struct_field(table["proposals"], "score")).to_pylist())
+            yield table
+
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+        for table in _merged(found()):
+            writer.write_table(table)
     if not kept:
         raise DataError(
             f"None of the {len(source)} images of the split '{split}' can be read. {report['skipped'][-1]['reason']}"
