@@ -53,7 +53,7 @@ Written by `python scripts/family_table.py`, with torch {torch.__version__.split
         failures += [f"- {name}, {column}: {reason}" for column, reason in reasons.items()]
     print("\n" + "\n".join(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items() if meaning))
     print("\n## What failed, and why\n\n" + ("\n".join(failures) or "Nothing."))
-    print((Path(__file__).parents[1] / "docs" / "adding_a_family.md").read_text().replace("# ", "\n## ", 1).rstrip())
+    print("\nHow a family is added: [adding_a_family.md](adding_a_family.md).")
 
 
 def row_of(name: str) -> tuple[list[str], dict[str, str]]:
@@ -89,7 +89,8 @@ def failure(attempt: Callable[[str], object], name: str) -> str | None:
     try:
         attempt(name)
     except Exception as error:  # whatever it is, it is what the table reports
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        sentence, _, _ = str(error).strip().splitlines()[0].partition(". ")
+        return f"{type(error).__name__}: {sentence}"
     finally:
         torch.compiler.reset()
     return None

@@ -34,7 +34,7 @@ def test_a_family_that_transformers_lacks_is_not_offered(monkeypatch):
 
 
 def test_adding_a_family_takes_one_row(monkeypatch):
-    """RT-DETRv2 as if it were new: refused without its row; with it, it pre-trains and has the loss of transformers."""
+    """RT-DETRv2 as if it were new: refused without its row; with it, it pre-trains and has its stock loss."""
     detector = tiny_detector("rt_detr_v2", num_denoising=0).train()
     table = family_of.__globals__["FAMILIES"]
     monkeypatch.delitem(table, "rt_detr_v2")
