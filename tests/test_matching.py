@@ -101,7 +101,7 @@ def test_batch_without_boxes_has_an_empty_matching():
     assert torch.equal(matching.scatter(torch.zeros(0), (3, 2, 4), -1), torch.full((3, 2, 4), -1.0))
 
 
-def test_scatter_and_first_layers():
+def test_scatter_and_a_part_of_the_layers():
     generator = torch.Generator().manual_seed(0)
     targets = random_boxes(2, generator=generator)
     boxes = torch.stack([targets, targets.flip(0)])[:, None]
@@ -109,5 +109,7 @@ def test_scatter_and_first_layers():
     matching = match_queries(torch.zeros(2, 1, 2, 2), boxes, classes, [targets])
     values = matching.scatter(torch.tensor([7, 9]), (2, 1, 2), -1)
     assert values.tolist() == [[[7, 9]], [[9, 7]]]
-    first = matching.first_layers(1, of=2)
+    first = matching.layers(0, 1, of=2)
     assert first.layer.tolist() == [0, 0] and first.target.tolist() == [0, 1]
+    second = matching.layers(1, 2, of=2)
+    assert second.layer.tolist() == [0, 0] and second.queries[1].tolist() == first.queries[1].tolist()
