@@ -7,6 +7,7 @@ import torch
 from tiny_detectors import NUM_LABELS, random_batch, tiny_detector
 
 from aligndet_hf.detectors.backbones import get_backbone
+from aligndet_hf.detectors.build import detector_from_config
 from aligndet_hf.detectors.families import FAMILIES
 from aligndet_hf.detectors.transfer import transfer_detector
 
@@ -121,6 +122,20 @@ def test_focal_losses_start_from_a_prior_of_one_in_a_hundred(model_type):
     assert (source.class_labels_classifier.bias == 0).all()  # what transformers does: one half
     detector, _ = transfer_detector(source, 7)
     torch.testing.assert_close(detector.class_labels_classifier.bias, torch.full((7,), -math.log(99)))
+
+
+@pytest.mark.parametrize("model_type", ["rt_detr", "rt_detr_v2"])
+def test_batch_norms_start_with_a_scale_of_one(model_type):
+    def scales(detector):
+        own = set(get_backbone(detector).modules())
+        norms = [m for m in detector.modules() if isinstance(m, torch.nn.BatchNorm2d) and m not in own]
+        return torch.cat([norm.weight for norm in norms])
+
+    source = tiny_detector(model_type)
+    assert scales(source).abs().max() < 0.1  # what transformers does
+    assert (scales(detector_from_config(source.config)) == 1).all()
+    kept, _ = transfer_detector(source, 7)
+    torch.testing.assert_close(scales(kept), scales(source), rtol=0, atol=0)
 
 
 def test_everything_keeps_all_that_fits_and_reports_the_rest():

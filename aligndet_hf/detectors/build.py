@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForObjectDetection
 
 from .backbone_weights import BackboneReport, load_backbone_weights
-from .backbones import build_backbone_config, check_backbone, image_statistics
+from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
 from .families import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
@@ -173,16 +173,24 @@ def _backbone_fields(
 
 def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """
-    A detector with random weights, as transformers makes it, but for one thing.
+    A detector with random weights, as transformers makes it, but for two things.
 
-    transformers starts the class layers of Conditional and Deformable DETR at a probability of one half, and those of
-    DAB-DETR at one in the classes (older versions also some of LW-DETR at one half). The focal loss of their papers
-    counts on one in a hundred (Lin et al., ICCV 2017, 3.3): otherwise the background drowns the first steps.
+    transformers draws the scales of the batch norms of RT-DETR and RT-DETRv2 from a normal distribution around 0 with
+    a standard deviation of 0.01, which silences the encoder's convolutions for hundreds of steps. Here they start at
+    1 (Ioffe & Szegedy, ICML 2015).
+
+    It starts the class layers of Conditional and Deformable DETR at a probability of one half, and those of DAB-DETR
+    at one in the classes (older versions also some of LW-DETR at one half). The focal loss of their papers counts on
+    one in a hundred (Lin et al., ICCV 2017, 3.3): otherwise the background drowns the first steps.
 
     Args:
         config (`PreTrainedConfig`): the config of a detector of a supported family.
     """
     detector = AutoModelForObjectDetection.from_config(config)
+    of_backbone = set(get_backbone(detector).modules())
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d) and module not in of_backbone:
+            nn.init.ones_(module.weight)
     family = family_of(config)
     if family.losses(config).class_loss in ("focal", "iou_aware"):
         is_class_head = re.compile(family.class_heads)
