@@ -1,4 +1,4 @@
-"""Losses on tensors: AlignDet's object contrast and the terms of the detection losses.
+"""Losses on tensors: AlignDet's object contrast, SoCo's box similarity and the terms of the detection losses.
 
 Every function takes tensors and returns a scalar sum or mean; normalisers that need several processes are arguments.
 """
@@ -107,6 +107,50 @@ def _check_rows(online_features: Tensor, momentum_features: Tensor, online_ids: 
         raise ValueError(
             f"the views differ in feature width: {online_features.shape[-1]} and {momentum_features.shape[-1]}"
         )
+
+
+def box_similarity_loss(q: Tensor, k: Tensor, correspondence: Tensor) -> Tensor:
+    r"""
+    SoCo's attraction between the boxes of two views (Wei et al., NeurIPS 2021): boxes that correspond shall be alike.
+
+    $$\ell = -\frac{2}{N} \sum_{n} \frac{\sum_{ij} A_{ij} \, \hat q_i \hat k_j}{\sum_{ij} A_{ij} + 10^{-6}}$$
+
+    with all rows scaled to length one. There are no negatives: what keeps the embeddings apart is that `k` comes from
+    a momentum network, without gradient. SoCo adds this loss up over both directions of every pair of views.
+
+    Args:
+        q (`torch.Tensor` of shape `[N, M, C]`): predictions of the online network, M boxes of each of N images.
+        k (`torch.Tensor` of shape `[N, M, C]`): projections of the momentum network, of the other view.
+        correspondence (`torch.Tensor` of shape `[N, M, M]`): `A`, 1 or true where box i of `q` and box j of `k` show
+            the same proposal; a box may correspond to none and to several.
+
+    Returns:
+        `torch.Tensor`: a scalar from -2 (all alike) to 2, in float32 at least. An image without correspondence adds 0.
+
+    Raises:
+        `ValueError`: if the shapes do not fit.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from aligndet_hf.losses import box_similarity_loss
+
+    >>> boxes = torch.eye(3)[None]
+    >>> round(box_similarity_loss(boxes, boxes, torch.eye(3)[None]).item(), 4)
+    -2.0
+
+    ```
+    """
+    if q.ndim != 3 or q.shape[::2] != k.shape[::2] or correspondence.shape != (*q.shape[:2], k.shape[1]):
+        raise ValueError(
+            "expected q [N, M, C], k [N, M, C] and correspondence [N, M, M], got "
+            f"{list(q.shape)}, {list(k.shape)} and {list(correspondence.shape)}"
+        )
+    with torch.autocast(q.device.type, enabled=False):
+        similarity = _unit_rows(q) @ _unit_rows(k).transpose(1, 2)
+        weight = correspondence.to(similarity.dtype)
+        return -2 * ((similarity * weight).sum((1, 2)) / (weight.sum((1, 2)) + 1e-6)).mean()
 
 
 @torch.no_grad()

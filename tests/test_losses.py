@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligndet_hf.losses import (
+    box_similarity_loss,
     contrastive_diagnostics,
     focal_class_loss,
     object_contrastive_loss,
@@ -178,3 +179,31 @@ def test_sigmoid_class_losses_by_hand():
     # The matched query at its target 0.5 costs log 2 times its quality; the negative alpha * p ** gamma * log 2.
     expected = log2[None] * (0.5 + 0.75 * 0.25)
     torch.testing.assert_close(varifocal_class_loss(logits, classes, quality, 0.75, 2.0), expected)
+
+
+# ---- SoCo ----
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_box_similarity_and_its_gradients_equal_the_official_ones(dtype):
+    _, case = golden_cases.load("e02_fpnloss_N4_L4_P4_C32", dtype)
+    q, k, correspondence = case["q_raw"].requires_grad_(), case["k_raw"], case["corres"]
+    loss = box_similarity_loss(q, k, correspondence)
+    loss.backward()
+    torch.testing.assert_close(loss, case["loss"], rtol=0, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(q.grad, case["grad_q_raw"], rtol=0, atol=TOLERANCE[dtype])
+    swapped = box_similarity_loss(k, q, correspondence.transpose(1, 2).bool())
+    expected = case["loss_swapped_q_is_k_with_corres_T"]
+    torch.testing.assert_close(swapped, expected, rtol=0, atol=TOLERANCE[dtype])
+    units = box_similarity_loss(F.normalize(q, dim=-1), F.normalize(k, dim=-1), correspondence)
+    torch.testing.assert_close(units, case["loss_c4"], rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_box_similarity_by_hand():
+    q = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]]])
+    k = torch.tensor([[[3.0, 0.0], [0.0, -1.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    correspondence = torch.tensor([[[1, 0], [0, 1]], [[0, 0], [0, 0]]])
+    assert box_similarity_loss(q, k, correspondence).item() == pytest.approx(0.0)  # (1 - 1) / 2, and nothing
+    assert box_similarity_loss(q, k, torch.tensor([[[1, 0], [0, 0]]] * 2)).item() == pytest.approx(-(1 + 0.5**0.5))
+    with pytest.raises(ValueError, match=r"expected q \[N, M, C\].* got \[2, 2, 2\]"):
+        box_similarity_loss(q, k, correspondence[:1])
