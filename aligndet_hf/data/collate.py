@@ -55,6 +55,18 @@ def collate_views(items: list[dict], pad_to_multiple: int = 1) -> dict:
     return batch
 
 
+def collate_soco(items: list[dict]) -> dict:
+    """
+    Batches items of [`SoCoViews`] into the keyword arguments of `SoCoForPreTraining.forward`: `pixel_values` (uint8
+    [B, 3, size, size]), `boxes` ([B, b, 4]), `levels` and `ids` ([B, b]), each a list over the views.
+    """
+    names = {"images": "pixel_values", "boxes": "boxes", "levels": "levels", "ids": "ids"}
+    return {
+        name: [torch.stack(views) for views in zip(*(item[key] for item in items), strict=True)]
+        for key, name in names.items()
+    }
+
+
 def collate_labelled(items: list[dict], pad_to_multiple: int = 1) -> dict:
     """
     Batches items of [`LabelledImages`] into `pixel_values` (uint8 [B, 3, H, W]), `pixel_mask` (int64 [B, H, W]) and

@@ -11,6 +11,15 @@ from .columns import clean_boxes, read_boxes, read_values, require_columns
 from .errors import ImageError
 from .images import decode_image
 from .sampling import SampleKey
+from .soco_views import (
+    assign_levels,
+    draw_shared_boxes,
+    flip_corners,
+    make_soco_view,
+    number_proposals,
+    relative_corners,
+    scale_boxes,
+)
 from .views import ViewConfig, draw_crop, draw_two_crops, make_view
 
 
@@ -134,6 +143,109 @@ class ProposalViews(Dataset):
                 "class_labels": torch.from_numpy(classes[kept]),
                 "proposal_ids": torch.from_numpy(ids[kept]),
             }
+        return item
+
+
+class SoCoViews(Dataset):
+    """
+    The views of an image that SoCo compares: all of it, and crops of it, each with the boxes that the two share.
+
+    An item is `{"images", "boxes", "levels", "ids"}`, each a list over the views. Images are uint8 [3, size, size];
+    boxes float32 [b, 4], xyxy in 0..1 of the view; levels int64 [b], the level of the pyramid to pool a box from, -1
+    for boxes too large for all; ids int64 [b], the number of the proposal in its image, equal for copies. There are
+    `max_proposals` boxes in a crop, and in the whole image as many for each set of boxes.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            With the columns `image` and `proposals`.
+        sizes (`list[int]`):
+            Both sides of each view in pixels, that of the whole image first.
+        box_sets (`tuple[int]`):
+            For each view but the first, which crop and set of boxes it shows: views of the same set differ in size.
+        level_sizes (`list[float]`, *optional*):
+            See [`~aligndet_hf.data.soco_views.assign_levels`]; without it all boxes are on level 0.
+        seed (`int`):
+            Seed of all draws. An item depends on nothing but the seed and its [`SampleKey`].
+        max_proposals (`int`, *optional*, defaults to 4):
+            Boxes per crop.
+        proposal_sampling (`str`, *optional*, defaults to `"random"`):
+            `"random"`: drawn from those that the crop shows. `"top"`: the first of them.
+        crop_scale (`tuple[float, float]`, *optional*, defaults to `(0.5, 1.0)`):
+            Range of the area of a crop, relative to the image.
+        flip_probability (`float`, *optional*, defaults to 0.5):
+            Probability of a horizontal flip of each view.
+        color (`bool`, *optional*, defaults to `True`):
+            Whether to change the colours of each view.
+
+    Raises:
+        [`DataError`]: if a column is missing. Items raise [`ImageError`] for an image that cannot be decoded.
+        `ValueError`: if there is not one size for each view.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        sizes: list[int],
+        box_sets: tuple[int, ...],
+        level_sizes: list[float] | None = None,
+        *,
+        seed: int,
+        max_proposals: int = 4,
+        proposal_sampling: str = "random",
+        crop_scale: tuple[float, float] = (0.5, 1.0),
+        flip_probability: float = 0.5,
+        color: bool = True,
+    ):
+        require_columns(dataset, ["image", "proposals"])
+        if len(sizes) != len(box_sets) + 1:
+            raise ValueError(
+                f"expected one size for each of the {len(box_sets) + 1} views, the first for the whole image, got "
+                f"{list(sizes)}."
+            )
+        self.rows = dataset.select_columns(["image", "proposals"]).with_format("arrow")
+        self.sizes = sizes
+        self.box_sets = box_sets
+        self.level_sizes = [float("inf")] if level_sizes is None else level_sizes
+        self.seed = seed
+        self.max_proposals = max_proposals
+        self.at_random = proposal_sampling == "random"
+        self.crop_scale = crop_scale
+        self.flip_probability = flip_probability
+        self.color = color
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: SampleKey) -> dict:
+        rng = _sample_rng(self.seed, key)
+        row = self.rows[key.index]
+        image = _read_image(row, key.index)
+        height, width = image.shape[:2]
+        proposals, _ = clean_boxes(read_boxes(row["proposals"])[0], width, height)
+        sets = draw_shared_boxes(
+            number_proposals(proposals, height, width),
+            height,
+            width,
+            rng,
+            count=self.max_proposals,
+            num_crops=max(self.box_sets) + 1,
+            scale=self.crop_scale,
+            at_random=self.at_random,
+        )
+        crops, in_image, in_crops = zip(*sets, strict=True)
+        views = [((0, 0, height, width), in_image)]
+        views += [(crops[index], in_crops[index : index + 1]) for index in self.box_sets]
+
+        item = {"images": [], "boxes": [], "levels": [], "ids": []}
+        for view, ((crop, shown), size) in enumerate(zip(views, self.sizes, strict=True)):
+            flip = rng.random() < self.flip_probability
+            color = ("others" if view else "first") if self.color else "none"
+            item["images"].append(_to_tensor(make_soco_view(image, crop, size, rng, flip=flip, color=color)))
+            corners = np.concatenate([relative_corners(boxes, crop) for boxes in shown])
+            item["boxes"].append(torch.from_numpy(flip_corners(corners) if flip else corners))
+            levels = [assign_levels(scale_boxes(boxes, crop, size), self.level_sizes) for boxes in shown]
+            item["levels"].append(torch.from_numpy(np.concatenate(levels)))
+            item["ids"].append(torch.from_numpy(np.concatenate([boxes.ids for boxes in shown])))
         return item
 
 
