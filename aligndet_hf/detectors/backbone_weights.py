@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from .backbones import _flat, _network, get_backbone
 from .families import backbone_path
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Networks that a self-supervised checkpoint holds beside the one that is meant to be used: the momentum encoders of
 # MoCo (v1 to v3) and SoCo, and DINO's student.
@@ -77,6 +77,7 @@ def load_backbone_weights(detector: PreTrainedModel, weights: str | Path) -> Bac
               ResNets those of torchvision). Names may have any prefix, and the file other networks, as the checkpoints
               of MoCo, SwAV, DINO and SoCo do: the network that has the backbone's tensors is found, momentum encoders
               and students last;
+            - a folder as [`~aligndet_hf.detectors.backbones.save_backbone`] writes it;
             - the folder or Hub id of a transformers checkpoint, for a backbone of transformers;
             - `"timm"` for timm's own weights, for a backbone of timm.
 
@@ -91,13 +92,19 @@ def load_backbone_weights(detector: PreTrainedModel, weights: str | Path) -> Bac
     """
     if backbone_path(detector) is None:
         raise ValueError(f"a detector of type {detector.config.model_type!r} has no backbone to load {weights} into")
-    backbone, config = get_backbone(detector), detector.config.backbone_config
+    return load_weights(get_backbone(detector), detector.config.backbone_config, weights)
+
+
+def load_weights(backbone: nn.Module, config: PreTrainedConfig, weights: str | Path) -> BackboneReport:
+    """[`load_backbone_weights`] for a backbone outside a detector, and its config."""
     name = getattr(config, "backbone", None) or config.model_type
     is_timm, unused = config.model_type == "timm_backbone", []
     if weights == "timm" and is_timm:
         tensors = _timm_weights(config.backbone)
     elif Path(weights).is_file():
         tensors = _read(Path(weights))
+    elif is_timm and (Path(weights) / "model.safetensors").is_file():
+        tensors = _read(Path(weights) / "model.safetensors")
     elif not is_timm and ((Path(weights) / "config.json").is_file() or not Path(weights).exists()):
         tensors, unused = _transformers_weights(str(weights), config)
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, TimmBackboneConfig
 from transformers.image_processing_base import ImageProcessingMixin
@@ -265,6 +266,58 @@ def _probe(config: PreTrainedConfig, name: str, sizes: list[tuple[int, int]]) ->
         level: (channels, round(EVEN_SIZE[0] / height))
         for level, (channels, height, _) in zip(levels, shapes, strict=True)
     }
+
+
+# --- parts and files -------------------------------------------------------------------------------------------------
+
+
+def split_network(backbone: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
+    """
+    A backbone in two parts: from the image to its first feature map, and from there on.
+
+    Args:
+        backbone (`nn.Module`): a backbone of timm whose modules follow one another, as those of ResNets do. The parts
+            are its own modules, not copies.
+
+    Raises:
+        `ValueError`: for any other backbone.
+    """
+    network = getattr(backbone, "_backbone", backbone)
+    taps = getattr(network, "return_layers", None)
+    if not taps or not isinstance(network, nn.ModuleDict):  # timm's feature extractors for such networks
+        raise ValueError(
+            f"a {type(network).__name__} cannot be divided before its last stage: take a ResNet or RegNet of timm"
+        )
+    modules = list(network.values())
+    cut = list(network).index(next(iter(taps))) + 1
+    return nn.Sequential(*modules[:cut]), nn.Sequential(*modules[cut:])
+
+
+def tensors_of(backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a backbone by the names that timm or transformers gives them, without any wrapper's."""
+    return {name: tensor.contiguous() for name, tensor in _network(backbone).state_dict().items()}
+
+
+def save_backbone(
+    backbone: PreTrainedModel, path: str | Path, image_mean: list[float], image_std: list[float]
+) -> None:
+    """
+    Saves a backbone as a folder that `--backbone` and `--backbone_weights` of every command take.
+
+    Args:
+        backbone (`PreTrainedModel`): a backbone of transformers, or its wrapper of one of timm.
+        path (`str` or `Path`): the folder to write: `config.json`, `model.safetensors` ([`tensors_of`] it) and
+            `preprocessor_config.json` with mean and standard deviation.
+        image_mean, image_std (`list[float]`): what its images are normalised with, per channel, in 0..1.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(backbone.config)
+    config._name_or_path = ""  # a path of this machine
+    config.save_pretrained(path)
+    save_file(tensors_of(backbone), path / "model.safetensors", metadata={"format": "pt"})
+    processor = {"do_normalize": True, "image_mean": list(image_mean), "image_std": list(image_std)}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,20 @@
 from transformers import AutoConfig, AutoModelForPreTraining
 
 from .configuration_aligndet import AlignDetConfig
+from .configuration_soco import SoCoConfig
 from .modeling_aligndet import AlignDetForPreTraining, AlignDetOutput
+from .modeling_soco import SoCoForPreTraining, SoCoOutput
 
 AutoConfig.register("aligndet", AlignDetConfig)
 AutoModelForPreTraining.register(AlignDetConfig, AlignDetForPreTraining)
+AutoConfig.register("soco", SoCoConfig)
+AutoModelForPreTraining.register(SoCoConfig, SoCoForPreTraining)
 
-__all__ = ["AlignDetConfig", "AlignDetForPreTraining", "AlignDetOutput"]
+__all__ = [
+    "AlignDetConfig",
+    "AlignDetForPreTraining",
+    "AlignDetOutput",
+    "SoCoConfig",
+    "SoCoForPreTraining",
+    "SoCoOutput",
+]
