@@ -24,6 +24,14 @@ ALIGNDET = """@inproceedings{li2023aligndet,
   eprint = {2307.11077},
   archivePrefix = {arXiv}
 }"""
+SOCO = """@inproceedings{wei2021aligning,
+  title = {Aligning Pretraining for Detection via Object-Level Contrastive Learning},
+  author = {Wei, Fangyun and Gao, Yue and Wu, Zhirong and Hu, Han and Lin, Stephen},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2021},
+  eprint = {2106.02637},
+  archivePrefix = {arXiv}
+}"""
 SELECTIVE_SEARCH = """@article{uijlings2013selective,
   title = {Selective Search for Object Recognition},
   author = {Uijlings, Jasper R. R. and van de Sande, Koen E. A. and Gevers, Theo and Smeulders, Arnold W. M.},
@@ -115,6 +123,54 @@ def write_pretraining_card(
     )
 
 
+def write_soco_card(
+    output_dir, *, config, dataset: str, settings: Mapping, num_images: int | None = None, steps: int | None = None
+) -> Path:
+    """
+    Writes the card of a backbone that SoCo pre-trained without labels.
+
+    Args:
+        output_dir (`str` or `Path`): The folder to describe, with the backbone in `backbone`.
+        config (`SoCoConfig`): The configuration of the model.
+        dataset, settings, num_images, steps: As for [`write_pretraining_card`].
+
+    Returns:
+        `Path`: The card.
+    """
+    backbone = getattr(config.backbone_config, "backbone", None) or config.backbone_config.model_type
+    has_head = config.variant != "c4"
+    return _write(
+        output_dir,
+        title=f"{backbone} pre-trained with SoCo on {_told(dataset)}",
+        summary=(
+            f"A backbone{', its feature pyramid and a box head were' if has_head else ' was'} pre-trained on "
+            "unlabelled images: boxes that an unsupervised proposal algorithm draws are to be recognised in other "
+            "crops, sizes and colours. **It is a start for training detectors, and detects nothing by itself.**"
+        ),
+        usage=(
+            "from aligndet_hf.detectors.build import build_detector\n\n"
+            f'path = "{Path(output_dir).name}/backbone"  # in a copy of this folder\n'
+            'detector = build_detector("rt_detr", backbone=path, num_labels=3)  # any family'
+            + (
+                "\n\n# Backbone, pyramid and box head, in a detector of torchvision with the same trunk:\n"
+                "from aligndet_hf.detectors.torchvision_weights import load_torchvision_weights\n\n"
+                f'print(load_torchvision_weights(faster_rcnn, "{Path(output_dir).name}/torchvision.safetensors"))'
+                if has_head
+                else ""
+            )
+        ),
+        training=f"`aligndet pretrain --method soco` on {_amount(dataset, num_images, steps)}.",
+        settings=settings,
+        limits=[
+            "What it takes for an object is what the proposal algorithm took for one.",
+            "Nothing was measured on labelled data for this card.",
+        ],
+        metadata={"tags": ["soco", "self-supervised-learning", "pretraining"]} | _sources(dataset, None),
+        citations=[SOCO, SELECTIVE_SEARCH],
+        plain=False,
+    )
+
+
 def write_finetuning_card(
     output_dir,
     *,
@@ -200,6 +256,7 @@ def _write(
     result_dataset=(None, None),
     protocol=None,
     transfer=None,
+    plain=True,
 ) -> Path:
     """Fills the template; the two public functions say what with."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -223,7 +280,7 @@ def _write(
     metadata = {key: value for key, value in metadata.items() if value}
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="object-detection",
+        pipeline_tag="object-detection" if plain else "image-feature-extraction",
         model_name=title if entries else None,
         eval_results=entries or None,
         **metadata | {"tags": ["object-detection", "aligndet-hf", *metadata.get("tags", [])]},
@@ -240,6 +297,7 @@ def _write(
         limits=limits,
         citations=citations,
         protocol=protocol,
+        plain=plain,
         results=_rows(results, COCO_KEYS),
         per_class=_rows((results or {}).get("per_class"), (results or {}).get("per_class", ())),
         transfer=transfer,

@@ -28,10 +28,8 @@ import aligndet_hf
 from ..data.columns import validate_proposals
 from ..data.formats import load_dataset_source
 from ..data.sampling import EpochBatchSampler
-from ..detectors.build import is_new
-from ..models import AlignDetForPreTraining
+from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..momentum import cosine_momentum
-from ..reporting.model_card import write_pretraining_card
 from .checkpointing import (
     clear_write_errors,
     find_last_checkpoint,
@@ -43,15 +41,8 @@ from .checkpointing import (
 )
 from .interrupts import StopSignals, TrainingInterrupted
 from .pretrain_arguments import PretrainArguments
-from .pretrain_setup import (
-    build_accelerator,
-    build_loader,
-    build_model,
-    class_names,
-    compared_configuration,
-    parameter_groups,
-    to_device,
-)
+from .pretrain_methods import METHODS
+from .pretrain_setup import build_accelerator, build_loader, build_optimizer, compared_configuration
 from .run_log import RunLog
 from .schedules import learning_rate, milestone_steps
 
@@ -76,8 +67,8 @@ class PretrainResult:
     What [`pretrain`] returns.
 
     Attributes:
-        output_dir (`Path`): The AlignDet checkpoint, with the log, the summary and the card.
-        detector_dir (`Path`): The plain detector and its image processor.
+        output_dir (`Path`): The checkpoint of the method's model, with the log, the summary and the card.
+        detector_dir (`Path`): The plain detector and its image processor; of SoCo the backbone.
         metrics (`dict[str, float]`): The last entry of the log.
     """
 
@@ -88,12 +79,12 @@ class PretrainResult:
 
 def pretrain(arguments: PretrainArguments) -> PretrainResult:
     """
-    Pre-train a detector on images with proposals, and export it.
+    Pre-train a detector, or with SoCo a backbone, on images with proposals, and export it.
 
-    Writes to `output_dir`: the AlignDet model (`save_pretrained`), `detector/` (a plain `transformers` detector with
-    its image processor), `log.jsonl`, `pretrain_summary.json`, a model card, `backbone_report.json` or
-    `transfer_report.json` if weights were loaded, and `checkpoint-<step>` folders. The same call again resumes from
-    the last checkpoint, exactly; a finished run is left as it is.
+    Writes to `output_dir`: the method's model (`save_pretrained`), `detector/` (a plain `transformers` detector with
+    its image processor; of SoCo `backbone/` and `torchvision.safetensors`), `log.jsonl`, `pretrain_summary.json`, a
+    model card, `backbone_report.json` or `transfer_report.json` if weights were loaded, and `checkpoint-<step>`
+    folders. The same call again resumes from the last checkpoint, exactly; a finished run is left as it is.
 
     Args:
         arguments ([`PretrainArguments`]): The configuration.
@@ -108,6 +99,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         FloatingPointError: the gradients stay infinite or NaN.
         TrainingInterrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
+    method = METHODS[arguments.method]
     accelerator = build_accelerator(arguments)
     configuration = compared_configuration(arguments, accelerator)
     output_dir = prepare_output_dir(arguments.output_dir)
@@ -120,7 +112,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         summary = json.loads((output_dir / SUMMARY).read_text())
         require_same_run(summary["configuration"], configuration, output_dir)
         accelerator.print(f"The run in {output_dir} is finished; --overwrite_output_dir starts it anew.")
-        return PretrainResult(output_dir, output_dir / "detector", summary["metrics"])
+        return PretrainResult(output_dir, output_dir / method.product, summary["metrics"])
     # Before any work, so that a missing token does not end a run that took days.
     repo_id = _create_repo(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
 
@@ -128,13 +120,14 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         dataset = load_dataset_source(arguments.dataset, arguments.split)
     report = validate_proposals(dataset, arguments.dataset, with_clusters=arguments.use_clusters)
     accelerator.print(report)
-    model, image_processor, loaded = build_model(arguments, class_names(arguments, dataset))
+    model, image_processor, loaded = method.build_model(arguments, dataset)
     if loaded is not None:
         accelerator.print(loaded)
         if accelerator.is_main_process:
             write_json(output_dir / loaded.file_name, loaded.to_dict())
-    sampler, loader = build_loader(arguments, accelerator, dataset, model.config.detector_config)
-    optimizer = torch.optim.AdamW(parameter_groups(model, arguments), arguments.learning_rate)
+    views, collate = method.build_views(arguments, accelerator, dataset, model.config)
+    sampler, loader = build_loader(arguments, accelerator, views, collate)
+    optimizer = build_optimizer(model, arguments)
     model, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         arguments,
@@ -163,7 +156,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         )
         accelerator.print(f"Uploaded to {repo_id}.")
     accelerator.end_training()
-    return PretrainResult(output_dir, output_dir / "detector", run.metrics)
+    return PretrainResult(output_dir, output_dir / method.product, run.metrics)
 
 
 class Run:
@@ -171,9 +164,10 @@ class Run:
 
     def __init__(self, arguments, accelerator, model, optimizer, image_processor, sampler, loader, about: dict):
         self.arguments = arguments
+        self.method = METHODS[arguments.method]
         self.accelerator = accelerator
         self.model = model
-        self.align_det: AlignDetForPreTraining = accelerator.unwrap_model(model)
+        self.align_det: AlignDetForPreTraining | SoCoForPreTraining = accelerator.unwrap_model(model)
         self.optimizer = optimizer
         self.image_processor = image_processor
         self.sampler = sampler
@@ -191,9 +185,8 @@ class Run:
             milestones=milestone_steps(arguments.lr_milestones, self.total_steps, len(sampler)),
         )
         config = self.align_det.config
-        self.momentum = partial(
-            cosine_momentum, total_steps=self.total_steps, base=config.base_momentum, end=config.end_momentum
-        )
+        momenta = {"total_steps": self.total_steps, "base": config.base_momentum, "end": config.end_momentum}
+        self.momentum = lambda step: cosine_momentum(step + self.method.momentum_delay, **momenta)
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -266,7 +259,7 @@ def _train(run: Run) -> None:
                 torch.manual_seed(_seed(arguments.seed, run.step, place))
                 is_last = index + 1 == len(micro_batches)
                 with nullcontext() if is_last else accelerator.no_sync(model):
-                    output = model(**to_device(batch, accelerator.device, run.image_processor))
+                    output = model(**run.method.to_device(batch, accelerator.device, run.image_processor))
                     accelerator.backward(output.loss / len(micro_batches))
                 log.add({"loss": output.loss, **output.loss_dict, **output.metrics})
             gradient_norm = accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
@@ -274,7 +267,7 @@ def _train(run: Run) -> None:
             if _is_usable(run, gradient_norm):
                 run.optimizer.step()
             run.optimizer.zero_grad()
-            run.align_det.update_momentum_detector(run.momentum(run.step))
+            run.method.update_momentum(run.align_det, run.momentum(run.step))
 
             run.step += 1
             progress.update()
@@ -321,8 +314,7 @@ def _write_log(run: Run, progress: tqdm) -> None:
         **rates,
         skipped_steps=run.skipped_steps,
     )
-    shown = {name: run.metrics.get(key, math.nan) for name, key in SHOWN.items()}
-    progress.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+    progress.set_postfix({name: f"{run.metrics[key]:.3g}" for name, key in SHOWN.items() if key in run.metrics})
     margin = run.metrics.get("positive_similarity", math.nan) - run.metrics.get("negative_similarity", math.nan)
     spread = run.metrics.get("embedding_spread", math.nan)
     is_collapsed = run.step >= SETTLED * run.total_steps and (spread < MIN_SPREAD or margin < MIN_MARGIN)
@@ -330,7 +322,7 @@ def _write_log(run: Run, progress: tqdm) -> None:
         logger.warning(
             f"step {run.step}: the embeddings of all objects are alike (spread {spread:.3f}, positive minus negative "
             f"similarity {margin:.3f}): the contrastive loss teaches nothing yet. If that stays so, try a lower "
-            "learning rate, a lower contrastive_temperature, or more proposals per image."
+            "learning rate, a lower contrastive_temperature (AlignDet), or more proposals per image."
         )
     run.is_collapsed = is_collapsed
 
@@ -350,7 +342,7 @@ def _write_result(run: Run) -> None:
     output_dir = Path(run.arguments.output_dir)
     with clear_write_errors(output_dir):
         run.align_det.save_pretrained(output_dir)
-        run.align_det.export_detector(output_dir / "detector", run.image_processor)
+        run.method.export(run.align_det, output_dir, run.image_processor)
         summary = {
             "metrics": run.metrics,
             "steps": run.total_steps,
@@ -359,15 +351,14 @@ def _write_result(run: Run) -> None:
             **run.about,
             "arguments": dataclasses.asdict(run.arguments),
         }
-        write_pretraining_card(
+        run.method.write_card(
             output_dir,
-            detector_config=run.align_det.config.detector_config,
-            dataset=run.arguments.dataset,
+            run.align_det.config,
+            run.arguments,
             settings=summary["arguments"],
             num_images=run.about["data"]["images"],
             steps=run.total_steps,
-            base_model=None if is_new(run.arguments) else run.arguments.detector,
-            subfolder="detector",
         )
         write_json(output_dir / SUMMARY, summary)
-    run.accelerator.print(f"Finished. The detector is in {output_dir / 'detector'}: aligndet finetune --detector ...")
+    product = output_dir / run.method.product
+    run.accelerator.print(f"Finished. The {run.method.product} is in {product}: {run.method.next_stage} {product} ...")

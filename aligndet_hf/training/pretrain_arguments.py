@@ -4,7 +4,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..detectors.build import DetectorArguments
-from ..models import AlignDetConfig
+from ..models import AlignDetConfig, SoCoConfig
+
+# What is not given depends on the method.
+DEFAULTS = {
+    "aligndet": {
+        "image_sizes": [640, 672, 704, 736, 768, 800],
+        "max_proposals": 50,
+        "proposal_sampling": "top",
+    },
+    "soco": {
+        "image_sizes": {"fpn": [224, 224, 112], "star": [224, 224, 192, 112], "c4": [224, 224]},
+        "max_proposals": 4,
+        "proposal_sampling": "random",
+        "crop_scale": [0.5, 1.0],
+    },
+}
 
 
 @dataclass(kw_only=True)
@@ -14,7 +29,7 @@ class PretrainArguments(DetectorArguments):
     help_groups = {
         "dataset": "Data",
         "image_sizes": "Views",
-        "aligndet_config": "Method",
+        "method": "Method",
         "num_train_epochs": "Optimisation",
         "output_dir": "Run",
     }
@@ -23,19 +38,29 @@ class PretrainArguments(DetectorArguments):
         metadata={"help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it"}
     )
     split: str = field(default="train", metadata={"help": "split of the dataset"})
-    max_proposals: int = field(
-        default=50, metadata={"help": "proposals per image; never more than the detector has queries"}
+    max_proposals: int | None = field(
+        default=None,
+        metadata={
+            "help": "proposals per image, never more than the detector has queries; 50 if not given. SoCo: per crop; 4"
+        },
     )
-    proposal_sampling: Literal["top", "random"] = field(
-        default="top", metadata={"help": "`top`: always the best by score; `random`: drawn anew each epoch"}
+    proposal_sampling: Literal["top", "random"] | None = field(
+        default=None,
+        metadata={
+            "help": "`top`: always the best by score; `random`: drawn anew each epoch; `top`, for SoCo `random`, if "
+            "not given"
+        },
     )
     use_clusters: bool = field(
         default=False, metadata={"help": "use the proposals' clusters as classes instead of one class `object`"}
     )
 
-    image_sizes: list[int] = field(
-        default_factory=lambda: [640, 672, 704, 736, 768, 800],
-        metadata={"help": "sizes in pixels that views are resized to at random: the shorter side, or both sides"},
+    image_sizes: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "sizes in pixels that views are resized to at random: the shorter side, or both sides; 640 672 "
+            "... 800 if not given. SoCo: both sides of each view, that of the whole image first; 224 224 112"
+        },
     )
     max_size: int | None = field(
         default=None, metadata={"help": "longest side of a view in pixels; 5/3 of the drawn size if not given"}
@@ -44,20 +69,33 @@ class PretrainArguments(DetectorArguments):
     color: bool = field(default=True, metadata={"help": "apply one random colour operation to each view"})
     crop_scale: list[float] | None = field(
         default=None,
-        metadata={"help": "smallest and largest area of a random crop; no crop if not given, as in AlignDet"},
+        metadata={"help": "smallest and largest area of a random crop; no crop if not given. SoCo: 0.5 1.0"},
     )
 
+    method: Literal["aligndet", "soco"] = field(
+        default="aligndet",
+        metadata={
+            "help": "`aligndet`: the whole detector; `soco`: a backbone, with a feature pyramid and a box head. Of "
+            "the detector's flags SoCo takes `backbone` and `backbone_weights`"
+        },
+    )
     aligndet_config: dict = field(
         default_factory=dict,
         metadata={"help": "fields of AlignDetConfig to set, e.g. contrastive_loss_coefficient, freeze_backbone"},
+    )
+    soco_config: dict = field(
+        default_factory=dict, metadata={"help": "fields of SoCoConfig to set, e.g. variant, level_sizes, mlp_dim"}
     )
 
     num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
     max_steps: int = field(default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs"})
     per_device_train_batch_size: int = field(default=2, metadata={"help": "images per process and forward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimizer step"})
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of AdamW"})
-    weight_decay: float = field(default=1e-4, metadata={"help": "weight decay of AdamW"})
+    optimizer: Literal["adamw", "lars"] = field(
+        default="adamw", metadata={"help": "`lars` is for large batches: SGD with a rate for each layer"}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    weight_decay: float = field(default=1e-4, metadata={"help": "weight decay"})
     decay_norms_and_biases: bool = field(default=True, metadata={"help": "decay one-dimensional parameters too"})
     max_grad_norm: float = field(default=0.1, metadata={"help": "gradients are clipped to this norm"})
     lr_scheduler_type: Literal["constant", "step", "cosine"] = field(
@@ -89,6 +127,10 @@ class PretrainArguments(DetectorArguments):
     )
 
     def __post_init__(self):
+        for name, value in DEFAULTS[self.method].items():
+            if getattr(self, name) is None:
+                by_variant = isinstance(value, dict)
+                setattr(self, name, value.get(self.soco_config.get("variant", "fpn")) if by_variant else value)
         for name in (
             "max_proposals", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps",
             "save_total_limit", "logging_steps", "num_train_epochs", "learning_rate", "max_grad_norm",
@@ -97,6 +139,12 @@ class PretrainArguments(DetectorArguments):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.crop_scale is not None and len(self.crop_scale) != 2:
             raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
-        known = set(AlignDetConfig.__annotations__) - {"detector_config", "model_type"}
-        if unknown := set(self.aligndet_config) - known:
-            raise ValueError(f"aligndet_config: unknown {sorted(unknown)}; there are {sorted(known)}")
+        if self.optimizer == "lars" and not self.weight_decay > 0:
+            raise ValueError("LARS adapts the rates of the layers that decay: weight_decay must be positive")
+        for method, config in (("aligndet", AlignDetConfig), ("soco", SoCoConfig)):
+            name = f"{method}_config"
+            known = set(config.__annotations__) - {"detector_config", "backbone_config", "model_type"}
+            if unknown := set(getattr(self, name)) - known:
+                raise ValueError(f"{name}: unknown {sorted(unknown)}; there are {sorted(known)}")
+            if getattr(self, name) and method != self.method:
+                raise ValueError(f"{name} is for --method {method}, this is {self.method}")

@@ -2,13 +2,15 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import datasets
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data.collate import collate_views, normalize_images
@@ -19,7 +21,8 @@ from ..data.views import ViewConfig
 from ..detectors.build import build_image_processor, is_new, load_detector
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import transfer_detector
-from ..models import AlignDetForPreTraining
+from ..models import AlignDetConfig, AlignDetForPreTraining
+from ..reporting.model_card import write_pretraining_card
 from .pretrain_arguments import PretrainArguments
 
 logger = logging.get_logger(__name__)
@@ -72,11 +75,12 @@ def class_names(arguments: PretrainArguments, dataset: datasets.Dataset) -> dict
     return {cluster: f"cluster_{cluster}" for cluster in range(highest + 1)}
 
 
-def build_model(arguments: PretrainArguments, id2label: dict[int, str]):
+def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
     """
     The model to train, the image processor to export with the detector, and the report of the weights that a new
     detector's backbone got, or of what a checkpoint for other classes passed on.
     """
+    id2label = class_names(arguments, dataset)
     torch.manual_seed(arguments.seed)
     detector, report = load_detector(arguments, len(id2label), id2label)
     if detector.config.num_labels != len(id2label):  # A checkpoint for other classes.
@@ -94,8 +98,9 @@ def build_model(arguments: PretrainArguments, id2label: dict[int, str]):
     return model, build_image_processor(detector, size, arguments.max_size), report
 
 
-def build_loader(arguments: PretrainArguments, accelerator: Accelerator, dataset, detector_config):
-    """The sampler, and a loader of which one item is one optimizer step of this process: a list of micro-batches."""
+def build_views(arguments: PretrainArguments, accelerator: Accelerator, dataset: datasets.Dataset, config):
+    """The data set of views for a model of this config, and the function that makes batches of its items."""
+    detector_config = config.detector_config
     family, queries = family_of(detector_config), num_queries(detector_config)
     require_fitting_sizes(detector_config, arguments.image_sizes)
     if arguments.max_proposals > queries:
@@ -115,6 +120,11 @@ def build_loader(arguments: PretrainArguments, accelerator: Accelerator, dataset
         proposal_sampling=arguments.proposal_sampling,
         use_clusters=arguments.use_clusters,
     )
+    return views, collate_views
+
+
+def build_loader(arguments: PretrainArguments, accelerator: Accelerator, views: Dataset, collate: Callable):
+    """The sampler, and a loader of which one item is one optimizer step of this process: a list of micro-batches."""
     sampler = EpochBatchSampler(
         len(views),
         arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
@@ -126,7 +136,7 @@ def build_loader(arguments: PretrainArguments, accelerator: Accelerator, dataset
     loader = DataLoader(
         views,
         batch_sampler=sampler,
-        collate_fn=partial(_collate_step, micro_batch_size=arguments.per_device_train_batch_size),
+        collate_fn=partial(_collate_step, collate=collate, micro_batch_size=arguments.per_device_train_batch_size),
         num_workers=arguments.dataloader_num_workers,
         worker_init_fn=init_worker,
         persistent_workers=arguments.dataloader_num_workers > 0,
@@ -135,8 +145,8 @@ def build_loader(arguments: PretrainArguments, accelerator: Accelerator, dataset
     return sampler, loader
 
 
-def _collate_step(items: list[dict], micro_batch_size: int) -> list[dict]:
-    return [collate_views(items[i : i + micro_batch_size]) for i in range(0, len(items), micro_batch_size)]
+def _collate_step(items: list[dict], collate: Callable, micro_batch_size: int) -> list[dict]:
+    return [collate(items[i : i + micro_batch_size]) for i in range(0, len(items), micro_batch_size)]
 
 
 def to_device(batch: dict, device: torch.device, image_processor) -> dict:
@@ -150,6 +160,33 @@ def to_device(batch: dict, device: torch.device, image_processor) -> dict:
             image_processor.image_std,
         )
     return batch
+
+
+def export(model: AlignDetForPreTraining, output_dir: Path, image_processor) -> None:
+    """Write the plain detector with its image processor to `output_dir/detector`."""
+    model.export_detector(output_dir / "detector", image_processor)
+
+
+def write_card(output_dir: Path, config: AlignDetConfig, arguments: PretrainArguments, **facts) -> None:
+    """Write the model card of a run, with the facts that [`write_pretraining_card`] takes."""
+    write_pretraining_card(
+        output_dir,
+        detector_config=config.detector_config,
+        dataset=arguments.dataset,
+        base_model=None if is_new(arguments) else arguments.detector,
+        subfolder="detector",
+        **facts,
+    )
+
+
+def build_optimizer(model: torch.nn.Module, arguments: PretrainArguments) -> torch.optim.Optimizer:
+    """AdamW, or LARS (You et al., 2017) with momentum 0.9, which leaves what does not decay at the common rate."""
+    groups = parameter_groups(model, arguments)
+    if arguments.optimizer == "lars":
+        from timm.optim import Lars
+
+        return Lars(groups, arguments.learning_rate, momentum=0.9)
+    return torch.optim.AdamW(groups, arguments.learning_rate)
 
 
 def parameter_groups(model: torch.nn.Module, arguments: PretrainArguments) -> list[dict]:

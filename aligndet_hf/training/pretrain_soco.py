@@ -1,0 +1,94 @@
+"""What a SoCo run is made of, beside what every pre-training run is: model, views and export."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+
+from ..data.collate import collate_soco, normalize_images
+from ..data.dataset import SoCoViews
+from ..detectors.backbone_weights import load_weights
+from ..detectors.backbones import build_backbone_config, image_statistics
+from ..models import SoCoConfig, SoCoForPreTraining
+from ..models.modeling_soco import TORCHVISION
+from ..reporting.model_card import write_soco_card
+from .pretrain_arguments import PretrainArguments
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation that images are normalised with, per channel in 0..1."""
+
+    image_mean: list[float]
+    image_std: list[float]
+
+
+def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
+    """The model to train, the statistics of its images, and the report of the weights that its backbone got."""
+    torch.manual_seed(arguments.seed)
+    strides = (16, 32) if arguments.soco_config.get("variant") == "c4" else (4, 8, 16, 32)
+    backbone, _, _ = build_backbone_config(arguments.backbone or "resnet50", strides, freeze_batch_norm=False)
+    checkpoint, backbone._name_or_path = backbone._name_or_path, ""
+    config = SoCoConfig(backbone_config=backbone, **arguments.soco_config)
+    config._name_or_path = checkpoint  # where the statistics are
+    statistics = Statistics(*image_statistics(config))
+    config._name_or_path = ""
+    model = SoCoForPreTraining(config).train()
+    weights = arguments.backbone_weights or checkpoint
+    report = load_weights(model.encoder.backbone, backbone, weights) if weights else None
+    model.update_momentum_encoder(0.0)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and not arguments.use_cpu:
+        from timm.layers import convert_sync_batchnorm
+
+        # The statistics are those of the whole batch, as in the official code; PyTorch has that for GPUs alone.
+        model = convert_sync_batchnorm(model)
+    return model, statistics, report
+
+
+def build_views(arguments: PretrainArguments, accelerator: Accelerator, dataset: datasets.Dataset, config: SoCoConfig):
+    """The data set of views for a model of this config, and the function that makes batches of its items."""
+    level_sizes = None if config.variant == "c4" else config.level_sizes
+    if level_sizes and max(arguments.image_sizes) > level_sizes[-1]:
+        raise ValueError(
+            f"boxes in views of {max(arguments.image_sizes)} pixels can be larger than the last of level_sizes "
+            f"{level_sizes}, and would be left out: raise it in --soco_config"
+        )
+    views = SoCoViews(
+        dataset,
+        arguments.image_sizes,
+        config.box_sets,
+        level_sizes,
+        seed=arguments.seed,
+        max_proposals=arguments.max_proposals,
+        proposal_sampling=arguments.proposal_sampling,
+        crop_scale=tuple(arguments.crop_scale),
+        flip_probability=arguments.flip_probability,
+        color=arguments.color,
+    )
+    return views, collate_soco
+
+
+def to_device(batch: dict, device: torch.device, statistics: Statistics) -> dict:
+    """Copy a batch to the device, and normalise its images there."""
+    batch = send_to_device(batch, device, non_blocking=True)
+    batch["pixel_values"] = [
+        normalize_images(view, view.new_ones(1, 1, 1), *statistics) for view in batch["pixel_values"]
+    ]
+    return batch
+
+
+def export(model: SoCoForPreTraining, output_dir: Path, statistics: Statistics) -> None:
+    """
+    Write the backbone to `output_dir/backbone`, for `--backbone_weights`, and with pyramid and head to
+    `output_dir/torchvision.safetensors`.
+    """
+    model.export_backbone(output_dir / "backbone", *statistics)
+    if model.config.variant != "c4":
+        model.export_torchvision(output_dir / TORCHVISION)
+
+
+def write_card(output_dir: Path, config: SoCoConfig, arguments: PretrainArguments, **facts) -> None:
+    """Write the model card of a run, with the facts that [`write_soco_card`] takes."""
+    write_soco_card(output_dir, config=config, dataset=arguments.dataset, **facts)
