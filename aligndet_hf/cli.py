@@ -51,7 +51,13 @@ COMMANDS = {
         "aligndet_hf.training.pretrain",
         "PretrainArguments",
         "pretrain",
-        "pre-train a whole detector on images with proposals, and export it",
+        "pre-train a whole detector (or, with SoCo, a backbone) on images with proposals, and export it",
+    ),
+    "knn": Command(
+        "aligndet_hf.evaluation.knn",
+        "KnnArguments",
+        "measure_knn",
+        "say what a backbone knows of labelled objects: nearest neighbours of their features",
     ),
     "finetune": Command(
         "aligndet_hf.training.finetune",

@@ -1,11 +1,17 @@
 """Nearest neighbours: right on clean classes, chance on noise, and honest about groups."""
 
+import json
 import warnings
 
 import numpy as np
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
-from aligndet_hf.evaluation.knn import knn_accuracy
+from aligndet_hf.data.errors import DataError
+from aligndet_hf.data.synthetic import write_synthetic_folder
+from aligndet_hf.evaluation.knn import KnnArguments, knn_accuracy, measure_knn
 
 RNG = np.random.default_rng(0)
 LABELS = np.repeat([0, 1, 2], [60, 25, 15])
@@ -45,3 +51,40 @@ def test_samples_of_one_group_do_not_answer_for_each_other():
 def test_too_little_is_refused(features, labels, message):
     with pytest.raises(ValueError, match=message):
         knn_accuracy(features, labels)
+
+
+# ---- objects ----
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_synthetic_folder(folder, {"train": 12}, seed=0, image_size=(96, 128))
+    return folder
+
+
+def test_objects_are_measured_with_the_weights_and_with_random_ones(scenes, tmp_path, capsys):
+    torch.manual_seed(3)
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.safetensors")
+    settings = {"dataset": str(scenes), "backbone": "resnet10t", "short_side": 96, "k": 3, "disable_tqdm": True}
+    weights = str(tmp_path / "weights.safetensors")
+    results = measure_knn(KnnArguments(**settings, backbone_weights=weights, output_dir=str(tmp_path / "out")))
+    record = json.loads((tmp_path / "out" / "knn.json").read_text())
+    assert record["results"] == results and record["k"] == 3
+    assert results["trained"] != results["random"]
+    assert results["random"] == measure_knn(KnnArguments(**settings))["random"]
+    printed = capsys.readouterr().out
+    assert f"accuracy {100 * results['trained']['accuracy']:.1f}, balanced accuracy" in printed
+
+
+def test_some_of_many_objects(scenes, capsys):
+    settings = {"dataset": str(scenes), "backbone": "resnet10t", "short_side": 64, "disable_tqdm": True}
+    measure_knn(KnnArguments(**settings, max_objects=20))
+    assert capsys.readouterr().out.count(" 20 objects") == 2
+
+
+def test_without_labels_there_is_nothing_to_measure(proposal_folder):
+    with pytest.raises(DataError, match="objects"):
+        measure_knn(KnnArguments(dataset=str(proposal_folder), backbone="resnet10t"))
+    with pytest.raises(ValueError, match="k must be positive"):
+        KnnArguments(dataset="data", backbone="resnet10t", k=0)

@@ -21,6 +21,7 @@ SCRIPTS = {
     "cluster_proposals": "clusters",
     "recall": "recall",
     "pretrain": "pretrain",
+    "knn": "knn",
     "finetune": "finetune",
     "evaluate": "evaluate",
 }

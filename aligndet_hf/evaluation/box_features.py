@@ -93,21 +93,29 @@ class BoxFeatures:
 
 class BoxImages(Dataset):
     """
-    Resized images with their usable proposals.
+    Resized images with their usable boxes.
 
     An item is `{"image", "boxes", "kept"}`: uint8 [3, h, w], the boxes (float32 [n, 4], corners xyxy relative to the
-    image) and their indices among the proposals of the row (int64 [n]); or `{"file", "reason"}` for an image that
+    image) and their indices among the boxes of the row (int64 [n]); or `{"file", "reason"}` for an image that
     cannot be read.
 
     Args:
-        sources (`dict[str, datasets.Dataset]`): The splits, with the columns `image` (not decoded) and `proposals`.
+        sources (`dict[str, datasets.Dataset]`): The splits, with the columns `image` (not decoded) and `column`.
         rows (`list[tuple[str, int]]`): Split and row of each item.
         short_side (`int`): Shorter side of the images, in pixels; the longer one has at most 5/3 of it.
+        column (`str`, *optional*, defaults to `"proposals"`): Which boxes: that column's field `bbox`.
     """
 
-    def __init__(self, sources: dict[str, datasets.Dataset], rows: list[tuple[str, int]], short_side: int):
-        columns = ["image", "proposals"]
+    def __init__(
+        self,
+        sources: dict[str, datasets.Dataset],
+        rows: list[tuple[str, int]],
+        short_side: int,
+        column: str = "proposals",
+    ):
+        columns = ["image", column]
         self.sources = {name: source.select_columns(columns).with_format("arrow") for name, source in sources.items()}
+        self.column = column
         self.rows = rows
         self.short_side = short_side
 
@@ -123,7 +131,7 @@ class BoxImages(Dataset):
         except ImageError as error:
             return {"file": image_name(value), "reason": str(error)}
         height, width = image.shape[:2]
-        boxes, kept = clean_boxes(read_boxes(table["proposals"])[0], width, height)
+        boxes, kept = clean_boxes(read_boxes(table[self.column])[0], width, height)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) / (width, height, width, height)
         image = resize_image(image, *view_shape(height, width, "shortest_edge", self.short_side))
         return {

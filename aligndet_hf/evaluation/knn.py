@@ -1,6 +1,18 @@
-"""What features know without being trained further: the accuracy of nearest neighbours."""
+"""What features know without being trained further: the accuracy of nearest neighbours, and `aligndet knn`."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..data.columns import read_values, validate_objects
+from ..data.errors import ImageError
+from ..data.formats import category_names, load_dataset_source
+from ..detectors.build import build_detector
+from .box_features import BoxFeatures, BoxImages
 
 
 def knn_accuracy(
@@ -49,3 +61,101 @@ def knn_accuracy(
         "balanced_accuracy": float(balanced_accuracy_score(labels, predicted)),
         "majority": float(counts.max() / len(labels)),
     }
+
+
+@dataclass(kw_only=True)
+class KnnArguments:
+    """Arguments of [`measure_knn`]: the flags of `aligndet knn` and the keys of its recipes."""
+
+    help_groups = {"dataset": "Data", "backbone": "Features", "k": "Neighbours", "output_dir": "Run"}
+
+    dataset: str = field(metadata={"help": "labelled images: a folder, COCO JSON or Hub id"})
+    split: str | None = field(default=None, metadata={"help": "split of the dataset, if there are several"})
+
+    backbone: str = field(
+        metadata={"help": "a timm name, or the folder of a backbone, such as SoCo's, whose weights come with it"}
+    )
+    backbone_weights: str | None = field(default=None, metadata={"help": "its weights, if it does not come with any"})
+    strides: list[int] = field(
+        default_factory=lambda: [16, 32], metadata={"help": "feature maps to use, by stride in pixels"}
+    )
+    short_side: int = field(
+        default=448, metadata={"help": "shorter side in pixels of the images that the backbone sees"}
+    )
+
+    k: int = field(default=10, metadata={"help": "neighbours that vote"})
+    max_objects: int = field(default=5000, metadata={"help": "of more objects, so many are drawn"})
+    seed: int = field(default=0, metadata={"help": "seed of that, of the five parts, and of the random weights"})
+
+    output_dir: str | None = field(default=None, metadata={"help": "folder for knn.json"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+
+    def __post_init__(self):
+        for name in ("short_side", "k", "max_objects"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
+    """
+    Measures how well the neighbours of labelled objects tell their class, in the features of a backbone.
+
+    Objects of one image are never each other's neighbours. Beside it, the same backbone with random weights.
+
+    Args:
+        arguments ([`KnnArguments`]): The configuration.
+
+    Returns:
+        `dict`: what [`knn_accuracy`] returns, for the weights (`"trained"`) and for `"random"` ones.
+
+    Raises:
+        DataError: there are no labels, they are broken, or an image cannot be read.
+        ValueError: for an unknown backbone, weights that do not fit, or too few objects.
+    """
+    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True)
+    print(validate_objects(dataset, category_names(dataset, arguments.dataset), arguments.dataset))
+    results = {}
+    for name in ("trained", "random"):
+        detector = build_detector(  # for its backbone only, so any family will do
+            "detr",
+            backbone=arguments.backbone,
+            backbone_weights=arguments.backbone_weights,
+            strides=tuple(sorted(arguments.strides)),
+        )
+        if name == "random":
+            torch.manual_seed(arguments.seed)
+            detector = type(detector)(detector.config)
+        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        features = BoxFeatures(detector, arguments.strides, device=device)
+        found = _object_features(features, dataset, arguments)
+        results[name] = knn_accuracy(*found[:2], groups=found[2], k=arguments.k, seed=arguments.seed)
+        shown = ", ".join(f"{key.replace('_', ' ')} {100 * value:.1f}" for key, value in results[name].items())
+        print(f"{name} weights, {len(found[1])} objects: {shown} %")
+    if arguments.output_dir is not None:
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = asdict(arguments) | {"results": results}
+        (folder / "knn.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def _object_features(features: BoxFeatures, dataset, arguments: KnnArguments):
+    """Features [N, D], class [N] and row of the image [N] of the objects, or of `max_objects` of them."""
+    images = BoxImages({"": dataset}, [("", row) for row in range(len(dataset))], arguments.short_side, "objects")
+    labels, _ = read_values(dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"], "category")
+    vectors, classes, rows, start = [], [], [], 0
+    for row in tqdm(range(len(images)), desc="features", unit="image", disable=arguments.disable_tqdm):
+        item, count = images[row], len(dataset[row]["objects"]["bbox"])
+        if "reason" in item:
+            raise ImageError(item["reason"])
+        if len(item["kept"]):
+            vectors.append(features(item["image"], item["boxes"]))
+            classes.append(labels[start : start + count][item["kept"].numpy()].astype(np.int64))
+            rows.append(np.full(len(item["kept"]), row))
+        start += count
+    vectors, classes, rows = np.concatenate(vectors), np.concatenate(classes), np.concatenate(rows)
+    if len(classes) > arguments.max_objects:
+        chosen = np.random.default_rng(arguments.seed).choice(len(classes), arguments.max_objects, replace=False)
+        vectors, classes, rows = vectors[chosen], classes[chosen], rows[chosen]
+    return vectors, classes, rows
