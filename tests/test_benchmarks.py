@@ -9,12 +9,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def proposals():
-    spec = importlib.util.spec_from_file_location("benchmark_proposals", ROOT / "benchmarks" / "proposals.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def proposals():
+    return load("proposals")
 
 
 def test_benchmark_of_proposals(proposals, tmp_path, capsys):
@@ -33,3 +37,18 @@ def test_benchmark_of_proposals(proposals, tmp_path, capsys):
     assert measured["selective_search default"]["AR@100"] > measured["random boxes"]["AR@100"]
     printed = capsys.readouterr().out
     assert all(name in printed for name in measured) and {"numba", "cpu"} <= set(results["environment"])
+
+
+def test_benchmark_of_soco(monkeypatch, tmp_path, capsys):
+    """The official arrangement gives the same loss and gradients, or the benchmark itself fails."""
+    soco = load("soco")
+    fields = {"fpn_channels": 8, "head_dim": 16, "mlp_dim": 16, "projection_dim": 8, "level_sizes": [8, 16, 32, 64]}
+    monkeypatch.setitem(soco.CASES, "tiny", ("star", "resnet10t", [64, 64, 48, 32], fields))
+    output = tmp_path / "results" / "soco.json"
+    words = ["--cases", "tiny", "--batch_size", "2", "--repeats", "1", "--output", str(output)]
+    results = soco.main(words)
+    assert results == json.loads(output.read_text()) and "timm" in results["environment"]
+    row = results["cases"]["tiny"]
+    assert row["loss"] == pytest.approx(row["official_loss"], abs=1e-5) and abs(row["loss"]) > 1e-3
+    assert row["gradient_distance"] < 1e-3 and row["regions_ratio"] > 0
+    assert "tiny" in capsys.readouterr().out

@@ -97,17 +97,25 @@ class SoCoEncoder(nn.Module):
         Returns:
             `torch.Tensor` of shape `[images, boxes, projection_dim]`.
         """
+        return self.embed(self.feature_maps(pixel_values), boxes, levels)
+
+    def feature_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The levels of the pyramid, or the map before the last stage, of images `[images, 3, height, width]`."""
+        if self.neck is None:
+            return [split_network(self.backbone)[0](pixel_values)]
+        maps = self.backbone(pixel_values).feature_maps
+        return list(self.neck(OrderedDict(enumerate(maps))).values())
+
+    def embed(self, maps: list[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
+        """The embeddings of boxes, as [`~SoCoEncoder.forward`] takes them, in these feature maps."""
         images, count, _ = boxes.shape
         index = torch.arange(images, device=boxes.device).repeat_interleave(count)
-        rois, levels = torch.cat([index[:, None], boxes.flatten(0, 1)], dim=1), levels.flatten()
+        rois = torch.cat([index[:, None], boxes.flatten(0, 1)], dim=1)
         if self.head is None:
-            trunk, last_stage = split_network(self.backbone)
-            pooled = last_stage(_pool(trunk(pixel_values), rois, 14)).mean((2, 3))
+            pooled = split_network(self.backbone)[1](_pool(maps[0], rois, 14)).mean((2, 3))
         else:
-            maps = self.backbone(pixel_values).feature_maps
-            maps = list(self.neck(OrderedDict(enumerate(maps))).values())
-            pooled = self.head(_pool_levels(maps, rois, levels))
-        return self.projector(pooled).view(images, count, -1)
+            pooled = self.head(_pool_levels(maps, rois, levels.flatten()))
+        return self.projector(pooled).unflatten(0, (images, count))
 
 
 def _pool(feature_map: Tensor, rois: Tensor, size: int) -> Tensor:
@@ -227,19 +235,27 @@ class SoCoForPreTraining(PreTrainedModel):
                 f"{max(sets) + 1} others; got {len(pixel_values)} views with {[view.shape[1] for view in boxes]} boxes"
             )
         views = list(zip(pixel_values, boxes, levels, strict=True))
-        online = [self.predictor(self.encoder(*view).flatten(0, 1)).unflatten(0, view[2].shape) for view in views]
+        online = [self.predict(self.encoder(*view)) for view in views]
         with torch.no_grad():
             momentum = [self.momentum_encoder(*view) for view in views]
+        return self.compare(online, momentum, levels, ids)
 
-        losses = {}
-        for view, index in enumerate(sets, start=1):
+    def predict(self, embeddings: Tensor) -> Tensor:
+        """What the momentum encoder is expected to say of these boxes: `[images, boxes, projection_dim]`, both."""
+        return self.predictor(embeddings.flatten(0, 1)).view_as(embeddings)
+
+    def compare(
+        self, online: list[Tensor], momentum: list[Tensor], levels: list[Tensor], ids: list[Tensor]
+    ) -> SoCoOutput:
+        """The losses of predictions and momentum embeddings, one of each for each view; the rest as in `forward`."""
+        losses, count = {}, levels[1].shape[1]
+        for view, index in enumerate(self.config.box_sets, start=1):
             shared = slice(index * count, (index + 1) * count)
-            first, second = ids[0][:, shared, None], ids[view][:, None]
             is_placed = (levels[0][:, shared, None] >= 0) & (levels[view][:, None] >= 0)
-            correspondence = (first == second) & is_placed
-            losses[f"loss_view{view + 1}"] = box_similarity_loss(
-                online[0][:, shared], momentum[view], correspondence
-            ) + box_similarity_loss(online[view], momentum[0][:, shared], correspondence.transpose(1, 2))
+            pairs = (ids[0][:, shared, None] == ids[view][:, None]) & is_placed
+            forwards = box_similarity_loss(online[0][:, shared], momentum[view], pairs)
+            backwards = box_similarity_loss(online[view], momentum[0][:, shared], pairs.mT)
+            losses[f"loss_view{view + 1}"] = forwards + backwards
         return SoCoOutput(
             loss=sum(losses.values()),
             loss_dict=losses,
