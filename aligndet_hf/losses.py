@@ -21,6 +21,9 @@ def object_contrastive_loss(
     online_ids: Tensor,
     momentum_ids: Tensor,
     temperature: float = 0.5,
+    *,
+    negatives: Tensor | None = None,
+    num_ids: Tensor | None = None,
 ) -> Tensor:
     r"""
     AlignDet's instance contrast between the queries of two views (Li et al., ICCV 2023, eq. 4; all layers at once).
@@ -44,6 +47,11 @@ def object_contrastive_loss(
             integer id of every online row, unique in the batch; negative for background, whose rows only repel.
         momentum_ids (`torch.Tensor` of shape `[S]`): the ids of the momentum rows.
         temperature (`float`, *optional*, defaults to 0.5): divides the cosine similarities.
+        negatives (`torch.Tensor` of shape `[N, D]`, *optional*):
+            further rows that repel every object: those that other processes have of their images.
+        num_ids (`torch.Tensor` of shape `[]`, *optional*):
+            what the sum over the ids is divided by, their number by default; with several processes the mean of their
+            numbers, see [`count_ids`].
 
     Returns:
         `torch.Tensor`: a scalar, in float32 at least. Zero, with a graph, if no online row has an id.
@@ -66,20 +74,22 @@ def object_contrastive_loss(
     _check_rows(online_features, momentum_features, online_ids, momentum_ids)
     with torch.autocast(online_features.device.type, enabled=False):
         online, momentum = _unit_rows(online_features), _unit_rows(momentum_features)
+        others = online[:0] if negatives is None else _unit_rows(negatives)
         is_anchor = online_ids >= 0
         anchors, anchor_ids = online[is_anchor], online_ids[is_anchor]  # [A, D], [A]
 
-        similarity = anchors @ torch.cat([online, momentum]).detach().T / temperature  # [A, R + S]
-        same_id = anchor_ids[:, None] == torch.cat([online_ids, momentum_ids])
+        similarity = anchors @ torch.cat([online, momentum, others]).detach().T / temperature  # [A, R + S + N]
+        background = online_ids.new_full((len(others),), -1)
+        same_id = anchor_ids[:, None] == torch.cat([online_ids, momentum_ids, background])
         # A finite fill keeps the gradient of a row without negatives at zero instead of NaN.
         repulsion = similarity.masked_fill(same_id, torch.finfo(similarity.dtype).min).logsumexp(1, keepdim=True)
 
-        same_online, same_momentum = same_id.split([len(online), len(momentum)], dim=1)
+        same_online, same_momentum, _ = same_id.split([len(online), len(momentum), len(others)], dim=1)
         num_rows, num_keys = same_online.sum(1), same_momentum.sum(1)
         if momentum.requires_grad:  # keys carry a gradient, negatives do not
             to_momentum = anchors @ momentum.T / temperature
         else:
-            to_momentum = similarity[:, len(online) :]
+            to_momentum = similarity[:, len(online) : len(online) + len(momentum)]
         row_loss = _mean_attraction(repulsion, to_momentum, same_momentum, num_keys)
         is_missing = num_keys == 0
         if is_missing.any():
@@ -87,7 +97,22 @@ def object_contrastive_loss(
             row_loss = torch.where(is_missing, _mean_attraction(repulsion, to_online, same_online, num_rows), row_loss)
         # Each id counts once however many rows it has; the weights of one id's rows add up to one.
         weight = 1 / num_rows.to(row_loss.dtype)
-        return (row_loss * weight).sum() / weight.sum().clamp(min=1)
+        return (row_loss * weight).sum() / (weight.sum().clamp(min=1) if num_ids is None else num_ids)
+
+
+def count_ids(ids: Tensor) -> Tensor:
+    """
+    The number of different ids that are not negative, without a wait for the device.
+
+    Args:
+        ids (`torch.Tensor` of shape `[R]`): integer ids; negative for background.
+
+    Returns:
+        `torch.Tensor`: a float scalar.
+    """
+    ordered = ids.sort().values
+    is_new = ordered.diff(prepend=ordered.new_full((1,), -1)) != 0
+    return (is_new & (ordered >= 0)).sum().float()
 
 
 def _mean_attraction(repulsion: Tensor, similarity: Tensor, is_key: Tensor, num_keys: Tensor) -> Tensor:

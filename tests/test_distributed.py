@@ -1,4 +1,4 @@
-"""One process with a batch of four and two processes with two images each must train alike."""
+"""One process with a batch of images, and several processes with a part of them each, must train alike."""
 
 import os
 import socket
@@ -10,8 +10,13 @@ import torch
 from tiny_detectors import CONFIGS, random_batch, tiny_config, tiny_detector
 
 from aligndet_hf.detectors.criterion import use_correct_loss
+from aligndet_hf.models import AlignDetForPreTraining
+from aligndet_hf.processes import rows_of_other_processes
 
 COUNTS = [7, 1, 2, 0]  # unequal halves, where a normaliser per process shows
+EIGHT_COUNTS = [7, 1, 2, 0, 0, 0, 4, 3]
+# How four processes share eight images: two each, or as it comes. The third of the even ones has no proposal.
+SHARES = {"even": [0, 2, 4, 6, 8], "uneven": [0, 3, 4, 6, 8]}
 
 # Dropout and denoising noise are drawn per process.
 WITHOUT_CHANCE = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "num_denoising": 0}
@@ -19,56 +24,110 @@ WITHOUT_CHANCE = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout"
 STOCK_IS_RIGHT = ["lw_detr", "rf_detr"]
 
 
-def loss_and_gradients(model_type: str, images: slice, correct: bool, wrap=lambda detector: detector):
+# The ways in which families contrast: all layers, the last of two, and with groups of queries.
+PRETRAINED = [
+    ("detr", "even", True),
+    ("detr", "uneven", True),
+    ("detr", "uneven", False),
+    ("rt_detr", "even", True),
+    ("yolos", "uneven", True),
+    ("lw_detr", "even", True),
+]
+
+
+def without_chance(model_type: str):
     config = tiny_config(model_type)
     fields = {name: value for name, value in WITHOUT_CHANCE.items() if hasattr(config, name)}
-    detector = tiny_detector(model_type, **fields).train()
-    for module in detector.modules():
+    return tiny_detector(model_type, **fields)
+
+
+def backward(model, batch: dict, wrap) -> tuple[torch.Tensor, torch.Tensor]:
+    for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()  # batch statistics are those of a process
+    wrapped = wrap(model)
+    loss = wrapped(**batch).loss
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def loss_and_gradients(model_type: str, images: slice, correct: bool, wrap=lambda model: model):
+    detector = without_chance(model_type).train()
     if correct:
         use_correct_loss(detector)
     batch = {name: value[images] for name, value in random_batch(COUNTS).items()}
-    model = wrap(detector)
-    loss = model(**batch).loss
-    loss.backward()
-    gradients = torch.cat([p.grad.flatten() for p in detector.parameters() if p.grad is not None])
-    return loss.detach(), gradients
+    return backward(detector, batch, wrap)
 
 
-def worker(port: str, rank: str, folder: str) -> None:
+def pretraining_step(model_type: str, images: slice, gather: bool, wrap=lambda model: model):
+    """
+    Loss and gradients of AlignDet: all of it with gathered negatives, otherwise without the contrastive loss.
+
+    In float64: small networks with random weights blow the rounding of a convolution up.
+    """
+    model = AlignDetForPreTraining.from_detector(
+        without_chance(model_type), gather_negatives=gather, contrastive_loss_coefficient=20.0 * gather
+    )
+    model = model.train().double()
+    batch = {name: value[images] for name, value in random_batch(EIGHT_COUNTS).items()}
+    first = min((int(label["proposal_ids"].min()) for label in batch["labels"] if len(label["boxes"])), default=0)
+    # Ids start from 0 in every process. The other view lacks the first proposal of every image.
+    batch["labels"] = [label | {"proposal_ids": label["proposal_ids"] - first} for label in batch["labels"]]
+    batch["momentum_labels"] = [{name: value[1:] for name, value in label.items()} for label in batch["labels"]]
+    batch["pixel_values"] = batch["pixel_values"].double()
+    batch |= {f"momentum_{name}": batch[name].flip(-1) for name in ("pixel_values", "pixel_mask")}
+    return backward(model, batch, wrap)
+
+
+def worker(port: str, size: str, rank: str, folder: str) -> None:
     from accelerate import PartialState
 
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": size,
         "RANK": rank,
         "LOCAL_RANK": rank,
     }
     torch.set_num_threads(1)
     PartialState(cpu=True, backend="gloo")  # the stock loss asks accelerate for the number of processes
     rank = int(rank)
-    images = slice(2 * rank, 2 * rank + 2)
 
-    def wrap(detector):
-        return torch.nn.parallel.DistributedDataParallel(detector, find_unused_parameters=True)
+    def wrap(model):
+        return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
-    results = {(m, c): loss_and_gradients(m, images, c, wrap) for m in CONFIGS for c in (True, False)}
+    if size == "2":
+        images = slice(2 * rank, 2 * rank + 2)
+        results = {(m, c): loss_and_gradients(m, images, c, wrap) for m in CONFIGS for c in (True, False)}
+    else:
+        images = {share: slice(*bounds[rank : rank + 2]) for share, bounds in SHARES.items()}
+        results = {
+            (model_type, share, gather): pretraining_step(model_type, images[share], gather, wrap)
+            for model_type, share, gather in PRETRAINED
+        }
+        results["rows"] = rows_of_other_processes(torch.full((rank, 2), float(rank)))
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def launch(size: int, folder) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, __file__, port]
-    processes = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(2)]
-    assert [process.wait(timeout=180) for process in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    command = [sys.executable, __file__, port, str(size)]
+    processes = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(size)]
+    assert [process.wait(timeout=180) for process in processes] == [0] * size
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return launch(2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def four_processes(tmp_path_factory):
+    return launch(4, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -86,6 +145,22 @@ def test_the_stock_loss_does_not(two_processes, model_type):
     stock = sum(results[model_type, False][0] for results in two_processes) / 2
     error = abs(stock - loss) / loss
     assert error < 1e-5 if model_type in STOCK_IS_RIGHT else error > 0.02
+
+
+@pytest.mark.parametrize("model_type, share, gather", PRETRAINED)
+def test_four_processes_pretrain_like_one(four_processes, model_type, share, gather):
+    loss, gradients = pretraining_step(model_type, slice(None), gather)
+    ranks = [results[model_type, share, gather] for results in four_processes]
+    torch.testing.assert_close(sum(rank[0] for rank in ranks) / 4, loss, rtol=1e-6, atol=0)
+    for _, averaged in ranks:
+        torch.testing.assert_close(averaged, gradients, rtol=1e-6, atol=1e-6 * gradients.abs().mean().item())
+
+
+def test_rows_of_other_processes(four_processes):
+    # Process `rank` has `rank` rows of its number.
+    for rank, results in enumerate(four_processes):
+        others = [number for number in range(4) for _ in range(number) if number != rank]
+        assert results["rows"].tolist() == [[number, number] for number in others]
 
 
 if __name__ == "__main__":

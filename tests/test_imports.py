@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
 # Low to high. A room may import the rooms below it and its own modules.
 HOUSE = [
     {"boxes"},
-    {"losses", "matching", "momentum"},
+    {"losses", "matching", "momentum", "processes"},
     {"proposals"},
     {"data"},
     {"detectors"},

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from aligndet_hf.losses import (
     box_similarity_loss,
     contrastive_diagnostics,
+    count_ids,
     focal_class_loss,
     object_contrastive_loss,
     softmax_class_loss,
@@ -104,6 +105,22 @@ def test_empty_momentum_view_falls_back_to_the_online_rows():
     empty = torch.zeros(0, 8, dtype=torch.float64), torch.zeros(0, dtype=torch.long)
     loss = object_contrastive_loss(online, empty[0], ids, empty[1])
     torch.testing.assert_close(loss, loop_loss(online, empty[0], ids, empty[1], 0.5))
+
+
+@pytest.mark.parametrize("ids, count", [([3, -1, 0, 3, 3], 2), ([-1, -2], 0), ([], 0), ([7], 1)])
+def test_count_ids(ids, count):
+    assert count_ids(torch.tensor(ids, dtype=torch.long)).item() == count
+
+
+def test_rows_of_others_repel_and_a_given_number_divides():
+    generator = torch.Generator().manual_seed(0)
+    online, momentum, others = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
+    ids = torch.tensor([4, 4, 0, -1, 1])
+    loss = object_contrastive_loss(online, momentum, ids, ids, negatives=others, num_ids=torch.tensor(1.5))
+    background = torch.full((5,), -1)
+    # As background of the momentum view; three ids, divided by 1.5 instead.
+    known = torch.cat([momentum, others]), ids, torch.cat([ids, background])
+    torch.testing.assert_close(loss, 2 * loop_loss(online, *known, 0.5))
 
 
 def test_ids_beyond_the_official_background_id_count_like_any_other():

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..losses import (
@@ -27,6 +26,7 @@ from ..losses import (
     varifocal_class_loss,
 )
 from ..matching import Matching, match_queries
+from ..processes import mean_over_processes
 from .families import LossSettings, family_of, num_queries
 
 if TYPE_CHECKING:
@@ -374,7 +374,8 @@ def _losses(
     settings = predictions.settings
     groups = predictions.supervised(matching)
     sums = [_sums(settings, group, predictions.target_boxes) for group in groups]
-    normalizers = _mean_over_processes([group_sums["normalizers"] for group_sums in sums])
+    normalizers = [group_sums["normalizers"] for group_sums in sums]
+    normalizers = mean_over_processes(torch.cat(normalizers)).split([len(vector) for vector in normalizers])
 
     class_term = CLASS_TERMS[settings.class_loss]
     weights = {
@@ -469,16 +470,6 @@ def _sums(settings: LossSettings, group: _Supervised, target_boxes: Tensor) -> d
     counts = [group.num_boxes, group.num_box_pairs, matched_edges, 4 * logits[0, ..., 0].numel() - matched_edges]
     sums["normalizers"] = torch.cat([logits.new_tensor(counts), class_weights])
     return sums
-
-
-@torch.no_grad()
-def _mean_over_processes(vectors: list[Tensor]) -> list[Tensor]:
-    """The mean of every number over all processes, or the numbers themselves in a single process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return vectors
-    values = torch.cat(vectors)
-    dist.all_reduce(values)
-    return list((values / dist.get_world_size()).split([len(vector) for vector in vectors]))
 
 
 @torch.no_grad()

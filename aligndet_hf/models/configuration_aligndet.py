@@ -24,6 +24,9 @@ class AlignDetConfig(PreTrainedConfig):
             temperature of the contrastive loss.
         contrastive_loss_coefficient (`float`, *optional*, defaults to 1.0):
             weight of the contrastive loss beside the detection loss; 0 switches it off.
+        gather_negatives (`bool`, *optional*, defaults to `False`):
+            whether the queries of all processes repel each other, as if one process had their images. Otherwise those
+            of the images of one process and forward pass do, as in the official code.
         base_momentum (`float`, *optional*, defaults to 0.996):
             momentum of the first update of the momentum detector.
         end_momentum (`float`, *optional*, defaults to 1.0):
@@ -46,6 +49,7 @@ class AlignDetConfig(PreTrainedConfig):
     projection_dim: int = 256
     contrastive_temperature: float = 0.5
     contrastive_loss_coefficient: float = 1.0
+    gather_negatives: bool = False
     base_momentum: float = 0.996
     end_momentum: float = 1.0
     freeze_backbone: bool = True

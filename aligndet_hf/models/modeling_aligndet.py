@@ -14,10 +14,11 @@ from transformers import AutoModelForObjectDetection, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..detectors.backbones import check_backbone, eval_frozen, get_backbone, set_backbone_trainable
-from ..detectors.criterion import loss_and_matching, matching_only, use_correct_loss
+from ..detectors.criterion import NORMALIZER_EPSILON, loss_and_matching, matching_only, use_correct_loss
 from ..detectors.families import backbone_path, family_of
-from ..losses import contrastive_diagnostics, object_contrastive_loss
+from ..losses import contrastive_diagnostics, count_ids, object_contrastive_loss
 from ..momentum import update_momentum
+from ..processes import mean_over_processes, rows_of_other_processes
 from .configuration_aligndet import AlignDetConfig
 
 
@@ -239,12 +240,10 @@ class AlignDetForPreTraining(PreTrainedModel):
             momentum_features = self.momentum_projector(decoder_features(self.momentum_detector, momentum))
         momentum_ids = _query_ids(momentum, momentum_labels, momentum_features)
 
+        rows = (online_features.flatten(0, 2), momentum_features.flatten(0, 2))
+        gathered = _from_all_processes(*rows, online_ids) if self.config.gather_negatives else {}
         loss_contrastive = object_contrastive_loss(
-            online_features.flatten(0, 2),
-            momentum_features.flatten(0, 2),
-            online_ids.flatten(),
-            momentum_ids.flatten(),
-            self.config.contrastive_temperature,
+            *rows, online_ids.flatten(), momentum_ids.flatten(), self.config.contrastive_temperature, **gathered
         )
         last_layer = (online_features[-1], momentum_features[-1], online_ids[-1], momentum_ids[-1])
         metrics = contrastive_diagnostics(*(tensor.flatten(0, 1).detach() for tensor in last_layer))
@@ -270,6 +269,19 @@ class AlignDetForPreTraining(PreTrainedModel):
         self.online_detector.save_pretrained(path)
         if image_processor is not None:
             image_processor.save_pretrained(path)
+
+
+def _from_all_processes(online_rows: Tensor, momentum_rows: Tensor, online_ids: Tensor) -> dict[str, Tensor]:
+    """
+    What makes the contrastive loss that of all processes' images.
+
+    Other processes have other images, so that all of their rows are negatives. As gradients are averaged over the
+    processes, each divides its own sum by the mean of their numbers of ids.
+    """
+    return {
+        "negatives": rows_of_other_processes(torch.cat([online_rows, momentum_rows])),
+        "num_ids": mean_over_processes(count_ids(online_ids.flatten())).clamp(min=NORMALIZER_EPSILON),
+    }
 
 
 def _query_ids(outputs: ModelOutput, labels: list[dict[str, Tensor]], features: Tensor) -> Tensor:
