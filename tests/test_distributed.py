@@ -1,17 +1,23 @@
 """One process with a batch of images, and several processes with a part of them each, must train alike."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from tiny_detectors import CONFIGS, random_batch, tiny_config, tiny_detector
 
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.models import AlignDetForPreTraining
 from aligndet_hf.processes import rows_of_other_processes
+from aligndet_hf.training.sharding import require_supported
 
 COUNTS = [7, 1, 2, 0]  # unequal halves, where a normaliser per process shows
 EIGHT_COUNTS = [7, 1, 2, 0, 0, 0, 4, 3]
@@ -110,10 +116,14 @@ def worker(port: str, size: str, rank: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def launch(size: int, folder) -> list[dict]:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+        return str(probe.getsockname()[1])
+
+
+def launch(size: int, folder) -> list[dict]:
+    port = free_port()
     command = [sys.executable, __file__, port, str(size)]
     processes = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(size)]
     assert [process.wait(timeout=180) for process in processes] == [0] * size
@@ -161,6 +171,58 @@ def test_rows_of_other_processes(four_processes):
     for rank, results in enumerate(four_processes):
         others = [number for number in range(4) for _ in range(number) if number != rank]
         assert results["rows"].tolist() == [[number, number] for number in others]
+
+
+def test_sharded_runs_are_those_of_ddp(proposal_folder, detector_folders, tmp_path):
+    dataset = datasets.load_from_disk(proposal_folder)
+    proposals = dataset["proposals"][:]
+    for row in range(0, 8, 2):  # half of the batches use no denoising embedding
+        proposals[row] = {name: [] for name in proposals[row]}
+    column = datasets.Dataset.from_dict(
+        {"proposals": proposals}, features=dataset.select_columns("proposals").features
+    )
+    dataset = datasets.concatenate_datasets([dataset.remove_columns("proposals"), column], axis=1)
+    dataset.save_to_disk(tmp_path / "data")
+
+    script = Path(__file__).with_name("sharded_runs.py")
+    command = [sys.executable, script, tmp_path / "data", detector_folders("rt_detr"), tmp_path]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    processes = [
+        subprocess.Popen([*map(str, command)], env=environment | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    assert [process.wait(timeout=180) for process in processes] == [0, 0]
+    expected = tmp_path / "ddp"
+    moments = torch.load(expected / "checkpoint-4" / "optimizer.pt", weights_only=True)["optimizer"]
+    for name in ("fsdp", "taken over"):
+        for file in ("model.safetensors", "detector/model.safetensors", "checkpoint-4/model.safetensors"):
+            weights, reference = load_file(tmp_path / name / file), load_file(expected / file)
+            assert weights.keys() == reference.keys()
+            for key, value in weights.items():
+                torch.testing.assert_close(value, reference[key], rtol=1e-5, atol=1e-5)
+        saved = torch.load(tmp_path / name / "checkpoint-4" / "optimizer.pt", weights_only=True)["optimizer"]
+        torch.testing.assert_close(saved, moments, rtol=1e-5, atol=1e-5)
+        logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (tmp_path / name, expected)]
+        losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+
+
+def test_what_cannot_be_sharded_is_refused(monkeypatch):
+    class Accelerator:
+        distributed_type, is_fsdp2, mixed_precision = DistributedType.MULTI_CPU, False, "no"
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP needs several processes with a GPU each"):
+        require_supported(Accelerator)
+    Accelerator.distributed_type = DistributedType.FSDP
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        require_supported(Accelerator)
+    Accelerator.is_fsdp2, Accelerator.mixed_precision = True, "fp16"
+    with pytest.raises(ValueError, match="no or bf16, got fp16"):
+        require_supported(Accelerator)
+    Accelerator.distributed_type = DistributedType.DEEPSPEED
+    with pytest.raises(ValueError, match="does not run under DeepSpeed.*accelerate_fsdp2.yaml"):
+        require_supported(Accelerator)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # Added to every normaliser by mmdetection (float32 machine epsilon): the recorded values depend on it.
 NORMALIZER_EPSILON = 1.1920929e-07
+NUM_COUNTS = 4
 
 CLASS_TERMS = {
     "softmax": "loss_ce",
@@ -374,8 +375,11 @@ def _losses(
     settings = predictions.settings
     groups = predictions.supervised(matching)
     sums = [_sums(settings, group, predictions.target_boxes) for group in groups]
+    # A process without a box has no denoising queries, yet takes part in the mean of those who have.
     normalizers = [group_sums["normalizers"] for group_sums in sums]
-    normalizers = mean_over_processes(torch.cat(normalizers)).split([len(vector) for vector in normalizers])
+    missing = normalizers[0].new_zeros((2 - len(normalizers)) * NUM_COUNTS)
+    means = mean_over_processes(torch.cat([*normalizers, missing]))
+    normalizers = means.split([len(vector) for vector in normalizers] + [len(missing)])[: len(sums)]
 
     class_term = CLASS_TERMS[settings.class_loss]
     weights = {
@@ -387,7 +391,10 @@ def _losses(
     }
     total, terms = predictions.detections.logits.new_zeros(()), {}
     for group, group_sums, normalizer in zip(groups, sums, normalizers, strict=True):
-        (num_boxes, num_pairs, pair_edges, other_edges), class_weights = normalizer[:4], normalizer[4:]
+        (num_boxes, num_pairs, pair_edges, other_edges), class_weights = (
+            normalizer[:NUM_COUNTS],
+            normalizer[NUM_COUNTS:],
+        )
         num_boxes, num_pairs = (count.clamp(min=1) + NORMALIZER_EPSILON for count in (num_boxes, num_pairs))
         by_weights = settings.class_loss == "softmax" and normalize_class_loss_by == "weights"
         values = {
@@ -418,7 +425,8 @@ def _losses(
 def _sums(settings: LossSettings, group: _Supervised, target_boxes: Tensor) -> dict[str, Tensor]:
     """
     Sums of the `class`, `l1`, `giou` and `fgl` losses of every set, `[sets]`, of `ddf` over matched and other queries,
-    `[sets, 2]`, and the `normalizers` of this process: boxes, pairs, matched and other edges, and softmax weights.
+    `[sets, 2]`, and the `normalizers` of this process: boxes, pairs, matched and other edges, which are `NUM_COUNTS`
+    numbers, and the weights of a softmax loss.
     """
     (logits, boxes, _, edges), pairs = group.sets, group.box_matching
     num_sets = len(logits)
@@ -429,7 +437,7 @@ def _sums(settings: LossSettings, group: _Supervised, target_boxes: Tensor) -> d
     matching = group.class_matching
     background = logits.shape[-1] - 1 if settings.class_loss == "softmax" else logits.shape[-1]
     classes = matching.scatter(group.classes, logits.shape[:3], background)
-    class_weights = logits.new_zeros(num_sets)
+    class_weights = logits.new_zeros(0)
     if settings.class_loss == "softmax":
         sums["class"], class_weights = softmax_class_loss(logits, classes, settings.background_weight)
     elif settings.class_loss == "focal":

@@ -159,6 +159,9 @@ class AlignDetForPreTraining(PreTrainedModel):
         """The image network of the online detector; the momentum detector's too, if it is frozen."""
         return get_backbone(self.online_detector)
 
+    def get_input_embeddings(self) -> None:
+        """None: the inputs are pixels."""
+
     def _freeze(self) -> None:
         self.momentum_detector.requires_grad_(False)
         self.momentum_projector.requires_grad_(False)

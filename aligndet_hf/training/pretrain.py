@@ -30,6 +30,7 @@ from ..data.formats import load_dataset_source
 from ..data.sampling import EpochBatchSampler
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..momentum import cosine_momentum
+from . import sharding
 from .checkpointing import (
     clear_write_errors,
     find_last_checkpoint,
@@ -128,7 +129,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     views, collate = method.build_views(arguments, accelerator, dataset, model.config)
     sampler, loader = build_loader(arguments, accelerator, views, collate)
     optimizer = build_optimizer(model, arguments)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = sharding.prepare(accelerator, model, optimizer)
     run = Run(
         arguments,
         accelerator,
@@ -147,8 +148,9 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     run.resume()
     accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})
     _train(run)
+    model = sharding.whole_model(accelerator, run.align_det)
     if accelerator.is_main_process:
-        _write_result(run)
+        _write_result(run, model)
     accelerator.wait_for_everyone()
     if repo_id:
         HfApi().upload_folder(
@@ -200,8 +202,7 @@ class Run:
             state = checkpoint.state
             now = self.about["configuration"] | self.about["data"]
             require_same_run(state["configuration"] | state["data"], now, output_dir)
-            saved = checkpoint.load(self.align_det)
-            self.optimizer.load_state_dict(saved["optimizer"])
+            saved = sharding.load_checkpoint(self.accelerator, checkpoint, self.align_det, self.optimizer)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
             totals = state["totals"]
@@ -213,16 +214,18 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint. All processes must call this."""
         totals = self.log.totals()
+        model = sharding.whole_model(self.accelerator, self.align_det)
+        optimizer_state = sharding.whole_optimizer_state(self.accelerator, self.optimizer)
         if self.accelerator.is_main_process:
             # Skipped steps leave the weights alone, but not the running statistics of norms.
-            if broken := [name for name, value in self.align_det.state_dict().items() if not value.isfinite().all()]:
+            if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
                 raise FloatingPointError(f"step {self.step}: {', '.join(broken)} infinite or NaN; nothing was saved")
             scaler = self.accelerator.scaler
-            tensors = {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+            tensors = {"optimizer": optimizer_state, "scaler": scaler.state_dict() if scaler else None}
             state = {name: getattr(self, name) for name in RUN_STATE} | self.about
             state |= {"totals": totals, "epoch": self.step / len(self.sampler)}
             keep = self.arguments.save_total_limit
-            save_checkpoint(self.arguments.output_dir, self.align_det, tensors, state, keep)
+            save_checkpoint(self.arguments.output_dir, model, tensors, state, keep)
         self.accelerator.wait_for_everyone()
 
     def steps(self):
@@ -259,15 +262,17 @@ def _train(run: Run) -> None:
                 torch.manual_seed(_seed(arguments.seed, run.step, place))
                 is_last = index + 1 == len(micro_batches)
                 with nullcontext() if is_last else accelerator.no_sync(model):
-                    output = model(**run.method.to_device(batch, accelerator.device, run.image_processor))
+                    with accelerator.autocast():
+                        output = model(**run.method.to_device(batch, accelerator.device, run.image_processor))
                     accelerator.backward(output.loss / len(micro_batches))
                 log.add({"loss": output.loss, **output.loss_dict, **output.metrics})
-            gradient_norm = accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+            gradient_norm = sharding.whole(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
             log.add({"gradient_norm": gradient_norm})
             if _is_usable(run, gradient_norm):
                 run.optimizer.step()
             run.optimizer.zero_grad()
             run.method.update_momentum(run.align_det, run.momentum(run.step))
+            sharding.share_buffers(accelerator, model)
 
             run.step += 1
             progress.update()
@@ -337,12 +342,12 @@ def _create_repo(arguments: PretrainArguments) -> str:
     return HfApi().create_repo(repo_id, exist_ok=True).repo_id
 
 
-def _write_result(run: Run) -> None:
+def _write_result(run: Run, model: AlignDetForPreTraining) -> None:
     """Save, export and describe the model. The summary comes last: it says that the run is finished."""
     output_dir = Path(run.arguments.output_dir)
     with clear_write_errors(output_dir):
-        run.align_det.save_pretrained(output_dir)
-        run.method.export(run.align_det, output_dir, run.image_processor)
+        model.save_pretrained(output_dir)
+        run.method.export(model, output_dir, run.image_processor)
         summary = {
             "metrics": run.metrics,
             "steps": run.total_steps,

@@ -24,6 +24,7 @@ from ..detectors.transfer import transfer_detector
 from ..models import AlignDetConfig, AlignDetForPreTraining
 from ..reporting.model_card import write_pretraining_card
 from .pretrain_arguments import PretrainArguments
+from .sharding import require_supported
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +44,7 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
             f"{devices} GPUs are visible, but one process was started. To use all: accelerate launch --num_processes "
             f"{devices} -m aligndet_hf.cli pretrain ...; to use one: CUDA_VISIBLE_DEVICES=0 aligndet pretrain ..."
         )
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=arguments.use_cpu,
         mixed_precision=arguments.mixed_precision,
         log_with=arguments.report_to or None,
@@ -51,6 +52,8 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
         # A batch without any proposal leaves denoising embeddings without a gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    require_supported(accelerator)
+    return accelerator
 
 
 def compared_configuration(arguments: PretrainArguments, accelerator: Accelerator) -> dict:
