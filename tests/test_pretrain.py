@@ -419,6 +419,43 @@ def test_no_proposals_column(arguments, proposal_folder, tmp_path):
         pretrain(arguments(dataset=str(tmp_path / "bare")))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_exactly(arguments, tmp_path, workers):
+    run = {"streaming": True, "stream_buffer": 3, "max_steps": 7, "save_steps": 3, "dataloader_num_workers": workers}
+    whole = pretrain(arguments(**run, output_dir=str(tmp_path / "whole")))
+    assert [entry["epoch"] for entry in log_of(whole)][-1] == 1.0
+    stop_after(5, arguments(**run))
+    result = pretrain(arguments(**run))
+    expected = weights_of(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_of(result).items())
+    assert "images" not in (result.output_dir / "README.md").read_text().split("aligndet pretrain")[1].split("\n")[0]
+    if workers:
+        with pytest.raises(ValueError, match="readers: 2 there, 3 now"):
+            pretrain(arguments(**run | {"dataloader_num_workers": 3}))
+
+
+def test_a_stream_needs_what_it_cannot_know(arguments):
+    with pytest.raises(ValueError, match="needs max_steps"):
+        arguments(streaming=True, max_steps=-1)
+    with pytest.raises(ValueError, match="needs num_clusters"):
+        arguments(streaming=True, use_clusters=True)
+    result = pretrain(arguments(streaming=True, use_clusters=True, num_clusters=3, max_steps=1))
+    detector = AutoModelForObjectDetection.from_pretrained(result.detector_dir)
+    assert detector.config.id2label == {0: "cluster_0", 1: "cluster_1", 2: "cluster_2"}
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(arguments, tmp_path):
+    plain = weights_of(pretrain(arguments(output_dir=str(tmp_path / "plain"))))
+    result = pretrain(arguments(gradient_checkpointing=True))
+    for name, value in weights_of(result).items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_that_a_family_lacks(arguments):
+    with pytest.raises(ValueError, match="transformers has none for rt_detr"):
+        pretrain(arguments("rt_detr", gradient_checkpointing=True))
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

@@ -69,8 +69,9 @@ class ProposalViews(Dataset):
     view is left out of that view only.
 
     Args:
-        dataset (`datasets.Dataset`):
-            With the columns `image` and `proposals`.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            With the columns `image` and `proposals`. A stream has no numbered rows: see
+            [`~aligndet_hf.data.streaming.ViewStream`].
         view ([`ViewConfig`]):
             How to draw each view. With a `crop_scale` both views get the boxes that both crops show.
         seed (`int`):
@@ -88,7 +89,7 @@ class ProposalViews(Dataset):
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
+        dataset: datasets.Dataset | datasets.IterableDataset,
         view: ViewConfig,
         *,
         seed: int,
@@ -117,8 +118,11 @@ class ProposalViews(Dataset):
         return np.sort(rng.choice(count, self.max_proposals, replace=False))
 
     def __getitem__(self, key: SampleKey) -> dict:
+        return self.make_views(self.rows[key.index], key)
+
+    def make_views(self, row: pa.Table, key: SampleKey) -> dict:
+        """The item of a row (a table of one row, with the columns `image` and `proposals`)."""
         rng = _sample_rng(self.seed, key)
-        row = self.rows[key.index]
         image = _read_image(row, key.index)
         height, width = image.shape[:2]
         boxes, ids = clean_boxes(read_boxes(row["proposals"])[0], width, height)

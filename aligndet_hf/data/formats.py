@@ -73,6 +73,12 @@ def load_dataset_source(
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
+def is_local_images(source: str | Path) -> bool:
+    """Whether a source is read by this module: a folder of images or of `save_to_disk`, or a COCO file."""
+    path = Path(source).expanduser()
+    return path.is_file() or (path.is_dir() and (_is_saved(path) or _has_images(path)))
+
+
 def split_names(source: str | Path) -> list[str]:
     """
     The splits of a source, as [`load_dataset_source`] calls them.

@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -43,7 +44,7 @@ from .checkpointing import (
 from .interrupts import StopSignals, TrainingInterrupted
 from .pretrain_arguments import PretrainArguments
 from .pretrain_methods import METHODS
-from .pretrain_setup import build_accelerator, build_loader, build_optimizer, compared_configuration
+from .pretrain_setup import build_accelerator, build_loader, build_optimizer, compared_configuration, open_stream
 from .run_log import RunLog
 from .schedules import learning_rate, milestone_steps
 
@@ -117,9 +118,13 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     # Before any work, so that a missing token does not end a run that took days.
     repo_id = _create_repo(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
 
-    with accelerator.main_process_first():
-        dataset = load_dataset_source(arguments.dataset, arguments.split)
-    report = validate_proposals(dataset, arguments.dataset, with_clusters=arguments.use_clusters)
+    if arguments.streaming:
+        dataset, report, data = open_stream(arguments)
+    else:
+        with accelerator.main_process_first():
+            dataset = load_dataset_source(arguments.dataset, arguments.split)
+        report = validate_proposals(dataset, arguments.dataset, with_clusters=arguments.use_clusters)
+        data = {"images": report.rows, "proposals": report.boxes}
     accelerator.print(report)
     model, image_processor, loaded = method.build_model(arguments, dataset)
     if loaded is not None:
@@ -140,7 +145,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         loader,
         about={
             "configuration": configuration,
-            "data": {"images": report.rows, "proposals": report.boxes},
+            "data": data,
             "world_size": accelerator.num_processes,
             "versions": {package.__name__: package.__version__ for package in PACKAGES},
         },
@@ -208,6 +213,8 @@ class Run:
             totals = state["totals"]
             for name in RUN_STATE:
                 setattr(self, name, state[name])
+            if self.arguments.streaming:
+                self.sampler.stream.start(self.step, state["stream"][self.accelerator.process_index])
             self.accelerator.print(f"Resuming from {checkpoint.path}: step {self.step} of {self.total_steps}.")
         self.log = RunLog(self.accelerator, output_dir / LOG, self.step, totals)
 
@@ -216,6 +223,7 @@ class Run:
         totals = self.log.totals()
         model = sharding.whole_model(self.accelerator, self.align_det)
         optimizer_state = sharding.whole_optimizer_state(self.accelerator, self.optimizer)
+        positions = gather_object([self.sampler.positions]) if self.arguments.streaming else None
         if self.accelerator.is_main_process:
             # Skipped steps leave the weights alone, but not the running statistics of norms.
             if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
@@ -223,7 +231,7 @@ class Run:
             scaler = self.accelerator.scaler
             tensors = {"optimizer": optimizer_state, "scaler": scaler.state_dict() if scaler else None}
             state = {name: getattr(self, name) for name in RUN_STATE} | self.about
-            state |= {"totals": totals, "epoch": self.step / len(self.sampler)}
+            state |= {"totals": totals, "epoch": self.step / len(self.sampler), "stream": positions}
             keep = self.arguments.save_total_limit
             save_checkpoint(self.arguments.output_dir, model, tensors, state, keep)
         self.accelerator.wait_for_everyone()
@@ -239,9 +247,11 @@ class Run:
                 if step == self.total_steps:
                     return
 
-    def rows(self) -> list[int]:
-        """The rows of the dataset that the current step uses, on all processes."""
+    def rows(self) -> list:
+        """The rows of the dataset that the current step uses, on all processes; of a stream, where this one is."""
         own = self.sampler
+        if self.arguments.streaming:
+            return list(own.positions.values())
         whole = EpochBatchSampler(own.num_samples, own.global_batch_size, seed=own.seed, drop_last=True)
         whole.set_epoch(*divmod(self.step, len(whole)))
         return [key.index for key in next(iter(whole))]

@@ -38,6 +38,16 @@ class PretrainArguments(DetectorArguments):
         metadata={"help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it"}
     )
     split: str = field(default="train", metadata={"help": "split of the dataset"})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "read the dataset as a stream instead of downloading it; needs max_steps"},
+    )
+    stream_buffer: int = field(
+        default=256, metadata={"help": "streaming: images that are shuffled together, of each data loading process"}
+    )
+    num_clusters: int | None = field(
+        default=None, metadata={"help": "streaming: clusters of the proposals, which are counted otherwise"}
+    )
     max_proposals: int | None = field(
         default=None,
         metadata={
@@ -105,6 +115,9 @@ class PretrainArguments(DetectorArguments):
         default_factory=lambda: [0.8], metadata={"help": "fractions of the run (below 1) or epochs, for `step`"}
     )
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute the layers again in the backward pass: slower, with less memory"}
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
         default=None, metadata={"help": "precision of the forward pass; what `accelerate launch` says if not given"}
     )
@@ -134,9 +147,14 @@ class PretrainArguments(DetectorArguments):
         for name in (
             "max_proposals", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps",
             "save_total_limit", "logging_steps", "num_train_epochs", "learning_rate", "max_grad_norm",
+            "stream_buffer",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.streaming and self.max_steps <= 0:
+            raise ValueError("streaming needs max_steps: the length of a stream is not known")
+        if self.streaming and self.use_clusters and self.num_clusters is None:
+            raise ValueError("streaming with use_clusters needs num_clusters: a stream is not read to count them")
         if self.crop_scale is not None and len(self.crop_scale) != 2:
             raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
         if self.optimizer == "lars" and not self.weight_decay > 0:

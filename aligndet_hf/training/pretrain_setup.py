@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..data.collate import collate_views, normalize_images
-from ..data.columns import DataError, read_values
+from ..data.columns import BoxReport, DataError, read_values, require_columns, validate_proposals
 from ..data.dataset import ProposalViews, init_worker
 from ..data.sampling import EpochBatchSampler
+from ..data.streaming import StreamBatches, ViewStream, first_rows, load_stream
 from ..data.views import ViewConfig
 from ..detectors.build import build_image_processor, is_new, load_detector
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
@@ -33,8 +34,11 @@ logger = logging.get_logger(__name__)
 NOT_COMPARED = {
     "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps",
     "logging_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "push_to_hub",
-    "hub_model_id", "use_cpu", "disable_tqdm", "mixed_precision",
+    "hub_model_id", "use_cpu", "disable_tqdm", "mixed_precision", "gradient_checkpointing",
 }  # fmt: skip
+
+# Of a stream, whose proposals cannot all be validated before it is used.
+CHECKED_ROWS = 256
 
 
 def build_accelerator(arguments: PretrainArguments) -> Accelerator:
@@ -60,13 +64,27 @@ def compared_configuration(arguments: PretrainArguments, accelerator: Accelerato
     """What has to be the same when a run is resumed."""
     values = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in NOT_COMPARED}
     images = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
-    return values | {"mixed_precision": accelerator.mixed_precision, "images_per_step": images}
+    values |= {"mixed_precision": accelerator.mixed_precision, "images_per_step": images}
+    if arguments.streaming:  # which read it in an order of their own
+        values["readers"] = accelerator.num_processes * max(1, arguments.dataloader_num_workers)
+    return values
+
+
+def open_stream(arguments: PretrainArguments) -> tuple[datasets.IterableDataset, BoxReport, dict]:
+    """The dataset as a stream, a validation of its first rows, and what tells it from another one."""
+    stream, version = load_stream(arguments.dataset, arguments.split)
+    require_columns(stream, ["proposals"], arguments.dataset)
+    source = f"{arguments.dataset}, its first rows"
+    report = validate_proposals(first_rows(stream, CHECKED_ROWS), source, with_clusters=arguments.use_clusters)
+    return stream, report, {"images": None, "stream": version}
 
 
 def class_names(arguments: PretrainArguments, dataset: datasets.Dataset) -> dict[int, str]:
     """One class, or one for each cluster that the proposals mention."""
     if not arguments.use_clusters:
         return {0: "object"}
+    if arguments.streaming:
+        return {cluster: f"cluster_{cluster}" for cluster in range(arguments.num_clusters)}
     highest = 0
     for table in dataset.select_columns(["proposals"]).with_format("arrow").iter(batch_size=1000):
         clusters, _ = read_values(table["proposals"], "cluster")
@@ -90,6 +108,13 @@ def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
         detector, report = transfer_detector(detector, len(id2label), id2label)
     detector.config.id2label, detector.config.label2id = id2label, {name: i for i, name in id2label.items()}
     model = AlignDetForPreTraining.from_detector(detector, **arguments.aligndet_config).train()
+    if arguments.gradient_checkpointing:
+        if not model.online_detector.supports_gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing: transformers has none for {detector.config.model_type} (docs/families.md). "
+                "To save memory, lower the image_sizes or the batch, or set mixed_precision to bf16"
+            )
+        model.online_detector.gradient_checkpointing_enable({"use_reentrant": False})
     if is_new(arguments) and report is None and model.config.freeze_backbone:
         logger.warning(
             "The backbone is random and frozen: pre-training on it is of no use. Give --backbone_weights, or train it "
@@ -128,28 +153,46 @@ def build_views(arguments: PretrainArguments, accelerator: Accelerator, dataset:
 
 def build_loader(arguments: PretrainArguments, accelerator: Accelerator, views: Dataset, collate: Callable):
     """The sampler, and a loader of which one item is one optimizer step of this process: a list of micro-batches."""
+    images = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    options = {
+        "num_workers": arguments.dataloader_num_workers,
+        "worker_init_fn": init_worker,
+        "persistent_workers": arguments.dataloader_num_workers > 0,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    collate = partial(_collate_step, collate=collate, micro_batch_size=arguments.per_device_train_batch_size)
+    if arguments.streaming:
+        stream = ViewStream(
+            views,
+            images,
+            seed=arguments.seed,
+            buffer_size=arguments.stream_buffer,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=arguments.dataloader_num_workers,
+        )
+        loader = DataLoader(stream, batch_size=images, collate_fn=partial(_with_position, collate=collate), **options)
+        batches = StreamBatches(stream, loader, arguments.max_steps)
+        return batches, batches
     sampler = EpochBatchSampler(
         len(views),
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+        images,
         seed=arguments.seed,
         drop_last=True,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    loader = DataLoader(
-        views,
-        batch_sampler=sampler,
-        collate_fn=partial(_collate_step, collate=collate, micro_batch_size=arguments.per_device_train_batch_size),
-        num_workers=arguments.dataloader_num_workers,
-        worker_init_fn=init_worker,
-        persistent_workers=arguments.dataloader_num_workers > 0,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    loader = DataLoader(views, batch_sampler=sampler, collate_fn=collate, **options)
     return sampler, loader
 
 
 def _collate_step(items: list[dict], collate: Callable, micro_batch_size: int) -> list[dict]:
     return [collate(items[i : i + micro_batch_size]) for i in range(0, len(items), micro_batch_size)]
+
+
+def _with_position(items: list[dict], collate) -> tuple:
+    """A batch of a stream, and where the stream is after it."""
+    return items[-1]["position"], collate(items)
 
 
 def to_device(batch: dict, device: torch.device, image_processor) -> dict:
