@@ -499,3 +499,104 @@ def test_command_line(tmp_path, capsys):
     assert len(datasets.load_from_disk(str(tmp_path / "out"))) == 2
     assert cli.main([*argv, "--max_boxes", "5"]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+# ---- streams ----
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Nine images, one of them broken, as parquet files of five and four rows; and the same as a folder."""
+    paths = write_images(tmp_path / "images", 9)
+    paths[6].write_bytes(b"no image")
+    dataset = datasets.Dataset.from_dict({"number": list(range(9)), "image": [path.read_bytes() for path in paths]})
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    (tmp_path / "parquet").mkdir()
+    for part, rows in enumerate((range(5), range(5, 9))):
+        dataset.select(rows).to_parquet(tmp_path / "parquet" / f"train-{part:05d}-of-00002.parquet")
+    return tmp_path / "parquet"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_gives_the_same(parquet, tmp_path, counted, capsys, workers):
+    expected = generate_proposals(arguments(parquet, tmp_path / "whole"))
+    run = arguments(parquet, tmp_path / "out", streaming=True, num_workers=workers)
+    result = generate_proposals(run)
+    assert result.features == expected.features and rows_of(result) == rows_of(expected)
+    report = json.loads((tmp_path / "out" / "proposals.json").read_text())
+    assert [(image["row"], report["statistics"]["train"]["images"]) for image in report["skipped"]] == [(6, 8)]
+    assert not (tmp_path / "out.partial").exists()
+    counted.clear()
+    generate_proposals(run)
+    assert "Nothing to do" in capsys.readouterr().out and not counted
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_processes_share_a_stream(parquet, tmp_path, monkeypatch, counted, size):
+    expected = rows_of(generate_proposals(arguments(parquet, tmp_path / "whole")))
+    counted.clear()
+
+    class OneOfSeveral(generate.Launch):
+        number = 0
+
+        def __enter__(self):
+            self.rank, self.size = self.number, size
+            return self
+
+        def on_main(self, function, *args):
+            if function.__name__ == "finish" and self.rank < size - 1:
+                raise StopIteration  # another process would be waited for
+            return function(*args)
+
+        def wait(self):
+            pass
+
+    monkeypatch.setattr(generate, "Launch", OneOfSeveral)
+    for OneOfSeveral.number in range(size):
+        with contextlib.suppress(StopIteration):
+            result = generate_proposals(arguments(parquet, tmp_path / "out", streaming=True))
+    assert rows_of(result) == expected and len(counted) == 8
+
+
+def test_a_stream_interrupted_anywhere_continues(parquet, tmp_path, monkeypatch, counted):
+    expected = rows_of(generate_proposals(arguments(parquet, tmp_path / "whole")))
+    counted.clear()
+
+    class Killed(Exception):
+        pass
+
+    read, replace, calls = generate.read_shard, os.replace, []
+
+    def killed_now(*args):
+        calls.append(None)
+        if len(calls) % 7 == 0:
+            raise Killed
+
+    def read_shard(*args):
+        for item in read(*args):
+            killed_now()
+            yield item
+
+    def replaced(*args):
+        killed_now()
+        replace(*args)
+
+    monkeypatch.setattr(generate, "read_shard", read_shard)
+    monkeypatch.setattr(generate.os, "replace", replaced)
+    kills = 0
+    while True:
+        try:
+            result = generate_proposals(arguments(parquet, tmp_path / "out", streaming=True))
+            break
+        except Killed:
+            kills += 1
+    assert kills > 3 and rows_of(result) == expected
+    assert len(counted) <= 8 + 2 * kills  # a kill costs no more than a shard
+
+
+def test_what_does_not_stream(tmp_path):
+    write_images(tmp_path / "images", 1)
+    with pytest.raises(DataError, match="leave out --streaming"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", streaming=True))
+    with pytest.raises(ValueError, match="streaming does not go with"):
+        arguments(tmp_path, tmp_path / "out", streaming=True, image_dir="x")

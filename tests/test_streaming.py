@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from aligndet_hf.data.dataset import ProposalViews
 from aligndet_hf.data.errors import DataError
-from aligndet_hf.data.streaming import Position, StreamBatches, ViewStream, first_rows, load_stream, read_shard
+from aligndet_hf.data.streaming import first_rows, load_stream, read_shard, stream_splits
+from aligndet_hf.data.view_stream import Position, StreamBatches, ViewStream
 from aligndet_hf.data.views import ViewConfig
 
 
@@ -128,6 +129,9 @@ def test_a_wrong_source_is_an_error(folders, tmp_path):
         load_stream(tmp_path / "nothing", "train")
     with pytest.raises(DataError, match="Cannot stream"):
         load_stream(folders / "parquet", "test")
+    assert stream_splits(folders / "parquet") == ["train"]
+    with pytest.raises(DataError, match="leave out --streaming"):
+        stream_splits(folders / "saved")
     datasets.Dataset.from_dict({"picture": [1]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(DataError, match="no column 'image'.*'picture'"):
         load_stream(tmp_path, "train")

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ from .images import decode_image, image_name
 from .launch import Launch
 from .proposal_files import export_proposals, import_proposals
 from .sources import SOURCES, Search, file_hash, model_hash
+from .streaming import load_stream, read_shard, stream_splits
 
 REPORT = "proposals.json"
 _DESCRIPTION = "Proposals: "  # starts what is appended to `info.description`
@@ -65,6 +67,9 @@ class ProposalsArguments:
     )
     image_dir: str | None = field(
         default=None, metadata={"help": "folder that the file names of a COCO-JSON file start from"}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "search images while they are downloaded, instead of all of them after that"}
     )
 
     source: str | None = field(
@@ -156,6 +161,8 @@ class ProposalsArguments:
         for name, known in (("preset", PRESETS), ("mode", MODES)):
             if getattr(self, name) not in (None, *known):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.streaming and (self.source == "json" or self.image_dir):
+            raise ValueError("streaming does not go with --source json and image_dir: leave it out")
         for name in ("short_side", "batch_size", "max_boxes", "shard_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -230,6 +237,8 @@ def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArgument
         settings["detector_content"] = model_hash(arguments.detector)
     if arguments.source == "json":
         settings["proposals_file_content"] = file_hash(arguments.proposals_file)
+    if arguments.streaming:
+        return settings | {f"input_{name}": load_stream(arguments.dataset, name)[1] for name in sources}
     return settings | {
         f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()
     }
@@ -248,16 +257,24 @@ def _generate(
     work = output.with_name(output.name + ".partial")
     state = settings | versions | {"shard_size": arguments.shard_size}
     launch.on_main(open_work_folder, work, state, arguments.overwrite)
-    launch.on_main(_write_inputs, sources, work, arguments)
-    sources = _mapped_inputs(sources, work, arguments)
+    if not arguments.streaming:
+        launch.on_main(_write_inputs, sources, work, arguments)
+        sources = _mapped_inputs(sources, work, arguments)
     column = arguments.input_column()
     with_clusters = column is not None and all("cluster" in source.features[column] for source in sources.values())
 
-    shards = make_shards(sources, work, arguments.shard_size)
-    _search_shards(shards[launch.rank :: launch.size], sources, with_clusters, arguments, launch)
+    shards = []
+    if arguments.streaming:
+        _search_shards(_read_streams(sources, work, arguments, launch), None, with_clusters, arguments, launch)
+    else:
+        shards = make_shards(sources, work, arguments.shard_size)
+        _search_shards(shards[launch.rank :: launch.size], sources, with_clusters, arguments, launch)
     launch.wait()
 
     def finish():
+        nonlocal sources, shards
+        if arguments.streaming:
+            sources, shards = _read_rows(sources, work)
         missing = [shard.path for shard in shards if not os.path.exists(shard.path)]
         if missing:
             raise DataError(
@@ -461,15 +478,24 @@ def _image_bytes(value: dict | None) -> bytes:
 # ---- the input and the folders ----
 
 
-def _load_sources(arguments: ProposalsArguments, launch: Launch) -> dict[str, datasets.Dataset]:
+def _load_sources(
+    arguments: ProposalsArguments, launch: Launch
+) -> dict[str, datasets.Dataset] | dict[str, datasets.IterableDataset]:
     """The splits to search; with an earlier `proposals` column only if that is the source."""
-    names = split_names(arguments.dataset) if arguments.split is None else [arguments.split]
+    names = stream_splits(arguments.dataset) if arguments.streaming else None
+    if arguments.split is not None:
+        names = [arguments.split]
+    elif names is None:
+        names = split_names(arguments.dataset)
     column = arguments.column
     sources = {}
     for name in names:
-        source = load_dataset_source(arguments.dataset, name, image_dir=arguments.image_dir)
-        if len(source) == 0:
-            raise DataError(f"{arguments.dataset}: the split '{name}' has no rows.")
+        if arguments.streaming:
+            source, _ = load_stream(arguments.dataset, name)
+        else:
+            source = load_dataset_source(arguments.dataset, name, image_dir=arguments.image_dir)
+            if len(source) == 0:
+                raise DataError(f"{arguments.dataset}: the split '{name}' has no rows.")
         if column is not None:
             require_columns(source, [column], f"{arguments.dataset}, split '{name}'")
         if "proposals" in source.column_names and column != "proposals":
@@ -555,6 +581,76 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
+# ---- streams: rows are stored as they come, in shards that are searched at once ----
+
+
+def _read_streams(
+    streams: dict[str, datasets.IterableDataset], work: Path, arguments: ProposalsArguments, launch: Launch
+) -> Iterator["Shard"]:
+    """Stores the rows of the shards that this process has to search and that are not searched yet, and yields them."""
+    for name, stream in streams.items():
+        for part in range(stream.num_shards):
+            # A part of the stream is read by one process or, where there are not enough of them, by all.
+            is_shared = stream.num_shards < launch.size
+            if is_shared or part % launch.size == launch.rank:
+                yield from _read_part(stream, name, part, work, arguments, launch, is_shared)
+
+
+def _read_part(
+    stream: datasets.IterableDataset,
+    name: str,
+    part: int,
+    work: Path,
+    arguments: ProposalsArguments,
+    launch: Launch,
+    is_shared: bool,
+) -> Iterator["Shard"]:
+    size = arguments.shard_size
+    number = next(number for number in itertools.count() if not _shard_path(work, name, part, number).exists())
+    end = work / f"{name}-{part:05d}.json"
+    if end.is_file() and number >= json.loads(end.read_text())["shards"]:
+        return
+    rows = (table for _, table in read_shard(stream, part, number * size))
+    while tables := list(itertools.islice(rows, size)):
+        path = _shard_path(work, name, part, number)
+        if not path.exists() and (not is_shared or number % launch.size == launch.rank):
+            table = table_cast(pa.concat_tables(tables), stream.features.arrow_schema)
+            unfinished = path.with_suffix(".part")
+            _write_arrow(datasets.Dataset(embed_table_storage(table)), unfinished)
+            os.replace(unfinished, path.with_suffix(".rows"))
+            yield Shard(name, 0, len(tables), str(path))
+        number += 1
+    write_json(end, {"shards": number})
+
+
+def _shard_path(work: Path, name: str, part: int, number: int) -> Path:
+    return work / f"{name}-{part:05d}-{number:09d}.arrow"
+
+
+def _read_rows(
+    streams: dict[str, datasets.IterableDataset], work: Path
+) -> tuple[dict[str, datasets.Dataset], list["Shard"]]:
+    """The stored rows of all shards, in the order of the streams, and the shards with the numbers of these rows."""
+    sources, shards = {}, []
+    for name, stream in streams.items():
+        start, path = 0, work / f"{name}-input.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, stream.features.arrow_schema) as writer:
+            for part in range(stream.num_shards):
+                end = work / f"{name}-{part:05d}.json"
+                for number in range(json.loads(end.read_text())["shards"] if end.is_file() else 1):
+                    shard = _shard_path(work, name, part, number)
+                    rows = 0
+                    if shard.exists():
+                        with pa.memory_map(str(shard.with_suffix(".rows"))) as stored:
+                            for batch in pa.ipc.open_stream(stored):
+                                writer.write_batch(batch)
+                                rows += len(batch)
+                    shards.append(Shard(name, start, start + rows, str(shard)))
+                    start += rows
+        sources[name] = datasets.Dataset.from_file(str(path), split=datasets.NamedSplit(name))
+    return sources, shards
+
+
 # ---- searching, in several processes ----
 
 
@@ -599,41 +695,52 @@ def _features(with_clusters: bool) -> datasets.Features:
 
 
 def _search_shards(
-    shards: list[Shard],
-    sources: dict[str, datasets.Dataset],
+    shards: Iterable[Shard],
+    sources: dict[str, datasets.Dataset] | None,
     with_clusters: bool,
     arguments: ProposalsArguments,
     launch: Launch,
 ) -> None:
-    """Writes the files of the shards that are not there yet."""
-    needed = {"image", arguments.input_column() or "image"}
-    inputs = {name: source.select_columns(sorted(needed)) for name, source in sources.items()}
-    pending = [shard for shard in shards if not os.path.exists(shard.path)]
-    total = sum(shard.stop - shard.start for shard in shards)
-    done = total - sum(shard.stop - shard.start for shard in pending)
+    """Writes the files of the shards that are not there yet. Without `sources` their rows lie beside these files."""
+    inputs, total, done = None, None, 0
+    if sources is not None:
+        needed = {"image", arguments.input_column() or "image"}
+        inputs = {name: source.select_columns(sorted(needed)) for name, source in sources.items()}
+        total = sum(shard.stop - shard.start for shard in shards)
+        shards = [shard for shard in shards if not os.path.exists(shard.path)]
+        done = total - sum(shard.stop - shard.start for shard in shards)
     workers = arguments.num_workers
     if workers is None:
         workers = 0 if arguments.source == "detector" else max(1, _number_of_cores() // launch.local_size)
+    if inputs is not None:
+        workers = min(workers, len(shards)) if len(shards) > 1 else 0
     disable = arguments.disable_tqdm or not launch.is_main
     with tqdm(total=total, initial=done, desc="proposals", unit="image", disable=disable) as progress:
-        if workers == 0 or len(pending) <= 1:
-            search = _open_source(arguments) if pending else None
-            for shard in pending:
-                _search_shard(shard, inputs[shard.split], search, with_clusters, arguments)
+        if workers == 0:
+            search = None
+            for shard in shards:
+                search = search or _open_source(arguments)
+                _search_shard(shard, inputs, search, with_clusters, arguments)
                 progress.update(shard.stop - shard.start)
             return
         pool = concurrent.futures.ProcessPoolExecutor(
-            min(workers, len(pending)),
+            workers,
             _process_context(),
             initializer=_init_worker,
             initargs=(inputs, with_clusters, arguments),
         )
         try:
-            futures = {pool.submit(_search_in_worker, shard): shard for shard in pending}
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                shard = futures[future]
-                progress.update(shard.stop - shard.start)
+            futures = {}
+            for shard in itertools.chain(shards, [None]):
+                if shard is not None:
+                    futures[pool.submit(_search_in_worker, shard)] = shard
+                # A stream is not read further than the search needs it.
+                while len(futures) >= (2 * workers if shard else 1):
+                    finished, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+                    for future in finished:
+                        future.result()
+                        shard_done = futures.pop(future)
+                        progress.update(shard_done.stop - shard_done.start)
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 "A worker process died, perhaps for lack of memory (or, in a script of your own, of the line "
@@ -669,7 +776,9 @@ def _process_context():
 _worker = {}
 
 
-def _init_worker(inputs: dict[str, datasets.Dataset], with_clusters: bool, arguments: ProposalsArguments) -> None:
+def _init_worker(
+    inputs: dict[str, datasets.Dataset] | None, with_clusters: bool, arguments: ProposalsArguments
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and lets us finish the shard
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker.update(inputs=inputs, search=_open_source(arguments), with_clusters=with_clusters, arguments=arguments)
@@ -682,15 +791,21 @@ def _end_with_parent() -> None:
 
 
 def _search_in_worker(shard: Shard) -> None:
-    inputs = _worker["inputs"][shard.split]
-    _search_shard(shard, inputs, _worker["search"], _worker["with_clusters"], _worker["arguments"])
+    _search_shard(shard, _worker["inputs"], _worker["search"], _worker["with_clusters"], _worker["arguments"])
 
 
 def _search_shard(
-    shard: Shard, inputs: datasets.Dataset, search: Search, with_clusters: bool, arguments: ProposalsArguments
+    shard: Shard,
+    inputs: dict[str, datasets.Dataset] | None,
+    search: Search,
+    with_clusters: bool,
+    arguments: ProposalsArguments,
 ) -> None:
     """Searches the images of a shard, a batch at a time, and writes its file."""
-    inputs = reopened(inputs, range(shard.start, shard.stop))
+    if inputs is None:
+        inputs = datasets.Dataset.from_file(str(Path(shard.path).with_suffix(".rows")))
+    else:
+        inputs = reopened(inputs[shard.split], range(shard.start, shard.stop))
     batch_size = arguments.source_settings().get("batch_size", 1)
     results = []
     for start in range(shard.start, shard.stop, batch_size):

@@ -1,21 +1,15 @@
-"""Data sets that are read as a stream: an order that is a function of the seed, and a position to go on from."""
+"""Data sets that are read as a stream: of the Hub, or of the files of a data repository."""
 
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
-import fsspec.asyn
-import numpy as np
 import pyarrow as pa
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .columns import require_columns
-from .dataset import ProposalViews
 from .errors import DataError
 from .formats import is_local_images, load_dataset_source
-from .sampling import SampleKey
 
 _ROWS_AT_ONCE = 16
 _LOCAL_SHARDS = 64  # that data which lies on this machine is cut into
@@ -55,6 +49,23 @@ def load_stream(source: str | Path, split: str) -> tuple[datasets.IterableDatase
     return stream.cast_column("image", datasets.Image(decode=False)), digest
 
 
+def stream_splits(source: str | Path) -> list[str]:
+    """
+    The splits of a source, without downloading it.
+
+    Raises:
+        [`DataError`]: if there is no such source, or one that is not downloaded anyway.
+    """
+    if is_local_images(source):
+        raise DataError(
+            f"{source} lies on this machine, where images are read as they are needed: leave out --streaming."
+        )
+    try:
+        return datasets.get_dataset_split_names(str(source))
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot stream '{source}': {error}") from error
+
+
 def first_rows(stream: datasets.IterableDataset, count: int) -> datasets.Dataset:
     """The first `count` rows of a stream, in memory."""
     tables = list(stream.take(count).with_format("arrow").iter(_ROWS_AT_ONCE))
@@ -75,145 +86,3 @@ def read_shard(stream: datasets.IterableDataset, shard: int, start: int = 0) -> 
         for row in range(max(start, first), first + len(table)):
             yield row, table.slice(row - first, 1)
         first += len(table)
-
-
-class Position(NamedTuple):
-    """
-    Where a reader is: it took `taken` rows of the window that begins at row `row` of the `turn`-th shard it reads.
-    """
-
-    turn: int = 0
-    row: int = 0
-    taken: int = 0
-
-
-class ViewStream(IterableDataset):
-    """
-    Endless [`ProposalViews`] of a stream, in batches that a loader's workers make in turn.
-
-    The shards of the stream, in an order drawn anew for each round, are one endless sequence. Of `n` readers
-    (processes times workers) each reads every `n`-th shard of it. Where there are fewer shards than readers, several
-    share a shard: all of them read it whole, and use every other of its rows. A reader shuffles windows of
-    `buffer_size` rows. All of it follows from the seed and the number of readers, so that a [`Position`] is enough to
-    go on.
-
-    An item is that of [`ProposalViews`] with `position`, a pair of the reader's number in its process and where it
-    will be after this item.
-
-    Args:
-        views ([`ProposalViews`]): Of a `datasets.IterableDataset`.
-        batch_size (`int`): Rows that one worker gives to a batch.
-        seed (`int`): Seed of the order.
-        buffer_size (`int`): Rows that are shuffled together.
-        rank, world_size (`int`, *optional*): This process, of how many.
-        num_workers (`int`, *optional*, defaults to 0): As the loader has.
-    """
-
-    def __init__(
-        self,
-        views: ProposalViews,
-        batch_size: int,
-        *,
-        seed: int,
-        buffer_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-    ):
-        self.views = views
-        self.num_shards = views.rows.num_shards
-        self.batch_size = batch_size
-        self.seed = seed
-        self.buffer_size = buffer_size
-        self.readers_here = max(1, num_workers)
-        self.first_reader = rank * self.readers_here
-        self.num_readers = world_size * self.readers_here
-        self.num_stripes = -(-self.num_readers // self.num_shards)
-        self.start(0, {})
-
-    def start(self, batch: int, positions: dict[int, Position]) -> None:
-        """Goes on with a batch, counted from 0, and the position that each reader of this process had then."""
-        self.batch = batch
-        self.positions = {int(reader): Position(*position) for reader, position in positions.items()}
-
-    def __iter__(self) -> Iterator[dict]:
-        info = get_worker_info()
-        if info:
-            fsspec.asyn.reset_lock()  # of the process that this one was forked from
-        # The loader asks its workers in turn, from the first on.
-        batch = self.batch + (info.id if info else 0)
-        reader = batch % self.readers_here
-        for number, (key, row, position) in enumerate(self._rows(reader, self.positions.get(reader, Position()))):
-            place = batch + number // self.batch_size * self.readers_here
-            item = self.views.make_views(row, SampleKey(*key, place))
-            yield item | {"position": (reader, position)}
-
-    def _rows(self, reader: int, position: Position) -> Iterator[tuple[tuple[int, int], pa.Table, Position]]:
-        """Yields the numbers of a row in its shard and of the shard in the sequence, the row, and where it leads."""
-        reader += self.first_reader
-        rows = self._in_order(reader, position.turn, position.row)
-        begin, taken = (position.turn, position.row), position.taken
-        while True:
-            window = [next(rows) for _ in range(self.buffer_size)]
-            order = np.random.default_rng((self.seed, reader, *begin)).permutation(len(window))
-            turn, row, _ = window[-1]
-            after = Position(turn, row + 1)
-            for count in range(taken, len(window)):
-                turn, row, content = window[order[count]]
-                done = count + 1 == len(window)
-                yield (row, turn * self.num_readers + reader), content, after if done else Position(*begin, count + 1)
-            begin, taken = after[:2], 0
-
-    def _in_order(self, reader: int, turn: int, start: int) -> Iterator[tuple[int, int, pa.Table]]:
-        """Yields (turn, row, content) without end, from a row of the reader's `turn`-th shard on."""
-        found = None
-        while True:
-            shard, stripe = self._shard_of(reader, turn)
-            for row, content in read_shard(self.views.rows, shard, start):
-                if row % self.num_stripes == stripe:
-                    found = turn
-                    yield turn, row, content
-            turn, start = turn + 1, 0
-            if found is None and turn > self.num_shards * self.num_stripes:
-                raise DataError("The stream has no rows.")
-
-    def _shard_of(self, reader: int, turn: int) -> tuple[int, int]:
-        """The shard, and the stripe of its rows, that stands at a reader's turn in the sequence."""
-        count = self.num_shards * self.num_stripes
-        round_, place = divmod(turn * self.num_readers + reader, count)
-        chosen = np.random.default_rng((self.seed, round_)).permutation(count)[place]
-        return divmod(int(chosen), self.num_stripes)
-
-
-class StreamBatches:
-    """
-    The batches of a [`ViewStream`] with the interface of a sampler: `len` batches, which count as one epoch.
-
-    Args:
-        stream ([`ViewStream`]): The stream.
-        loader (`torch.utils.data.DataLoader`): Over it; yields (position, batch).
-        num_batches (`int`): Of the run.
-    """
-
-    def __init__(self, stream: ViewStream, loader: DataLoader, num_batches: int):
-        self.stream = stream
-        self.loader = loader
-        self.num_batches = num_batches
-        self.global_batch_size = stream.batch_size * stream.num_readers // stream.readers_here
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Chooses the batch that the next iteration begins with; the `positions` must be those before it."""
-        self.stream.start(start_batch, self.stream.positions)
-
-    @property
-    def positions(self) -> dict[int, Position]:
-        """Where this process's readers are, after the batch that was yielded last."""
-        return self.stream.positions
-
-    def __iter__(self) -> Iterator:
-        for (reader, position), batch in self.loader:
-            self.stream.positions[reader] = position
-            yield batch

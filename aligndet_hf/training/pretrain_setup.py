@@ -17,7 +17,8 @@ from ..data.collate import collate_views, normalize_images
 from ..data.columns import BoxReport, DataError, read_values, require_columns, validate_proposals
 from ..data.dataset import ProposalViews, init_worker
 from ..data.sampling import EpochBatchSampler
-from ..data.streaming import StreamBatches, ViewStream, first_rows, load_stream
+from ..data.streaming import first_rows, load_stream
+from ..data.view_stream import StreamBatches, ViewStream
 from ..data.views import ViewConfig
 from ..detectors.build import build_image_processor, is_new, load_detector
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
