@@ -24,7 +24,7 @@ def under_fsdp(build):
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
-        sharding.require_supported(accelerator)
+        sharding.require_supported(accelerator, arguments.method)
         return accelerator
 
     return build_sharded

@@ -213,16 +213,19 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP needs several processes with a GPU each"):
-        require_supported(Accelerator)
+        require_supported(Accelerator, "aligndet")
     Accelerator.distributed_type = DistributedType.FSDP
     with pytest.raises(ValueError, match="fsdp_version: 2"):
-        require_supported(Accelerator)
+        require_supported(Accelerator, "aligndet")
     Accelerator.is_fsdp2, Accelerator.mixed_precision = True, "fp16"
     with pytest.raises(ValueError, match="no or bf16, got fp16"):
-        require_supported(Accelerator)
+        require_supported(Accelerator, "aligndet")
+    Accelerator.mixed_precision = "no"
+    with pytest.raises(ValueError, match="for --method aligndet, this is soco"):
+        require_supported(Accelerator, "soco")
     Accelerator.distributed_type = DistributedType.DEEPSPEED
     with pytest.raises(ValueError, match="does not run under DeepSpeed.*accelerate_fsdp2.yaml"):
-        require_supported(Accelerator)
+        require_supported(Accelerator, "aligndet")
 
 
 if __name__ == "__main__":

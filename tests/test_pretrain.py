@@ -437,6 +437,8 @@ def test_a_stream_resumes_exactly(arguments, tmp_path, workers):
 def test_a_stream_needs_what_it_cannot_know(arguments):
     with pytest.raises(ValueError, match="needs max_steps"):
         arguments(streaming=True, max_steps=-1)
+    with pytest.raises(ValueError, match="streaming is for --method aligndet, this is soco"):
+        arguments(streaming=True, method="soco")
     with pytest.raises(ValueError, match="needs num_clusters"):
         arguments(streaming=True, use_clusters=True)
     result = pretrain(arguments(streaming=True, use_clusters=True, num_clusters=3, max_steps=1))

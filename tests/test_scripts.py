@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file, save_file
 
 from aligndet_hf import cli
@@ -127,7 +128,18 @@ def test_every_script_is_its_command(script, command, monkeypatch, capsys):
     assert text.startswith(f"usage: aligndet {command} ") and "--output_dir" in text
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+LAUNCHES = [path for path in RECIPES if path.stem.startswith("accelerate_")]
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_every_configuration_of_accelerate_is_one(path):
+    config = load_config_from_file(str(path))
+    fsdp = config.distributed_type == "FSDP"
+    assert config.num_processes == 8 and fsdp == (config.fsdp_config.get("fsdp_version") == 2)
+
+
+@pytest.mark.parametrize("path", sorted({*RECIPES} - {*LAUNCHES}), ids=lambda path: path.stem)
 def test_every_recipe_is_valid_for_a_command(path):
     problems = []
     for row in cli.COMMANDS.values():

@@ -151,6 +151,9 @@ class PretrainArguments(DetectorArguments):
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("streaming", "gradient_checkpointing"):
+            if getattr(self, name) and self.method != "aligndet":
+                raise ValueError(f"{name} is for --method aligndet, this is {self.method}")
         if self.streaming and self.max_steps <= 0:
             raise ValueError("streaming needs max_steps: the length of a stream is not known")
         if self.streaming and self.use_clusters and self.num_clusters is None:

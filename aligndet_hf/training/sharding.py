@@ -18,13 +18,13 @@ from transformers import AutoModelForPreTraining, PreTrainedModel
 from .checkpointing import Checkpoint
 
 
-def require_supported(accelerator: Accelerator) -> None:
+def require_supported(accelerator: Accelerator, method: str) -> None:
     """
     Refuses what was not tested, or would train in silence as something else.
 
     Raises:
-        `ValueError`: DeepSpeed; FSDP of version 1, on CPUs, with fp16, or of a torch that cannot reduce the gradients
-            of parameters that a batch does not use.
+        `ValueError`: DeepSpeed; FSDP of version 1, on CPUs, with fp16, of SoCo, or of a torch that cannot reduce the
+            gradients of parameters that a batch does not use.
     """
     fsdp_wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -39,6 +39,8 @@ def require_supported(accelerator: Accelerator) -> None:
             raise ValueError("pre-training runs under FSDP of version 2 only: set fsdp_version: 2")
         if accelerator.mixed_precision == "fp16":
             raise ValueError("pre-training under FSDP runs with mixed_precision no or bf16, got fp16")
+        if method != "aligndet":
+            raise ValueError(f"FSDP is for --method aligndet, this is {method}")
         from torch.distributed.fsdp import FSDPModule
 
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
