@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_detectors import CONFIGS, random_batch, tiny_config, tiny_detector
+from transformers import AutoModelForObjectDetection
 from transformers.models.auto import modeling_auto
 
 from aligndet_hf import AlignDetForPreTraining
@@ -70,3 +71,20 @@ def test_the_multiple_is_what_the_network_needs(name):
         assert detector(torch.rand(1, 3, 80, 80)).logits.shape[0] == 1
         with pytest.raises(RuntimeError):
             detector(torch.rand(1, 3, 72, 72))
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_a_detector_takes_another_size_than_it_was_trained_with(model_type, tmp_path):
+    """Anchors and position embeddings are those of the images at hand, whatever sizes came before."""
+    images = {size: random_batch(size=size)["pixel_values"] for size in (64, 128)}
+    detector = tiny_detector(model_type).train()
+    detector(images[64], labels=random_batch()["labels"]).loss.backward()  # pre-training at a low resolution
+    detector.eval().save_pretrained(tmp_path)
+    fresh = AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        low, high = detector(images[64]), detector(images[128])
+        expected = fresh(images[128])
+        again = detector(images[64])
+    for outputs, reference in ((high, expected), (again, low)):
+        torch.testing.assert_close(outputs.pred_boxes, reference.pred_boxes)
+        torch.testing.assert_close(outputs.logits, reference.logits)
