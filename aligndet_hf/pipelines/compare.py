@@ -416,7 +416,7 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
         },
         "baseline": arguments.baseline,
         "arms": {
-            arm: _differences(next(job for job in jobs if job.arm == arm).measured.settings, baseline)
+            arm: _differences(next(job for job in jobs if job.arm == arm).measured.settings, baseline, output_dir)
             for arm in arguments.arms
         },
         "protocol": {
@@ -424,10 +424,11 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
         },
         **check,
         "stages": [
-            {"folder": str(stage.folder.relative_to(output_dir))} | record_of(stage)
+            {"folder": str(stage.folder.relative_to(output_dir)), "command": stage.command} | record_of(stage)
             for stage in stages
             if is_finished(stage)
         ],
+        "seconds": {arm: _seconds([job for job in jobs if job.arm == arm]) for arm in arguments.arms},
         "failures": {str(stage.folder.relative_to(output_dir)): reason for stage, reason in failures.items()},
         "planned": len(jobs),
         "runs": [dataclasses.asdict(run) for run in runs],
@@ -446,11 +447,26 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
     return results
 
 
-def _differences(settings: Mapping, baseline: Mapping) -> dict[str, dict]:
+def _seconds(jobs: list[Job]) -> dict[str, float | None]:
+    """What a run of an arm takes, in the mean: the stages `before` the measured one, and that one."""
+    done = [[record_of(stage)["seconds"] for stage in job.stages] for job in jobs if is_finished(job.measured)]
+    if not done:
+        return {"before": None, "measured": None}
+    return {
+        "before": sum(sum(seconds[:-1]) for seconds in done) / len(done),
+        "measured": sum(seconds[-1] for seconds in done) / len(done),
+    }
+
+
+def _differences(settings: Mapping, baseline: Mapping, output_dir: Path) -> dict[str, dict]:
     """In what an arm's measured stage differs from the baseline's: `start`, and (it should not) `protocol`."""
     keys = [key for key in (*settings, *(set(baseline) - set(settings))) if settings.get(key) != baseline.get(key)]
-    keys = [key for key in keys if key != "output_dir"]
+    values = {
+        key: value.removeprefix(f"{output_dir}/") if isinstance(value := settings.get(key), str) else value
+        for key in keys
+        if key != "output_dir"
+    }
     return {
-        "start": {key: settings.get(key) for key in keys if key in START},
-        "protocol": {key: settings.get(key) for key in keys if key not in START},
+        "start": {key: value for key, value in values.items() if key in START},
+        "protocol": {key: value for key, value in values.items() if key not in START},
     }

@@ -93,7 +93,8 @@ def run_stages(
                 del running[stage]
                 failure = None
                 if code == 0:
-                    _record(stage, recipes[stage], time.perf_counter() - started)
+                    seconds = round(time.perf_counter() - started, 1)
+                    write_json(stage.beside(".json"), {"settings": _plain(stage.settings), "seconds": seconds})
                 elif code in _INTERRUPTED and not signals.number:
                     signals.note(_INTERRUPTED[code])
                 elif not signals.number:
@@ -117,7 +118,7 @@ def is_finished(stage: Stage) -> bool:
 
 
 def record_of(stage: Stage) -> dict:
-    """What is known of a finished stage: its `command`, `settings` and the `seconds` that its last process took."""
+    """What is known of a finished stage: its `settings`, and the `seconds` that its last process took."""
     return json.loads(stage.beside(".json").read_text())
 
 
@@ -221,13 +222,6 @@ def _run_here(stage, recipe, log) -> Callable[[], int]:
 
 def _hindrance(stage: Stage, failures: dict[Stage, str]) -> str | None:
     return next((f"needs {need.folder}, which failed" for need in stage.needs if need in failures), None)
-
-
-def _record(stage: Stage, recipe: Path, seconds: float) -> None:
-    command = f"aligndet {stage.command} --config {recipe}"
-    write_json(
-        stage.beside(".json"), {"command": command, "settings": _plain(stage.settings), "seconds": round(seconds, 1)}
-    )
 
 
 def _plain(settings: dict) -> dict:

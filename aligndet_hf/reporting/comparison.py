@@ -133,7 +133,7 @@ def _steps_table(statistics: Mapping, baseline: str, protocol: Mapping) -> list[
     for fraction, arms in statistics.items():
         for arm, found in arms.items():
             for name, reached in found["steps_to"].items():
-                if name == "baseline" or reached["AP"] > 0:
+                if reached["AP"] > 0:
                     last = found["curve"]["step"][-1]
                     share = "" if reached["mean_curve"] is None else f"{100 * reached['mean_curve'] / last:.0f} %"
                     what = f"{100 * reached['AP']:.1f}" + (f" ({baseline} at the end)" if name == "baseline" else "")
@@ -169,11 +169,16 @@ def _class_tables(statistics: Mapping, baseline: str) -> list[str]:
 
 def _protocol(results: Mapping) -> list[str]:
     parts = ["## Protocol"]
-    rows = [
-        [arm, _settings(changes["start"]) or ("the baseline" if arm == results["baseline"] else "as the baseline")]
-        for arm, changes in results["arms"].items()
+    rows = []
+    for arm, changes in results["arms"].items():
+        start = _settings(changes["start"]) or ("the baseline" if arm == results["baseline"] else "as the baseline")
+        minutes = [results["seconds"][arm][part] for part in ("before", "measured")]
+        rows.append([arm, start, *("–" if part is None else f"{part / 60:.1f}" for part in minutes)])
+    parts += [
+        "Where the arms start from, in what they differ from the baseline, and the minutes that a run takes: the "
+        "stages before fine-tuning, of which several runs may share one, and fine-tuning.",
+        _table(["arm", "start", "before", "fine-tuning"], rows),
     ]
-    parts += ["Where the arms start from, in what they differ from the baseline:", _table(["arm", "start"], rows)]
     unequal = [
         [arm, _settings(changes["protocol"])] for arm, changes in results["arms"].items() if changes["protocol"]
     ]
@@ -221,14 +226,17 @@ def _failures(failures: Mapping) -> list[str]:
 def _how(results: Mapping) -> list[str]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     minutes = sum(stage["seconds"] for stage in results["stages"]) / 60
-    rows = [[stage["folder"], f"{stage['seconds']:.0f}", f"`{stage['command']}`"] for stage in results["stages"]]
+    rows = [
+        [f"{stage['seconds']:.0f}", f"`aligndet {stage['command']} --config FOLDER/{stage['folder']}.yaml`"]
+        for stage in results["stages"]
+    ]
     return [
         "## How it was run",
         f"{versions()}. {platform.machine()}, {os.cpu_count()} CPU cores, {device}; {minutes:.0f} minutes in all.",
         "`aligndet compare --config FILE --output_dir FOLDER` with this file runs it again:",
         _yaml(results["config"]),
         "Its stages, with the seconds that each took (of an interrupted one, its last part):",
-        _table(["stage", "s", "command"], rows),
+        _table(["s", "stage"], rows),
     ]
 
 
