@@ -110,6 +110,8 @@ def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
             skip=set(arguments.skip),
         )
         for stage in stages.values():
+            stage.write_recipe()
+        for stage in stages.values():
             if is_finished(stage):
                 print(f"stage {stage.name}: finished before, in {stage.folder}", flush=True)
 

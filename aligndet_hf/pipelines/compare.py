@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..cli import nearest, parse_arguments
+from ..cli import nearest
 from ..data.formats import load_dataset_source
 from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.splits import nested_subsets
@@ -18,15 +18,16 @@ from ..evaluation.comparison import Run, compare_runs
 from ..evaluation.pictures import new_figure
 from ..reporting.comparison import write_report
 from ..training.checkpointing import write_json
+from ..training.finetune_arguments import FinetuneArguments
 from .chain import PipelineArguments
 from .runner import is_finished, only_one, record_of, run_stages
-from .stages import Stage, arguments_class, command_of, fields_of, merged, resolve_stages
+from .stages import Stage, command_of, fields_of, merged, resolve_stages
 
 # Where the common fine-tuning starts from and how much of it is trained: what an arm may set there and still be
 # compared under the same protocol.
 START = {
     "detector", "backbone", "backbone_weights", "detector_config", "freeze_batch_norm", "transfer", "freeze_backbone",
-    "trainable_backbone_stages", "backbone_learning_rate",
+    "trainable_backbone_stages", "backbone_learning_rate", "freeze_backbone_norms",
 }  # fmt: skip
 # What the comparison sets in every stage that has it.
 PER_RUN = {"seed": "${seed}", "label_fraction": "${fraction}", "label_seed": "${seed}"}
@@ -156,9 +157,8 @@ def compare(arguments: CompareArguments) -> dict:
     with only_one(output_dir) as lock:
         jobs = plan_jobs(arguments)
         stages = list(dict.fromkeys(stage for job in jobs for stage in job.stages))
-        for stage in stages:
-            stage.write_recipe()
-        check = _check_data(arguments, jobs, output_dir)
+        parsed = {stage: stage.write_recipe() for stage in stages}
+        check = _check_data(arguments, jobs, parsed[jobs[0].measured], output_dir)
         ended = sum(map(is_finished, stages))
         print(
             f"{len(jobs)} runs of {len(arguments.arms)} arms, {len(stages)} stages; {ended} are finished.", flush=True
@@ -300,14 +300,17 @@ def _refuse_other_labels(job: Job) -> None:
 # ---- the data ----
 
 
-def _check_data(arguments: CompareArguments, jobs: list[Job], output_dir: Path) -> dict:
+def _check_data(arguments: CompareArguments, jobs: list[Job], settings: FinetuneArguments, output_dir: Path) -> dict:
     """
     Writes the label subsets, and looks for evaluation images among the training images of all arms.
+
+    Args:
+        arguments, jobs, output_dir: The comparison.
+        settings (`FinetuneArguments`): Of a measured stage: which data it is trained with and measured on.
 
     Returns:
         `dict`: `evaluation` (what is measured on), `images` (training images by fraction), `leakage`.
     """
-    settings = _arguments_of(jobs[0].measured)
     labelled = load_dataset_source(settings.dataset, settings.split, labels=True, image_dir=settings.image_dir)
     subsets = {seed: nested_subsets(len(labelled), arguments.fractions, seed) for seed in arguments.seeds}
     write_json(
@@ -338,10 +341,6 @@ def _check_data(arguments: CompareArguments, jobs: list[Job], output_dir: Path) 
         "images": {f"{share:g}": len(rows) for share, rows in subsets[arguments.seeds[0]].items()},
         "leakage": leakage,
     }
-
-
-def _arguments_of(stage: Stage):
-    return parse_arguments(arguments_class(stage.command), ["--config", str(stage.beside(".yaml"))])
 
 
 def _origin(stage: Stage, stages: list[Stage]) -> tuple[str, str, str]:

@@ -39,7 +39,7 @@ def run_stages(
     Runs stages, each after those that it needs. What is finished is not run again; what was interrupted resumes.
 
     Args:
-        stages (`Iterable[Stage]`): All of them, also those that others need; earlier ones first.
+        stages (`Iterable[Stage]`): All of them, also those that others need, earlier ones first; with their recipes.
         num_parallel (`int`, *optional*, defaults to 1): Processes at the same time; 0 runs all in this process.
         launcher (`str`, *optional*): A command such as `accelerate launch --num_processes 8` to start training with.
         logs (`bool`, *optional*, defaults to `False`): Write what a stage prints to a file `.log` beside its output.
@@ -52,15 +52,11 @@ def run_stages(
         `dict[Stage, str]`: what failed, or could not run for that, and why.
 
     Raises:
-        ValueError: a stage is not accepted by its command, or builds on output that is gone. Nothing was run.
+        ValueError: a stage builds on output that is gone. Nothing was run.
         TrainingInterrupted: SIGTERM or SIGINT, which the running stages got as well.
     """
     stages = list(stages)
-    recipes = {stage: stage.write_recipe() for stage in stages}
-    waiting, failures = [], {}
-    for stage in stages:
-        if not is_finished(stage):
-            waiting.append(stage)
+    waiting, failures = [stage for stage in stages if not is_finished(stage)], {}
     for stage in stages:
         if gone := [need for need in stage.needs if need in waiting and not need.folder.exists()]:
             if stage.folder.exists():
@@ -80,9 +76,9 @@ def run_stages(
                     started = time.perf_counter()
                     log = stage.beside(".log") if logs else None
                     if num_parallel == 0:
-                        poll = _run_here(stage, recipes[stage], log)
+                        poll = _run_here(stage, log)
                     else:
-                        poll = _start(stage, recipes[stage], log, launcher, num_parallel, lock, signals)
+                        poll = _start(stage, log, launcher, num_parallel, lock, signals)
                     running[stage] = poll, started
             if num_parallel:
                 time.sleep(_POLL_SECONDS)
@@ -181,16 +177,20 @@ class _Signals:
                     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
 
 
-def _start(stage, recipe, log, launcher, num_parallel, lock, signals) -> Callable[[], int | None]:
+def _command(stage: Stage, launcher: str) -> list[str]:
     prefix = shlex.split(launcher) if stage.command in LAUNCHED else []
-    command = [*(prefix or [sys.executable]), "-m", "aligndet_hf.cli", stage.command, "--config", str(recipe)]
+    prefix = prefix or [sys.executable]
+    return [*prefix, "-m", "aligndet_hf.cli", stage.command, "--config", str(stage.beside(".yaml"))]
+
+
+def _start(stage, log, launcher, num_parallel, lock, signals) -> Callable[[], int | None]:
     environment = dict(os.environ)
     if num_parallel > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
     with open(log, "a") if log else contextlib.nullcontext() as output:
         # In a group of its own, so that signals reach it once: through us.
         process = subprocess.Popen(
-            command,
+            _command(stage, launcher),
             stdout=output,
             stderr=subprocess.STDOUT if log else None,
             env=environment,
@@ -206,14 +206,14 @@ def _start(stage, recipe, log, launcher, num_parallel, lock, signals) -> Callabl
     return poll
 
 
-def _run_here(stage, recipe, log) -> Callable[[], int]:
+def _run_here(stage, log) -> Callable[[], int]:
     with open(log, "a") if log else contextlib.nullcontext() as output:
         with (
             contextlib.redirect_stdout(output) if log else contextlib.nullcontext(),
             contextlib.redirect_stderr(output) if log else contextlib.nullcontext(),
         ):
             try:
-                code = cli.run(stage.command, ["--config", str(recipe)])
+                code = cli.run(stage.command, ["--config", str(stage.beside(".yaml"))])
             except Exception:  # a bug, or no memory: of this stage only, as if it had its own process
                 traceback.print_exc()
                 code = 1

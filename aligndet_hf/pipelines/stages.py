@@ -47,16 +47,20 @@ class Stage:
         """A file beside the output: `.yaml` is the recipe, `.json` the record of the finished stage, `.log`."""
         return Path(f"{self.folder}{suffix}")
 
-    def write_recipe(self) -> Path:
-        """Writes the recipe that `aligndet <command> --config` takes, and checks that the command accepts it."""
+    def write_recipe(self):
+        """
+        Writes the recipe that `aligndet <command> --config` takes, and returns the arguments that it makes of it.
+
+        Raises:
+            `ValueError`: the command does not accept them.
+        """
         recipe = self.beside(".yaml")
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
         try:
-            parse_arguments(arguments_class(self.command), ["--config", str(recipe)])
+            return parse_arguments(arguments_class(self.command), ["--config", str(recipe)])
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {self.name!r}: {error}") from error
-        return recipe
 
 
 class _LeftOut(Exception):
