@@ -251,7 +251,8 @@ def _of_arm(arguments: CompareArguments, changes: Mapping) -> tuple[dict, set[st
     skip = {name for name, change in changes.items() if change is None}
     for name, change in changes.items():
         if name not in stages and change is not None:
-            stages = {**stages, name: change, measured: stages.pop(measured)}  # before the last
+            last = stages.pop(measured)
+            stages |= {name: change, measured: last}
         elif change is not None:
             stages[name] = merged(stages[name] or {}, change)
     if measured in skip:

@@ -232,6 +232,7 @@ def _reason(stage: Stage, code: int, logs: bool) -> str:
     """Why a stage failed: what it said last, if that was written to a file."""
     log = stage.beside(".log")
     said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if logs else []
-    said = next((line for line in reversed(said) if line.startswith("error: ")), said[-1] if said else "")
+    errors = [number for number, line in enumerate(said) if line.startswith("error: ")]
+    said = " ".join(said[errors[-1] :] if errors else said[-1:])
     reason = f"exit code {code}" + (f": {said.removeprefix('error: ')}" if said else "")
     return f"{reason} (all of it in {log})" if logs else reason
