@@ -95,6 +95,10 @@ from unlabelled images to a fine-tuned detector:
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
 
+all of that from one file, or several variants of it compared on your labels with several seeds (docs/compare.md):
+  aligndet chain   --config chain.yaml   --output_dir outputs/chain
+  aligndet compare --config compare.yaml --output_dir outputs/compare
+
 Every flag is also a key of the YAML recipe given by --config; a flag on the command line wins over the recipe.
 `aligndet <command> --help` lists a command's flags; `accelerate launch scripts/pretrain.py ...` uses several GPUs.
 `--source` of `aligndet proposals` takes boxes from elsewhere, say from a detector of an earlier round."""

@@ -17,8 +17,7 @@ from tiny_detectors import CONFIGS
 
 from aligndet_hf import cli
 from aligndet_hf.data.synthetic import write_synthetic_folder
-from aligndet_hf.pipelines.chain import ChainArguments
-from aligndet_hf.pipelines.stages import resolve_stages
+from aligndet_hf.pipelines.chain import ChainArguments, plan_chain
 from aligndet_hf.training.pretrain_arguments import PretrainArguments
 
 ROOT = Path(__file__).parents[1]
@@ -185,12 +184,10 @@ def test_recipes_are_valid_with_and_without_their_first_stages(path, left_out, t
     monkeypatch.chdir(ROOT)
     content = yaml.safe_load(path.read_text())
     if not hasattr(PretrainArguments, "method"):
-        content["stages"].pop("soco", None)
-    skip = set(list(content["stages"])[1 : 1 + left_out])
-    variables = {name: "data" if value is None else value for name, value in content["variables"].items()}
-    stages = resolve_stages(
-        content["stages"], variables, lambda name, *_: tmp_path / name, content.get("common"), skip=skip
-    )
+        content["stages"]["soco"] = None
+    skip = list(content["stages"])[1 : 1 + left_out]
+    given = [f"{name}=data" for name, value in content["variables"].items() if value is None]
+    stages = plan_chain(ChainArguments(**content, output_dir=str(tmp_path), set=given, skip=skip))
     for stage in stages.values():
         stage.write_recipe()
-    assert stages["finetune"].settings["detector"]
+    assert stages["finetune"].settings["detector"] and not set(stages) & set(skip)

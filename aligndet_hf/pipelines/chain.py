@@ -82,6 +82,17 @@ class ChainArguments(PipelineArguments):
     in_this_process: bool = field(default=False, metadata={"help": "run the stages in this process, to debug them"})
 
 
+def plan_chain(arguments: ChainArguments) -> dict[str, Stage]:
+    """The stages of a chain that are not left out, by name, each in a folder of its own."""
+    return resolve_stages(
+        arguments.stages,
+        arguments.variables,
+        lambda name, *_: f"{arguments.output_dir}/{name}",
+        arguments.common,
+        skip=set(arguments.skip),
+    )
+
+
 def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
     """
     Runs the stages of a chain one after the other, each as a process `aligndet <command>`.
@@ -102,13 +113,7 @@ def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
         TrainingInterrupted: SIGTERM or SIGINT; the stage that was running got it too.
     """
     with only_one(arguments.output_dir) as lock:
-        stages = resolve_stages(
-            arguments.stages,
-            arguments.variables,
-            lambda name, *_: f"{arguments.output_dir}/{name}",
-            arguments.common,
-            skip=set(arguments.skip),
-        )
+        stages = plan_chain(arguments)
         for stage in stages.values():
             stage.write_recipe()
         for stage in stages.values():
