@@ -82,24 +82,25 @@ def test_without_keep_going_a_failure_is_the_end(make, tmp_path):
     assert order(tmp_path) == ["bad"]
 
 
-def test_parallel_processes_share_the_cores_and_wait_for_what_they_need(make, tmp_path, monkeypatch):
+def test_parallel_processes_share_cores_and_gpus_and_wait_for_what_they_need(make, tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     seen = []
     popen = subprocess.Popen
 
     def spy(*args, env, **kwargs):
-        seen.append((env["OMP_NUM_THREADS"], kwargs["pass_fds"]))
+        seen.append((env["OMP_NUM_THREADS"], env["CUDA_VISIBLE_DEVICES"], kwargs["pass_fds"]))
         return popen(*args, env=env, **kwargs)
 
     monkeypatch.setattr(subprocess, "Popen", spy)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    first = make("first", seconds=0.5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    first = make("first", seconds=0.3)
     started = time.monotonic()
     with only_one(tmp_path) as lock:
-        run_stages([first, make("second", seconds=0.5), make("third", [first])], num_parallel=2, lock=lock)
+        run_stages([first, make("second", seconds=1.5), make("third", [first])], num_parallel=2, lock=lock)
     assert time.monotonic() - started < 5
     assert set(order(tmp_path)[:2]) == {"first", "second"} and order(tmp_path)[2] == "third"
-    assert seen == [("2", (lock,))] * 3
+    assert seen == [("2", "5", (lock,)), ("2", "7", (lock,)), ("2", "5", (lock,))]  # the third takes the first's place
 
 
 def test_what_builds_on_output_that_is_gone_is_refused(make, tmp_path):

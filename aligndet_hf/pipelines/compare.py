@@ -272,7 +272,9 @@ def _read_chain(file: str) -> dict:
     for name, given in content["stages"].items():
         given = given or {}
         known = fields_of(command_of(name, given))
-        stages[name] = merged({key: value for key, value in common.items() if key in known}, given)
+        given = merged({key: value for key, value in common.items() if key in known}, given)
+        # Which labels are used is up to the comparison.
+        stages[name] = {key: value for key, value in given.items() if key not in ("label_fraction", "label_seed")}
     return {"stages": stages, "variables": content.get("variables") or {}}
 
 

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from .. import cli
 from ..training.checkpointing import write_json
 from ..training.interrupts import TrainingInterrupted
@@ -63,7 +65,7 @@ def run_stages(
                 raise ValueError(
                     f"{stage.folder} was made from {gone[0].folder}, which is gone: remove it too, to do both anew."
                 )
-    running: dict[Stage, tuple[Callable[[], int | None], float]] = {}
+    running: dict[Stage, tuple[Callable[[], int | None], float, int]] = {}
     with _Signals(active=num_parallel > 0) as signals:
         while waiting or running:
             for stage in list(waiting) if not signals.number else ():
@@ -74,15 +76,16 @@ def run_stages(
                 elif len(running) < max(num_parallel, 1) and not set(stage.needs) & {*waiting, *running}:
                     waiting.remove(stage)
                     started = time.perf_counter()
+                    slot = min(set(range(len(running) + 1)) - {other for _, _, other in running.values()})
                     log = stage.beside(".log") if logs else None
                     if num_parallel == 0:
                         poll = _run_here(stage, log)
                     else:
-                        poll = _start(stage, log, launcher, num_parallel, lock, signals)
-                    running[stage] = poll, started
+                        poll = _start(stage, log, launcher, num_parallel, slot, lock, signals)
+                    running[stage] = poll, started, slot
             if num_parallel:
                 time.sleep(_POLL_SECONDS)
-            for stage, (poll, started) in list(running.items()):
+            for stage, (poll, started, _) in list(running.items()):
                 code = poll()
                 if code is None:
                     continue
@@ -183,10 +186,18 @@ def _command(stage: Stage, launcher: str) -> list[str]:
     return [*prefix, "-m", "aligndet_hf.cli", stage.command, "--config", str(stage.beside(".yaml"))]
 
 
-def _start(stage, log, launcher, num_parallel, lock, signals) -> Callable[[], int | None]:
+def _devices() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _start(stage, log, launcher, num_parallel, slot, lock, signals) -> Callable[[], int | None]:
     environment = dict(os.environ)
     if num_parallel > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
+    if num_parallel > 1 and not launcher and (devices := _devices()):
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
     with open(log, "a") if log else contextlib.nullcontext() as output:
         # In a group of its own, so that signals reach it once: through us.
         process = subprocess.Popen(
