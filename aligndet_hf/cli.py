@@ -71,6 +71,18 @@ COMMANDS = {
         "evaluate",
         "print the COCO table of a detector, with the AP of every class",
     ),
+    "chain": Command(
+        "aligndet_hf.pipelines.chain",
+        "ChainArguments",
+        "run_chain",
+        "run several of these commands, each on the output of those before it, from one file",
+    ),
+    "compare": Command(
+        "aligndet_hf.pipelines.compare",
+        "CompareArguments",
+        "compare",
+        "say whether pre-training helps on your data: arms x label fractions x seeds, and a report",
+    ),
 }
 
 USAGE = "usage: aligndet <command> [--config recipe.yaml] [--flag value ...]"
@@ -82,6 +94,10 @@ from unlabelled images to a fine-tuned detector:
   aligndet pretrain  --dataset outputs/proposals --detector rt_detr --output_dir outputs/pretrained
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
+
+all of that from one file, or several variants of it compared on your labels with several seeds (docs/compare.md):
+  aligndet chain   --config chain.yaml   --output_dir outputs/chain
+  aligndet compare --config compare.yaml --output_dir outputs/compare
 
 Every flag is also a key of the YAML recipe given by --config; a flag on the command line wins over the recipe.
 `aligndet <command> --help` lists a command's flags; `accelerate launch scripts/pretrain.py ...` uses several GPUs.
@@ -103,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    print(f"error: there is no command {command!r}{_nearest(command, COMMANDS)}\n{USAGE}", file=sys.stderr)
+    print(f"error: there is no command {command!r}{nearest(command, COMMANDS)}\n{USAGE}", file=sys.stderr)
     return 2
 
 
@@ -170,7 +186,7 @@ def parse_arguments(cls: type, argv: list[str], prog: str = "aligndet", descript
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0].split('=')[0], flags)}")
+        raise ValueError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
     return cls(**vars(namespace))
 
 
@@ -225,7 +241,7 @@ class ArgumentParser(HfArgumentParser):
             action.required = False  # While only the recipe is parsed.
         for key, value in values.items():
             if key not in self.fields:
-                raise ValueError(f"{config}: unknown key {key!r}{_nearest(str(key), self.fields)}")
+                raise ValueError(f"{config}: unknown key {key!r}{nearest(str(key), self.fields)}")
             if value is not None and value != []:
                 try:
                     value = getattr(self.parse_args(_as_flags(key, value)), key)
@@ -304,7 +320,8 @@ def _json_mapping(text: str) -> dict:
     return value
 
 
-def _nearest(name: str, valid) -> str:
+def nearest(name: str, valid) -> str:
+    """What to add to a message about a name that does not exist: the valid one that it is closest to, if any."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -11,9 +11,13 @@ import pytest
 
 import aligndet_hf
 from aligndet_hf.cli import COMMANDS, parse_arguments
+from aligndet_hf.pipelines.chain import plan_chain
+from aligndet_hf.pipelines.compare import CompareArguments, plan_jobs
+from aligndet_hf.training.pretrain_arguments import PretrainArguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 MODULES = [module.name for module in pkgutil.walk_packages(aligndet_hf.__path__, "aligndet_hf.") if not module.ispkg]
 
 
@@ -27,24 +31,33 @@ def test_readme_examples():
     assert results.attempted >= 8 and results.failed == 0
 
 
-def test_readme_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("name", PAGES)
+def test_examples_of_pages(name):
+    assert doctest.testfile(str(ROOT / "docs" / name), module_relative=False).failed == 0
+
+
+def test_links_lead_somewhere():
+    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in PAGES.values())]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (folder / target).exists(), target
     for recipe in re.findall(r"[a-z_0-9]+\.yaml", README):
         assert recipe == "recipe.yaml" or (ROOT / "scripts" / "recipes" / recipe).exists(), recipe
 
 
 def documented_commands() -> list[str]:
-    """Every `aligndet ...` and `accelerate launch scripts/...` line of the README and of the recipes' headers."""
-    texts = [README] + [
+    """Every `aligndet ...` and `accelerate launch scripts/...` line of the README, pages, and headers of recipes."""
+    texts = [README, *PAGES.values()] + [
         re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE) for path in (ROOT / "scripts/recipes").glob("*.yaml")
     ]
     lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
-    return [line for line in lines if re.match(r"(aligndet|accelerate launch) .*--(dataset|detector)", line)]
+    return [line for line in lines if re.match(r"(aligndet|accelerate launch) .*--(dataset|detector|set)", line)]
 
 
 @pytest.mark.parametrize("line", documented_commands())
-def test_documented_commands_parse(line, monkeypatch):
+def test_documented_commands_parse(line, monkeypatch, tmp_path):
+    for block in re.findall("```yaml\n# (\\S+)\n(.*?)```", PAGES["compare.md"], flags=re.DOTALL):
+        (tmp_path / block[0]).write_text(block[1])
+    line = re.sub(r"(?<=--config )(chain|compare)\.yaml", rf"{tmp_path}/\1.yaml", line)
     monkeypatch.chdir(ROOT)  # recipes are named relative to the clone
     words = shlex.split(line)
     if words[0] == "accelerate":
@@ -53,7 +66,20 @@ def test_documented_commands_parse(line, monkeypatch):
     command = COMMANDS[words[1]]
     cls = getattr(importlib.import_module(command.module), command.arguments)
     arguments = parse_arguments(cls, words[2:])
-    assert arguments.dataset in line
+    if words[1] in ("chain", "compare"):
+        arguments.output_dir = str(tmp_path)
+        for stage in planned_stages(arguments):
+            stage.write_recipe()
+    else:
+        assert arguments.dataset in line
+
+
+def planned_stages(arguments) -> list:
+    if isinstance(arguments, CompareArguments):
+        return [stage for job in plan_jobs(arguments) for stage in job.stages]
+    if "soco" in arguments.stages and not hasattr(PretrainArguments, "method"):
+        arguments.skip.append("soco")
+    return list(plan_chain(arguments).values())
 
 
 def test_there_are_documented_commands():

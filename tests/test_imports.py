@@ -21,6 +21,7 @@ HOUSE = [
     {"reporting"},
     {"training"},
     {"cli"},
+    {"pipelines"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 STRANGERS = [("data", "detectors"), ("data", "models"), ("detectors", "data"), ("models", "data")]

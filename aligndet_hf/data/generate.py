@@ -76,8 +76,9 @@ class ProposalsArguments:
         default=None,
         metadata={
             "help": "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; "
-            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo. If not given, the one "
-            "that the following flags are of, else selective_search"
+            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo; random: boxes that "
+            "have not seen the image, as a control. If not given, the one that the following flags are of, else "
+            "selective_search"
         },
     )
     preset: str | None = field(

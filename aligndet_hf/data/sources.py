@@ -1,6 +1,7 @@
 """Where proposals come from: one function per source, all of the same form, and the table that names them."""
 
 import hashlib
+import zlib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers.utils.hub import cached_file
 
+from ..proposals.controls import random_boxes
 from ..proposals.filters import select_indices
 from ..proposals.opencv import import_opencv, opencv_selective_search
 from ..proposals.selective_search import selective_search
@@ -87,6 +89,20 @@ def _open_column(column: str, selection: dict) -> Search:
     return search
 
 
+def _open_random(selection: dict) -> Search:
+    def search(images, rows):
+        found = []
+        for image in images:
+            # Of an image the same boxes always, wherever it stands; as many as any other source may give.
+            seed = zlib.crc32(np.ascontiguousarray(image))
+            boxes = random_boxes(image.shape[:2], selection["max_boxes"], seed)
+            scores = np.linspace(1, 0, len(boxes), endpoint=False, dtype=np.float32)
+            found.append(select_fields({"bbox": boxes, "score": scores}, image.shape[:2], selection))
+        return found
+
+    return search
+
+
 def _open_json(proposals_file: str, selection: dict) -> Search:
     return _open_column("proposals", selection)  # which the file has been read into
 
@@ -107,6 +123,7 @@ SOURCES = {
     ),
     "column": Source(_open_column, {"column": "proposals"}, dict),
     "json": Source(_open_json, {"proposals_file": None}, dict),
+    "random": Source(_open_random, {}, dict),
 }
 
 

@@ -77,6 +77,20 @@ def set_backbone_trainable(detector: PreTrainedModel, trainable: bool, stages: i
             parameter.requires_grad_(True)
 
 
+def freeze_batch_norms(backbone: nn.Module) -> None:
+    """
+    Freezes the live batch norms of a backbone; with [`eval_frozen`] their statistics stay as well.
+
+    Detectors of the DETR family never have any: transformers replaces them by frozen ones.
+
+    Args:
+        backbone (`nn.Module`): changed in place.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.requires_grad_(False)
+
+
 def eval_frozen(module: nn.Module) -> None:
     """
     Puts the frozen parts of a module in evaluation mode: running statistics stay, and nothing is dropped.

@@ -293,7 +293,7 @@ def _write(
         usage=usage,
         training=training,
         settings=yaml.safe_dump(told_settings(settings), sort_keys=False, allow_unicode=True, width=100).strip(),
-        versions=_versions(),
+        versions=versions(),
         limits=limits,
         citations=citations,
         protocol=protocol,
@@ -377,7 +377,8 @@ def _rows(values: Mapping | None, keys) -> list[tuple[str, str]]:
     return [(key, f"{100 * values[key]:.1f}" if _exists(values[key]) else "no such object") for key in keys]
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Python and the packages that decide what training gives, with their versions."""
     found = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:

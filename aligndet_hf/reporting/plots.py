@@ -13,7 +13,7 @@ import numpy as np
 
 from ..evaluation.pictures import INK, PALETTE, new_figure, plain_axes, plot_predictions, save_figure
 
-__all__ = ["plot_arms", "plot_curves", "plot_predictions", "read_history", "smooth"]
+__all__ = ["plot_arms", "plot_bands", "plot_curves", "plot_predictions", "read_history", "smooth"]
 
 
 def read_history(source) -> list[dict]:
@@ -117,6 +117,58 @@ def plot_curves(
                 )
         if len(runs) > 1:
             axes.legend(frameon=False, fontsize=9)
+    return save_figure(figure, path, title)
+
+
+def plot_bands(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    path,
+    x_label: str,
+    title: str | None = None,
+    log_x: bool = False,
+) -> Path:
+    """
+    Draws average precision as lines in bands, such as learning curves with their spread over seeds.
+
+    Args:
+        panels (`Mapping`): Heading of each panel to its lines: name of the arm to `x`, `mean`, `min` and `max`, lists
+            of the same length; average precision from 0 to 1.
+        path (`str` or `Path`): The PNG to write.
+        x_label (`str`): What `x` is.
+        title (`str`, *optional*): Title over the panels.
+        log_x (`bool`, *optional*, defaults to `False`): Draw `x` on a logarithmic axis, with a tick at each value.
+
+    Returns:
+        `Path`: `path`.
+    """
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(5.2 * columns, 3.4 * rows + 0.6)
+    for place, (heading, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        plain_axes(axes, heading, x_label, "average precision, %" if place % columns == 1 % columns else None)
+        for name, line in lines.items():
+            color = PALETTE[names.index(name) % len(PALETTE)]
+            low, mean, high = (100 * np.asarray(line[key], dtype=float) for key in ("min", "mean", "max"))
+            axes.fill_between(line["x"], low, high, color=color, alpha=0.15, linewidth=0)
+            axes.plot(line["x"], mean, color=color, linewidth=1.8, marker="o", markersize=3.5, label=name)
+        if log_x:
+            ticks = sorted({x for line in lines.values() for x in line["x"]})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+    handles = {
+        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        [handles[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=min(len(names), 6),
+        frameon=False,
+        fontsize=9,
+    )
     return save_figure(figure, path, title)
 
 

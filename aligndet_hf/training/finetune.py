@@ -24,7 +24,7 @@ from ..data.formats import category_names, load_dataset_source
 from ..data.sampling import EpochBatchSampler
 from ..data.splits import nested_subsets
 from ..data.views import ViewConfig
-from ..detectors.backbones import eval_frozen, get_backbone, set_backbone_trainable
+from ..detectors.backbones import eval_frozen, freeze_batch_norms, get_backbone, set_backbone_trainable
 from ..detectors.build import DetectorArguments, build_image_processor, is_new, load_detector
 from ..detectors.criterion import use_correct_loss
 from ..detectors.families import family_of, require_fitting_sizes
@@ -266,6 +266,8 @@ def _start(arguments: FinetuneArguments, categories: list[str]):
         detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)
     # Always set, never trusted: transformers freezes by patterns that miss, and forgets it when it loads.
     set_backbone_trainable(detector, not arguments.freeze_backbone, arguments.trainable_backbone_stages)
+    if arguments.freeze_backbone_norms:
+        freeze_batch_norms(get_backbone(detector))
     if isinstance(report, TransferReport):
         report.frozen = [name for name, parameter in detector.named_parameters() if not parameter.requires_grad]
     return use_correct_loss(detector), report

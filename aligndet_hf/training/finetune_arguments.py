@@ -69,6 +69,10 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     trainable_backbone_stages: int | None = field(
         default=None, metadata={"help": "train only so many of the backbone's stages, counted from the last"}
     )
+    freeze_backbone_norms: bool = field(
+        default=False,
+        metadata={"help": "keep weights and statistics of the backbone's batch norms, also those of a checkpoint"},
+    )
 
     num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
     max_steps: int = field(default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs"})

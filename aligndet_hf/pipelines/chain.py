@@ -1,0 +1,138 @@
+"""`aligndet chain`: several commands, each on the output of those before it, as one pipeline from one file."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from ..cli import nearest
+from .runner import is_finished, only_one, run_stages
+from .stages import Stage, merged, resolve_stages
+
+
+@dataclass(kw_only=True)
+class PipelineArguments:
+    """What a chain and a comparison of chains are made of."""
+
+    help_groups = {"stages": "Stages", "output_dir": "Run"}
+
+    stages: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "the stages in order: a name and the flags of the command of that name, or of `command`; "
+            "${name} is the output folder of an earlier stage, or a variable"
+        },
+    )
+    common: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "flags of all stages whose command knows them"}
+    )
+    variables: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "names and their values; null for one that --set must give"}
+    )
+    set: list[str] = field(
+        default_factory=list,
+        metadata={"help": "NAME=VALUE of variables, STAGE.FLAG=VALUE of stages; values are read as in the file"},
+    )
+
+    output_dir: str = field(
+        metadata={"help": "folder for the folders of the stages; the same command again goes on where it stopped"}
+    )
+    launcher: str = field(
+        default="",
+        metadata={"help": "what to start proposals, pretrain and finetune with: accelerate launch --num_processes 8"},
+    )
+
+    def __post_init__(self):
+        if not self.stages:
+            raise ValueError("there are no stages: give a file with `stages:` by --config")
+        for assignment in self.set:
+            self._assign(assignment)
+
+    def _assign(self, assignment: str) -> None:
+        name, equals, text = assignment.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {assignment}: {error}") from error
+        stage, *path = name.split(".")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, got {assignment!r}")
+        if not path:
+            if name not in self.variables:
+                raise ValueError(f"--set: there is no variable {name!r}{nearest(name, self.variables)}")
+            self.variables = self.variables | {name: value}
+            return
+        if stage not in self.stages:
+            raise ValueError(f"--set: there is no stage {stage!r}{nearest(stage, self.stages)}")
+        for key in reversed(path):
+            value = {key: value}
+        self.stages = merged(self.stages, {stage: value})
+
+
+@dataclass(kw_only=True)
+class ChainArguments(PipelineArguments):
+    """Arguments of [`run_chain`]: the flags of `aligndet chain` and the keys of its files."""
+
+    help_groups = {"skip": "Stages", "in_this_process": "Run"}
+
+    skip: list[str] = field(
+        default_factory=list,
+        metadata={"help": "stages to leave out; a flag that refers to one takes the value that it has there"},
+    )
+    in_this_process: bool = field(default=False, metadata={"help": "run the stages in this process, to debug them"})
+
+
+def plan_chain(arguments: ChainArguments) -> dict[str, Stage]:
+    """The stages of a chain that are not left out, by name, each in a folder of its own."""
+    return resolve_stages(
+        arguments.stages,
+        arguments.variables,
+        lambda name, *_: f"{arguments.output_dir}/{name}",
+        arguments.common,
+        skip=set(arguments.skip),
+    )
+
+
+def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
+    """
+    Runs the stages of a chain one after the other, each as a process `aligndet <command>`.
+
+    Every stage writes to `output_dir/<stage>`, with its recipe (`.yaml`) beside it, from which the command can be run
+    alone. All settings are checked before the first stage starts. The same call again skips what is finished and
+    resumes what was interrupted.
+
+    Args:
+        arguments ([`ChainArguments`]): The configuration.
+
+    Returns:
+        `dict[str, Stage]`: what was run, by name.
+
+    Raises:
+        ValueError: a stage has settings that its command does not accept. Nothing was run.
+        ChildProcessError: a stage failed; the message names it.
+        TrainingInterrupted: SIGTERM or SIGINT; the stage that was running got it too.
+    """
+    with only_one(arguments.output_dir) as lock:
+        stages = plan_chain(arguments)
+        for stage in stages.values():
+            stage.write_recipe()
+        for stage in stages.values():
+            if is_finished(stage):
+                print(f"stage {stage.name}: finished before, in {stage.folder}", flush=True)
+
+        def tell(stage: Stage, failure: str | None) -> None:
+            print(f"stage {stage.name}: {failure or f'finished, in {stage.folder}'}", flush=True)
+
+        failures = run_stages(
+            stages.values(),
+            num_parallel=0 if arguments.in_this_process else 1,
+            launcher=arguments.launcher,
+            on_end=tell,
+            lock=lock,
+        )
+    for stage, reason in failures.items():
+        raise ChildProcessError(
+            f"stage {stage.name!r} (aligndet {stage.command} --config {stage.beside('.yaml')}) failed, {reason}. The "
+            "same command again goes on from there."
+        )
+    return stages

@@ -1,0 +1,249 @@
+"""Running stages: each in a process of its own, in the order of their needs, and none twice."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from .. import cli
+from ..training.checkpointing import write_json
+from ..training.interrupts import TrainingInterrupted
+from .stages import Stage
+
+# What a launcher such as `accelerate launch` makes sense for.
+LAUNCHED = ("proposals", "pretrain", "finetune")
+_INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
+_POLL_SECONDS = 0.1
+
+
+def run_stages(
+    stages: Iterable[Stage],
+    *,
+    num_parallel: int = 1,
+    launcher: str = "",
+    logs: bool = False,
+    keep_going: bool = False,
+    on_end: Callable[[Stage, str | None], None] = lambda stage, failure: None,
+    lock: int | None = None,
+) -> dict[Stage, str]:
+    """
+    Runs stages, each after those that it needs. What is finished is not run again; what was interrupted resumes.
+
+    Args:
+        stages (`Iterable[Stage]`): All of them, also those that others need, earlier ones first; with their recipes.
+        num_parallel (`int`, *optional*, defaults to 1): Processes at the same time; 0 runs all in this process.
+        launcher (`str`, *optional*): A command such as `accelerate launch --num_processes 8` to start training with.
+        logs (`bool`, *optional*, defaults to `False`): Write what a stage prints to a file `.log` beside its output.
+        keep_going (`bool`, *optional*, defaults to `False`): Go on with the others when a stage fails.
+        on_end (`Callable`, *optional*): Called with each stage that is finished or failed, and with the reason or
+            `None`.
+        lock (`int`, *optional*): An open file that the processes hold on to, see [`only_one`].
+
+    Returns:
+        `dict[Stage, str]`: what failed, or could not run for that, and why.
+
+    Raises:
+        ValueError: a stage builds on output that is gone. Nothing was run.
+        TrainingInterrupted: SIGTERM or SIGINT, which the running stages got as well.
+    """
+    stages = list(stages)
+    waiting, failures = [stage for stage in stages if not is_finished(stage)], {}
+    for stage in stages:
+        if gone := [need for need in stage.needs if need in waiting and not need.folder.exists()]:
+            if stage.folder.exists():
+                raise ValueError(
+                    f"{stage.folder} was made from {gone[0].folder}, which is gone: remove it too, to do both anew."
+                )
+    running: dict[Stage, tuple[Callable[[], int | None], float, int]] = {}
+    with _Signals(active=num_parallel > 0) as signals:
+        while waiting or running:
+            for stage in list(waiting) if not signals.number else ():
+                if reason := _hindrance(stage, failures):
+                    failures[stage] = reason
+                    waiting.remove(stage)
+                    on_end(stage, reason)
+                elif len(running) < max(num_parallel, 1) and not set(stage.needs) & {*waiting, *running}:
+                    waiting.remove(stage)
+                    started = time.perf_counter()
+                    slot = min(set(range(len(running) + 1)) - {other for _, _, other in running.values()})
+                    log = stage.beside(".log") if logs else None
+                    if num_parallel == 0:
+                        poll = _run_here(stage, log)
+                    else:
+                        poll = _start(stage, log, launcher, num_parallel, slot, lock, signals)
+                    running[stage] = poll, started, slot
+            if num_parallel:
+                time.sleep(_POLL_SECONDS)
+            for stage, (poll, started, _) in list(running.items()):
+                code = poll()
+                if code is None:
+                    continue
+                del running[stage]
+                failure = None
+                if code == 0:
+                    seconds = round(time.perf_counter() - started, 1)
+                    write_json(stage.beside(".json"), {"settings": _plain(stage.settings), "seconds": seconds})
+                elif code in _INTERRUPTED and not signals.number:
+                    signals.note(_INTERRUPTED[code])
+                elif not signals.number:
+                    failure = failures[stage] = _reason(stage, code, logs)
+                if not signals.number:
+                    on_end(stage, failure)
+            if signals.number and not running:
+                raise TrainingInterrupted("Interrupted. Run the same command again to go on.", signals.number)
+            if failures and not keep_going:
+                waiting = []
+    return failures
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether a stage was run to its end with these settings."""
+    try:
+        record = json.loads(stage.beside(".json").read_text())
+    except (OSError, ValueError):
+        return False
+    return record["settings"] == _plain(stage.settings) and stage.folder.exists()
+
+
+def record_of(stage: Stage) -> dict:
+    """What is known of a finished stage: its `settings`, and the `seconds` that its last process took."""
+    return json.loads(stage.beside(".json").read_text())
+
+
+@contextlib.contextmanager
+def only_one(output_dir: str | Path) -> Iterator[int]:
+    """
+    Keeps a second process out of a folder, also while stages run on whose starter was killed.
+
+    Args:
+        output_dir (`str` or `Path`): The folder; it is created.
+
+    Yields:
+        `int`: the open lock file, which the processes of the stages inherit.
+
+    Raises:
+        ValueError: another process works there.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(output_dir) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process works in {output_dir}, perhaps a stage that outlived its starter: wait, or end it."
+            ) from error
+        yield file.fileno()
+
+
+class _Signals:
+    """Context in which SIGINT and SIGTERM are passed on to the running processes, and noted in `number`."""
+
+    def __init__(self, active: bool):
+        self.active = active and threading.current_thread() is threading.main_thread()
+        self.number = 0
+        self.processes: list[subprocess.Popen] = []
+
+    def __enter__(self):
+        self.previous = {}
+        if self.active:
+            self.previous = {
+                number: signal.signal(number, lambda number, frame: self.note(number))
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        for process in self.processes:  # only after an error of ours is any of them still there
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+    def note(self, number: int) -> None:
+        self.number = self.number or number
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    # Ctrl-C reaches a whole group, data loading processes included; they know how to deal with it.
+                    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+
+
+def _command(stage: Stage, launcher: str) -> list[str]:
+    prefix = shlex.split(launcher) if stage.command in LAUNCHED else []
+    prefix = prefix or [sys.executable]
+    return [*prefix, "-m", "aligndet_hf.cli", stage.command, "--config", str(stage.beside(".yaml"))]
+
+
+def _devices() -> list[str]:
+    """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _start(stage, log, launcher, num_parallel, slot, lock, signals) -> Callable[[], int | None]:
+    environment = dict(os.environ)
+    if num_parallel > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
+    if num_parallel > 1 and not launcher and (devices := _devices()):
+        environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    with open(log, "a") if log else contextlib.nullcontext() as output:
+        # In a group of its own, so that signals reach it once: through us.
+        process = subprocess.Popen(
+            _command(stage, launcher),
+            stdout=output,
+            stderr=subprocess.STDOUT if log else None,
+            env=environment,
+            start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
+        )
+    signals.processes.append(process)
+
+    def poll() -> int | None:
+        code = process.poll()
+        return code if code is None or code >= 0 else 128 - code  # as a shell counts signals
+
+    return poll
+
+
+def _run_here(stage, log) -> Callable[[], int]:
+    with open(log, "a") if log else contextlib.nullcontext() as output:
+        with (
+            contextlib.redirect_stdout(output) if log else contextlib.nullcontext(),
+            contextlib.redirect_stderr(output) if log else contextlib.nullcontext(),
+        ):
+            try:
+                code = cli.run(stage.command, ["--config", str(stage.beside(".yaml"))])
+            except Exception:  # a bug, or no memory: of this stage only, as if it had its own process
+                traceback.print_exc()
+                code = 1
+    return lambda: code
+
+
+def _hindrance(stage: Stage, failures: dict[Stage, str]) -> str | None:
+    return next((f"needs {need.folder}, which failed" for need in stage.needs if need in failures), None)
+
+
+def _plain(settings: dict) -> dict:
+    return json.loads(json.dumps(settings))
+
+
+def _reason(stage: Stage, code: int, logs: bool) -> str:
+    """Why a stage failed: what it said last, if that was written to a file."""
+    log = stage.beside(".log")
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if logs else []
+    errors = [number for number, line in enumerate(said) if line.startswith("error: ")]
+    said = " ".join(said[errors[-1] :] if errors else said[-1:])
+    reason = f"exit code {code}" + (f": {said.removeprefix('error: ')}" if said else "")
+    return f"{reason} (all of it in {log})" if logs else reason

@@ -1,0 +1,227 @@
+"""Stages: commands of this package that build on each other's output, as a YAML file describes them."""
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..cli import COMMANDS, nearest, parse_arguments
+
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+# Not commands that run others.
+STAGE_COMMANDS = [name for name in COMMANDS if name not in ("chain", "compare")]
+# The place of a stage is the pipeline's affair, and one stage done anew would leave those after it behind.
+RESERVED = {"output_dir", "overwrite_output_dir", "overwrite"}
+
+
+@dataclass(eq=False)
+class Stage:
+    """
+    One command with all its settings.
+
+    Attributes:
+        name (`str`): What the file calls it.
+        command (`str`): A key of `COMMANDS`.
+        settings (`dict`): Its flags by name, `output_dir` included.
+        needs (`list[Stage]`): The stages whose output it refers to.
+        uses (`set[str]`): The variables that it depends on, itself or through these stages.
+    """
+
+    name: str
+    command: str
+    settings: dict[str, Any]
+    needs: list["Stage"] = field(default_factory=list)
+    uses: set[str] = field(default_factory=set)
+
+    @property
+    def folder(self) -> Path:
+        """Where its output is; its recipe, log and record lie beside it."""
+        return Path(self.settings["output_dir"])
+
+    def beside(self, suffix: str) -> Path:
+        """A file beside the output: `.yaml` is the recipe, `.json` the record of the finished stage, `.log`."""
+        return Path(f"{self.folder}{suffix}")
+
+    def write_recipe(self):
+        """
+        Writes the recipe that `aligndet <command> --config` takes, and returns the arguments that it makes of it.
+
+        Raises:
+            `ValueError`: the command does not accept them.
+        """
+        recipe = self.beside(".yaml")
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        recipe.write_text(yaml.safe_dump(self.settings, sort_keys=False), encoding="utf-8")
+        try:
+            return parse_arguments(arguments_class(self.command), ["--config", str(recipe)])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"stage {self.name!r}: {error}") from error
+
+
+class _LeftOut(Exception):
+    """A value refers to a stage that is left out."""
+
+
+def resolve_stages(
+    stages: Mapping[str, Mapping | None],
+    variables: Mapping[str, Any],
+    place: Callable[[str, str, dict, set[str]], Path],
+    common: Mapping[str, Any] | None = None,
+    injected: Mapping[str, Any] | None = None,
+    skip: set[str] | frozenset[str] = frozenset(),
+) -> dict[str, Stage]:
+    """
+    Works out the settings of every stage.
+
+    A stage is a mapping of flags, with `command` if that is not its name, and `config` for a recipe that it starts
+    from. In all values `${name}` stands for the output folder of an earlier stage, or for a variable. A flag that
+    refers to a stage that is left out takes the value that this flag has there; if it has none, it is dropped.
+
+    Args:
+        stages (`Mapping`): The stages, in order; `None` for one that is left out.
+        variables (`Mapping`): Values by name; `None` for one that must be given before it is used.
+        place (`Callable`): The output folder of a stage, from its name, its command, its settings and the variables
+            that it depends on.
+        common (`Mapping`, *optional*): Settings of all stages whose command knows them; a stage's own win.
+        injected (`Mapping`, *optional*): The same, below `common` but above the recipes.
+        skip (`set[str]`, *optional*): Names of stages to leave out.
+
+    Returns:
+        `dict[str, Stage]`: the stages that are not left out, by name.
+
+    Raises:
+        `ValueError`: for an unknown command, setting, variable or stage. The message names the stage.
+    """
+    common, injected = common or {}, injected or {}
+    if unknown := sorted(set(skip) - set(stages)):
+        raise ValueError(f"there is no stage {unknown[0]!r} to skip{nearest(unknown[0], stages)}")
+    if twice := sorted(set(stages) & set(variables)):
+        raise ValueError(f"{twice[0]!r} is the name of a stage and of a variable: rename one of them")
+    found: dict[str, Stage] = {}
+    left_out: dict[str, dict] = {}
+    known_keys: set[str] = set()
+    for name, given in stages.items():
+        if not isinstance(given, Mapping | None):
+            raise ValueError(f"stage {name!r} must be a mapping of flags, not {given!r}")
+        if given is None:
+            left_out[name] = {}
+            continue
+        command = command_of(name, given)
+        known_keys |= fields_of(command)
+        if name in skip:  # its settings are still asked for
+            left_out[name] = _merged_settings(name, command, given, common, injected)
+            continue
+        found[name] = _resolve(name, command, given, found, left_out, variables, place, common, injected)
+    if unused := sorted(set(common) - known_keys):
+        raise ValueError(f"common: no stage has a setting {unused[0]!r}{nearest(unused[0], known_keys)}")
+    return found
+
+
+def _resolve(name, command, given, found, left_out, variables, place, common, injected) -> Stage:
+    stage = Stage(name, command, {})
+
+    def look_up(reference: str):
+        if reference in found:
+            needed = found[reference]
+            stage.uses.update(needed.uses)
+            if needed not in stage.needs:
+                stage.needs.append(needed)
+            return str(needed.folder)
+        if reference in left_out:
+            raise _LeftOut(reference)
+        if reference not in variables:
+            close = nearest(reference, [*found, *variables])
+            raise ValueError(f"${{{reference}}} is neither an earlier stage nor a variable{close}")
+        if variables[reference] is None:
+            raise ValueError(f"the variable {reference!r} has no value: give --set {reference}=...")
+        stage.uses.add(reference)
+        return variables[reference]
+
+    for key, value in _merged_settings(name, command, given, common, injected).items():
+        try:
+            while True:
+                try:
+                    stage.settings[key] = _substitute(value, look_up)
+                    break
+                except _LeftOut as error:
+                    settings = left_out[error.args[0]]
+                    if key not in settings:
+                        break
+                    value = settings[key]
+        except ValueError as error:
+            raise ValueError(f"stage {name!r}, {key}: {error}") from error
+    stage.settings["output_dir"] = str(place(name, command, stage.settings, stage.uses))
+    return stage
+
+
+def _merged_settings(name: str, command: str, given: Mapping, common: Mapping, injected: Mapping) -> dict:
+    """The settings of a stage with its recipe, what is common to all, and what the pipeline sets, unresolved."""
+    recipe = {}
+    if given.get("config") is not None:
+        try:
+            recipe = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"stage {name!r}, config: {error}") from error
+        if not isinstance(recipe, Mapping):
+            raise ValueError(f"stage {name!r}, config: {given['config']} must be a mapping of `flag: value` lines")
+    known = fields_of(command)
+    settings = recipe
+    for more in (injected, common):
+        settings = merged(settings, {key: value for key, value in more.items() if key in known})
+    settings = merged(settings, {key: value for key, value in given.items() if key not in ("command", "config")})
+    if reserved := sorted(RESERVED & set(settings)):
+        raise ValueError(
+            f"stage {name!r}: {reserved[0]} cannot be set. Stages write to folders of the pipeline's output_dir; to "
+            "do one anew, remove its folder and those of the stages that build on it."
+        )
+    return settings
+
+
+def merged(base: Mapping, changes: Mapping) -> dict:
+    """`base` with `changes`: mappings in both are merged, everything else is replaced."""
+    result = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            value = merged(result[key], value)
+        result[key] = value
+    return result
+
+
+def command_of(name: str, given: Mapping) -> str:
+    """The command of a stage, from its name and what the file says of it."""
+    command = given.get("command", name)
+    if command not in STAGE_COMMANDS:
+        raise ValueError(
+            f"stage {name!r}: there is no command {command!r}{nearest(str(command), STAGE_COMMANDS)}. Give one by "
+            f"`command:`, or name the stage after it: {', '.join(STAGE_COMMANDS)}"
+        )
+    return command
+
+
+def arguments_class(command: str) -> type:
+    """The dataclass of a command's arguments."""
+    row = COMMANDS[command]
+    return getattr(importlib.import_module(row.module), row.arguments)
+
+
+def fields_of(command: str) -> set[str]:
+    """The names of a command's flags."""
+    return {item.name for item in dataclasses.fields(arguments_class(command)) if item.init}
+
+
+def _substitute(value, look_up: Callable[[str], Any]):
+    """A value with its references replaced; one that is nothing but a reference keeps the type of what it gets."""
+    if isinstance(value, Mapping):
+        return {key: _substitute(item, look_up) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item, look_up) for item in value]
+    if not isinstance(value, str):
+        return value
+    if whole := REFERENCE.fullmatch(value):
+        return look_up(whole[1])
+    return REFERENCE.sub(lambda match: str(look_up(match[1])), value)

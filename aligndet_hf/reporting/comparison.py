@@ -1,0 +1,277 @@
+"""The report of a comparison: Markdown and plots, made of nothing but its results."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+
+from .model_card import versions
+from .plots import plot_arms, plot_bands
+
+REPORT = "report.md"
+CURVES, LABELS, CLASSES = "learning_curves.png", "labels.png", "ap-{fraction}.png"
+
+
+def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = True) -> Path:
+    """
+    Writes `report.md`, and the plots that it shows.
+
+    Args:
+        output_dir (`str` or `Path`): Where to.
+        results (`Mapping`): What [`~aligndet_hf.pipelines.compare.compare`] writes to `results.json`.
+        with_plots (`bool`, *optional*, defaults to `True`): Draw the plots, too.
+
+    Returns:
+        `Path`: the report.
+    """
+    output_dir, statistics = Path(output_dir), results["statistics"]
+    pictures = _plot(output_dir, results) if with_plots and statistics else []
+    arms, baseline = list(results["arms"]), results["baseline"]
+    evaluation = results["evaluation"]
+    failed = f", {len(results['failures'])} stages failed or could not run" if results["failures"] else ""
+    parts = [
+        f"# {' · '.join(arms)}",
+        f"Fine-tuning from {len(arms)} starting points, measured on {evaluation['images']} images "
+        f"({_split(evaluation['dataset'], evaluation['split'])}). Every number is COCO average precision, IoU "
+        "0.50:0.95, in percent, at the last step of fine-tuning unless it says otherwise. "
+        f"{len(results['runs'])} of {results['planned']} runs are finished{failed}.",
+        *_result_tables(statistics, results["images"], arms, baseline),
+        *(f"![{Path(name).stem}]({name})" for name in pictures),
+        *_steps_table(statistics, baseline, results["protocol"]),
+        *_class_tables(statistics, baseline),
+        *_protocol(results),
+        *_leakage(results["leakage"]),
+        *_failures(results["failures"]),
+        *_how(results),
+    ]
+    path = output_dir / REPORT
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _plot(output_dir: Path, results: Mapping) -> list[str]:
+    statistics = results["statistics"]
+    curves = {
+        _percent_of_labels(fraction): {
+            arm: {"x": found["curve"]["step"], **found["curve"]} for arm, found in arms.items()
+        }
+        for fraction, arms in statistics.items()
+    }
+    num_seeds = len(results["config"]["seeds"])
+    plot_bands(
+        curves, output_dir / CURVES, "step", f"mean and range of {num_seeds} seeds" if num_seeds > 1 else "one seed"
+    )
+    pictures = [CURVES]
+    if len(statistics) > 1:
+        lines = {arm: {key: [] for key in ("x", "mean", "min", "max")} for arm in results["arms"]}
+        for fraction, arms in statistics.items():
+            for arm, found in arms.items():
+                lines[arm]["x"].append(100 * float(fraction))
+                for key in ("mean", "min", "max"):
+                    lines[arm][key].append(found["metrics"]["AP"][key])
+        lines = {arm: line for arm, line in lines.items() if line["x"]}
+        plot_bands({"at the last step": lines}, output_dir / LABELS, "labels, %", log_x=True)
+        pictures.append(LABELS)
+    for fraction, arms in statistics.items():
+        means = {
+            arm: {name: value["mean"] for name, value in found["metrics"].items()}
+            | {"per_class": {name: value["mean"] for name, value in found["per_class"].items()}}
+            for arm, found in arms.items()
+        }
+        name = CLASSES.format(fraction=fraction)
+        plot_arms(means, output_dir / name, f"{_percent_of_labels(fraction)}, mean over seeds")
+        pictures.append(name)
+    return pictures
+
+
+def _result_tables(statistics: Mapping, images: Mapping, arms: Sequence[str], baseline: str) -> list[str]:
+    if not statistics:
+        return ["Nothing is finished yet."]
+    rows, gains = [], []
+    for fraction, found in statistics.items():
+        cells = [_mean(found[arm]["metrics"]["AP"]) if arm in found else "–" for arm in arms]
+        rows.append([_percent_of_labels(fraction), images[fraction], *cells])
+        for arm in arms:
+            if gain := found.get(arm, {}).get("gain"):
+                each = ", ".join(f"{100 * value:+.1f}" for value in gain["differences"])
+                gains.append(
+                    [_percent_of_labels(fraction), arm, _signed(gain["mean"]), each, _interval(gain["interval"])]
+                    + [f"{gain['wins']} of {len(gain['seeds'])}"]
+                )
+    parts = [
+        "## Results",
+        "Mean over seeds ± standard deviation (number of seeds).",
+        _table(["labels", "images", *arms], rows),
+    ]
+    if gains:
+        parts += [
+            f"Difference to {baseline} on the same labels, seed by seed:",
+            _table(["labels", "arm", "mean", "each seed", "bootstrap interval", "better in"], gains),
+            _about_intervals(statistics),
+        ]
+    return parts
+
+
+def _about_intervals(statistics: Mapping) -> str:
+    gains = [found["gain"] for arms in statistics.values() for found in arms.values() if "gain" in found]
+    fewest = min(gains, key=lambda gain: len(gain["seeds"]))
+    if len(fewest["seeds"]) < 2:
+        return "One seed says nothing about chance: give more."
+    return (
+        "The interval is the percentile bootstrap (95 %) of the mean over seeds. It cannot reach beyond the smallest "
+        f"and the largest difference: with {len(fewest['seeds'])} seeds it covers the true value in at most "
+        f"{100 * fewest['most_coverage']:.0f} % of all comparisons, whatever its name promises. It does not tell how "
+        "much another choice of evaluation images would change."
+    )
+
+
+def _steps_table(statistics: Mapping, baseline: str, protocol: Mapping) -> list[str]:
+    rows = []
+    for fraction, arms in statistics.items():
+        for arm, found in arms.items():
+            for name, reached in found["steps_to"].items():
+                if reached["AP"] > 0:
+                    last = found["curve"]["step"][-1]
+                    share = "" if reached["mean_curve"] is None else f"{100 * reached['mean_curve'] / last:.0f} %"
+                    what = f"{100 * reached['AP']:.1f}" + (f" ({baseline} at the end)" if name == "baseline" else "")
+                    each = ", ".join("never" if step is None else str(step) for step in reached["seeds"])
+                    mean = "never" if reached["mean_curve"] is None else str(reached["mean_curve"])
+                    rows.append([_percent_of_labels(fraction), what, arm, mean, share, each])
+    if not rows:
+        return []
+    return [
+        "## Steps to reach an average precision",
+        "The first evaluated step at which the mean over seeds, and each seed by itself, is there.",
+        _table(["labels", "AP", "arm", "steps", "of all", "each seed"], rows),
+    ]
+
+
+def _class_tables(statistics: Mapping, baseline: str) -> list[str]:
+    rows = []
+    for fraction, arms in statistics.items():
+        for arm, found in arms.items():
+            for name, gain in found.get("gain_per_class", {}).items():
+                base = arms[baseline]["per_class"][name]
+                if base["mean"] >= 0:
+                    rows.append(
+                        [_percent_of_labels(fraction), arm, name, f"{100 * base['mean']:.1f}"]
+                        + [f"{100 * found['per_class'][name]['mean']:.1f}", _signed(gain["mean"])]
+                        + [_interval(gain["interval"]), f"{gain['wins']} of {len(gain['differences'])}"]
+                    )
+    if not rows:
+        return []
+    header = ["labels", "arm", "class", baseline, "arm's AP", "difference", "bootstrap interval", "better in"]
+    return ["## By class", _table(header, rows)]
+
+
+def _protocol(results: Mapping) -> list[str]:
+    parts = ["## Protocol"]
+    rows = []
+    for arm, changes in results["arms"].items():
+        start = _settings(changes["start"]) or ("the baseline" if arm == results["baseline"] else "as the baseline")
+        minutes = [results["seconds"][arm][part] for part in ("before", "measured")]
+        rows.append([arm, start, *("–" if part is None else f"{part / 60:.1f}" for part in minutes)])
+    parts += [
+        "Where the arms start from, in what they differ from the baseline, and the minutes that a run takes: the "
+        "stages before fine-tuning, of which several runs may share one, and fine-tuning.",
+        _table(["arm", "start", "before", "fine-tuning"], rows),
+    ]
+    unequal = [
+        [arm, _settings(changes["protocol"])] for arm, changes in results["arms"].items() if changes["protocol"]
+    ]
+    if unequal:
+        parts += [
+            "**Not under the same protocol**: these arms also differ in",
+            _table(["arm", "settings"], unequal),
+        ]
+    seeds = ", ".join(map(str, results["config"]["seeds"]))
+    parts += [
+        f"Everything else is the same for all arms. Seeds: {seeds}; each draws the labelled images, smaller subsets "
+        "inside larger ones (`label_subsets.json`), and is the seed of training. Settings of the fine-tuning:",
+        _yaml(results["protocol"]),
+    ]
+    return parts
+
+
+def _leakage(leakage: Mapping) -> list[str]:
+    sources = "; ".join(_split(source[0], source[1]) for source in leakage["sources"]["training"])
+    counts = f"{sum(leakage['training_images'])} training images ({sources})"
+    copies = sum(leak["same_file"] for leak in leakage["leaks"])
+    alike = len(leakage["leaks"]) - copies
+    parts = [
+        "## Leakage",
+        f"Of {leakage['images']} evaluation images {copies} are, byte for byte, among the {counts} of all arms, and "
+        f"{alike} more look like one of them (difference hash). {leakage['unreadable']} images could not be read.",
+    ]
+    if leakage["leaks"]:
+        rows = [
+            [Path(leak["image"]).name, Path(leak["seen"]).name, "same file" if leak["same_file"] else leak["distance"]]
+            for leak in leakage["leaks"][:20]
+        ]
+        parts.append(_table(["evaluation image", "training image", "differing bits of 256"], rows))
+        if len(leakage["leaks"]) > 20:
+            parts.append(f"and {len(leakage['leaks']) - 20} more, in `leakage.json`.")
+    return parts
+
+
+def _failures(failures: Mapping) -> list[str]:
+    if not failures:
+        return []
+    return ["## What failed", _table(["stage", "why"], [[name, reason] for name, reason in failures.items()])]
+
+
+def _how(results: Mapping) -> list[str]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    minutes = sum(stage["seconds"] for stage in results["stages"]) / 60
+    rows = [
+        [f"{stage['seconds']:.0f}", f"`aligndet {stage['command']} --config FOLDER/{stage['folder']}.yaml`"]
+        for stage in results["stages"]
+    ]
+    return [
+        "## How it was run",
+        f"{versions()}. {platform.machine()}, {os.cpu_count()} CPU cores, {device}; {minutes:.0f} minutes in all.",
+        "`aligndet compare --config FILE --output_dir FOLDER` with this file runs it again:",
+        _yaml(results["config"]),
+        "Its stages, with the seconds that each took (of an interrupted one, its last part):",
+        _table(["s", "stage"], rows),
+    ]
+
+
+def _table(header: Sequence, rows: Sequence[Sequence]) -> str:
+    lines = [list(map(str, header)), ["---"] * len(header)]
+    lines += [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _yaml(content: Mapping) -> str:
+    return f"```yaml\n{yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100).strip()}\n```"
+
+
+def _settings(settings: Mapping) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in settings.items())
+
+
+def _split(dataset: str, split: str | None) -> str:
+    return f"`{dataset}`" + (f", split {split}" if split else "")
+
+
+def _percent_of_labels(fraction: str) -> str:
+    return f"{100 * float(fraction):g} % of the labels"
+
+
+def _mean(summary: Mapping) -> str:
+    if summary["mean"] < 0:
+        return "–"
+    spread = "" if summary["std"] is None else f" ± {100 * summary['std']:.1f}"
+    return f"{100 * summary['mean']:.1f}{spread} ({len(summary['values'])})"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else " to ".join(f"{100 * bound:+.1f}" for bound in interval)

@@ -1,0 +1,193 @@
+"""`aligndet chain`: real stages on small data, resuming, and what is refused before anything runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_detectors import CONFIGS
+
+from aligndet_hf import cli
+from aligndet_hf.data.synthetic import write_synthetic_folder
+from aligndet_hf.pipelines.chain import ChainArguments, plan_chain
+from aligndet_hf.training.pretrain_arguments import PretrainArguments
+
+ROOT = Path(__file__).parents[1]
+FINETUNE = {
+    "command": "finetune", "dataset": "${data}", "save_strategy": "no", "do_eval": False, "max_steps": 1,
+    "per_device_train_batch_size": 4, "report_to": "none",
+}  # fmt: skip
+# AlignDet at low resolution, a supervised stage at low resolution, then fine-tuning at full resolution.
+CHAIN = {
+    "variables": {"data": None, "start": None},
+    "common": {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0},
+    "stages": {
+        "proposals": {"dataset": "${data}", "split": "train", "source": "random", "num_workers": 0, "max_boxes": 5},
+        "pretrain": {"dataset": "${proposals}", "detector": "${start}", "image_sizes": [64], "max_steps": 1},
+        "direct": FINETUNE | {"detector": "${pretrain}/detector", "image_sizes": [64], "learning_rate": 1e-3},
+        # No learning: what comes out is what the stage before passed on.
+        "finetune": FINETUNE
+        | {"detector": "${direct}", "transfer": "everything", "image_sizes": [96], "learning_rate": 0}
+        | {"freeze_backbone_norms": True},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chain") / "data"
+    write_synthetic_folder(folder, {"train": 8, "validation": 2}, seed=0, image_size=(64, 64))
+    return folder
+
+
+@pytest.fixture
+def argv(data, tmp_path):
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(CHAIN, sort_keys=False))
+    return [
+        "chain", "--config", str(tmp_path / "chain.yaml"), "--output_dir", str(tmp_path / "out"),
+        "--in_this_process", "--set", f"data={data}",
+    ]  # fmt: skip
+
+
+def changed(first: Path, second: Path) -> set[str]:
+    """The tensors in which two detectors differ."""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    return {name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])}
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The commands that the stages run."""
+    commands, run = [], cli.run
+
+    def record(command, argv):
+        commands.extend([command] if command != "chain" else [])
+        return run(command, argv)
+
+    monkeypatch.setattr(cli, "run", record)
+    return commands
+
+
+def test_stages_hand_on_what_they_made_and_are_run_once(argv, ran, detector_folders, tmp_path, capsys):
+    start, out = detector_folders("rt_detr", freeze_backbone_batch_norms=False), tmp_path / "out"
+    assert cli.main([*argv, f"start={start}"]) == 0
+    assert ran == ["proposals", "pretrain", "finetune", "finetune"]
+    report = json.loads((out / "finetune" / "transfer_report.json").read_text())
+    assert report["reset"] == report["mismatched"] == []
+    assert report["frozen"] and all("backbone" in name and "normalization" in name for name in report["frozen"])
+    # A step without learning moves only the statistics of live norms: not those of the backbone, which are frozen.
+    moved = changed(out / "direct", out / "finetune")
+    assert moved and all(re.search("running_|num_batches", name) and "backbone" not in name for name in moved)
+    sizes = [
+        json.loads((out / name / "preprocessor_config.json").read_text())["size"]["height"]
+        for name in ("direct", "finetune")
+    ]
+    assert sizes == [64, 96]
+
+    capsys.readouterr()
+    assert cli.main([*argv, f"start={start}"]) == 0
+    assert len(ran) == 4 and capsys.readouterr().out.count("finished before") == 4
+    recipe = str(out / "finetune.yaml")  # each stage can be run alone
+    assert cli.main(["finetune", "--config", recipe]) == 0 and "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model_type", ["detr", "d_fine", "lw_detr", "yolos"])
+def test_low_resolution_first_in_other_families(argv, ran, detector_folders, tmp_path, model_type):
+    assert model_type in CONFIGS
+    start, out = detector_folders(model_type), tmp_path / "out"
+    assert cli.main([*argv, f"start={start}", "--skip", "proposals", "pretrain"]) == 0
+    assert ran == ["finetune", "finetune"]
+    assert json.loads((out / "finetune" / "transfer_report.json").read_text())["reset"] == []
+    assert all(re.search("running_|num_batches", name) for name in changed(out / "direct", out / "finetune"))
+
+
+def test_nothing_runs_before_all_settings_are_right(argv, ran, tmp_path, capsys):
+    assert cli.main([*argv, "start=detr", "finetune.learning_rat=1"]) == 2
+    assert "error: stage 'finetune': " in capsys.readouterr().err
+    assert cli.main([*argv, "start=detr", "direct.dataset='${nothing}'"]) == 2
+    assert "error: stage 'direct', dataset: ${nothing} is neither" in capsys.readouterr().err
+    assert ran == []
+
+
+def test_a_failed_stage_is_named_and_ends_the_chain(argv, ran, tmp_path, capsys):
+    assert cli.main([*argv, f"start={tmp_path / 'nowhere'}"]) == 2
+    assert ran == ["proposals", "pretrain"]
+    assert "error: stage 'pretrain' (aligndet pretrain --config " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("variable=1", "no variable 'variable'"),
+        ("proposal.seed=1", "no stage 'proposal'; did you mean 'proposals'"),
+        ("data", "takes NAME=VALUE"),
+        ("data={", "--set data={"),
+    ],
+)
+def test_wrong_assignments(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ChainArguments(**CHAIN, output_dir="out", set=[text])
+
+
+def test_assignments_reach_into_mappings_and_keep_types():
+    stages = {"pretrain": {"aligndet_config": {"a": 1, "b": 2}}}
+    arguments = ChainArguments(
+        stages=stages, output_dir="out", variables={"x": None}, set=["x=[1, 2]", "pretrain.aligndet_config.b=0.5"]
+    )
+    assert arguments.variables == {"x": [1, 2]}
+    assert arguments.stages == {"pretrain": {"aligndet_config": {"a": 1, "b": 0.5}}}
+    assert stages["pretrain"]["aligndet_config"]["b"] == 2
+    with pytest.raises(ValueError, match="no stages"):
+        ChainArguments(output_dir="out")
+
+
+def test_an_interrupted_chain_goes_on_where_it_was(argv, proposal_folder, detector_folders, tmp_path, capsys):
+    """In processes of their own, as users run it: the stage saves, and the same command resumes it."""
+    argv += [f"start={detector_folders('rt_detr')}", f"proposals.dataset={proposal_folder}"]
+    argv += ["pretrain.max_steps=20", "pretrain.logging_steps=1", "--skip", "proposals", "direct", "finetune"]
+    log, console = tmp_path / "out" / "pretrain" / "log.jsonl", tmp_path / "console"
+    with open(console, "w") as output:
+        chain = subprocess.Popen(
+            [sys.executable, "-m", "aligndet_hf.cli", *(word for word in argv if word != "--in_this_process")],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=output,
+            stderr=output,
+        )
+    until = time.monotonic() + 120
+    while not log.exists() or not log.read_text():
+        assert chain.poll() is None and time.monotonic() < until, console.read_text()
+        time.sleep(0.05)
+    chain.send_signal(signal.SIGTERM)
+    assert chain.wait() == 128 + signal.SIGTERM
+    said = console.read_text()
+    assert "SIGTERM: stopped after step" in said and "same command again to go on" in said and "Traceback" not in said
+    assert not (tmp_path / "out" / "pretrain.json").exists()
+    assert cli.main(argv) == 0
+    assert "Resuming from " in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 21))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scripts" / "recipes").glob("chain_*.yaml")), ids=lambda path: path.stem
+)
+@pytest.mark.parametrize("left_out", [0, 1, 2, 3])
+def test_recipes_are_valid_with_and_without_their_first_stages(path, left_out, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    content = yaml.safe_load(path.read_text())
+    if not hasattr(PretrainArguments, "method"):
+        content["stages"]["soco"] = None
+    skip = list(content["stages"])[1 : 1 + left_out]
+    given = [f"{name}=data" for name, value in content["variables"].items() if value is None]
+    stages = plan_chain(ChainArguments(**content, output_dir=str(tmp_path), set=given, skip=skip))
+    for stage in stages.values():
+        stage.write_recipe()
+    assert stages["finetune"].settings["detector"] and not set(stages) & set(skip)

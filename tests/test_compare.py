@@ -1,0 +1,264 @@
+"""`aligndet compare`: a real comparison on small data, what is shared, resumed, refused and reported."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import yaml
+
+from aligndet_hf import cli
+from aligndet_hf.data.synthetic import write_synthetic_folder
+from aligndet_hf.pipelines import compare as module
+from aligndet_hf.pipelines.compare import CompareArguments, compare, plan_jobs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "data"
+    write_synthetic_folder(folder, {"train": 4, "validation": 3}, seed=0, image_size=(64, 64))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(data, detector_folders):
+    """Two arms that finish and one that cannot, two label fractions, two seeds, two steps of everything."""
+    common = {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "image_sizes": [64], "max_steps": 2}
+    finetune = {"dataset": "${data}", "detector": "${pretrain}/detector", "per_device_train_batch_size": 2}
+    finetune |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "report_to": "none"}
+    proposals = {"dataset": "${data}", "split": "train", "source": "random", "num_workers": 0, "max_boxes": 5}
+    return {
+        "variables": {"data": str(data)},
+        "common": common,
+        "stages": {
+            "proposals": proposals,
+            "pretrain": {"dataset": "${proposals}", "detector": str(detector_folders("rt_detr"))},
+            "finetune": finetune,
+        },
+        "arms": {"plain": {"pretrain": None}, "aligndet": {}, "lost": {"finetune": {"detector": "nowhere/at_all"}}},
+        "fractions": [0.5, 1.0],
+        "seeds": [0, 3],
+        "target_ap": [0.9],
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """The folder of the comparison, and what it said at its end."""
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.raises(ChildProcessError) as failed:
+        compare(CompareArguments(**settings, output_dir=str(folder / "out"), num_parallel=0))
+    return folder / "out", str(failed.value)
+
+
+def plan(settings, **changes) -> dict[str, list[str]]:
+    """The folders of the stages of each run, for arms without failures."""
+    jobs = plan_jobs(CompareArguments(**settings | {"output_dir": "out"} | changes))
+    return {str(job): [str(stage.folder) for stage in job.stages] for job in jobs}
+
+
+# ---- planning ----
+
+
+def test_what_runs_share_is_planned_once(settings):
+    no_contrast = {"aligndet_config": {"contrastive_loss_coefficient": 0}}
+    direct = {"command": "finetune", "dataset": "${data}", "detector": "detr"}
+    arms = {
+        "aligndet": {},
+        "plain": {"pretrain": None},
+        "no_contrast": {"pretrain": no_contrast},
+        "again": {"pretrain": no_contrast, "finetune": {"transfer": "paper"}},
+        "low": {"direct": direct, "finetune": {"detector": "${direct}"}},
+    }
+    found = plan(settings, arms=arms, seeds=[4], fractions=[0.5, 1.0])
+    shared = ["out/shared/proposals", "out/shared/pretrain-seed-4"]
+    assert found["aligndet, 50 % of the labels, seed 4"] == [*shared, "out/aligndet/finetune-fraction-0.5-seed-4"]
+    assert found["aligndet, 100 % of the labels, seed 4"] == [*shared, "out/aligndet/finetune-fraction-1-seed-4"]
+    assert found["plain, 50 % of the labels, seed 4"] == ["out/plain/finetune-fraction-0.5-seed-4"]
+    assert found["no_contrast, 50 % of the labels, seed 4"][:2] == [shared[0], "out/no_contrast/pretrain-seed-4"]
+    # The same settings again: the stage of the arm before.
+    assert found["again, 50 % of the labels, seed 4"][:2] == [shared[0], "out/no_contrast/pretrain-seed-4"]
+    # A supervised stage depends on the labels, and needs no pre-training here.
+    assert found["low, 50 % of the labels, seed 4"][0] == "out/low/direct-fraction-0.5-seed-4"
+    assert len(found["low, 50 % of the labels, seed 4"]) == 2
+
+
+def test_a_stage_with_a_seed_of_its_own_is_run_once(settings):
+    stages = settings["stages"] | {"pretrain": settings["stages"]["pretrain"] | {"seed": 0}}
+    found = plan(settings, stages=stages, arms={"aligndet": {}}, seeds=[4, 5])
+    pretrained = {folders[1] for folders in found.values()}
+    assert pretrained == {"out/shared/pretrain"} and len(found) == 4
+
+
+def test_labels_and_seeds_reach_every_supervised_stage(settings):
+    arms = {"low": {"direct": {"command": "finetune", "dataset": "${data}"}, "finetune": {"detector": "${direct}"}}}
+    for job in plan_jobs(CompareArguments(**settings | {"arms": arms, "output_dir": "out"})):
+        for stage in job.stages:
+            chosen = [stage.settings[name] for name in ("label_fraction", "label_seed", "seed")]
+            assert chosen == [job.fraction, job.seed, job.seed]
+    arms["low"]["direct"]["label_fraction"] = 1.0
+    with pytest.raises(ValueError, match="'direct' would be trained with other labels"):
+        plan_jobs(CompareArguments(**settings | {"arms": arms, "output_dir": "out"}))
+
+
+def test_checkpoints_and_chains_are_arms(settings, tmp_path):
+    chain = tmp_path / "chain.yaml"
+    content = {
+        "variables": {"data": "other", "size": 64},
+        "common": {"image_sizes": ["${size}"], "learning_rate": 0.5},
+        "stages": {
+            "direct": {
+                "command": "finetune",
+                "dataset": "${data}",
+                "detector": "detr",
+                "seed": 1,
+                "label_fraction": 1.0,
+            },
+            "last": {"command": "finetune", "detector": "${direct}", "transfer": "everything", "max_steps": 99},
+        },
+    }
+    chain.write_text(yaml.safe_dump(content, sort_keys=False))
+    changes = {"arms": {"road": {"chain": str(chain)}}, "checkpoints": ["coco=some/model"], "output_dir": "out"}
+    arguments = CompareArguments(**settings | changes)
+    assert arguments.baseline == "road"
+    jobs = {job.arm: job for job in plan_jobs(arguments) if job.fraction == 0.5 and job.seed == 3}
+    (coco,) = jobs["coco"].stages
+    assert coco.settings["detector"] == "some/model"
+    direct, last = jobs["road"].stages
+    assert direct.settings["label_fraction"] == 0.5 and direct.settings["seed"] == 1
+    assert direct.settings["image_sizes"] == [64] and direct.settings["learning_rate"] == 0.5
+    assert direct.settings["dataset"] == settings["variables"]["data"]  # our variables win
+    # The common last stage, from where the chain's own last one starts.
+    differing = {key for key in last.settings if last.settings[key] != coco.settings.get(key)}
+    assert differing == {"detector", "transfer", "output_dir"}
+    assert last.settings["detector"] == str(direct.folder) and last.settings["max_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stages": {"pretrain": {}}}, "the last stage, 'pretrain', must be a `finetune`"),
+        ({"arms": {"shared": {}}}, "none of them called `shared`"),
+        ({"arms": {"a": 1}}, "arm 'a' must be a mapping"),
+        ({"baseline": "plan"}, "no arm 'plan'; did you mean 'plain'"),
+        ({"seeds": [1, 1]}, "seeds must be different"),
+        ({"fractions": []}, "fractions must be different"),
+        ({"checkpoints": ["x"]}, "NAME=DETECTOR"),
+        ({"num_parallel": -1}, "num_parallel"),
+        ({"arms": {"a": {"finetune": None}}}, "arm 'a': stage 'finetune' is what is measured"),
+        ({"arms": {"a": {"finetune": {"label_seed": 1}}}}, "arm 'a': .*label_seed is set by the comparison"),
+        ({"arms": {"a": {"pretrian": {"seed": 1}}}}, "arm 'a': .*no command 'pretrian'; did you mean"),
+        ({"arms": {"a": {"chain": "nowhere.yaml"}}}, "nowhere.yaml"),
+    ],
+)
+def test_wrong_comparisons(settings, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        plan_jobs(CompareArguments(**settings | {"output_dir": "out"} | changes))
+
+
+def test_without_a_file_there_is_a_comparison_with_the_defaults():
+    arguments = CompareArguments(output_dir="out", set=["dataset=photos", "weights=file"], seeds=[0], fractions=[1.0])
+    plain, ours = plan_jobs(arguments)
+    assert plain.measured.settings["detector"] == "rt_detr" and plain.measured.settings["backbone_weights"] == "file"
+    assert [stage.command for stage in ours.stages] == ["proposals", "pretrain", "finetune"]
+    assert ours.stages[0].settings["dataset"] == "photos"
+
+
+# ---- running ----
+
+
+def test_results_are_those_of_the_runs(finished):
+    folder, message = finished
+    results = json.loads((folder / "results.json").read_text())
+    rows = list(csv.DictReader(open(folder / "results.csv")))
+    assert [(row["arm"], row["fraction"], row["seed"]) for row in rows] == [
+        (arm, fraction, seed) for seed in "03" for fraction in ("0.5", "1.0") for arm in ("plain", "aligndet")
+    ]
+    for row, run in zip(rows, results["runs"], strict=True):
+        own = folder / run["arm"] / f"finetune-fraction-{run['fraction']:g}-seed-{run['seed']}"
+        metrics = json.loads((own / "results.json").read_text())["metrics"]
+        assert float(row["AP"]) == run["metrics"]["AP"] == metrics["AP"]
+        assert float(row["AP_square"]) == metrics["per_class"]["square"]
+        assert [point["step"] for point in run["curve"]] == [1, 2]
+        assert run["curve"][-1]["AP"] == metrics["AP"]
+        assert run["curve"][-1]["per_class"] == metrics["per_class"]
+    statistics = results["statistics"]["0.5"]
+    assert statistics["aligndet"]["gain"]["seeds"] == [0, 3] and list(statistics) == ["plain", "aligndet"]
+    assert results["arms"]["aligndet"] == {"start": {"detector": "shared/pretrain-seed-0/detector"}, "protocol": {}}
+    assert results["seconds"]["aligndet"]["before"] > 0 == results["seconds"]["plain"]["before"]
+
+
+def test_the_failed_arm_is_reported_and_the_others_are_done(finished):
+    folder, message = finished
+    assert message.startswith("4 of 15 stages failed; the same command again tries them anew:")
+    assert f"  {folder}/lost/finetune-fraction-0.5-seed-0: exit code 2: " in message
+    report = (folder / "report.md").read_text()
+    assert "8 of 12 runs are finished, 4 stages failed" in report and "## What failed" in report
+
+
+def test_label_subsets_are_nested_and_those_of_the_runs(finished):
+    folder, _ = finished
+    subsets = json.loads((folder / "label_subsets.json").read_text())["rows"]
+    assert list(subsets) == ["0", "3"] and list(subsets["0"]) == ["0.5", "1"]
+    for by_fraction in subsets.values():
+        assert len(by_fraction["0.5"]) == 2 and set(by_fraction["0.5"]) < set(by_fraction["1"]) == set(range(4))
+    recipe = yaml.safe_load((folder / "plain" / "finetune-fraction-0.5-seed-3.yaml").read_text())
+    assert (recipe["label_fraction"], recipe["label_seed"], recipe["seed"]) == (0.5, 3, 3)
+
+
+def test_the_report_states_commands_versions_seeds_and_protocol(finished):
+    folder, _ = finished
+    report = (folder / "report.md").read_text()
+    for text in (
+        "COCO average precision, IoU 0.50:0.95", "Seeds: 0, 3;", "torch 2.", "| 50 % of the labels | 2 |",
+        "`aligndet finetune --config FOLDER/aligndet/finetune-fraction-1-seed-3.yaml`", "per_device_train_batch_",
+        "Of 3 evaluation images 0 are, byte for byte, among the 4 training images", "with 2 seeds it covers",
+        "| lost | detector: nowhere/at_all |",
+    ):  # fmt: skip
+        assert text in report, text
+    assert "Not under the same protocol" not in report
+    pictures = {line[line.index("(") + 1 : -1] for line in report.splitlines() if line.startswith("![")}
+    assert pictures == {"learning_curves.png", "labels.png", "ap-0.5.png", "ap-1.png"}
+    assert all((folder / name).stat().st_size > 5000 for name in pictures)
+    config = yaml.safe_load(report.split("with this file runs it again:\n\n```yaml\n")[1].split("```")[0])
+    assert plan_jobs(CompareArguments(**config, output_dir="out"))
+
+
+def test_the_same_command_tries_only_what_failed(finished, settings, monkeypatch, capsys):
+    folder, _ = finished
+    commands, run = [], cli.run
+    monkeypatch.setattr(cli, "run", lambda command, argv: commands.append(argv[1]) or run(command, argv))
+    monkeypatch.setattr(module, "fingerprints", None)  # nor are the images compared again
+    with pytest.raises(ChildProcessError, match="4 of 15"):
+        compare(CompareArguments(**settings, output_dir=str(folder), num_parallel=0))
+    assert len(commands) == 4 and all("/lost/" in command for command in commands)
+
+    del commands[:]
+    arms = {name: settings["arms"][name] for name in ("plain", "aligndet")}
+    results = compare(CompareArguments(**settings | {"arms": arms}, output_dir=str(folder), num_parallel=0))
+    assert commands == [] and results["failures"] == {} and len(results["runs"]) == 8
+
+
+def test_other_settings_of_the_common_stage_are_told(settings, tmp_path, monkeypatch):
+    """Reports made before anything is finished, too."""
+    arms = {"plain": {"pretrain": None}, "long": {"finetune": {"max_steps": 7, "transfer": "paper"}}}
+    monkeypatch.setattr(module, "run_stages", lambda stages, **_: {})
+    results = compare(CompareArguments(**settings | {"arms": arms}, output_dir=str(tmp_path)))
+    assert results["arms"]["long"]["protocol"] == {"max_steps": 7} and "transfer" in results["arms"]["long"]["start"]
+    report = (tmp_path / "report.md").read_text()
+    assert "**Not under the same protocol**" in report and "| long | max_steps: 7 |" in report
+    assert "Nothing is finished yet." in report
+
+
+def test_leaked_images_are_refused_unless_told_otherwise(settings, data, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    names = [sorted((copy / split).glob("*.jpg"))[0] for split in ("train", "validation")]
+    names[0].write_bytes(names[1].read_bytes())
+    monkeypatch.setattr(module, "run_stages", lambda stages, **_: {})
+    run = settings | {"variables": {"data": str(copy)}, "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="1 of 3 evaluation images are training images, such as .*0"):
+        compare(CompareArguments(**run))
+    compare(CompareArguments(**run | {"allow_leakage": True}))
+    assert "warning: of 3 evaluation images 1 are training images and 0 look like one" in capsys.readouterr().out
+    assert "1 are, byte for byte, among" in (tmp_path / "out" / "report.md").read_text()

@@ -1,0 +1,176 @@
+"""Running stages: order, what is skipped, failures, parallel processes, signals, and what a kill leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from aligndet_hf.pipelines import runner
+from aligndet_hf.pipelines.runner import is_finished, only_one, record_of, run_stages
+from aligndet_hf.pipelines.stages import Stage
+from aligndet_hf.training.interrupts import TrainingInterrupted
+
+# A stage that writes when it started, works for a while, and makes its folder.
+SCRIPT = """
+import pathlib, sys, time
+folder, seconds, code = pathlib.Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+with open(folder.parent / "order", "a") as file:
+    file.write(folder.name + "\\n")
+time.sleep(seconds)
+print("error: no luck" if code else "done")
+folder.mkdir(exist_ok=True)
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """A function that makes stages; their processes run the script above instead of this package."""
+
+    def command(stage, launcher):
+        words = [str(stage.folder), str(stage.settings["seconds"]), str(stage.settings["code"])]
+        return [sys.executable, "-c", SCRIPT, *words]
+
+    monkeypatch.setattr(runner, "_command", command)
+
+    def make(name, needs=(), seconds=0.0, code=0):
+        settings = {"output_dir": str(tmp_path / name), "seconds": seconds, "code": code}
+        return Stage(name, "evaluate", settings, needs=list(needs))
+
+    return make
+
+
+def order(tmp_path) -> list[str]:
+    return (tmp_path / "order").read_text().split()
+
+
+def test_stages_run_after_those_they_need_and_only_once(make, tmp_path):
+    first = make("first")
+    stages = [first, make("second", [first])]
+    ended = []
+    assert run_stages(stages, on_end=lambda stage, failure: ended.append((stage.name, failure))) == {}
+    assert order(tmp_path) == ["first", "second"] and ended == [("first", None), ("second", None)]
+    assert record_of(first)["settings"] == first.settings and record_of(first)["seconds"] < 30
+    assert run_stages(stages) == {} and order(tmp_path) == ["first", "second"]
+
+    first.settings["seconds"] = 0.1  # other settings: its command has to say whether that matters
+    assert not is_finished(first)
+    run_stages(stages)
+    assert order(tmp_path) == ["first", "second", "first"]
+
+
+def test_a_failure_is_reported_with_what_the_stage_said_and_the_others_go_on(make, tmp_path):
+    bad = make("bad", code=2)
+    stages = [bad, make("after", [bad]), make("other")]
+    failures = run_stages(stages, logs=True, keep_going=True)
+    assert {stage.name: reason for stage, reason in failures.items()} == {
+        "bad": f"exit code 2: no luck (all of it in {tmp_path}/bad.log)",
+        "after": f"needs {tmp_path}/bad, which failed",
+    }
+    assert is_finished(stages[2]) and not is_finished(bad)
+    bad.settings["code"] = 0
+    assert run_stages(stages, keep_going=True) == {}
+    assert sorted(order(tmp_path)) == ["after", "bad", "bad", "other"]
+
+
+def test_without_keep_going_a_failure_is_the_end(make, tmp_path):
+    assert [stage.name for stage in run_stages([make("bad", code=1), make("other")])] == ["bad"]
+    assert order(tmp_path) == ["bad"]
+
+
+def test_parallel_processes_share_cores_and_gpus_and_wait_for_what_they_need(make, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen = []
+    popen = subprocess.Popen
+
+    def spy(*args, env, **kwargs):
+        seen.append((env["OMP_NUM_THREADS"], env["CUDA_VISIBLE_DEVICES"], kwargs["pass_fds"]))
+        return popen(*args, env=env, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    first = make("first", seconds=0.3)
+    started = time.monotonic()
+    with only_one(tmp_path) as lock:
+        run_stages([first, make("second", seconds=1.5), make("third", [first])], num_parallel=2, lock=lock)
+    assert time.monotonic() - started < 5
+    assert set(order(tmp_path)[:2]) == {"first", "second"} and order(tmp_path)[2] == "third"
+    assert seen == [("2", "5", (lock,)), ("2", "7", (lock,)), ("2", "5", (lock,))]  # the third takes the first's place
+
+
+def test_what_builds_on_output_that_is_gone_is_refused(make, tmp_path):
+    first = make("first")
+    second = make("second", [first])
+    run_stages([first, second])
+    first.folder.rmdir()
+    with pytest.raises(ValueError, match="second was made from .*first, which is gone: remove it too"):
+        run_stages([first, second])
+    second.folder.rmdir()
+    run_stages([first, second])
+    assert order(tmp_path) == ["first", "second"] * 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_stage_and_nothing_more_starts(make, tmp_path, number):
+    first = make("first", seconds=60)
+    helper = (
+        f"import os, pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'order')!r}).exists(): time.sleep(0.05)"
+    )
+    helper += f"\nos.kill({os.getpid()}, {int(number)})"
+    process = subprocess.Popen([sys.executable, "-c", helper])
+    before = signal.getsignal(number)
+    started = time.monotonic()
+    with pytest.raises(TrainingInterrupted, match="same command again") as interrupted:
+        run_stages([first, make("second")], logs=True)
+    assert time.monotonic() - started < 30 and interrupted.value.signal == number
+    assert process.wait() == 0 and order(tmp_path) == ["first"] and not is_finished(first)
+    assert signal.getsignal(number) is before
+
+
+def test_a_stage_that_outlives_its_starter_keeps_others_out(tmp_path):
+    with only_one(tmp_path):
+        with pytest.raises(ValueError, match="another process works in"), only_one(tmp_path):
+            pass
+    with only_one(tmp_path) as lock:
+        stage = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
+    # Our file is closed, as it is when we are killed.
+    with pytest.raises(ValueError, match="a stage that outlived its starter"), only_one(tmp_path):
+        pass
+    stage.kill()
+    stage.wait()
+    with only_one(tmp_path):
+        pass
+
+
+def test_a_bug_in_this_process_is_a_failed_stage(make, monkeypatch):
+    def crash(command, argv):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner.cli, "run", crash)
+    stage = make("stage")
+    assert "RuntimeError: out of memory" in run_stages([stage], num_parallel=0, logs=True)[stage]
+    monkeypatch.setattr(runner.cli, "run", lambda command, argv: 130)
+    with pytest.raises(TrainingInterrupted):
+        run_stages([stage], num_parallel=0)
+
+
+def test_training_is_started_with_the_launcher():
+    words = {}
+    for command in ("finetune", "clusters"):
+        stage = Stage(command, command, {"output_dir": "out/s"})
+        words[command] = runner._command(stage, "accelerate launch --num_processes 2")
+    rest = ["--config", "out/s.yaml"]
+    assert words["finetune"] == "accelerate launch --num_processes 2 -m aligndet_hf.cli finetune".split() + rest
+    assert words["clusters"] == [sys.executable, "-m", "aligndet_hf.cli", "clusters", *rest]
+
+
+def test_a_broken_record_counts_as_none(make):
+    stage = make("stage")
+    stage.folder.mkdir()
+    stage.beside(".json").write_text(json.dumps({"settings": stage.settings})[:-5])
+    assert not is_finished(stage)
