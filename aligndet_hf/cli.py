@@ -95,6 +95,10 @@ from unlabelled images to a fine-tuned detector:
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
 
+a backbone of your own instead of ImageNet's, from random weights (docs/soco.md):
+  aligndet pretrain  --method soco --dataset outputs/proposals --backbone resnet50 --output_dir outputs/soco
+  aligndet knn       --dataset labelled/ --backbone outputs/soco/backbone --output_dir outputs/knn  # what it knows
+
 all of that from one file, or several variants of it compared on your labels with several seeds (docs/compare.md):
   aligndet chain   --config chain.yaml   --output_dir outputs/chain
   aligndet compare --config compare.yaml --output_dir outputs/compare
