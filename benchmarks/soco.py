@@ -40,20 +40,20 @@ from aligndet_hf.detectors.backbones import build_backbone_config
 from aligndet_hf.losses import box_similarity_loss
 from aligndet_hf.proposals import selective_search
 
-# Name of a row to variant, backbone, sizes of the views and level sizes: the recipes, and the four views.
+# Name of a row to variant, backbone, sizes of the views and further fields: small ones, and those of the paper.
 SMALL = {"fpn_channels": 128, "mlp_dim": 512, "projection_dim": 128, "level_sizes": [24, 48, 96, 128]}
 CASES = {
+    "fpn, mobilenetv2_100, 128 px": ("fpn", "mobilenetv2_100", [128, 128, 64], SMALL),
     "fpn, resnet50, 224 px": ("fpn", "resnet50", [224, 224, 112], {}),
     "star, resnet50, 224 px": ("star", "resnet50", [224, 224, 192, 112], {}),
-    "fpn, mobilenetv2_100, 128 px": ("fpn", "mobilenetv2_100", [128, 128, 64], SMALL),
 }
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), help="all by default")
-    parser.add_argument("--batch_size", type=int, default=4, help="images of a step")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the medians are taken")
+    parser.add_argument("--batch_size", type=int, default=2, help="images of a step")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the medians are taken")
     parser.add_argument("--device", default="cpu", help="cpu, with the CPU time of one thread, or cuda")
     parser.add_argument("--output", default="benchmarks/results/soco.json", help="where to write the numbers")
     return parser.parse_args(words)

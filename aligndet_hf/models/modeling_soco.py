@@ -173,6 +173,7 @@ class SoCoForPreTraining(PreTrainedModel):
     config_class = SoCoConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: SoCoConfig):
         super().__init__(config)

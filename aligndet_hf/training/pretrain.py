@@ -352,7 +352,7 @@ def _create_repo(arguments: PretrainArguments) -> str:
     return HfApi().create_repo(repo_id, exist_ok=True).repo_id
 
 
-def _write_result(run: Run, model: AlignDetForPreTraining) -> None:
+def _write_result(run: Run, model: AlignDetForPreTraining | SoCoForPreTraining) -> None:
     """Save, export and describe the model. The summary comes last: it says that the run is finished."""
     output_dir = Path(run.arguments.output_dir)
     with clear_write_errors(output_dir):
