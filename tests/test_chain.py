@@ -14,11 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_detectors import CONFIGS
+from tiny_soco import SMALL
 
 from aligndet_hf import cli
 from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.pipelines.chain import ChainArguments, plan_chain
-from aligndet_hf.training.pretrain_arguments import PretrainArguments
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = {
@@ -98,6 +98,25 @@ def test_stages_hand_on_what_they_made_and_are_run_once(argv, ran, detector_fold
     assert len(ran) == 4 and capsys.readouterr().out.count("finished before") == 4
     recipe = str(out / "finetune.yaml")  # each stage can be run alone
     assert cli.main(["finetune", "--config", recipe]) == 0 and "is finished" in capsys.readouterr().out
+
+
+def test_the_road_from_random_weights(argv, ran, tmp_path):
+    """SoCo, AlignDet on its backbone, Direct Pre-training, fine-tuning."""
+    stages, out = dict(CHAIN["stages"]), tmp_path / "out"
+    backbone = {"backbone": "resnet10t"}
+    detector = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    soco = {"command": "pretrain", "method": "soco", "dataset": "${proposals}", "image_sizes": [64, 64, 32]}
+    soco |= {"soco_config": SMALL | {"level_sizes": [8, 16, 32, 64]}, "max_steps": 1, **backbone}
+    pretrain = stages["pretrain"] | {"detector": "detr", "detector_config": detector, **backbone}
+    pretrain["backbone_weights"] = "${soco}/backbone"
+    stages = {"proposals": stages.pop("proposals"), "soco": soco} | stages | {"pretrain": pretrain}
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(CHAIN | {"stages": stages}, sort_keys=False))
+    assert cli.main(argv) == 0
+    assert ran == ["proposals", "pretrain", "pretrain", "finetune", "finetune"]
+    trained = load_file(out / "soco" / "backbone" / "model.safetensors")
+    used = [t for t in load_file(out / "pretrain" / "detector" / "model.safetensors").values() if t.ndim == 4]
+    filters = [tensor for tensor in trained.values() if tensor.ndim == 4]
+    assert len(filters) > 10 and all(any(torch.equal(t, tensor) for t in used) for tensor in filters)
 
 
 @pytest.mark.parametrize("model_type", ["detr", "d_fine", "lw_detr", "yolos"])
@@ -183,8 +202,6 @@ def test_an_interrupted_chain_goes_on_where_it_was(argv, proposal_folder, detect
 def test_recipes_are_valid_with_and_without_their_first_stages(path, left_out, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     content = yaml.safe_load(path.read_text())
-    if not hasattr(PretrainArguments, "method"):
-        content["stages"]["soco"] = None
     skip = list(content["stages"])[1 : 1 + left_out]
     given = [f"{name}=data" for name, value in content["variables"].items() if value is None]
     stages = plan_chain(ChainArguments(**content, output_dir=str(tmp_path), set=given, skip=skip))

@@ -138,6 +138,7 @@ def test_checkpoints_and_chains_are_arms(settings, tmp_path):
     "changes, message",
     [
         ({"stages": {"pretrain": {}}}, "the last stage, 'pretrain', must be a `finetune`"),
+        ({"common": {"seed": 1}}, "common: seed is set by the comparison"),
         ({"arms": {"shared": {}}}, "none of them called `shared`"),
         ({"arms": {"a": 1}}, "arm 'a' must be a mapping"),
         ({"baseline": "plan"}, "no arm 'plan'; did you mean 'plain'"),

@@ -13,7 +13,6 @@ import aligndet_hf
 from aligndet_hf.cli import COMMANDS, parse_arguments
 from aligndet_hf.pipelines.chain import plan_chain
 from aligndet_hf.pipelines.compare import CompareArguments, plan_jobs
-from aligndet_hf.training.pretrain_arguments import PretrainArguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -77,8 +76,6 @@ def test_documented_commands_parse(line, monkeypatch, tmp_path):
 def planned_stages(arguments) -> list:
     if isinstance(arguments, CompareArguments):
         return [stage for job in plan_jobs(arguments) for stage in job.stages]
-    if "soco" in arguments.stages and not hasattr(PretrainArguments, "method"):
-        arguments.skip.append("soco")
     return list(plan_chain(arguments).values())
 
 

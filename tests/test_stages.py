@@ -61,9 +61,14 @@ def test_own_settings_win_over_common_ones_and_these_over_recipes(tmp_path):
         "proposals": {"dataset": "d"},
         "pretrain": {"config": str(recipe), "dataset": "d", "max_steps": 2, "detector_config": {"b": 2}},
     }
-    found = resolve(stages, {"s": 3}, common={"learning_rate": 0.1, "max_steps": 4}, injected={"seed": "${s}"})
+    found = resolve(
+        stages,
+        {"s": 3},
+        common={"learning_rate": 0.1, "warmup_steps": 4},
+        injected={"seed": "${s}", "warmup_steps": 5, "max_steps": 5},
+    )
     assert found["proposals"].settings == {"dataset": "d", "output_dir": "out/proposals"}  # knows none of them
-    expected = {"learning_rate": 0.1, "seed": 3, "max_steps": 2, "flip_probability": 0}
+    expected = {"learning_rate": 0.1, "warmup_steps": 4, "seed": 3, "max_steps": 2, "flip_probability": 0}
     expected |= {"detector_config": {"a": 1, "b": 2}, "dataset": "d", "output_dir": "out/pretrain"}
     assert found["pretrain"].settings == expected
 

@@ -98,6 +98,8 @@ class CompareArguments(PipelineArguments):
             raise ValueError(f"the last stage, {self.measured!r}, must be a `finetune`: it is what the arms share")
         if set_here := sorted(set(PER_RUN) & set(self.stages[self.measured])):
             raise ValueError(f"stage {self.measured!r}: {set_here[0]} is set by the comparison (--fractions, --seeds)")
+        if set_here := sorted(set(PER_RUN) & set(self.common)):
+            raise ValueError(f"common: {set_here[0]} is set by the comparison (--fractions, --seeds)")
         if not self.arms or "shared" in self.arms:
             raise ValueError("there must be arms, and none of them called `shared`, the folder of common stages")
         for name, changes in self.arms.items():
