@@ -61,6 +61,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=150, help="of pre-training")
     parser.add_argument("--finetuning_steps", type=int, default=250)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument(
+        "--images", type=int, default=200, help="generated for pre-training; a third of it is labelled"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--folder", default="benchmarks/output/resolution", help="of the runs; a new one starts anew")
@@ -71,11 +74,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def generated(folder: Path, size: int) -> tuple[str, str]:
+def generated(folder: Path, size: int, images: int) -> tuple[str, str]:
     """A labelled data set of generated scenes, and proposals for others."""
     data, proposals = folder / "data", folder / "proposals"
     if not data.exists():
-        scenes = {"unlabelled": 200, "train": 60, "validation": 60}
+        scenes = {"unlabelled": images, "train": -(-images // 3), "validation": -(-images // 3)}
         write_synthetic_folder(data, scenes, seed=0, image_size=(size, size), max_objects=5)
     unlabelled = ProposalsArguments(dataset=str(data), split="unlabelled", output_dir=str(proposals), num_workers=0)
     generate_proposals(unlabelled)
@@ -86,7 +89,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     folder = Path(arguments.folder)
     dataset, proposals = arguments.dataset, arguments.proposals
     if dataset is None:
-        dataset, proposals = generated(folder, arguments.full_size)
+        dataset, proposals = generated(folder, arguments.full_size, arguments.images)
     method = yaml.safe_load(Path(arguments.recipe).read_text()) if arguments.recipe else PRETRAINING
     detector = {key: method[key] for key in SMALL | {"backbone_weights": None} if key in method}
     common = {"use_cpu": arguments.device == "cpu", "seed": arguments.seed, "disable_tqdm": True}

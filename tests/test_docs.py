@@ -58,9 +58,9 @@ def test_documented_commands_parse(line, monkeypatch, tmp_path):
         (tmp_path / block[0]).write_text(block[1])
     line = re.sub(r"(?<=--config )(chain|compare)\.yaml", rf"{tmp_path}/\1.yaml", line)
     monkeypatch.chdir(ROOT)  # recipes are named relative to the clone
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     if words[0] == "accelerate":
-        words = words[words.index(next(word for word in words if word.startswith("scripts/"))) :]
+        words = words[words.index(next(word for word in words if word.endswith(".py"))) :]
         words[:1] = ["aligndet", Path(words[0]).stem]
     command = COMMANDS[words[1]]
     cls = getattr(importlib.import_module(command.module), command.arguments)

@@ -441,7 +441,10 @@ def test_a_stream_needs_what_it_cannot_know(arguments):
         arguments(streaming=True, method="soco")
     with pytest.raises(ValueError, match="needs num_clusters"):
         arguments(streaming=True, use_clusters=True)
-    result = pretrain(arguments(streaming=True, use_clusters=True, num_clusters=3, max_steps=1))
+    with pytest.raises(DataError, match="of cluster 2, expected 0 to 1: num_clusters"):
+        pretrain(arguments(streaming=True, use_clusters=True, num_clusters=2, max_steps=8))
+    run = {"streaming": True, "use_clusters": True, "num_clusters": 3, "overwrite_output_dir": True}
+    result = pretrain(arguments(**run, max_steps=1))
     detector = AutoModelForObjectDetection.from_pretrained(result.detector_dir)
     assert detector.config.id2label == {0: "cluster_0", 1: "cluster_1", 2: "cluster_2"}
 

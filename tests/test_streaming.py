@@ -30,9 +30,9 @@ def folders(proposal_folder, tmp_path_factory):
     return parent
 
 
-def open_views(folder, **fields) -> ViewStream:
+def open_views(folder, resize="shortest_edge", sizes=(64,), **fields) -> ViewStream:
     stream, _ = load_stream(folder, "train")
-    view = ViewConfig(sizes=[64], resize="shortest_edge", flip_probability=0.0, color=False)
+    view = ViewConfig(sizes=list(sizes), resize=resize, flip_probability=0.0, color=False)
     fields = {"batch_size": 2, "seed": 0, "buffer_size": 2} | fields
     return ViewStream(ProposalViews(stream, view, seed=0, max_proposals=4), **fields)
 
@@ -122,6 +122,15 @@ def test_batches_go_on_with_workers(folders):
     rest.set_epoch(*divmod(3, len(rest)))
     assert [batch.tolist() for batch in before + first(rest, 4)] == [batch.tolist() for batch in expected]
     assert whole.global_batch_size == 2 and set(whole.positions) == {0, 1}
+
+
+def test_a_batch_has_one_square_size_and_views_of_its_own(folders):
+    fields = {"resize": "square", "sizes": range(32, 96, 8), "batch_size": 4, "world_size": 2}
+    readers = [first(open_views(folders / "saved", rank=rank, **fields), 24) for rank in range(2)]
+    sizes = [[item["image"].shape[1] for reader in readers for item in reader[i : i + 4]] for i in range(0, 24, 4)]
+    assert all(len(set(batch)) == 1 for batch in sizes) and len({batch[0] for batch in sizes}) > 2
+    drawn = first(open_views(folders / "saved", sizes=range(32, 96)), 40)
+    assert len({item["image"].shape[1] for item in drawn}) > 10  # drawn anew for each visit of one of the 8 rows
 
 
 def test_a_wrong_source_is_an_error(folders, tmp_path):

@@ -30,7 +30,7 @@ def init_worker(worker_id: int) -> None:
 
 
 def _sample_rng(seed: int, key: SampleKey) -> np.random.Generator:
-    return np.random.default_rng((seed, key.epoch, key.index))
+    return np.random.default_rng((seed, key.epoch, key.index, *key.visit))
 
 
 def _draw_sizes(count: int, view: ViewConfig, seed: int, key: SampleKey, rng: np.random.Generator) -> list[int]:

@@ -14,11 +14,13 @@ class SampleKey(NamedTuple):
         index (`int`): Row of the data set.
         epoch (`int`): Epoch, from 0.
         batch (`int`): Global batch number since the start of training; the same on all processes.
+        visit (`tuple[int, ...]`): Of a stream, which has no epochs: the number of the visit to the row's shard.
     """
 
     index: int
     epoch: int
     batch: int
+    visit: tuple[int, ...] = ()
 
 
 class EpochBatchSampler(Sampler[list[SampleKey]]):

@@ -44,6 +44,10 @@ class ViewStream(IterableDataset):
         buffer_size (`int`): Rows that are shuffled together.
         rank, world_size (`int`, *optional*): This process, of how many.
         num_workers (`int`, *optional*, defaults to 0): As the loader has.
+        num_classes (`int`, *optional*): How many classes the model has; any number by default.
+
+    Raises:
+        [`DataError`]: items of a stream without rows, and proposals of a cluster that is not one of the classes.
     """
 
     def __init__(
@@ -56,12 +60,14 @@ class ViewStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        num_classes: int | None = None,
     ):
         self.views = views
         self.num_shards = views.rows.num_shards
         self.batch_size = batch_size
         self.seed = seed
         self.buffer_size = buffer_size
+        self.num_classes = num_classes
         self.readers_here = max(1, num_workers)
         self.first_reader = rank * self.readers_here
         self.num_readers = world_size * self.readers_here
@@ -80,9 +86,15 @@ class ViewStream(IterableDataset):
         # The loader asks its workers in turn, from the first on.
         batch = self.batch + (info.id if info else 0)
         reader = batch % self.readers_here
-        for number, (key, row, position) in enumerate(self._rows(reader, self.positions.get(reader, Position()))):
+        rows = self._rows(reader, self.positions.get(reader, Position()))
+        for number, ((index, visit), row, position) in enumerate(rows):
             place = batch + number // self.batch_size * self.readers_here
-            item = self.views.make_views(row, SampleKey(*key, place))
+            item = self.views.make_views(row, SampleKey(index, 0, place, (visit,)))
+            highest = max(item["labels"]["class_labels"].tolist(), default=0)
+            if self.num_classes is not None and highest >= self.num_classes:
+                raise DataError(
+                    f"A proposal is of cluster {highest}, expected 0 to {self.num_classes - 1}: num_clusters"
+                )
             yield item | {"position": (reader, position)}
 
     def _rows(self, reader: int, position: Position) -> Iterator[tuple[tuple[int, int], pa.Table, Position]]:

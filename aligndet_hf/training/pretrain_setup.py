@@ -171,6 +171,7 @@ def build_loader(arguments: PretrainArguments, accelerator: Accelerator, views: 
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             num_workers=arguments.dataloader_num_workers,
+            num_classes=arguments.num_clusters if arguments.use_clusters else 1,
         )
         loader = DataLoader(stream, batch_size=images, collate_fn=partial(_with_position, collate=collate), **options)
         batches = StreamBatches(stream, loader, arguments.max_steps)
