@@ -39,7 +39,7 @@ def environment(device: str, *packages: str) -> dict:
     return found | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     """Seconds of CPU time of this process, which other processes change less than the clock; on a GPU the clock."""
     if device == "cpu":
         return time.process_time()
@@ -59,9 +59,9 @@ def interleaved(functions: dict[str, Callable], repeats: int, device: str = "cpu
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            start = _now(device)
+            start = now(device)
             function()
-            times[name].append(_now(device) - start)
+            times[name].append(now(device) - start)
     return times
 
 
