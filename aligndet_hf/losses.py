@@ -369,7 +369,7 @@ def edge_bins(num_bins: int, up: float, scale: float, device: torch.device | Non
     """
     reach = abs(up) * abs(scale)
     steps = (reach + 1) ** (2 / (num_bins - 2) * torch.arange(1, num_bins // 2, device=device)) - 1
-    ends = torch.tensor([2 * reach], device=device)
+    ends = torch.full((1,), 2 * reach, device=device)  # which waits for no GPU, unlike a copy of a list
     return torch.cat([-ends, -steps.flip(0), torch.zeros(1, device=device), steps, ends])
 
 

@@ -65,8 +65,7 @@ def main(words: list[str] | None = None) -> dict:
         "loop over ids": lambda: loop(online, *others),
     }
     functions = {
-        name: lambda loss=loss: (value := loss(), *torch.autograd.grad(value, online))
-        for name, loss in losses.items()
+        name: lambda loss=loss: (value := loss(), *torch.autograd.grad(value, online)) for name, loss in losses.items()
     }
     values = [function() for function in functions.values()]
     times = common.interleaved(functions, arguments.repeats, device)

@@ -15,7 +15,7 @@ from functools import partial
 import common
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from aligndet_hf.detectors.criterion import detection_loss
@@ -39,7 +39,10 @@ def make_predictions(model_type: str, layers: int, images: int, queries: int, bo
         return [logits.requires_grad_(), random_boxes(*shape).requires_grad_()]
 
     labels = [
-        {"class_labels": torch.randint(classes, (boxes,), generator=generator).to(device), "boxes": random_boxes(boxes)}
+        {
+            "class_labels": torch.randint(classes, (boxes,), generator=generator).to(device),
+            "boxes": random_boxes(boxes),
+        }
         for _ in range(images)
     ]
     common_arguments = {"labels": labels, "device": torch.device(device), "config": config}

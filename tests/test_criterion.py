@@ -71,8 +71,8 @@ def test_instances_are_matched_by_their_classes_and_not_by_their_ids():
     info, case = golden_cases.load("b05_L2_B3_Q20_D32_nc64_full")
     config = tiny_config("detr", num_labels=info["num_classes"])
     inputs = (case["online_cls"][-1], golden_labels(info, case, "online"), None, case["online_bbox"][-1], config)
-    _, _, matching = matching_only(*inputs, case["online_cls"], case["online_bbox"])
-    found = matching.scatter(torch.arange(60), (2, 3, 20), -1)
+    _, _, finish = matching_only(*inputs, case["online_cls"], case["online_bbox"])
+    found = finish().scatter(torch.arange(60), (2, 3, 20), -1)
     by_class, by_id = case["match_category"][0], case["match_object"][0]
     rows = found.view(2, 3, 20) - torch.arange(0, 60, 20).view(1, 3, 1)
     queries = torch.full_like(by_class, -1).scatter_(2, rows, torch.arange(20).expand(2, 3, 20))
@@ -220,7 +220,7 @@ def test_momentum_matching_is_that_of_the_loss(name):
     assert only.loss is None
     # Without the encoder's proposals.
     assert full.layer.max() == layers - 1 and len(full.layer) == layers * 8
-    assert all(torch.equal(one, other) for one, other in zip(full, only.auxiliary_outputs, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(full, only.auxiliary_outputs(), strict=True))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
