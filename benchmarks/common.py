@@ -93,16 +93,19 @@ def waits(function: Callable, device: str) -> int | None:
     if device == "cpu":
         return None
     function()
-    events = []  # which torch does not count; those that are over need no wait
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        mock.patch.object(torch.cuda.Event, "synchronize", lambda event: event.query() or events.append(event.wait())),
-    ):
+    synchronize, unfinished = torch.cuda.Event.synchronize, []
+
+    def counted(event: torch.cuda.Event) -> None:  # torch counts none of these
+        if not event.query():
+            unfinished.append(event)
+        synchronize(event)
+
+    with warnings.catch_warnings(record=True) as caught, mock.patch.object(torch.cuda.Event, "synchronize", counted):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         function()
         torch.cuda.set_sync_debug_mode("default")
-    return len(events) + sum("synchroniz" in str(warning.message) for warning in caught)
+    return len(unfinished) + sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def summary(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -128,11 +131,20 @@ def _text(value: float | str | None) -> str:
 
 
 def report(script: str, arguments: argparse.Namespace, results: dict, *packages: str) -> dict:
-    """Print the rows of the results and write all of them, with the environment, to a JSON file."""
-    results = {"environment": environment(arguments.device, *packages), **results}
+    """Print the results, rows of a table first, and write them with the environment to a JSON file."""
     print(table(results["rows"]))
+    for name, value in results.items():
+        if name != "rows":
+            print(
+                f"{name}: {json.dumps(json.loads(json.dumps(value), parse_float=lambda x: float(f'{float(x):.3g}')))}"
+            )
     suffix = "" if arguments.device == "cpu" else f"_{arguments.device}"
-    output = Path(arguments.output or RESULTS / f"{Path(script).stem}{suffix}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    output = arguments.output or RESULTS / f"{Path(script).stem}{suffix}.json"
+    return save(output, {"environment": environment(arguments.device, *packages), **results})
+
+
+def save(output: str | Path, results: dict) -> dict:
+    """Write the results to a JSON file, and return them."""
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    Path(output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
