@@ -5,13 +5,16 @@ PYTHON := $(VENV)/bin/python
 READY := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.installed)
 SOURCES := aligndet_hf benchmarks scripts tests
 
-.PHONY: demo test style quality clean
+.PHONY: demo test bench style quality clean
 
 demo: $(READY)  ## the whole journey on generated images, in minutes: writes demo_output/
 	$(PYTHON) scripts/demo.py
 
 test: $(READY)  ## the test suite; TESTS="tests/test_cli.py -k help" runs a part
 	$(PYTHON) -m pytest -n auto --dist loadfile $(TESTS)
+
+bench: $(READY)  ## the claims about speed, in a quarter of an hour on a CPU: writes benchmarks/results/
+	for name in contrastive criterion ema views step; do $(PYTHON) benchmarks/$$name.py || exit 1; done
 
 style: $(READY)  ## format, and fix what ruff can fix
 	$(PYTHON) -m ruff format $(SOURCES)

@@ -24,6 +24,7 @@ def object_contrastive_loss(
     *,
     negatives: Tensor | None = None,
     num_ids: Tensor | None = None,
+    num_anchors: int | None = None,
 ) -> Tensor:
     r"""
     AlignDet's instance contrast between the queries of two views (Li et al., ICCV 2023, eq. 4; all layers at once).
@@ -52,6 +53,8 @@ def object_contrastive_loss(
         num_ids (`torch.Tensor` of shape `[]`, *optional*):
             what the sum over the ids is divided by, their number by default; with several processes the mean of their
             numbers, see [`count_ids`].
+        num_anchors (`int`, *optional*):
+            how many online rows have an id. Saves a GPU's user the wait for the ids to be counted.
 
     Returns:
         `torch.Tensor`: a scalar, in float32 at least. Zero, with a graph, if no online row has an id.
@@ -74,27 +77,29 @@ def object_contrastive_loss(
     _check_rows(online_features, momentum_features, online_ids, momentum_ids)
     with torch.autocast(online_features.device.type, enabled=False):
         online, momentum = _unit_rows(online_features), _unit_rows(momentum_features)
-        others = online[:0] if negatives is None else _unit_rows(negatives)
         is_anchor = online_ids >= 0
-        anchors, anchor_ids = online[is_anchor], online_ids[is_anchor]  # [A, D], [A]
+        rows = is_anchor.nonzero() if num_anchors is None else is_anchor.nonzero_static(size=num_anchors)
+        rows = rows.squeeze(1)
+        anchors, anchor_ids = online[rows] / temperature, online_ids[rows]  # [A, D], [A]
 
-        similarity = anchors @ torch.cat([online, momentum, others]).detach().T / temperature  # [A, R + S + N]
-        background = online_ids.new_full((len(others),), -1)
-        same_id = anchor_ids[:, None] == torch.cat([online_ids, momentum_ids, background])
-        # A finite fill keeps the gradient of a row without negatives at zero instead of NaN.
-        repulsion = similarity.masked_fill(same_id, torch.finfo(similarity.dtype).min).logsumexp(1, keepdim=True)
-
-        same_online, same_momentum, _ = same_id.split([len(online), len(momentum), len(others)], dim=1)
-        num_rows, num_keys = same_online.sum(1), same_momentum.sum(1)
+        to_online, to_momentum = anchors @ online.detach().T, anchors @ momentum.detach().T  # [A, R], [A, S]
+        same_online, same_momentum = (anchor_ids[:, None] == ids for ids in (online_ids, momentum_ids))
+        repulsion = torch.logaddexp(
+            _log_sum_exp_of_others(to_online, same_online), _log_sum_exp_of_others(to_momentum, same_momentum)
+        )
+        if negatives is not None:
+            to_negatives = anchors @ _unit_rows(negatives).detach().T
+            repulsion = torch.logaddexp(repulsion, to_negatives.logsumexp(1, keepdim=True))
         if momentum.requires_grad:  # keys carry a gradient, negatives do not
-            to_momentum = anchors @ momentum.T / temperature
-        else:
-            to_momentum = similarity[:, len(online) : len(online) + len(momentum)]
+            to_momentum = anchors @ momentum.T
+        num_rows, num_keys = _occurrences(anchor_ids, online_ids), _occurrences(anchor_ids, momentum_ids)
         row_loss = _mean_attraction(repulsion, to_momentum, same_momentum, num_keys)
         is_missing = num_keys == 0
-        if is_missing.any():
-            to_online = anchors @ online.T / temperature
-            row_loss = torch.where(is_missing, _mean_attraction(repulsion, to_online, same_online, num_rows), row_loss)
+        # To ask a GPU whether any is missing would be to wait for it.
+        if is_missing.is_cuda or is_missing.any():
+            same_anchor = anchor_ids[:, None] == anchor_ids
+            to_anchors = _mean_attraction(repulsion, anchors @ online[rows].T, same_anchor, num_rows)
+            row_loss = torch.where(is_missing, to_anchors, row_loss)
         # Each id counts once however many rows it has; the weights of one id's rows add up to one.
         weight = 1 / num_rows.to(row_loss.dtype)
         return (row_loss * weight).sum() / (weight.sum().clamp(min=1) if num_ids is None else num_ids)
@@ -115,10 +120,21 @@ def count_ids(ids: Tensor) -> Tensor:
     return (is_new & (ordered >= 0)).sum().float()
 
 
+def _log_sum_exp_of_others(similarity: Tensor, same_id: Tensor) -> Tensor:
+    """Log-sum-exp over the rows of other ids; without any a number so low that its exponential and gradient are 0."""
+    return torch.add(similarity, same_id, alpha=-1e30).logsumexp(1, keepdim=True)
+
+
+def _occurrences(ids: Tensor, among: Tensor) -> Tensor:
+    """How often every id occurs; by sorting, which is cheaper than to sum a matrix of comparisons."""
+    among = among.sort().values
+    return torch.searchsorted(among, ids, right=True) - torch.searchsorted(among, ids)
+
+
 def _mean_attraction(repulsion: Tensor, similarity: Tensor, is_key: Tensor, num_keys: Tensor) -> Tensor:
     """Mean over a row's keys of `log(1 + exp(repulsion - similarity))`, which is the loss of a (row, key) pair."""
     pair_loss = F.softplus(repulsion - similarity, threshold=40)
-    return (pair_loss * is_key).sum(1) / num_keys.clamp(min=1)
+    return torch.where(is_key, pair_loss, 0).sum(1) / num_keys.clamp(min=1)
 
 
 def _check_rows(online_features: Tensor, momentum_features: Tensor, online_ids: Tensor, momentum_ids: Tensor) -> None:
@@ -353,7 +369,7 @@ def edge_bins(num_bins: int, up: float, scale: float, device: torch.device | Non
     """
     reach = abs(up) * abs(scale)
     steps = (reach + 1) ** (2 / (num_bins - 2) * torch.arange(1, num_bins // 2, device=device)) - 1
-    ends = torch.tensor([2 * reach], device=device)
+    ends = torch.full((1,), 2 * reach, device=device)  # which waits for no GPU, unlike a copy of a list
     return torch.cat([-ends, -steps.flip(0), torch.zeros(1, device=device), steps, ends])
 
 

@@ -1,6 +1,9 @@
 """One-to-one assignment of decoder queries to boxes (Hungarian matching, Carion et al., ECCV 2020)."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +14,8 @@ from .boxes import cxcywh_to_xyxy, iou_and_giou
 
 # Stands in for NaN and infinite costs: larger than any real cost, small enough that sums of it stay exact.
 INVALID_COST = 1e8
+# From so many costs on, a second thread is worth its trouble.
+PARALLEL_COSTS = 200_000
 
 
 class Matching(NamedTuple):
@@ -33,6 +38,10 @@ class Matching(NamedTuple):
     def queries(self) -> tuple[Tensor, Tensor, Tensor]:
         """The index `(layer, image, query)` into tensors of shape `[layers, images, queries, ...]`."""
         return self.layer, self.image, self.query
+
+    def to(self, device: torch.device) -> "Matching":
+        """The same on another device, copied there at once and without a wait."""
+        return Matching(*torch.stack(self).to(device, non_blocking=True).unbind())
 
     def layers(self, start: int, stop: int, of: int) -> "Matching":
         """The matches of layers `start` to `stop` `of` all, counted from 0; all layers have equally many matches."""
@@ -57,8 +66,24 @@ class Matching(NamedTuple):
         return out
 
 
+def match_queries(logits: Tensor, *args: Any, **kwargs: Any) -> Matching:
+    """
+    Assigns the boxes of every image to queries, for all decoder layers and images of a batch at once.
+
+    Args:
+        logits, args, kwargs: see [`start_matching`].
+
+    Returns:
+        [`Matching`]: the assignment, on the device of `logits`.
+
+    Raises:
+        `ValueError`: if a target box is not finite or has a negative side; the message names image and box.
+    """
+    return start_matching(logits, *args, **kwargs)().to(logits.device)
+
+
 @torch.no_grad()
-def match_queries(
+def start_matching(
     logits: Tensor,
     boxes: Tensor,
     class_labels: list[Tensor],
@@ -70,9 +95,9 @@ def match_queries(
     class_activation: Literal["softmax", "sigmoid", "focal"] = "softmax",
     alpha: float = 0.25,
     gamma: float = 2.0,
-) -> Matching:
+) -> Callable[[], Matching]:
     """
-    Assigns the boxes of every image to queries, for all decoder layers and images of a batch at once.
+    [`match_queries`] in two halves: a GPU computes the costs, and may go on with other work before they are needed.
 
     The cost of a (query, box) pair is `class_cost * class + bbox_cost * L1 + giou_cost * (-GIoU)`, L1 on normalised
     `cxcywh`. All cost matrices are computed together and leave the device in one copy. A layer with fewer queries
@@ -91,16 +116,14 @@ def match_queries(
         alpha, gamma (`float`, *optional*): parameters of the focal terms.
 
     Returns:
-        [`Matching`]: the assignment, on the device of `logits`.
-
-    Raises:
-        `ValueError`: if a target box is not finite or has a negative side; the message names image and box.
+        `Callable`: waits for the costs and returns the [`Matching`], on the CPU. It raises the `ValueError` of
+        [`match_queries`].
     """
     num_layers, num_images, num_queries, _ = logits.shape
     sizes = [len(target) for target in target_boxes]
     if sum(sizes) == 0:
-        empty = torch.zeros(0, dtype=torch.long, device=logits.device)
-        return Matching(empty, empty, empty, empty)
+        empty = torch.zeros(0, dtype=torch.long)
+        return lambda: Matching(empty, empty, empty, empty)
 
     dtype = torch.promote_types(boxes.dtype, torch.float32)
     padded_boxes = torch.nn.utils.rnn.pad_sequence(target_boxes, batch_first=True).to(dtype)  # [images, N, 4]
@@ -127,19 +150,36 @@ def match_queries(
     is_valid = padded_boxes.isfinite().all(-1) & (padded_boxes[..., 2:] >= 0).all(-1)
     cost = cost.masked_fill(~is_valid[None, :, None], torch.nan)
 
-    cost = cost.cpu().numpy()
+    # Into pinned memory, where a GPU writes while the CPU goes on.
+    cost = cost.to("cpu", non_blocking=logits.is_cuda)
+    copied = torch.cuda.current_stream(logits.device).record_event() if logits.is_cuda else None
+
+    def finish() -> Matching:
+        if copied is not None:
+            copied.synchronize()
+        return _assign(cost.numpy(), sizes, target_boxes)
+
+    return finish
+
+
+def _assign(cost: np.ndarray, sizes: list[int], target_boxes: list[Tensor]) -> Matching:
+    """Assignment of the least cost `[layers, images, queries, boxes]`, of which an image has the first `sizes`."""
     if np.isnan(cost).all((0, 2)).any():
         _require_valid(target_boxes)
     cost = np.nan_to_num(cost, nan=INVALID_COST, posinf=INVALID_COST, neginf=INVALID_COST)
-    matches = []
-    offsets = np.cumsum([0, *sizes])
-    for layer in range(num_layers):
-        for image, size in enumerate(sizes):
-            query, column = linear_sum_assignment(cost[layer, image, :, :size])
-            matches.append(
-                np.stack([np.full_like(query, layer), np.full_like(query, image), query, column + offsets[image]])
-            )
-    return Matching(*torch.from_numpy(np.concatenate(matches, axis=1)).to(logits.device, non_blocking=True).unbind(0))
+    problems = list(np.ndindex(cost.shape[:2]))
+    threads = torch.get_num_threads()
+    solve = _pool(threads).map if threads > 1 and cost.size >= PARALLEL_COSTS else map  # scipy releases Python's lock
+    found = list(solve(lambda at: linear_sum_assignment(cost[at][:, : sizes[at[1]]]), problems))
+    layer, image = np.repeat(np.array(problems), [len(query) for query, _ in found], axis=0).T
+    query, column = np.concatenate(found, axis=1)
+    target = column + np.cumsum([0, *sizes])[image]
+    return Matching(*torch.from_numpy(np.stack([layer, image, query, target])).unbind())
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "matching")
 
 
 def _require_valid(target_boxes: list[Tensor]) -> None:

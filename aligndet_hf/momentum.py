@@ -1,6 +1,7 @@
 """The momentum (EMA) copy of a detector: its schedule and its update."""
 
 import math
+from collections import defaultdict
 
 import torch
 from torch import nn
@@ -57,21 +58,16 @@ def update_momentum(
     Raises:
         `KeyError`: if the momentum module has a tensor that the online module lacks.
     """
-    online_parameters = dict(online.named_parameters(remove_duplicate=False))
-    averaged: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, parameter in momentum_module.named_parameters():
-        source = online_parameters[name]
-        if source is parameter:
-            continue
-        if any(part in name for part in copied):
-            parameter.copy_(source)
+    sources = dict(online.named_parameters(remove_duplicate=False)) | dict(
+        online.named_buffers(remove_duplicate=False)
+    )
+    lists = defaultdict(list)  # of pairs that one call can move
+    for name, target in (*momentum_module.named_parameters(), *momentum_module.named_buffers()):
+        if sources[name] is not target:
+            is_averaged = isinstance(target, nn.Parameter) and not any(part in name for part in copied)
+            lists[is_averaged, target.dtype].append((target, sources[name]))
+    for (is_averaged, _), pairs in lists.items():
+        if is_averaged:
+            torch._foreach_lerp_(*zip(*pairs, strict=True), 1.0 - momentum)
         else:
-            averaged.append((parameter, source))
-    if averaged:
-        targets, sources = zip(*averaged, strict=True)
-        torch._foreach_lerp_(targets, sources, 1.0 - momentum)
-
-    online_buffers = dict(online.named_buffers(remove_duplicate=False))
-    for name, buffer in momentum_module.named_buffers():
-        if online_buffers[name] is not buffer:
-            buffer.copy_(online_buffers[name])
+            torch._foreach_copy_(*zip(*pairs, strict=True))

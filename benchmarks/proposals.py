@@ -10,22 +10,16 @@ mode in our order and in its own, and with random boxes, which have not seen the
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import common
 import cv2
 import datasets
-import numba
 import numpy as np
 
-import aligndet_hf
 from aligndet_hf.data.formats import load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset
@@ -137,17 +131,6 @@ def measure_throughput(seconds: float) -> dict:
     return {"one_process": one, "two_processes": two, "ratio": two / one}
 
 
-def environment() -> dict:
-    """Versions, hardware, and how busy it is (the load of the last minute)."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    versions = {"aligndet_hf": aligndet_hf.__version__, "python": platform.python_version()}
-    versions |= {"numpy": np.__version__, "numba": numba.__version__, "opencv": cv2.__version__}
-    return {**versions, "cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-
-
 def format_table(name: str, results: dict) -> str:
     lines = [f"{name}: recall at IoU 0.5 / average recall in %, of the first {', '.join(map(str, LIMITS))} boxes"]
     for method, values in results.items():
@@ -162,7 +145,8 @@ def format_table(name: str, results: dict) -> str:
 def main(words: list[str] | None = None) -> dict:
     arguments = parse_arguments(words)
     cv2.setNumThreads(1)
-    results = {"environment": environment(), "sets": {}}
+    environment = common.environment("cpu", "numba", "opencv-contrib-python-headless")
+    results = {"environment": environment, "sets": {}}
     for source in arguments.images or [None]:
         name = Path(source).name if source else "rendered scenes"
         results["sets"][name] = measure(load(source, arguments.num_images), arguments.full_images)
@@ -174,10 +158,7 @@ def main(words: list[str] | None = None) -> dict:
                 **results["images_per_second"]
             )
         )
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
+    return common.save(arguments.output, results)
 
 
 if __name__ == "__main__":

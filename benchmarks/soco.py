@@ -14,17 +14,9 @@ part that differs, from the feature maps on. Times are medians of the CPU time o
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+import common
 import datasets
 import torch
 from torch import Tensor
@@ -165,23 +157,10 @@ def assert_equal(model: SoCoForPreTraining, batch: dict) -> dict[str, float]:
     return {"loss": ours, "official_loss": official, "gradient_distance": distance}
 
 
-def now(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def in_turn(functions: dict[str, Callable], repeats: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each function, called in turn, after one call that does not count."""
-    times = {name: [] for name in functions}
-    for round_ in range(repeats + 1):
-        for name, function in functions.items():
-            start = now(device)
-            function()
-            if round_:
-                times[name].append(1000 * (now(device) - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    """Median milliseconds of each function."""
+    rows = common.summary(common.interleaved(functions, repeats, device))
+    return {name: row["milliseconds"] for name, row in rows.items()}
 
 
 def measure(variant: str, backbone: str, sizes: list[int], fields: dict, arguments: argparse.Namespace) -> dict:
@@ -222,18 +201,6 @@ def measure(variant: str, backbone: str, sizes: list[int], fields: dict, argumen
     }
 
 
-def environment(device: str) -> dict:
-    """Versions, hardware, and how busy it is (the load of the last minute)."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    versions = {package: version(package) for package in ("torch", "torchvision", "transformers", "timm")}
-    found = {"python": platform.python_version(), **versions, "cpu": cpu, "cores": os.cpu_count()}
-    found |= {"load": os.getloadavg()[0], "device": device}
-    return found | ({"gpu": torch.cuda.get_device_name()} if device != "cpu" else {})
-
-
 def format_row(name: str, row: dict[str, float]) -> str:
     return (
         f"{name:<30} step {row['step_official_ms']:8.0f} ms -> {row['step_ms']:7.0f} ms: {row['step_ratio']:.2f} times"
@@ -245,14 +212,12 @@ def format_row(name: str, row: dict[str, float]) -> str:
 def main(words: list[str] | None = None) -> dict:
     arguments = parse_arguments(words)
     torch.set_num_threads(1)
-    results = {"environment": environment(arguments.device), "batch_size": arguments.batch_size, "cases": {}}
+    environment = common.environment(arguments.device, "torchvision", "transformers", "timm")
+    results = {"environment": environment, "batch_size": arguments.batch_size, "cases": {}}
     for name in arguments.cases:
         results["cases"][name] = measure(*CASES[name], arguments)
         print(format_row(name, results["cases"][name]), flush=True)
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
+    return common.save(arguments.output, results)
 
 
 if __name__ == "__main__":

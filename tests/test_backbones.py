@@ -4,8 +4,11 @@ import re
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from tiny_detectors import random_batch, tiny_config, tiny_detector
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForObjectDetection,
@@ -27,6 +30,7 @@ from transformers import (
     TimmBackboneConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 from aligndet_hf import AlignDetForPreTraining
 from aligndet_hf.detectors.backbone_weights import load_backbone_weights
@@ -36,6 +40,7 @@ from aligndet_hf.detectors.backbones import (
     eval_frozen,
     get_backbone,
     image_statistics,
+    normalize_in_one_pass,
     set_backbone_trainable,
 )
 from aligndet_hf.detectors.build import DetectorArguments, build_detector, build_image_processor, load_detector
@@ -425,3 +430,21 @@ def test_load_detector_builds_a_family_or_loads_a_folder(tmp_path):
     loaded, report = load_detector(DetectorArguments(str(tmp_path)), num_labels=9)
     assert loaded.config.num_labels == 2 and report is None
     assert all(torch.equal(t, detector.state_dict()[n]) for n, t in loaded.state_dict().items())
+
+
+def test_frozen_norms_in_one_pass_compute_the_same():
+    kinds = (torchvision.ops.FrozenBatchNorm2d, FrozenBatchNormAct2d, DetrFrozenBatchNorm2d, nn.BatchNorm2d)
+    norms = nn.Sequential(*(kind(64) for kind in kinds)).eval()
+    for buffer in norms.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 2)
+    x = torch.randn(2, 64, 5, 6)
+    expected = norms(x)
+    normalize_in_one_pass(norms)
+    duplicate = copy.deepcopy(norms)
+    torch.testing.assert_close(norms(x), expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norms[:3](x.bfloat16()).dtype == torch.bfloat16
+    norms[0].weight.zero_()  # a copy has norms of its own
+    torch.testing.assert_close(duplicate(x), expected, rtol=1e-4, atol=1e-5)
+    assert ["forward" in vars(norm) for norm in norms] == [True, True, True, False]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def load(name):
+    if str(ROOT / "benchmarks") not in sys.path:  # as for a script there
+        sys.path.insert(0, str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -67,22 +70,64 @@ def test_benchmark_of_memory(tmp_path, capsys):
 
 def test_benchmark_of_resolutions(tmp_path, capsys):
     resolution, output = load("resolution"), tmp_path / "resolution.json"
-    short = [
-        "--steps",
-        "2",
-        "--finetuning_steps",
-        "1",
-        "--sizes",
-        "32",
-        "64",
-        "--full_size",
-        "64",
-        "--batch_size",
-        "2",
-        "--images",
-        "6",
-    ]
+    short = "--steps 2 --finetuning_steps 1 --sizes 32 64 --full_size 64 --batch_size 2 --images 6".split()
     results = resolution.main([*short, "--folder", str(tmp_path / "runs"), "--output", str(output)])
     assert results == json.loads(output.read_text()) and list(results["arms"]) == ["no pre-training", "32", "64"]
     assert results["arms"]["32"]["seconds_per_step"] > 0 and results["arms"]["64"]["AP"] >= 0
     assert "2 steps each, then 1 at 64 pixels" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs a benchmark with one round of small sizes, and returns its results as it wrote them."""
+
+    def run(name: str, *words: str) -> dict:
+        output = tmp_path / "results" / f"{name}.json"
+        results = load(name).main([*words, "--repeats", "1", "--output", str(output)])
+        assert json.loads(output.read_text()) == results
+        assert {"torch", "cpu", "load"} <= set(results["environment"])
+        printed = capsys.readouterr().out
+        assert all(row in printed for row in results["rows"])
+        assert all(row["milliseconds"] > 0 for row in results["rows"].values())
+        return results
+
+    return run
+
+
+def test_benchmark_of_the_contrastive_loss(run):
+    sizes = {"layers": 2, "images": 2, "queries": 10, "proposals": 4, "width": 8}
+    results = run("contrastive", *(word for name, size in sizes.items() for word in (f"--{name}", str(size))))
+    assert results["largest difference of a loss"] < 1e-6
+    assert results["largest difference of a gradient"] < 1e-6
+    assert all(0 < row["extra MB"] < 1 for row in results["rows"].values())
+
+
+def test_benchmark_of_the_criterion(run):
+    sizes = {"layers": 2, "images": 2, "queries": 10, "boxes": 3, "classes": 4}
+    results = run("criterion", *(word for name, size in sizes.items() for word in (f"--{name}", str(size))))
+    assert set(results["times faster"]) == {"detr", "rt_detr"}
+    assert max(results["largest relative difference"].values()) < 1e-5
+
+
+SMALL_DETR = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 10, "encoder_ffn_dim": 16}
+SMALL_DETR |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+
+
+def test_benchmark_of_the_step(run):
+    sizes = {"images": 1, "height": 64, "width": 64, "proposals": 3}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    results = run("step", *words, "--backbone", "resnet10t", "--detector_config", json.dumps(SMALL_DETR))
+    assert results["step / unavoidable"] > 0
+    megabytes = {name: row["MB"] for name, row in results["rows"].items()}
+    assert megabytes["step"] < megabytes["stock"] < megabytes["stock, graph of the momentum detector"]
+    assert 0 < results["rows"]["step"]["matrix work"] < 1
+
+
+def test_benchmark_of_the_views(run):
+    results = run("views", "--num_images", "2", "--image_size", "48", "64", "--sizes", "32")
+    assert "image processor" in results["times faster"]
+
+
+def test_benchmark_of_the_momentum_update(run):
+    results = run("ema", "--backbone", "resnet10t")
+    assert len(results["times faster"]) == 3

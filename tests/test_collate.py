@@ -25,6 +25,8 @@ def test_padding_on_the_right_and_at_the_bottom():
     pixel_values, pixel_mask = pad_images(images)
     assert pixel_values.shape == (2, 3, 6, 9) and pixel_values.dtype == torch.uint8
     assert pixel_mask.shape == (2, 6, 9) and pixel_mask.dtype == torch.int64
+    normalized = normalize_images(pixel_values, pixel_mask, [0.5] * 3, [0.2] * 3)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in (pixel_values, normalized))
     for image, padded, mask in zip(images, pixel_values, pixel_mask, strict=True):
         _, h, w = image.shape
         assert torch.equal(padded[:, :h, :w], image)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from tiny_detectors import CONFIGS, NUM_QUERIES, random_batch, random_labels, tiny_config, tiny_detector
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import sigmoid_focal_loss
 from transformers.loss.loss_utils import LOSS_MAPPING
 
@@ -13,6 +14,7 @@ from aligndet_hf.detectors.criterion import loss_and_matching, matching_only, us
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.losses import object_contrastive_loss
 
+aten = torch.ops.aten
 DENOISING = [name for name in CONFIGS if hasattr(tiny_config(name), "num_denoising")]
 TWO_STAGE = ["deformable_detr two-stage"]
 TOKEN_WEIGHTS = {"loss_ce_enc": 1, "loss_bbox_enc": 5, "loss_giou_enc": 2}  # what the stock loss lacks
@@ -71,8 +73,8 @@ def test_instances_are_matched_by_their_classes_and_not_by_their_ids():
     info, case = golden_cases.load("b05_L2_B3_Q20_D32_nc64_full")
     config = tiny_config("detr", num_labels=info["num_classes"])
     inputs = (case["online_cls"][-1], golden_labels(info, case, "online"), None, case["online_bbox"][-1], config)
-    _, _, matching = matching_only(*inputs, case["online_cls"], case["online_bbox"])
-    found = matching.scatter(torch.arange(60), (2, 3, 20), -1)
+    _, _, finish = matching_only(*inputs, case["online_cls"], case["online_bbox"])
+    found = finish().scatter(torch.arange(60), (2, 3, 20), -1)
     by_class, by_id = case["match_category"][0], case["match_object"][0]
     rows = found.view(2, 3, 20) - torch.arange(0, 60, 20).view(1, 3, 1)
     queries = torch.full_like(by_class, -1).scatter_(2, rows, torch.arange(20).expand(2, 3, 20))
@@ -220,7 +222,7 @@ def test_momentum_matching_is_that_of_the_loss(name):
     assert only.loss is None
     # Without the encoder's proposals.
     assert full.layer.max() == layers - 1 and len(full.layer) == layers * 8
-    assert all(torch.equal(one, other) for one, other in zip(full, only.auxiliary_outputs, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(full, only.auxiliary_outputs(), strict=True))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -278,3 +280,39 @@ def run(detector, batch):
 
 def test_labels_helper_counts_ids_through_the_batch():
     assert torch.cat([label["proposal_ids"] for label in random_labels([2, 0, 3])]).tolist() == [0, 1, 2, 3, 4]
+
+
+class Waits(TorchDispatchMode):
+    """Records the operators for which a GPU's user would have to wait: their result decides what comes next."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        by_mask = operator is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if by_mask or operator.overloadpacket in (
+            aten._local_scalar_dense,
+            aten.nonzero,
+            aten._unique2,
+            aten.unique_dim,
+        ):
+            self.found.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+# DEIMv2 unites the matchings of its layers on the CPU, where they are made.
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "deimv2"])
+def test_nothing_but_the_matching_waits_for_the_device(name, monkeypatch):
+    detector, inputs = tiny_detector(name).train(), {}
+    detector.loss_function = lambda *args, **kwargs: (inputs.update(args=args, kwargs=kwargs), {}, None)
+    detector(**random_batch())
+    # On a CPU it looks at the smallest and the largest value.
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda classes, count: torch.eye(count).long()[classes])
+    with Waits() as waits:
+        torch.ones(2)[torch.tensor([True, False])].sum().item()
+    assert len(waits.found) == 2
+    with Waits() as waits:
+        for loss_function in (loss_and_matching, matching_only):
+            loss_function(*inputs["args"], **inputs["kwargs"])
+    assert not waits.found

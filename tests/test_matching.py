@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import golden_cases
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aligndet_hf import matching as matching_module
 from aligndet_hf.boxes import cxcywh_to_xyxy, iou_and_giou, xyxy_to_cxcywh
-from aligndet_hf.matching import match_queries
+from aligndet_hf.matching import match_queries, start_matching
 
 
 def random_boxes(*shape: int, generator: torch.Generator) -> torch.Tensor:
@@ -113,3 +115,22 @@ def test_scatter_and_a_part_of_the_layers():
     assert first.layer.tolist() == [0, 0] and first.target.tolist() == [0, 1]
     second = matching.layers(1, 2, of=2)
     assert second.layer.tolist() == [0, 0] and second.queries[1].tolist() == first.queries[1].tolist()
+
+
+def test_threads_and_a_late_finish_change_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, boxes = torch.randn(3, 4, 12, 5, generator=generator), random_boxes(3, 4, 12, generator=generator)
+    classes = [torch.zeros(size, dtype=torch.long) for size in (5, 0, 12, 1)]
+    targets = [random_boxes(len(each), generator=generator) for each in classes]
+    serial = match_queries(logits, boxes, classes, targets)
+    finish = start_matching(logits, boxes, classes, targets)
+    logits.zero_()  # the costs were computed when the matching was started
+    monkeypatch.setattr(matching_module, "PARALLEL_COSTS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    threads = []
+    solve = matching_module.linear_sum_assignment
+    monkeypatch.setattr(
+        matching_module, "linear_sum_assignment", lambda cost: (threads.append(threading.get_ident()), solve(cost))[1]
+    )
+    assert all(torch.equal(one, other) for one, other in zip(serial, finish(), strict=True))
+    assert len(serial.layer) == 3 * (5 + 12 + 1) and threading.get_ident() not in threads

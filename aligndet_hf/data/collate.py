@@ -12,12 +12,14 @@ def pad_images(images: list[torch.Tensor], pad_to_multiple: int = 1) -> tuple[to
         pad_to_multiple (`int`, *optional*, defaults to 1): The padded height and width are multiples of it.
 
     Returns:
-        `tuple`: the images (uint8 [B, 3, H, W], 0 in the padding) and the mask (int64 [B, H, W], 1 on the image).
+        `tuple`: the images (uint8 [B, 3, H, W], 0 in the padding) and the mask (int64 [B, H, W], 1 on the image). The
+        images stay in the layout that they are decoded in, channels last, which is also the faster one for
+        convolutions.
     """
     height, width = (
         -(-max(image.shape[axis] for image in images) // pad_to_multiple) * pad_to_multiple for axis in (1, 2)
     )
-    pixel_values = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    pixel_values = torch.zeros(len(images), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     pixel_mask = torch.zeros(len(images), height, width, dtype=torch.int64)
     for image, padded, mask in zip(images, pixel_values, pixel_mask, strict=True):
         _, h, w = image.shape
@@ -98,6 +100,7 @@ def normalize_images(
     Returns:
         `torch.Tensor` [B, 3, H, W].
     """
-    mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
-    images = (pixel_values * (rescale_factor / std) - mean / std) * pixel_mask[:, None]
-    return images.to(dtype)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    # A copy that blocks would wait for the device.
+    scale, shift = (values.to(pixel_values.device, non_blocking=True) for values in (rescale_factor / std, mean / std))
+    return (pixel_values * scale).sub_(shift).mul_(pixel_mask[:, None]).to(dtype)

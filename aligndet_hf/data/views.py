@@ -186,12 +186,16 @@ def make_view(
         image = image[top : top + height, left : left + width]
     height, width = image.shape[:2]
     new_height, new_width = view_shape(height, width, config.resize, size, config.max_size)
-    image = resize_image(image, new_height, new_width)
     scale = np.array([new_width / width, new_height / height], dtype=np.float32)
     boxes = boxes.astype(np.float32) * np.tile(scale, 2)
-    if rng.random() < config.flip_probability:
+    flip = rng.random() < config.flip_probability
+    flip_first = flip and height * width < new_height * new_width  # the smaller image
+    if flip_first:
         image = cv2.flip(image, 1)
+    image = resize_image(image, new_height, new_width)
+    if flip:
         boxes[:, 0] = new_width - boxes[:, 0] - boxes[:, 2]
+        image = image if flip_first else cv2.flip(image, 1)
     if config.color:
         image = random_color(image, rng)
     large = (boxes[:, 2:] > MIN_BOX_SIDE).all(axis=1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, TimmBackboneConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -104,6 +106,28 @@ def eval_frozen(module: nn.Module) -> None:
     else:
         for child in module.children():
             eval_frozen(child)
+
+
+def normalize_in_one_pass(module: nn.Module) -> None:
+    """
+    Makes frozen batch norms compute with PyTorch's own operator, in place.
+
+    Those of timm and transformers multiply and add in two passes over the feature map, and under autocast in float32,
+    although the convolutions around them are in half precision.
+
+    Args:
+        module (`nn.Module`): a backbone, or what contains it.
+    """
+    for norm in module.modules():
+        if type(norm).__name__.endswith(("FrozenBatchNorm2d", "FrozenBatchNormAct2d")):
+            norm.forward = partial(_frozen_norm, norm)
+
+
+def _frozen_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    # transformers' have no attribute for theirs.
+    epsilon = getattr(norm, "eps", 1e-5)
+    x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=epsilon)
+    return norm.act(norm.drop(x)) if hasattr(norm, "act") else x
 
 
 def _network(backbone: nn.Module) -> nn.Module:

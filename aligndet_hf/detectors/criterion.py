@@ -25,7 +25,7 @@ from ..losses import (
     softmax_class_loss,
     varifocal_class_loss,
 )
-from ..matching import Matching, match_queries
+from ..matching import Matching, start_matching
 from ..processes import mean_over_processes
 from .families import LossSettings, family_of, num_queries
 
@@ -99,7 +99,7 @@ def detection_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]
         `tuple`: the scalar loss, its named terms, and the predictions of the auxiliary layers (`None` without them).
     """
     predictions = _Predictions(*args, **kwargs)
-    loss, terms = _losses(predictions, predictions.match())
+    loss, terms = _losses(predictions, predictions.start_matching()())
     return loss, terms, predictions.auxiliary_outputs()
 
 
@@ -120,25 +120,25 @@ def loss_and_matching(
         contrasted decoder layers.
     """
     predictions = _Predictions(*args, **kwargs)
-    matching = predictions.match()
+    matching = predictions.start_matching()()
     loss, terms = _losses(predictions, matching, normalize_class_loss_by)
     contrasted = predictions.contrasted
     return loss, terms, matching.layers(contrasted.start, contrasted.stop, of=len(predictions.detections.logits))
 
 
-def matching_only(*args: Any, **kwargs: Any) -> tuple[None, None, Matching]:
+def matching_only(*args: Any, **kwargs: Any) -> tuple[None, None, Callable[[], Matching]]:
     """
-    A `loss_function` that only matches, for the momentum detector, whose losses nobody needs.
+    A `loss_function` that only starts to match, for the momentum detector, whose losses nobody needs.
 
     Args:
         args, kwargs: what a detector passes to its `loss_function`.
 
     Returns:
-        `tuple`: two `None`, and the [`~aligndet_hf.matching.Matching`] of the
-        contrasted decoder layers.
+        `tuple`: two `None`, and a function without arguments that waits for the
+        [`~aligndet_hf.matching.Matching`] of the contrasted decoder layers and returns it.
     """
     predictions = _Predictions(*args, **kwargs)
-    return None, None, predictions.match(predictions.contrasted)
+    return None, None, predictions.start_matching(predictions.contrasted)
 
 
 class _Edges(NamedTuple):
@@ -263,10 +263,13 @@ class _Predictions:
         if token_logits is not None:
             self.tokens = _Sets(_at_least_float32(token_logits)[None], _at_least_float32(token_boxes)[None], ["_enc"])
 
-    def match(self, sets: slice = slice(None)) -> Matching:
-        """Hungarian matching of some of the `detections`, by default of all; group by group where there are groups."""
+    def start_matching(self, sets: slice = slice(None)) -> Callable[[], Matching]:
+        """
+        Hungarian matching of some of the `detections`, by default of all; group by group where there are groups. See
+        [`~aligndet_hf.matching.start_matching`].
+        """
         groups, images = self.num_groups, len(self.labels)
-        matching = self._match(
+        finish = self._start_matching(
             *(
                 tensor[sets].unflatten(2, (groups, -1)).transpose(1, 2).flatten(1, 2)
                 for tensor in (self.detections.logits, self.detections.boxes)
@@ -275,13 +278,21 @@ class _Predictions:
             [label["boxes"] for label in self.labels] * groups,
         )
         if groups == 1:
-            return matching
-        query = matching.query + matching.image // images * (self.detections.logits.shape[2] // groups)
-        return Matching(matching.layer, matching.image % images, query, matching.target % max(len(self.classes), 1))
+            return finish
+        queries = self.detections.logits.shape[2] // groups
 
-    def _match(self, logits: Tensor, boxes: Tensor, classes: list[Tensor], target_boxes: list[Tensor]) -> Matching:
+        def ungrouped() -> Matching:
+            layer, image, query, target = finish()
+            query = query + image // images * queries
+            return Matching(layer, image % images, query, target % max(len(self.classes), 1))
+
+        return ungrouped
+
+    def _start_matching(
+        self, logits: Tensor, boxes: Tensor, classes: list[Tensor], target_boxes: list[Tensor]
+    ) -> Callable[[], Matching]:
         settings = self.settings
-        return match_queries(
+        return start_matching(
             logits.detach(),
             boxes.detach(),
             classes,
@@ -300,13 +311,14 @@ class _Predictions:
         return torch.arange(sum(sizes), device=self.classes.device).split(sizes)
 
     def supervised(self, matching: Matching) -> list[_Supervised]:
-        """All sets with their targets; `matching` is that of the `detections`."""
-        num_boxes, num_sets = len(self.classes), len(self.detections.logits)
+        """All sets with their targets; `matching` is that of the `detections`, on the CPU."""
+        device, num_boxes, num_sets = self.classes.device, len(self.classes), len(self.detections.logits)
         boxes = num_boxes * self.num_groups
-        pairs, num_pairs = matching, boxes
-        if self.settings.dense_matching:
-            pairs = _united(matching, len(self.labels), num_sets)
-            num_pairs = len(pairs.layer) // num_sets
+        united = _united(matching, len(self.labels), num_sets) if self.settings.dense_matching else None
+        pairs = matching = matching.to(device)
+        num_pairs = boxes
+        if united is not None:
+            pairs, num_pairs = united.to(device), len(united.layer) // num_sets
         groups = [_Supervised(self.detections, self.classes, matching, pairs, boxes, num_pairs)]
         if self.denoising is not None:
             matching, boxes = self._denoising_matching(), num_boxes * self.denoising_meta["dn_num_group"]
@@ -315,7 +327,8 @@ class _Predictions:
             # Tokens only tell objects from background, by the score of class 0.
             classes = torch.zeros_like(self.classes)
             labels = [label["class_labels"] * 0 for label in self.labels]
-            matching = self._match(*self.tokens[:2], labels, [label["boxes"] for label in self.labels])
+            matching = self._start_matching(*self.tokens[:2], labels, [label["boxes"] for label in self.labels])()
+            matching = matching.to(device)
             groups.append(_Supervised(self.tokens, classes, matching, matching, num_boxes, num_boxes))
         return groups
 
@@ -476,7 +489,7 @@ def _sums(settings: LossSettings, group: _Supervised, target_boxes: Tensor) -> d
         sums["ddf"] = torch.stack([divergence * is_pair, divergence * ~is_pair], -1).flatten(1, 2).sum(1)
     matched_edges = 4 * (len(pairs.query) // num_sets)
     counts = [group.num_boxes, group.num_box_pairs, matched_edges, 4 * logits[0, ..., 0].numel() - matched_edges]
-    sums["normalizers"] = torch.cat([logits.new_tensor(counts), class_weights])
+    sums["normalizers"] = torch.cat([_copied_to(logits, counts), class_weights])
     return sums
 
 
@@ -488,8 +501,13 @@ def _cardinality_error(predictions: _Predictions) -> Tensor:
         is_object = logits.argmax(-1) != logits.shape[-1] - 1
     else:
         is_object = logits.max(-1).values > 0
-    sizes = logits.new_tensor([len(label["class_labels"]) for label in predictions.labels])
+    sizes = _copied_to(logits, [len(label["class_labels"]) for label in predictions.labels])
     return (is_object.sum(-1) - sizes).abs().mean(-1)
+
+
+def _copied_to(like: Tensor, numbers: list[int]) -> Tensor:
+    """The numbers as a tensor on the device of another; `new_tensor` would wait for the device."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..detectors.backbones import check_backbone, eval_frozen, get_backbone, set_backbone_trainable
+from ..detectors.backbones import (
+    check_backbone,
+    eval_frozen,
+    get_backbone,
+    normalize_in_one_pass,
+    set_backbone_trainable,
+)
 from ..detectors.criterion import NORMALIZER_EPSILON, loss_and_matching, matching_only, use_correct_loss
 from ..detectors.families import backbone_path, family_of
 from ..losses import contrastive_diagnostics, count_ids, object_contrastive_loss
+from ..matching import Matching
 from ..momentum import update_momentum
 from ..processes import mean_over_processes, rows_of_other_processes
 from .configuration_aligndet import AlignDetConfig
@@ -121,6 +128,7 @@ class AlignDetForPreTraining(PreTrainedModel):
         path = backbone_path(self.online_detector)
         if config.freeze_backbone and path is not None:
             self.momentum_detector.set_submodule(path, SharedBackbone(self.backbone))
+        normalize_in_one_pass(self)
         self.post_init()
         self._freeze()
 
@@ -224,9 +232,7 @@ class AlignDetForPreTraining(PreTrainedModel):
         if momentum_pixel_values is None or momentum_labels is None:
             raise ValueError("pre-training needs two views: momentum_pixel_values and momentum_labels are missing")
 
-        online = self.online_detector(
-            pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, output_hidden_states=True, **kwargs
-        )
+        # The momentum detector comes first: its matching is done when the one wait for the other's is over.
         with torch.no_grad():
             momentum = self.momentum_detector(
                 pixel_values=momentum_pixel_values,
@@ -235,18 +241,27 @@ class AlignDetForPreTraining(PreTrainedModel):
                 output_hidden_states=True,
                 **kwargs,
             )
+        online = self.online_detector(
+            pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, output_hidden_states=True, **kwargs
+        )
         # [layers, images, queries, width] and [layers, images, queries]; the criteria return their matching.
         decoder_features = family_of(self.config.detector_config).decoder_features
         online_features = self.projector(decoder_features(self.online_detector, online))
-        online_ids = _query_ids(online, labels, online_features)
+        online_ids = _query_ids(online, online.auxiliary_outputs, labels, online_features)
         with torch.no_grad():
             momentum_features = self.momentum_projector(decoder_features(self.momentum_detector, momentum))
-        momentum_ids = _query_ids(momentum, momentum_labels, momentum_features)
+        momentum_ids = _query_ids(momentum, momentum.auxiliary_outputs(), momentum_labels, momentum_features)
 
         rows = (online_features.flatten(0, 2), momentum_features.flatten(0, 2))
         gathered = _from_all_processes(*rows, online_ids) if self.config.gather_negatives else {}
+        layers, _, queries, _ = online_features.shape
         loss_contrastive = object_contrastive_loss(
-            *rows, online_ids.flatten(), momentum_ids.flatten(), self.config.contrastive_temperature, **gathered
+            *rows,
+            online_ids.flatten(),
+            momentum_ids.flatten(),
+            self.config.contrastive_temperature,
+            num_anchors=layers * sum(min(len(label["proposal_ids"]), queries) for label in labels),
+            **gathered,
         )
         last_layer = (online_features[-1], momentum_features[-1], online_ids[-1], momentum_ids[-1])
         metrics = contrastive_diagnostics(*(tensor.flatten(0, 1).detach() for tensor in last_layer))
@@ -287,9 +302,10 @@ def _from_all_processes(online_rows: Tensor, momentum_rows: Tensor, online_ids: 
     }
 
 
-def _query_ids(outputs: ModelOutput, labels: list[dict[str, Tensor]], features: Tensor) -> Tensor:
+def _query_ids(outputs: ModelOutput, matching: Matching, labels: list[dict[str, Tensor]], features: Tensor) -> Tensor:
     """The id of the proposal that every query is matched to, -1 without one: `[layers, images, queries]`."""
     layers, images, queries, _ = features.shape
     ids = torch.cat([label["proposal_ids"] for label in labels])
     # Queries of further groups are matched as well; they come after the first group and are left out.
-    return outputs.auxiliary_outputs.scatter(ids, (layers, images, outputs.logits.shape[1]), -1)[..., :queries]
+    shape = (layers, images, outputs.logits.shape[1])
+    return matching.to(ids.device).scatter(ids, shape, -1)[..., :queries]

@@ -41,6 +41,7 @@ from .checkpointing import (
     save_checkpoint,
     write_json,
 )
+from .compilation import compile_networks
 from .interrupts import StopSignals, TrainingInterrupted
 from .pretrain_arguments import PretrainArguments
 from .pretrain_methods import METHODS
@@ -134,6 +135,8 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     views, collate = method.build_views(arguments, accelerator, dataset, model.config)
     sampler, loader = build_loader(arguments, accelerator, views, collate)
     optimizer = build_optimizer(model, arguments)
+    if arguments.torch_compile:
+        compile_networks(method.networks(model))
     model, optimizer = sharding.prepare(accelerator, model, optimizer)
     run = Run(
         arguments,

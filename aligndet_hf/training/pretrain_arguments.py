@@ -121,6 +121,13 @@ class PretrainArguments(DetectorArguments):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
         default=None, metadata={"help": "precision of the forward pass; what `accelerate launch` says if not given"}
     )
+    torch_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "compile the networks with torch.compile: minutes at the start, and again for new image sizes, "
+            "for faster steps; a network that cannot be compiled runs without"
+        },
+    )
     seed: int = field(default=0, metadata={"help": "seed of the weights, the data and all noise"})
 
     output_dir: str = field(metadata={"help": "folder of the run; the same command again resumes it"})

@@ -234,7 +234,7 @@ def build_optimizer(model: torch.nn.Module, arguments: PretrainArguments) -> tor
         from timm.optim import Lars
 
         return Lars(groups, arguments.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(groups, arguments.learning_rate)
+    return torch.optim.AdamW(groups, arguments.learning_rate, fused=True)
 
 
 def parameter_groups(model: torch.nn.Module, arguments: PretrainArguments) -> list[dict]:
