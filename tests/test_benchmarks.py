@@ -59,22 +59,22 @@ def test_benchmark_of_soco(monkeypatch, tmp_path, capsys):
 
 def test_benchmark_of_memory(tmp_path, capsys):
     memory, output = load("memory"), tmp_path / "memory.json"
-    small = ["--backbone", "test_resnet", "--image_size", "64", "--batch_size", "1", "--output", str(output)]
+    small = ["--backbone", "test_resnet", "--image_size", "160", "--batch_size", "1", "--output", str(output)]
     results = memory.main(["--families", "rt_detr", "--variants", "plain", "checkpointing", *small])
     assert results == json.loads(output.read_text())
     found = results["bytes"]["rt_detr"]
-    assert found["plain"]["size"] == 64 and found["checkpointing"]["step"] is None  # which the family lacks
+    assert found["plain"]["size"] == 160 and found["checkpointing"]["step"] is None  # which the family lacks
     assert found["plain"]["state"] > 100e6 and found["plain"]["step"] > 1e6
     assert "rt_detr" in capsys.readouterr().out
 
 
 def test_benchmark_of_resolutions(tmp_path, capsys):
     resolution, output = load("resolution"), tmp_path / "resolution.json"
-    short = "--steps 2 --finetuning_steps 1 --sizes 32 64 --full_size 64 --batch_size 2 --images 6".split()
+    short = "--steps 2 --finetuning_steps 1 --sizes 64 96 --full_size 96 --batch_size 2 --images 6".split()
     results = resolution.main([*short, "--folder", str(tmp_path / "runs"), "--output", str(output)])
-    assert results == json.loads(output.read_text()) and list(results["arms"]) == ["no pre-training", "32", "64"]
-    assert results["arms"]["32"]["seconds_per_step"] > 0 and results["arms"]["64"]["AP"] >= 0
-    assert "2 steps each, then 1 at 64 pixels" in capsys.readouterr().out
+    assert results == json.loads(output.read_text()) and list(results["arms"]) == ["no pre-training", "64", "96"]
+    assert results["arms"]["64"]["seconds_per_step"] > 0 and results["arms"]["96"]["AP"] >= 0
+    assert "2 steps each, then 1 at 96 pixels" in capsys.readouterr().out
 
 
 @pytest.fixture
