@@ -223,6 +223,8 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
     Accelerator.mixed_precision = "no"
     with pytest.raises(ValueError, match="for --method aligndet, this is soco"):
         require_supported(Accelerator, "soco")
+    with pytest.raises(ValueError, match="torch_compile and FSDP"):
+        require_supported(Accelerator, "aligndet", compiled=True)
     Accelerator.distributed_type = DistributedType.DEEPSPEED
     with pytest.raises(ValueError, match="does not run under DeepSpeed.*accelerate_fsdp2.yaml"):
         require_supported(Accelerator, "aligndet")

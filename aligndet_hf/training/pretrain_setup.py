@@ -57,7 +57,7 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
         # A batch without any proposal leaves denoising embeddings without a gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    require_supported(accelerator, arguments.method)
+    require_supported(accelerator, arguments.method, arguments.torch_compile)
     return accelerator
 
 

@@ -18,13 +18,13 @@ from transformers import AutoModelForPreTraining, PreTrainedModel
 from .checkpointing import Checkpoint
 
 
-def require_supported(accelerator: Accelerator, method: str) -> None:
+def require_supported(accelerator: Accelerator, method: str, compiled: bool = False) -> None:
     """
     Refuses what was not tested, or would train in silence as something else.
 
     Raises:
-        `ValueError`: DeepSpeed; FSDP of version 1, on CPUs, with fp16, of SoCo, or of a torch that cannot reduce the
-            gradients of parameters that a batch does not use.
+        `ValueError`: DeepSpeed; FSDP of version 1, on CPUs, with fp16, of SoCo, of compiled networks, or of a torch
+            that cannot reduce the gradients of parameters that a batch does not use.
     """
     fsdp_wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -41,6 +41,8 @@ def require_supported(accelerator: Accelerator, method: str) -> None:
             raise ValueError("pre-training under FSDP runs with mixed_precision no or bf16, got fp16")
         if method != "aligndet":
             raise ValueError(f"FSDP is for --method aligndet, this is {method}")
+        if compiled:
+            raise ValueError("torch_compile and FSDP have not been tried together: leave one of them out")
         from torch.distributed.fsdp import FSDPModule
 
         if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
