@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aligndet_hf.evaluation.coco_metrics import SUMMARY
@@ -40,6 +40,7 @@ def test_the_interval_is_that_of_all_samples_for_five_seeds():
     assert found["interval"][0] > -1 and found["interval"][1] < 7
 
 
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=8))
 def test_the_interval_lies_between_the_extremes_and_turns_with_the_sign(pairs):
     ours, theirs = zip(*pairs, strict=True)

@@ -166,16 +166,20 @@ def compare(arguments: CompareArguments) -> dict:
             f"{len(jobs)} runs of {len(arguments.arms)} arms, {len(stages)} stages; {ended} are finished.", flush=True
         )
 
+        measured = {job.measured: job for job in jobs}
+
         def tell(stage: Stage, failure: str | None) -> None:
             nonlocal ended
             ended += 1
-            line = f"[{ended}/{len(stages)}] {stage.folder.relative_to(output_dir)}: "
-            if failure is None:
-                line += f"{record_of(stage)['seconds']:.0f} s"
-                if any(stage is job.measured for job in jobs):
-                    line += f", AP {100 * _results_of(stage)['metrics']['AP']:.1f}"
-                    _report(arguments, jobs, {}, check, output_dir, with_plots=False)
-            print(line + (failure and f"failed, {failure}" or ""), flush=True)
+            line = f"[{ended}/{len(stages)}] {measured.get(stage, stage.folder.relative_to(output_dir))}: "
+            if failure is not None:
+                print(f"{line}failed, {failure}", flush=True)
+                return
+            line += f"{record_of(stage)['seconds']:.0f} s"
+            if stage in measured:
+                line += f", AP {100 * _results_of(stage)['metrics']['AP']:.1f}"
+                _report(arguments, jobs, {}, check, output_dir, with_plots=False)
+            print(line, flush=True)
 
         failures = run_stages(
             stages,
@@ -211,7 +215,8 @@ def plan_jobs(arguments: CompareArguments) -> list[Job]:
         values = {"fraction": fraction, "seed": seed}
 
         def place(name, command, settings, uses):
-            varying = "".join(f"-{key}-{value:g}" for key, value in values.items() if key in uses)
+            told = {"fraction": f"{fraction:g}", "seed": seed}
+            varying = "".join(f"-{key}-{value}" for key, value in told.items() if key in uses)
             folder = Path(arguments.output_dir) / owner / f"{name}{varying}"
             if name == arguments.measured:
                 return folder
