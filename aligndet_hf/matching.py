@@ -119,7 +119,7 @@ def start_matching(
         `Callable`: waits for the costs and returns the [`Matching`], on the CPU. It raises the `ValueError` of
         [`match_queries`].
     """
-    num_layers, num_images, num_queries, _ = logits.shape
+    num_layers, _, num_queries, _ = logits.shape
     sizes = [len(target) for target in target_boxes]
     if sum(sizes) == 0:
         empty = torch.zeros(0, dtype=torch.long)

@@ -12,18 +12,16 @@ the process holds in memory (Linux only), on a GPU bytes that torch has allocate
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 # glibc would keep freed memory for later, and each of its arenas some.
 os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
+import common
 import torch
 
 from aligndet_hf.detectors.build import build_detector
@@ -114,12 +112,6 @@ def _status(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def environment(device: str) -> dict:
-    packages = ("aligndet-hf", "torch", "transformers")
-    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return found | {"device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu"}
-
-
 def format_table(rows: dict) -> str:
     lines = [f"{'family':<20}{'state':>10}" + "".join(f"{variant:>16}" for variant in VARIANTS) + "    (MB)"]
     for family, found in rows.items():
@@ -136,7 +128,8 @@ def main(words: list[str] | None = None) -> dict:
         print(json.dumps(measure(*arguments.measure, arguments)))
         return {}
     settings = {name: getattr(arguments, name) for name in ("backbone", "image_size", "batch_size", "device")}
-    results = {"environment": environment(arguments.device), "settings": settings, "bytes": {}}
+    environment = common.environment(arguments.device, "transformers")
+    results = {"environment": environment, "settings": settings, "bytes": {}}
     flags = [f"--{name}={value}" for name, value in settings.items()]
     for family in arguments.families:
         results["bytes"][family] = {}
@@ -145,10 +138,7 @@ def main(words: list[str] | None = None) -> dict:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results["bytes"][family][variant] = json.loads(done.stdout.splitlines()[-1])
     print(format_table(results["bytes"]))
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
+    return common.save(arguments.output, results)
 
 
 if __name__ == "__main__":

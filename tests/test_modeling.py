@@ -95,6 +95,19 @@ def test_a_step_moves_what_should_move_and_nothing_else(model_type, freeze_backb
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
+def test_images_may_have_their_channels_last_in_memory(model_type):
+    """As the collator lays them out."""
+    model, losses = pretraining_model(model_type).eval(), []  # dropout depends on the layout
+    for layout in (torch.contiguous_format, torch.channels_last):
+        batch = two_views()
+        for name in ("pixel_values", "momentum_pixel_values"):
+            batch[name] = batch[name].contiguous(memory_format=layout)
+        losses.append(model(**batch).loss)
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    assert model.train()(**batch).loss.isfinite()
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_momentum_detector_never_gets_gradients_and_stays_in_evaluation_mode(model_type):
     model = pretraining_model(model_type)
     model(**two_views()).loss.backward()

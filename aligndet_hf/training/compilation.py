@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -34,9 +33,9 @@ def _compiled_or_plain(forward: Callable, name: str) -> Callable:
         if compiled is not None:
             try:
                 return compiled(*args, **kwargs)
-            except TorchDynamoException as error:
+            except torch._dynamo.exc.TorchDynamoException as error:
                 compiled = None
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).strip().splitlines()[:2])
                 logger.warning(f"torch.compile failed for {name}, which runs without it from now on: {reason}")
         return forward(*args, **kwargs)
 
