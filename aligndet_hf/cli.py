@@ -83,6 +83,18 @@ COMMANDS = {
         "compare",
         "say whether pre-training helps on your data: arms x label fractions x seeds, and a report",
     ),
+    "embeddings": Command(
+        "aligndet_hf.evaluation.embeddings",
+        "EmbeddingsArguments",
+        "compare_embeddings",
+        "draw what detectors make of labelled objects (t-SNE), and say how well neighbours share a class (kNN)",
+    ),
+    "report": Command(
+        "aligndet_hf.reporting.html_report",
+        "ReportArguments",
+        "report",
+        "write one HTML file on a run, with its curves, pictures, numbers and settings",
+    ),
 }
 
 USAGE = "usage: aligndet <command> [--config recipe.yaml] [--flag value ...]"
@@ -94,6 +106,8 @@ from unlabelled images to a fine-tuned detector:
   aligndet pretrain  --dataset outputs/proposals --detector rt_detr --output_dir outputs/pretrained
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
+  aligndet embeddings --dataset labelled/ --detector outputs/pretrained --output_dir outputs/embeddings  # a look
+  aligndet report    --run outputs/finetuned  # one HTML file; both trainings write theirs
 
 a backbone of your own instead of ImageNet's, from random weights (docs/soco.md):
   aligndet pretrain  --method soco --dataset outputs/proposals --backbone resnet50 --output_dir outputs/soco
@@ -209,7 +223,8 @@ class ArgumentParser(HfArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, usage=self.usage_line, **kwargs)
         self.fields = {field.name for field in dataclasses.fields(cls) if field.init}
         self.titles = _help_titles(cls)
-        self.sections = {title: self.add_argument_group(title) for title in self.titles.values()}
+        titles = sorted(dict.fromkeys(self.titles.values()), key="Hub".__eq__)  # which comes last
+        self.sections = {title: self.add_argument_group(title) for title in titles}
         self.inherited = self.add_argument_group("Inherited")
         self.show_all = show_all
         common = self.add_argument_group("Common")

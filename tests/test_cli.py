@@ -164,7 +164,7 @@ def test_help_of_the_commands(command, capsys):
         cli.main([command, "--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"usage: aligndet {command} [--config") and "--output_dir" in text
+    assert text.startswith(f"usage: aligndet {command} [--config") and "--output" in text
 
 
 def test_overview(capsys):

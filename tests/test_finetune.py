@@ -67,6 +67,7 @@ def arguments_for(folder: Path, output_dir: Path, **changes) -> FinetuneArgument
         "per_device_eval_batch_size": 2,
         "dataloader_num_workers": 0,
         "logging_steps": 1,
+        "write_report": False,
         "use_cpu": True,
         "disable_tqdm": True,
     }
@@ -189,8 +190,10 @@ def test_a_full_disk_while_saving_costs_one_checkpoint(folder, tmp_path, monkeyp
 
 
 def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
-    result = finetune(arguments_for(folder, tmp_path / "run", label_fraction=0.5, card_license="apache-2.0"))
+    changes = {"label_fraction": 0.5, "card_license": "apache-2.0", "write_report": True, "num_pictures": 2}
+    result = finetune(arguments_for(folder, tmp_path / "run", **changes))
     output_dir = result.output_dir
+    assert {"report.html", "predictions.png"} <= {path.name for path in output_dir.iterdir()}
 
     detector = AutoModelForObjectDetection.from_pretrained(output_dir)
     assert type(detector).__module__.startswith("transformers.")

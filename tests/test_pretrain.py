@@ -34,6 +34,7 @@ def arguments(proposal_folder, detector_folders, tmp_path):
             "max_steps": 2,
             "max_proposals": 4,
             "logging_steps": 1,
+            "write_report": False,
             "use_cpu": True,
             "disable_tqdm": True,
         }
@@ -96,11 +97,13 @@ def test_the_loss_falls(arguments, model_type):
 
 
 def test_what_is_written(arguments):
-    result = pretrain(arguments("rt_detr", max_steps=5, save_steps=2, save_total_limit=2, logging_steps=2))
+    result = pretrain(
+        arguments("rt_detr", max_steps=5, save_steps=2, save_total_limit=2, logging_steps=2, write_report=True)
+    )
     names = {path.name for path in result.output_dir.iterdir()}
     assert names == {
         "README.md", "config.json", "model.safetensors", "detector", "log.jsonl", "pretrain_summary.json",
-        "checkpoint-4", "checkpoint-5",
+        "report.html", "checkpoint-4", "checkpoint-5",
     }  # fmt: skip
     entries = log_of(result)
     assert [entry["step"] for entry in entries] == [2, 4, 5]
@@ -487,31 +490,6 @@ def test_several_gpus_need_a_launcher(arguments, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with pytest.raises(ValueError, match="accelerate launch --num_processes 4"):
         pretrain(arguments(use_cpu=False))
-
-
-class FakeHub:
-    """Remembers what it is asked to do."""
-
-    calls = []
-
-    def create_repo(self, repo_id, exist_ok):
-        assert exist_ok
-        self.calls.append(("create", repo_id))
-        return type("RepoUrl", (), {"repo_id": f"user/{repo_id}"})()
-
-    def upload_folder(self, repo_id, folder_path, ignore_patterns):
-        assert (folder_path / "pretrain_summary.json").exists() and "checkpoint-*" in ignore_patterns
-        self.calls.append(("upload", repo_id))
-
-
-def test_push_to_hub(arguments, monkeypatch):
-    monkeypatch.setattr(pretrain_module, "HfApi", FakeHub)
-    load = pretrain_module.load_dataset_source
-    monkeypatch.setattr(
-        pretrain_module, "load_dataset_source", lambda *args: (FakeHub.calls.append("load"), load(*args))[1]
-    )
-    pretrain(arguments(push_to_hub=True, max_steps=1))
-    assert FakeHub.calls == [("create", "out"), "load", ("upload", "user/out")]
 
 
 def test_trackers(arguments, monkeypatch):

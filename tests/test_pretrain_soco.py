@@ -42,6 +42,7 @@ def arguments(proposal_folder, backbone, tmp_path):
             "max_steps": 2,
             "learning_rate": 1e-3,
             "logging_steps": 1,
+            "write_report": False,
             "use_cpu": True,
             "disable_tqdm": True,
         }
@@ -59,10 +60,11 @@ def weights_of(result):
 
 
 def test_what_is_written(arguments, capsys):
-    result = pretrain(arguments(max_steps=3, save_steps=2, logging_steps=2))
+    result = pretrain(arguments(max_steps=3, save_steps=2, logging_steps=2, write_report=True))
     names = {path.name for path in result.output_dir.iterdir()}
     assert names == {
         "README.md", "config.json", "model.safetensors", "backbone", "torchvision.safetensors", "log.jsonl",
+        "report.html",
         "pretrain_summary.json", "backbone_report.json", "checkpoint-2", "checkpoint-3",
     }  # fmt: skip
     assert result.detector_dir == result.output_dir / "backbone"
@@ -75,7 +77,7 @@ def test_what_is_written(arguments, capsys):
     assert report["matched"] and not report["missing"]
     assert f"The backbone is in {result.detector_dir}: aligndet pretrain" in capsys.readouterr().out
     card = (result.output_dir / "README.md").read_text()
-    assert "resnet pre-trained with SoCo on scenes" in card and "wei2021aligning" in card
+    assert "resnet pre-trained with SoCo on scenes" in card and "2106.02637" in card
     assert "plain `transformers` checkpoint" not in card and str(result.output_dir.parent) not in card
 
 

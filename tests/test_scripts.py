@@ -25,6 +25,8 @@ SCRIPTS = {
     "knn": "knn",
     "finetune": "finetune",
     "evaluate": "evaluate",
+    "embeddings": "embeddings",
+    "report": "report",
 }
 
 
@@ -125,7 +127,7 @@ def test_every_script_is_its_command(script, command, monkeypatch, capsys):
         runpy.run_path(str(path), run_name="__main__")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith(f"usage: aligndet {command} ") and "--output_dir" in text
+    assert text.startswith(f"usage: aligndet {command} ") and "--output" in text
 
 
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))

@@ -1,6 +1,7 @@
 """The columns `image`, `proposals` and `objects`: their features, reading boxes from Arrow, and validation."""
 
 import difflib
+import json
 from dataclasses import asdict, dataclass, field
 
 import datasets
@@ -20,6 +21,7 @@ __all__ = [
     "find_faults",
     "image_ids",
     "objects_feature",
+    "proposal_record",
     "proposals_feature",
     "read_boxes",
     "read_values",
@@ -34,6 +36,16 @@ FAULTS = ("", "not finite", "no area", "outside the image")
 # set with embedded images would read the set from disk once.
 SIZE_CHECKED_ROWS = 4096
 _LISTED_ROWS = 10
+RECORD_MARK = "Proposals: "  # starts what is appended to `info.description`
+
+
+def proposal_record(dataset: datasets.Dataset) -> dict | None:
+    """What the description of a data set says of its proposals: `settings`, `versions` and `statistics`."""
+    _, mark, record = (dataset.info.description or "").rpartition(RECORD_MARK)
+    try:
+        return json.loads(record) if mark else None
+    except json.JSONDecodeError:  # somebody's own words
+        return None
 
 
 def proposals_feature(with_clusters: bool) -> dict:

@@ -25,10 +25,12 @@ from datasets.table import embed_table_storage, table_cast
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..hub import HubArguments, open_repository
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
 from ..proposals.selective_search import PRESETS
-from .columns import proposals_feature, require_columns
+from .columns import RECORD_MARK, proposals_feature, require_columns
+from .dataset_card import push_dataset
 from .errors import DataError, ImageError
 from .formats import load_dataset_source, split_names
 from .images import decode_image, image_name
@@ -38,7 +40,6 @@ from .sources import SOURCES, Search, file_hash, model_hash
 from .streaming import load_stream, read_shard, stream_splits
 
 REPORT = "proposals.json"
-_DESCRIPTION = "Proposals: "  # starts what is appended to `info.description`
 _LISTED_IMAGES = 10
 
 _ROWS_IN_MEMORY = 16  # photographs of 20 megapixels take some 10 MB each
@@ -48,7 +49,7 @@ _FILE_BYTES = 500_000_000  # of a file of the output, as `save_to_disk` has it
 
 
 @dataclass(kw_only=True)
-class ProposalsArguments:
+class ProposalsArguments(HubArguments):
     """Arguments of [`generate_proposals`]: the flags of `aligndet proposals` and the keys of its recipes."""
 
     help_groups = {
@@ -56,6 +57,7 @@ class ProposalsArguments:
         "source": "Where boxes come from",
         "max_boxes": "Which to keep",
         "num_workers": "Run",
+        "hub_dataset_id": "Hub",
     }
 
     dataset: str = field(
@@ -141,6 +143,9 @@ class ProposalsArguments:
         default=None, metadata={"help": "also write the proposals to this file, in AlignDet's COCO format"}
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    hub_dataset_id: str | None = field(
+        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+    )
 
     def __post_init__(self):
         if self.source is None:
@@ -213,10 +218,11 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
 
     Raises:
         DataError: the input is missing or has no readable image, or `output_dir` is in use.
-        OSError: the output cannot be written, or there is no such detector.
+        OSError: the output cannot be written or uploaded, or there is no such detector.
     """
     output = Path(arguments.output_dir).expanduser().absolute()
     with Launch() as launch:
+        repo_id = launch.on_main(open_dataset_repository, arguments, output)
         sources = _load_sources(arguments, launch)
         settings = launch.on_main(_settings, sources, arguments)
         if launch.on_main(is_finished, output, settings, arguments.overwrite):
@@ -228,7 +234,28 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
         result = datasets.load_from_disk(str(output))
         if arguments.export_json is not None:
             launch.on_main(_export, result, Path(arguments.export_json))
+        if repo_id is not None:
+            launch.on_main(push_dataset, result, read_report(output), repo_id, arguments)
     return result
+
+
+def open_dataset_repository(arguments: HubArguments, output: Path) -> str | None:
+    """The repository to upload a data set to, if that is asked for; see [`~aligndet_hf.hub.open_repository`]."""
+    if not arguments.push_to_hub:
+        return None
+    return open_repository(
+        arguments.hub_dataset_id or output.name,
+        repo_type="dataset",
+        private=arguments.hub_private_repo,
+        revision=arguments.hub_revision,
+        license=arguments.card_license,
+    )
+
+
+def read_report(folder: Path) -> dict:
+    """The content of `proposals.json`; nothing if there is none."""
+    path = folder / REPORT
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArguments) -> dict:
@@ -359,8 +386,8 @@ def join_proposals(
         results[name] = _with_proposals(source, own, work / f"{name}.arrow", report, with_clusters)
     for name, result in results.items():
         record = {key: report[key] for key in ("settings", "versions")} | {"statistics": report["statistics"][name]}
-        description = result.info.description.split(_DESCRIPTION)[0].rstrip()
-        result.info.description = f"{description}\n\n{_DESCRIPTION}{json.dumps(record)}".lstrip()
+        description = result.info.description.split(RECORD_MARK)[0].rstrip()
+        result.info.description = f"{description}\n\n{RECORD_MARK}{json.dumps(record)}".lstrip()
     return results
 
 
@@ -514,7 +541,7 @@ def _without_proposals(source: datasets.Dataset) -> datasets.Dataset:
 def is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
     """Whether the output is there and right; raises if something else is there."""
     if (output / REPORT).is_file():
-        differences = _differences(json.loads((output / REPORT).read_text(encoding="utf-8"))["settings"], settings)
+        differences = _differences(read_report(output)["settings"], settings)
         if differences and not overwrite:
             raise DataError(
                 f"{output} holds proposals of other settings ({differences}). Replace them with --overwrite, or "

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,23 +19,26 @@ from transformers import AutoModelForObjectDetection
 from .. import __version__
 from ..data.columns import arrow_batches, clean_boxes, read_boxes, read_values, validate_proposals
 from ..data.dataset import init_worker
+from ..data.dataset_card import push_dataset
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source, split_names
 from ..data.generate import (
-    REPORT,
     Shard,
     content_hash,
     is_finished,
     join_proposals,
     make_shards,
+    open_dataset_repository,
     open_work_folder,
     put_in_place,
+    read_report,
     write_shard,
     writing_to,
 )
 from ..data.images import decode_image
 from ..detectors.backbones import check_backbone
 from ..detectors.build import build_detector
+from ..hub import HubArguments
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
 from .box_features import BoxFeatures, BoxImages
 from .pictures import new_figure, plot_crops
@@ -51,10 +53,16 @@ _CROPS = 12  # pictures of a cluster
 
 
 @dataclass(kw_only=True)
-class ClustersArguments:
+class ClustersArguments(HubArguments):
     """Arguments of [`cluster_proposals`]: the flags of `aligndet clusters` and the keys of its recipes."""
 
-    help_groups = {"dataset": "Data", "backbone": "Features", "num_clusters": "Clusters", "device": "Run"}
+    help_groups = {
+        "dataset": "Data",
+        "backbone": "Features",
+        "num_clusters": "Clusters",
+        "device": "Run",
+        "hub_dataset_id": "Hub",
+    }
 
     dataset: str = field(
         metadata={"help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it"}
@@ -107,6 +115,9 @@ class ClustersArguments:
         default=False, metadata={"help": "replace clusters in output_dir that were made with other settings"}
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    hub_dataset_id: str | None = field(
+        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+    )
 
     def __post_init__(self):
         for name in ("short_side", "num_clusters", "pca_dim", "fit_boxes", "fit_boxes_per_image"):
@@ -157,6 +168,7 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
         raise DataError(f"{output} holds the input. Choose another output_dir.")
     if arguments.num_pictures:
         new_figure(1, 1)  # says now, not after the clustering, that matplotlib is missing
+    repo_id = open_dataset_repository(arguments, output)
     sources = _load_sources(arguments)
     features = load_features(arguments)
 
@@ -166,7 +178,7 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
         **{name: getattr(arguments, name) for name in _COMPARED},
         **{f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()},
     }
-    before = _read_report(Path(arguments.dataset).expanduser() / REPORT)
+    before = read_report(Path(arguments.dataset).expanduser())
     report = {
         "dataset": before.get("dataset", arguments.dataset),
         "settings": before.get("settings", {}) | {"clusters": own},
@@ -184,6 +196,8 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
     if arguments.num_pictures:
         splits = result if isinstance(result, datasets.DatasetDict) else {"": result}
         print(f"Pictures in {draw_clusters(splits, output / PICTURE, arguments.num_pictures, arguments.seed)}")
+    if repo_id is not None:
+        push_dataset(result, read_report(output), repo_id, arguments)
     return result
 
 
@@ -216,10 +230,6 @@ def _load_sources(arguments: ClustersArguments) -> dict[str, datasets.Dataset]:
         with contextlib.suppress(ImageError):  # will be left out, and listed
             print(validate_proposals(sources[name], f"{arguments.dataset}, {name}"))
     return sources
-
-
-def _read_report(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _cluster(

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
@@ -89,8 +89,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         num_workers=arguments.dataloader_num_workers,
         worker_init_fn=init_worker,
     )
-    drawn = np.unique(np.linspace(0, len(images) - 1, min(arguments.num_pictures, len(images))).round().astype(int))
-    drawn = {images.image_ids[row]: int(row) for row in drawn}
+    drawn = {images.image_ids[row]: row for row in images.spread(arguments.num_pictures)}
     metrics, pictures, detections = images.metrics(), {}, []
     batches = predict_batches(detector, loader, image_processor, classes)
     for ids, predictions in tqdm(batches, total=len(loader), desc="evaluating", disable=arguments.disable_tqdm):
@@ -164,15 +163,31 @@ class EvaluationImages(Dataset):
         """A new [`CocoMetrics`] that holds the truth of these images."""
         return CocoMetrics.from_dataset(self.dataset, self.categories)
 
+    def spread(self, number: int) -> list[int]:
+        """So many rows, or all, evenly spaced."""
+        return np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).round().astype(int)).tolist()
+
+    def objects(self, row: int, height: int, width: int) -> dict[str, np.ndarray]:
+        """The truth of a row, whose image has this size: `boxes` (float [n, 4], pixels, xyxy), `labels` (int [n])."""
+        objects = self.dataset.select([row]).with_format("arrow")[:]["objects"]
+        boxes, kept = clean_boxes(read_boxes(objects)[0], width, height)
+        boxes[:, 2:] += boxes[:, :2]
+        return {"boxes": boxes, "labels": read_values(objects, "category")[0].astype(int)[kept]}
+
     def draw(self, predictions: dict[int, dict], path: str | Path, threshold: float = 0.3) -> None:
         """Draws the predictions of some rows (`dict` from row to prediction) beside the truth."""
-        images, truth = [self.read_image(row) for row in predictions], []
-        for row, image in zip(predictions, images, strict=True):
-            objects = self.dataset.select([row]).with_format("arrow")[:]["objects"]
-            boxes, kept = clean_boxes(read_boxes(objects)[0], image.shape[1], image.shape[0])
-            boxes[:, 2:] += boxes[:, :2]
-            truth.append({"boxes": boxes, "labels": read_values(objects, "category")[0].astype(int)[kept]})
+        images = [self.read_image(row) for row in predictions]
+        truth = [self.objects(row, *image.shape[:2]) for row, image in zip(predictions, images, strict=True)]
         plot_predictions(images, truth, list(predictions.values()), self.categories, path, threshold)
+
+
+def draw_predictions(detector, images: EvaluationImages, folder: Path, number: int) -> None:
+    """Draws what a detector makes of so many images beside the truth: `predictions.png` in `folder`."""
+    rows = images.spread(number)
+    loader = DataLoader(Subset(images, rows), batch_size=4, collate_fn=collate_labelled)
+    batches = predict_batches(detector, loader, images.image_processor)
+    found = [prediction for _, predictions in batches for prediction in predictions]
+    images.draw(dict(zip(rows, found, strict=True)), folder / "predictions.png")
 
 
 @torch.no_grad()

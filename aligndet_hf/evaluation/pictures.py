@@ -4,6 +4,7 @@ matplotlib is an extra (`pip install "aligndet-hf[plots]"`) and is imported on f
 `pyplot`, so they need no display and leave no global state.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -255,6 +256,11 @@ def _color(label: int) -> str:
 def _luminance(color: str) -> float:
     red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def new_figure(width: float, height: float):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from .model_card import versions
+from ..cards import describe_versions
 from .plots import plot_arms, plot_bands
 
 REPORT = "report.md"
@@ -232,7 +232,8 @@ def _how(results: Mapping) -> list[str]:
     ]
     return [
         "## How it was run",
-        f"{versions()}. {platform.machine()}, {os.cpu_count()} CPU cores, {device}; {minutes:.0f} minutes in all.",
+        f"{describe_versions()}. {platform.machine()}, {os.cpu_count()} CPU cores, {device}; {minutes:.0f} minutes in "
+        "all.",
         "`aligndet compare --config FILE --output_dir FOLDER` with this file runs it again:",
         _yaml(results["config"]),
         "Its stages, with the seconds that each took (of an interrupted one, its last part):",

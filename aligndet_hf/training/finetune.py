@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from ..cards import command_line, told, versions
 from ..data.collate import collate_labelled, normalize_images
 from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages, init_worker
@@ -30,8 +31,10 @@ from ..detectors.criterion import use_correct_loss
 from ..detectors.families import family_of, require_fitting_sizes
 from ..detectors.transfer import TransferReport, transfer_detector
 from ..evaluation.coco_metrics import format_table
-from ..evaluation.evaluate import EvaluationImages, normalization_of, predict_batches
-from ..reporting.model_card import write_finetuning_card
+from ..evaluation.evaluate import EvaluationImages, draw_predictions, normalization_of, predict_batches
+from ..evaluation.pictures import has_matplotlib
+from ..hub import open_repository
+from ..reporting.run_record import RESULTS, SETTINGS
 from .checkpointing import (
     clear_write_errors,
     prepare_output_dir,
@@ -40,11 +43,11 @@ from .checkpointing import (
     write_json,
 )
 from .finetune_arguments import FinetuneArguments
+from .publish import publish_run
 from .schedules import learning_rate, milestone_steps
 
 logger = logging.get_logger(__name__)
 
-SETTINGS, RESULTS = "finetune_settings.json", "results.json"
 # What TrainingArguments bring that makes another run of it.
 INHERITED_SETTINGS = {
     "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "fp16",
@@ -55,6 +58,7 @@ NOT_COMPARED = {
     "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "do_eval",
     "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_total_limit", "dataloader_num_workers",
     "dataloader_persistent_workers", "remove_unused_columns", "push_to_hub", "hub_model_id", "card_license",
+    "write_report", "num_pictures", "hub_strategy",
 }  # fmt: skip
 # What has one only if the weights are chosen by it.
 OF_THE_BEST = {"eval_dataset", "eval_split", "eval_image_dir", "eval_strategy", "metric_for_best_model"}
@@ -80,8 +84,8 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
 
     Writes to `output_dir` a plain `transformers` detector with its image processor, `results.json`,
     `trainer_state.json` (the log), `transfer_report.json` (or, for a new detector whose backbone got weights,
-    `backbone_report.json`), a model card, and `checkpoint-<step>` folders. The same
-    call again resumes from the last checkpoint, exactly; a finished run is left as it is.
+    `backbone_report.json`), a model card, `report.html`, and `checkpoint-<step>` folders. The same call again resumes
+    from the last checkpoint, exactly; of a finished run it only repeats the upload, if one is asked for.
 
     Args:
         arguments ([`FinetuneArguments`]): The configuration.
@@ -108,8 +112,11 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     finished = (output_dir / RESULTS).exists()
     if checkpoint or finished:
         require_same_run(json.loads((output_dir / SETTINGS).read_text()), settings, output_dir)
+    repo_id = _open_repository(arguments) if arguments.push_to_hub and processes.is_main_process else None
     if finished:
         processes.print(f"The run in {output_dir} is finished; --overwrite_output_dir starts it anew.")
+        if processes.is_main_process:
+            publish_run(output_dir, arguments, repo_id, anew=False)
         return FinetuneResult(output_dir, json.loads((output_dir / RESULTS).read_text())["metrics"])
     if processes.is_main_process:
         write_json(output_dir / SETTINGS, settings)
@@ -160,32 +167,38 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
             detector.save_pretrained(output_dir)
             image_processor.save_pretrained(output_dir)
             trainer.save_state()
-        transfer = report.to_dict() if isinstance(report, TransferReport) else None
-        write_finetuning_card(
-            output_dir,
-            detector_config=detector.config,
-            dataset=arguments.dataset,
-            settings=settings,
-            results=metrics,
-            eval_dataset=arguments.eval_dataset,
-            eval_split=arguments.eval_split,
-            num_images=len(dataset),
-            num_eval_images=len(truth) if truth else None,
-            steps=trainer.state.global_step,
-            base_model=None if transfer is None else arguments.detector,
-            license=arguments.card_license,
-            transfer=transfer,
-        )
-        # Last, as the mark of a finished run.
-        write_json(
-            output_dir / RESULTS, {"metrics": metrics, "steps": trainer.state.global_step, "images": len(dataset)}
-        )
+            if truth is not None and arguments.write_report and arguments.num_pictures and has_matplotlib():
+                draw_predictions(detector, trainer.eval_dataset, output_dir, arguments.num_pictures)
+        evaluation = {
+            "dataset": told(arguments.eval_dataset),
+            "split": arguments.eval_split,
+            "images": len(truth or ()),
+        }
+        results = {
+            "metrics": metrics,
+            "steps": trainer.state.global_step,
+            "images": len(dataset),
+            "evaluation": evaluation if metrics else {},
+            "card_license": arguments.card_license,
+            "command": command_line("finetune", arguments),
+            "versions": versions(),
+        }
+        write_json(output_dir / RESULTS, results)  # last, as the mark of a finished run
         if metrics:
             print(format_table(metrics))
-        if arguments.push_to_hub:
-            trainer.upload("End of fine-tuning")
+        publish_run(output_dir, arguments, repo_id)
     processes.wait_for_everyone()
     return FinetuneResult(output_dir, metrics)
+
+
+def _open_repository(arguments: FinetuneArguments) -> str:
+    return open_repository(
+        arguments.hub_model_id or Path(arguments.output_dir).resolve().name,
+        private=arguments.hub_private_repo,
+        revision=arguments.hub_revision,
+        license=arguments.card_license,
+        token=arguments.hub_token,
+    )
 
 
 def require_one_gpu_per_process(arguments: TrainingArguments) -> None:
@@ -470,18 +483,6 @@ class DetectionTrainer(Trainer):
                 f"(such as {missing[:3]}) and {len(load_result.unexpected_keys)} are unknown (such as "
                 f"{load_result.unexpected_keys[:3]}). Load its weights with from_pretrained instead of resuming."
             )
-
-    def upload(self, message: str) -> None:
-        """Uploads `output_dir`, without its checkpoints, to the Hub repository of the run."""
-        from huggingface_hub import HfApi
-
-        HfApi(token=self.args.hub_token).upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            commit_message=message,
-            revision=self.args.hub_revision,
-            ignore_patterns=["checkpoint-*", "unfinished-*", "_*"],
-        )
 
     # ---- measuring ----
 

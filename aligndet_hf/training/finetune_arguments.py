@@ -123,9 +123,18 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     logging_steps: float = field(default=20, metadata={"help": "steps between entries of the log"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "not for detectors: there are no columns"})
+    write_report: bool = field(
+        default=True, metadata={"help": "write report.html at the end; its curves need matplotlib"}
+    )
+    num_pictures: int = field(
+        default=4, metadata={"help": "images of eval_dataset in the report, predictions beside ground truth"}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "upload the result to the Hub"})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+    )
+    hub_strategy: str = field(
+        default="end", metadata={"help": "when to upload: end; or what transformers does during training as well"}
     )
     card_license: str | None = field(
         default=None, metadata={"help": "licence of the weights for the model card, by its Hub name, e.g. apache-2.0"}

@@ -14,23 +14,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import accelerate
-import datasets
 import numpy as np
 import torch
-import transformers
 from accelerate.utils import gather_object
-from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-import aligndet_hf
-
-from ..data.columns import validate_proposals
+from ..cards import command_line, versions
+from ..data.columns import proposal_record, validate_proposals
 from ..data.formats import load_dataset_source
 from ..data.sampling import EpochBatchSampler
+from ..hub import open_repository
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..momentum import cosine_momentum
+from ..reporting.run_record import SUMMARY
 from . import sharding
 from .checkpointing import (
     clear_write_errors,
@@ -46,13 +43,13 @@ from .interrupts import StopSignals, TrainingInterrupted
 from .pretrain_arguments import PretrainArguments
 from .pretrain_methods import METHODS
 from .pretrain_setup import build_accelerator, build_loader, build_optimizer, compared_configuration, open_stream
+from .publish import publish_run
 from .run_log import RunLog
 from .schedules import learning_rate, milestone_steps
 
-PACKAGES = (aligndet_hf, torch, transformers, accelerate, datasets)
 logger = logging.get_logger(__name__)
 
-LOG, SUMMARY = "log.jsonl", "pretrain_summary.json"
+LOG = "log.jsonl"
 # How many steps in a row may be skipped for infinite or NaN gradients; loss scaling of fp16 needs some to settle.
 MAX_SKIPPED_STEPS = 20
 # The attributes of a run that its checkpoints keep.
@@ -86,8 +83,9 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
 
     Writes to `output_dir`: the method's model (`save_pretrained`), `detector/` (a plain `transformers` detector with
     its image processor; of SoCo `backbone/` and `torchvision.safetensors`), `log.jsonl`, `pretrain_summary.json`, a
-    model card, `backbone_report.json` or `transfer_report.json` if weights were loaded, and `checkpoint-<step>`
-    folders. The same call again resumes from the last checkpoint, exactly; a finished run is left as it is.
+    model card, `report.html`, `backbone_report.json` or `transfer_report.json` if weights were loaded, and
+    `checkpoint-<step>` folders. The same call again resumes from the last checkpoint, exactly; of a finished run it
+    only repeats the upload, if one is asked for.
 
     Args:
         arguments ([`PretrainArguments`]): The configuration.
@@ -111,13 +109,23 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         if arguments.overwrite_output_dir:
             (output_dir / SUMMARY).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+    # Before any work, so that a missing token does not end a run that took days.
+    repo_id = None
+    if arguments.push_to_hub and accelerator.is_main_process:
+        name = arguments.hub_model_id or output_dir.resolve().name
+        repo_id = open_repository(
+            name,
+            private=arguments.hub_private_repo,
+            revision=arguments.hub_revision,
+            license=arguments.card_license,
+        )
     if (output_dir / SUMMARY).exists():
         summary = json.loads((output_dir / SUMMARY).read_text())
         require_same_run(summary["configuration"], configuration, output_dir)
         accelerator.print(f"The run in {output_dir} is finished; --overwrite_output_dir starts it anew.")
+        if accelerator.is_main_process:
+            publish_run(output_dir, arguments, repo_id, anew=False)
         return PretrainResult(output_dir, output_dir / method.product, summary["metrics"])
-    # Before any work, so that a missing token does not end a run that took days.
-    repo_id = _create_repo(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
 
     if arguments.streaming:
         dataset, report, data = open_stream(arguments)
@@ -150,7 +158,8 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
             "configuration": configuration,
             "data": data,
             "world_size": accelerator.num_processes,
-            "versions": {package.__name__: package.__version__ for package in PACKAGES},
+            "proposals": proposal_record(dataset),
+            "versions": versions(),
         },
     )
     run.resume()
@@ -159,12 +168,8 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     model = sharding.whole_model(accelerator, run.align_det)
     if accelerator.is_main_process:
         _write_result(run, model)
+        publish_run(output_dir, arguments, repo_id)
     accelerator.wait_for_everyone()
-    if repo_id:
-        HfApi().upload_folder(
-            repo_id=repo_id, folder_path=output_dir, ignore_patterns=["checkpoint-*", "unfinished-*"]
-        )
-        accelerator.print(f"Uploaded to {repo_id}.")
     accelerator.end_training()
     return PretrainResult(output_dir, output_dir / method.product, run.metrics)
 
@@ -350,13 +355,8 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _create_repo(arguments: PretrainArguments) -> str:
-    repo_id = arguments.hub_model_id or Path(arguments.output_dir).resolve().name
-    return HfApi().create_repo(repo_id, exist_ok=True).repo_id
-
-
 def _write_result(run: Run, model: AlignDetForPreTraining | SoCoForPreTraining) -> None:
-    """Save, export and describe the model. The summary comes last: it says that the run is finished."""
+    """Save and export the model. The summary comes last: it says that the run is finished."""
     output_dir = Path(run.arguments.output_dir)
     with clear_write_errors(output_dir):
         model.save_pretrained(output_dir)
@@ -368,15 +368,8 @@ def _write_result(run: Run, model: AlignDetForPreTraining | SoCoForPreTraining) 
             "skipped_steps": run.skipped_steps,
             **run.about,
             "arguments": dataclasses.asdict(run.arguments),
+            "command": command_line("pretrain", run.arguments),
         }
-        run.method.write_card(
-            output_dir,
-            run.align_det.config,
-            run.arguments,
-            settings=summary["arguments"],
-            num_images=run.about["data"]["images"],
-            steps=run.total_steps,
-        )
         write_json(output_dir / SUMMARY, summary)
     product = output_dir / run.method.product
     run.accelerator.print(f"Finished. The {run.method.product} is in {product}: {run.method.next_stage} {product} ...")

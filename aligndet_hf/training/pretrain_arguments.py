@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..detectors.build import DetectorArguments
+from ..hub import HubArguments
 from ..models import AlignDetConfig, SoCoConfig
 
 # What is not given depends on the method.
@@ -23,7 +24,7 @@ DEFAULTS = {
 
 
 @dataclass(kw_only=True)
-class PretrainArguments(DetectorArguments):
+class PretrainArguments(DetectorArguments, HubArguments):
     """Arguments of [`pretrain`]: the flags of `aligndet pretrain` and the keys of its recipes."""
 
     help_groups = {
@@ -32,6 +33,7 @@ class PretrainArguments(DetectorArguments):
         "method": "Method",
         "num_train_epochs": "Optimisation",
         "output_dir": "Run",
+        "hub_model_id": "Hub",
     }
 
     dataset: str = field(
@@ -141,7 +143,9 @@ class PretrainArguments(DetectorArguments):
     dataloader_num_workers: int = field(default=0, metadata={"help": "data loading processes per training process"})
     use_cpu: bool = field(default=False, metadata={"help": "train on the CPU even if there is a GPU"})
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
-    push_to_hub: bool = field(default=False, metadata={"help": "upload the result to the Hub"})
+    write_report: bool = field(
+        default=True, metadata={"help": "write report.html at the end; its curves need matplotlib"}
+    )
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
     )

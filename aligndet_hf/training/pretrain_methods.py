@@ -20,7 +20,6 @@ class Method(NamedTuple):
         update_momentum: Moves a model's momentum networks, by a momentum.
         momentum_delay (`int`): The update after step k has the momentum of step k + `momentum_delay`.
         export: Writes what others shall load to `output_dir`.
-        write_card: Writes the card of `output_dir`, from the model's config, the arguments and facts about the run.
         product (`str`): The folder in `output_dir` that the next stage starts from.
         next_stage (`str`): How it is told to.
     """
@@ -32,7 +31,6 @@ class Method(NamedTuple):
     update_momentum: Callable
     momentum_delay: int
     export: Callable
-    write_card: Callable
     product: str
     next_stage: str
 
@@ -46,7 +44,6 @@ METHODS = {
         lambda model, momentum: model.update_momentum_detector(momentum),
         0,
         pretrain_setup.export,
-        pretrain_setup.write_card,
         "detector",
         "aligndet finetune --detector",
     ),
@@ -58,7 +55,6 @@ METHODS = {
         lambda model, momentum: model.update_momentum_encoder(momentum),
         1,  # the official code updates within the next step: see `update_momentum_encoder`
         pretrain_soco.export,
-        pretrain_soco.write_card,
         "backbone",
         "aligndet pretrain --detector rt_detr --backbone",
     ),

@@ -23,8 +23,8 @@ from ..data.views import ViewConfig
 from ..detectors.build import build_image_processor, is_new, load_detector
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import transfer_detector
-from ..models import AlignDetConfig, AlignDetForPreTraining
-from ..reporting.model_card import write_pretraining_card
+from ..hub import HubArguments
+from ..models import AlignDetForPreTraining
 from .pretrain_arguments import PretrainArguments
 from .sharding import require_supported
 
@@ -32,10 +32,10 @@ logger = logging.get_logger(__name__)
 
 # What may differ between the start of a run and its resumption, because it does not change the result. The batch
 # counts as the number of images of one step, however they are spread over processes and micro-batches.
-NOT_COMPARED = {
+NOT_COMPARED = {item.name for item in dataclasses.fields(HubArguments)} | {
     "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "logging_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "push_to_hub",
-    "hub_model_id", "use_cpu", "disable_tqdm", "mixed_precision", "gradient_checkpointing",
+    "logging_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "hub_model_id",
+    "write_report", "use_cpu", "disable_tqdm", "mixed_precision", "gradient_checkpointing",
 }  # fmt: skip
 
 # Of a stream, whose proposals cannot all be validated before it is used.
@@ -213,18 +213,6 @@ def to_device(batch: dict, device: torch.device, image_processor) -> dict:
 def export(model: AlignDetForPreTraining, output_dir: Path, image_processor) -> None:
     """Write the plain detector with its image processor to `output_dir/detector`."""
     model.export_detector(output_dir / "detector", image_processor)
-
-
-def write_card(output_dir: Path, config: AlignDetConfig, arguments: PretrainArguments, **facts) -> None:
-    """Write the model card of a run, with the facts that [`write_pretraining_card`] takes."""
-    write_pretraining_card(
-        output_dir,
-        detector_config=config.detector_config,
-        dataset=arguments.dataset,
-        base_model=None if is_new(arguments) else arguments.detector,
-        subfolder="detector",
-        **facts,
-    )
 
 
 def build_optimizer(model: torch.nn.Module, arguments: PretrainArguments) -> torch.optim.Optimizer:

@@ -14,7 +14,6 @@ from ..detectors.backbone_weights import load_weights
 from ..detectors.backbones import build_backbone_config, image_statistics
 from ..models import SoCoConfig, SoCoForPreTraining
 from ..models.modeling_soco import TORCHVISION
-from ..reporting.model_card import write_soco_card
 from .pretrain_arguments import PretrainArguments
 
 
@@ -87,8 +86,3 @@ def export(model: SoCoForPreTraining, output_dir: Path, statistics: Statistics) 
     model.export_backbone(output_dir / "backbone", *statistics)
     if model.config.variant != "c4":
         model.export_torchvision(output_dir / TORCHVISION)
-
-
-def write_card(output_dir: Path, config: SoCoConfig, arguments: PretrainArguments, **facts) -> None:
-    """Write the model card of a run, with the facts that [`write_soco_card`] takes."""
-    write_soco_card(output_dir, config=config, dataset=arguments.dataset, **facts)

@@ -1,0 +1,187 @@
+"""
+Cards of models and data sets: a generated part that every run writes anew around what a person wrote, and what may be
+told in it. No card holds a path of this machine or a token.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+
+import yaml
+
+BEGIN = "<!-- aligndet: from here to the last such line generated anew by every run; what else you write stays -->"
+END = "<!-- aligndet: end of the generated part -->"
+CITATIONS = Path(__file__).with_name("citations.bib")
+PACKAGES = ("aligndet-hf", "transformers", "torch", "torchvision", "timm", "datasets", "accelerate", "huggingface-hub")
+
+# Not part of how a model came to be, or nobody else's business.
+UNTOLD = {
+    "output_dir", "overwrite_output_dir", "overwrite", "run_name", "project", "logging_dir", "local_rank", "report_to",
+    "disable_tqdm", "save_total_limit", "write_report", "num_pictures", "push_to_hub", "hub_token", "hub_model_id",
+    "hub_dataset_id", "hub_private_repo", "hub_revision", "hub_strategy", "card_license",
+}  # fmt: skip
+
+
+# ---- the generated part, and the rest ----
+
+
+def merge_card(generated: str, *cards: str) -> str:
+    """
+    Puts a generated card in place of what was generated before; what a person wrote stays.
+
+    Text: what stands before and after the marks of the generated part, or all of a card without marks, is kept of the
+    first card that has any. Metadata: what is generated wins, other keys stay, and tags are joined; results only count
+    if they are generated.
+
+    Args:
+        generated (`str`): The new card, with metadata.
+        cards (`str`): The cards that are there; of two values for a key of the metadata that of the first stays.
+
+    Returns:
+        `str`: the card to write.
+
+    Raises:
+        ValueError: the metadata of a card cannot be read.
+    """
+    metadata, text = _split_card(generated)
+    own = text[text.index(BEGIN) : text.index(END) + len(END)]
+    tags, around = metadata.get("tags", []), ("\n", "\n")
+    for card in cards:
+        kept, text = _split_card(card)
+        more = kept.pop("tags", None) or []
+        tags = [*tags, *([more] if isinstance(more, str) else more)]
+        metadata |= {key: value for key, value in kept.items() if key not in (*metadata, "model-index")}
+        top, begin, rest = text.partition(BEGIN)
+        _, end, bottom = rest.partition(END)
+        written = (top, bottom) if begin and end else ("\n", f"\n\n{text.strip()}\n")
+        if not "".join(around).strip():
+            around = written
+    if tags:
+        metadata["tags"] = list(dict.fromkeys(tags))
+    head = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
+    return f"---\n{head}\n---\n{around[0]}{own}{around[1]}"
+
+
+def _split_card(card: str) -> tuple[dict, str]:
+    """The metadata of a card, and its text."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    head = REGEX_YAML_BLOCK.search(card)
+    if head is None:
+        return {}, card
+    try:
+        return dict(yaml.safe_load(head.group(2)) or {}), card[head.end() :]
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(
+            "the metadata between the first two lines `---` of a README.md, on the Hub or in output_dir, is not a "
+            "YAML mapping: mend it, or remove it"
+        ) from error
+
+
+def write_card(path: Path, generated: str) -> Path:
+    """Writes a card to a file, which is complete or absent; one that is there keeps what a person wrote in it."""
+    card = merge_card(generated, path.read_text(encoding="utf-8")) if path.exists() else generated
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    unfinished.write_text(card, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def citations(*keys: str) -> list[str]:
+    """The BibTeX entries of papers that `citations.bib` has, by key; what it does not have is left out."""
+    entries = re.split(r"\n\n(?=@)", CITATIONS.read_text(encoding="utf-8"))
+    papers = {re.match(r"@\w+\{([^,]+)", entry)[1]: entry.strip() for entry in entries}
+    return [papers[key] for key in dict.fromkeys(keys) if key in papers]
+
+
+def versions() -> dict[str, str]:
+    """Python, and the packages that decide what a run gives."""
+    found = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+            continue
+    return found
+
+
+def describe_versions() -> str:
+    """[`versions`] in a line."""
+    return ", ".join(f"{name} {version}" for name, version in versions().items())
+
+
+# ---- what may be told ----
+
+
+def told(source) -> str:
+    """A Hub id as it is; of a path only the last part that says something: that of `run/detector` is `run`."""
+    path = Path(str(source).replace("\\", "/"))
+    return (
+        source if hub_ids(source) else (path.parent.name if path.name in ("detector", "backbone") else "") or path.name
+    )
+
+
+def hub_ids(source) -> list[str]:
+    """`[source]` if it can be a Hub id and is not a path of this machine, else nothing."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not isinstance(source, str) or Path(source).exists() or source.count("/") != 1:
+        return []
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return []
+    return [source]
+
+
+def told_settings(settings: Mapping) -> dict:
+    """The settings of a run as others may read them: plain values, no secrets, and of paths only the last part."""
+    return {
+        key: _plain(value)
+        for key, value in settings.items()
+        if key not in UNTOLD and not key.endswith("token") and value is not None
+    }
+
+
+def _plain(value):
+    """What YAML can hold: enums by value, paths by their last part."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value)):
+        return told(value)
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def command_line(command: str, arguments) -> str:
+    """
+    The command line that stands for a dataclass of arguments: what is not at its default, paths by their last part.
+
+    Args:
+        command (`str`): Such as "pretrain".
+        arguments: The dataclass.
+    """
+    words = ["aligndet", command]
+    for item in dataclasses.fields(arguments):
+        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        value = getattr(arguments, item.name)
+        value = value.value if isinstance(value, Enum) else value
+        is_plain = isinstance(value, str | int | float | list | tuple | dict)
+        # Empty lists and mappings are what `__post_init__` makes of values that were not given.
+        if not item.init or not is_plain or value in ([], {}) or value == getattr(default, "value", default):
+            continue
+        if item.name in told_settings({item.name: value}):
+            value = _plain(value)
+            many = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            words += [f"--{item.name}", *(str(one) if not isinstance(one, bool) else str(one).lower() for one in many)]
+    return shlex.join(words)

@@ -1,0 +1,333 @@
+"""`aligndet embeddings`: what the decoders of detectors make of labelled objects, drawn and measured."""
+
+import copy
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
+
+from ..boxes import cxcywh_to_xyxy, iou_and_giou
+from ..cards import told, versions
+from ..data.collate import collate_labelled, normalize_images
+from ..data.columns import validate_objects
+from ..data.dataset import init_worker
+from ..data.errors import DataError
+from ..data.formats import category_names, load_dataset_source
+from ..detectors.backbones import get_backbone
+from ..detectors.build import detector_from_config
+from ..detectors.families import family_of
+from ..matching import match_queries
+from .evaluate import EvaluationImages, normalization_of
+from .knn import knn_accuracy
+from .pictures import PALETTE, new_figure, plain_axes, save_figure
+
+PICTURE, RESULTS = "embeddings.png", "embeddings.json"
+UNTRAINED = "before: random but for the backbone"
+
+
+@dataclass(kw_only=True)
+class EmbeddingsArguments:
+    """Arguments of [`compare_embeddings`]: the flags of `aligndet embeddings` and the keys of its recipes."""
+
+    help_groups = {"detector": "Compared", "max_objects": "Measuring", "batch_size": "Run"}
+
+    detector: list[str] = field(
+        metadata={"help": "folders or Hub ids of detectors with their image processors, or folders of runs"}
+    )
+    dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
+    output_dir: str = field(metadata={"help": f"folder for {PICTURE} and {RESULTS}"})
+    split: str = field(default="validation", metadata={"help": "split of the dataset"})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
+    )
+    untrained: bool = field(
+        default=True,
+        metadata={"help": "also the first detector as it was before pre-training: random but for its backbone"},
+    )
+
+    max_objects: int = field(default=2000, metadata={"help": "objects that are drawn, of all a random choice"})
+    neighbors: int = field(default=10, metadata={"help": "neighbours that vote for the class of an object"})
+    seed: int = field(default=0, metadata={"help": "seed of the choice, of t-SNE, and of the untrained detector"})
+
+    batch_size: int = field(default=8, metadata={"help": "images per forward pass"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+
+    def __post_init__(self):
+        for name in ("max_objects", "neighbors", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ObjectEmbeddings:
+    """
+    What a detector's decoder makes of labelled objects: of each the query whose box fits it best.
+
+    Attributes:
+        features (`np.ndarray` float32 [N, D]): Embedding of the query in the last decoder layer.
+        labels (`np.ndarray` int64 [N]): Category of the object.
+        rows (`np.ndarray` int64 [N]): Row of its image.
+        ious (`np.ndarray` float32 [N]): IoU of the query's box and the object.
+        missed (`int`): Objects without a query, in images with more objects than queries.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray
+    ious: np.ndarray
+    missed: int
+
+
+def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
+    """
+    Draws the embeddings of labelled objects by t-SNE (van der Maaten and Hinton, 2008), a panel for each detector, and
+    measures how often the nearest neighbours of an object in other images share its class.
+
+    Nothing is trained. Of every object the query is taken whose box fits it best, in the last layer of the decoder,
+    whatever the classes: so detectors with other classes, and those that were pre-trained without labels, compare.
+
+    Args:
+        arguments ([`EmbeddingsArguments`]): The configuration.
+
+    Returns:
+        `dict`: per detector the numbers of [`~aligndet_hf.evaluation.knn.knn_accuracy`], the number of `objects`, of
+        those `missed`, and their mean `iou` with the boxes of their queries.
+
+    Raises:
+        DataError: the dataset is broken, or has too few objects.
+        OSError: there is no such detector, or it has no image processor.
+    """
+    new_figure(1, 1)  # says now, not after the forward passes, that matplotlib is missing
+    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
+    categories = category_names(dataset, arguments.dataset)
+    print(validate_objects(dataset, categories, arguments.dataset))
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folders = [_detector_folder(name) for name in arguments.detector]
+    names = _short_names(arguments.detector)
+    arms = [(name, folder, False) for name, folder in zip(names, folders, strict=True)]
+    if arguments.untrained:
+        arms.insert(0, (UNTRAINED, folders[0], True))
+
+    found, results = {}, {}
+    for name, folder, is_untrained in arms:
+        detector = AutoModelForObjectDetection.from_pretrained(folder)
+        if is_untrained:
+            detector = untrained_copy(detector, arguments.seed)
+        images = EvaluationImages(dataset, categories, AutoImageProcessor.from_pretrained(folder))
+        found[name] = embed_objects(
+            detector.to(device), images, arguments.batch_size, arguments.dataloader_num_workers, arguments.disable_tqdm
+        )
+        try:
+            measured = knn_accuracy(
+                found[name].features,
+                found[name].labels,
+                k=arguments.neighbors,
+                seed=arguments.seed,
+                groups=found[name].rows,
+            )
+        except ValueError as error:
+            raise DataError(f"{arguments.dataset}, split {arguments.split}: {error}") from error
+        iou = float(found[name].ious.mean())
+        counts = {"objects": len(found[name].labels), "missed": found[name].missed}
+        results[name] = measured | counts | {"iou": iou}
+
+    output = Path(arguments.output_dir)
+    path = plot_embeddings(found, results, categories, output / PICTURE, arguments.max_objects, arguments.seed)
+    record = {
+        "dataset": told(arguments.dataset),
+        "split": arguments.split,
+        "neighbors": arguments.neighbors,
+        "seed": arguments.seed,
+        "detectors": results,
+        "versions": versions(),
+    }
+    (output / RESULTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(_format(results))
+    print(f"Saved to {path}")
+    return results
+
+
+def _detector_folder(name: str) -> str:
+    """The detector of a run of pre-training; anything else as it is."""
+    inner = Path(name) / "detector"
+    return str(inner) if (inner / "config.json").is_file() else name
+
+
+def _short_names(detectors: Sequence[str]) -> list[str]:
+    """The last parts of paths and ids, as many as tell them apart."""
+    parts = [os.path.realpath(name).removesuffix("/detector").split("/") for name in detectors]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"the same detector twice: {', '.join(detectors)}")
+
+
+def untrained_copy(detector: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """A detector as it was before pre-training: all is random but the backbone, which is the same."""
+    torch.manual_seed(seed)
+    copied = detector_from_config(copy.deepcopy(detector.config))
+    get_backbone(copied).load_state_dict(get_backbone(detector).state_dict())
+    return copied
+
+
+@torch.no_grad()
+def embed_objects(
+    detector: PreTrainedModel,
+    images: EvaluationImages,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    disable_tqdm: bool = True,
+) -> ObjectEmbeddings:
+    """
+    The decoder's embeddings of labelled objects.
+
+    Args:
+        detector (`PreTrainedModel`): A detector of a supported family; it is left in evaluation mode, on its device.
+        images ([`~aligndet_hf.evaluation.evaluate.EvaluationImages`]): The images, prepared for this detector.
+        batch_size, num_workers (`int`): Images per forward pass, and processes that load them.
+        disable_tqdm (`bool`): Whether to show no progress bar.
+
+    Returns:
+        [`ObjectEmbeddings`]: the objects in the order of the rows.
+    """
+    detector.eval()
+    device = next(detector.parameters()).device
+    family, normalization = family_of(detector.config), normalization_of(images.image_processor)
+    costs = family.losses(detector.config)
+    loader = DataLoader(
+        images, batch_size, collate_fn=collate_labelled, num_workers=num_workers, worker_init_fn=init_worker
+    )
+    parts, row, total = [], 0, 0
+    for batch in tqdm(loader, desc="embedding", disable=disable_tqdm):
+        pixel_values, pixel_mask = (batch[name].to(device) for name in ("pixel_values", "pixel_mask"))
+        outputs = detector(
+            pixel_values=normalize_images(pixel_values, pixel_mask, **normalization),
+            pixel_mask=pixel_mask,
+            output_hidden_states=True,
+        )
+        features = family.decoder_features(detector, outputs)[-1]
+        rows = range(row, row := row + len(features))
+        shapes = [label["orig_size"].tolist() for label in batch["labels"]]
+        objects = [images.objects(number, *shape) for number, shape in zip(rows, shapes, strict=True)]
+        boxes = [_normalized(truth["boxes"], *shape).to(device) for truth, shape in zip(objects, shapes, strict=True)]
+        predicted = outputs.pred_boxes[:, : features.shape[1]].float()
+        matching = match_queries(
+            predicted.new_zeros(1, *predicted.shape[:2], 1),
+            predicted[None],
+            [box.new_zeros(len(box), dtype=torch.long) for box in boxes],
+            boxes,
+            class_cost=0.0,
+            bbox_cost=costs.bbox_cost,
+            giou_cost=costs.giou_cost,
+        )
+        place, target = (matching.image, matching.query), matching.target
+        iou, _ = iou_and_giou(cxcywh_to_xyxy(predicted[place]), cxcywh_to_xyxy(torch.cat(boxes)[target]))
+        labels = np.concatenate([truth["labels"] for truth in objects])
+        total += len(labels)
+        target = target.cpu().numpy()
+        parts.append(
+            (features[place].float().cpu().numpy(), labels[target], matching.image.cpu().numpy() + rows[0], iou.cpu())
+        )
+    features, labels, rows, ious = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return ObjectEmbeddings(features, labels, rows, ious, total - len(labels))
+
+
+def _normalized(boxes: np.ndarray, height: int, width: int) -> torch.Tensor:
+    """Pixels xyxy -> normalised cxcywh."""
+    x1, y1, x2, y2 = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4).unbind(1)
+    return torch.stack([(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height], dim=1)
+
+
+def plot_embeddings(
+    embeddings: Mapping[str, ObjectEmbeddings],
+    results: Mapping[str, Mapping],
+    class_names: Sequence[str],
+    path,
+    max_objects: int = 2000,
+    seed: int = 0,
+) -> Path:
+    """
+    Draws embeddings in the plane by t-SNE, a panel for each detector, coloured by class.
+
+    Args:
+        embeddings (`Mapping[str, ObjectEmbeddings]`): Name of each detector to what it makes of the same objects.
+        results (`Mapping[str, Mapping]`): Of each the numbers of [`~aligndet_hf.evaluation.knn.knn_accuracy`].
+        class_names (`Sequence[str]`): Name of each category.
+        path (`str` or `Path`): The PNG to write.
+        max_objects (`int`): Objects to draw, of all a random choice.
+        seed (`int`): Of the choice and of t-SNE.
+
+    Returns:
+        `Path`: `path`.
+    """
+    figure = new_figure(4.6 * len(embeddings), 5.0)
+    panels = figure.subplots(1, len(embeddings), squeeze=False)[0]
+    for axes, (name, found) in zip(panels, embeddings.items(), strict=True):
+        order = np.random.default_rng(seed).permutation(len(found.labels))[:max_objects]
+        points, labels = project(found.features[order], seed), found.labels[order]
+        numbers = results[name]
+        title = (
+            f"{name}\nkNN {100 * numbers['accuracy']:.1f} %, balanced {100 * numbers['balanced_accuracy']:.1f} % "
+            f"(always the most frequent class: {100 * numbers['majority']:.1f} %)"
+        )
+        plain_axes(axes, "", None, None)
+        axes.set_title(title, fontsize=8.5, loc="left")
+        axes.grid(False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for label in np.unique(labels):
+            x, y = points[labels == label].T
+            color = PALETTE[label % len(PALETTE)]
+            axes.scatter(x, y, s=14, color=color, alpha=0.75, linewidths=0, label=class_names[label])
+    handles = {n: h for axes in panels for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if len(handles) <= 40:  # more colours than that cannot be told apart, nor ten
+        figure.legend(
+            handles.values(),
+            handles,
+            loc="outside lower center",
+            ncols=min(len(handles), 8),
+            frameon=False,
+            fontsize=8,
+        )
+    return save_figure(figure, path, "Decoder embeddings of labelled objects (t-SNE)")
+
+
+def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
+    """
+    Places features in the plane so that the similar ones are near (t-SNE, of cosine distances).
+
+    Args:
+        features (`np.ndarray` [N, D]): One row per sample, at least 5.
+        seed (`int`, *optional*, defaults to 0): The same seed gives the same places.
+
+    Returns:
+        `np.ndarray` float32 [N, 2].
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    reduced = PCA(min(50, *features.shape), random_state=seed).fit_transform(features)
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)
+
+
+def _format(results: Mapping[str, Mapping]) -> str:
+    width = max(map(len, results))
+    lines = [f"{'in %':<{width}}{'kNN':>8}{'balanced':>10}{'IoU':>8}"]
+    for name, numbers in results.items():
+        accuracy, balanced, iou = (100 * numbers[key] for key in ("accuracy", "balanced_accuracy", "iou"))
+        lines.append(f"{name:<{width}}{accuracy:>8.1f}{balanced:>10.1f}{iou:>8.1f}")
+    last = next(reversed(results.values()))
+    lines.append(f"{last['objects']} objects; always the most frequent class: {100 * last['majority']:.1f} %")
+    return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""
+The Hugging Face Hub: repositories that are known to accept an upload before any work begins, one commit per upload.
+
+Tokens come from `hf auth login` or `HF_TOKEN` (or `hub_token` of `TrainingArguments`); none is ever printed or stored.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .cards import merge_card
+
+
+@dataclass(kw_only=True)
+class HubArguments:
+    """What commands that upload a result have in common; they inherit it."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the result to the Hub"})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "whether a new repository is private; the default of its owner if not given"}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "branch to upload to; main if not given"})
+    card_license: str | None = field(
+        default=None, metadata={"help": "licence of what is uploaded, for its card, by its Hub name, e.g. apache-2.0"}
+    )
+
+
+def open_repository(
+    name: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    token: str | None = None,
+) -> str:
+    """
+    Creates a repository if there is none, and makes sure that it can be written to.
+
+    To be called before the work of which it shall hold the result: a run of days must not end at a missing token.
+
+    Args:
+        name (`str`): `owner/name`, or the name alone for the owner of the token.
+        repo_type (`str`, *optional*, defaults to `"model"`): Or "dataset".
+        private (`bool`, *optional*): Whether it shall be private.
+        revision (`str`, *optional*): The branch to write to; created if there is none.
+        license (`str`, *optional*): The licence that its card will name.
+        token (`str`, *optional*): That of `hf auth login` or `HF_TOKEN` by default.
+
+    Returns:
+        `str`: its id, `owner/name`.
+
+    Raises:
+        OSError: no token, no permission, no such owner, no connection: with what to do about it.
+        ValueError: it shall be private and is public, or the Hub does not know the licence.
+    """
+    from huggingface_hub import HfApi, RepoCard
+
+    api = HfApi(token=token)
+    with clear_hub_errors(name, token):
+        repo_id = api.create_repo(name, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        if license is not None:
+            try:
+                RepoCard(f"---\nlicense: {license}\n---\n").validate(repo_type)
+            except ValueError as error:
+                raise ValueError(f"card_license: the Hub does not know the licence {license!r}") from error
+        is_public = private and not api.repo_info(repo_id, repo_type=repo_type).private
+    if is_public:
+        raise ValueError(f"{repo_id} is to be private, but is there and public: make it private on the Hub first")
+    return repo_id
+
+
+def upload(
+    repo_id: str,
+    files: Mapping[str, Path],
+    card: str,
+    *,
+    message: str,
+    local_card: Path | None = None,
+    repo_type: str = "model",
+    revision: str | None = None,
+    token: str | None = None,
+) -> str:
+    """
+    Uploads files and a card in one commit: all of it is there afterwards, or nothing has changed.
+
+    The card that is there keeps what a person wrote in it, see [`~aligndet_hf.cards.merge_card`]. Large files come
+    first and are not sent again when an upload that broke off is repeated.
+
+    Args:
+        repo_id (`str`): `owner/name`, see [`open_repository`].
+        files (`Mapping[str, Path]`): Path in the repository to the file to upload.
+        card (`str`): The generated card, with metadata.
+        local_card (`Path`, *optional*): A card of which to take what a person wrote, where the Hub's has nothing.
+        message (`str`): The commit message.
+        repo_type, revision, token: As for [`open_repository`].
+
+    Returns:
+        `str`: address of the repository.
+
+    Raises:
+        OSError: the upload failed: with the reason, and what to do about it.
+        ValueError: a card has metadata that cannot be read, or the Hub refuses the new one.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import EntryNotFoundError
+
+    api = HfApi(token=token, library_name="aligndet_hf")
+    place = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
+    operations = [CommitOperationAdd(path, file) for path, file in sorted(files.items())]
+    with clear_hub_errors(repo_id, token):
+        api.preupload_lfs_files(additions=operations, free_memory=False, **place)
+        # From here on nobody else may change the card: the commit is refused if its parent is no longer the last one.
+        parent = api.repo_info(**place).sha
+        cards = []
+        with contextlib.suppress(EntryNotFoundError):
+            cards.append(Path(api.hf_hub_download(repo_id, "README.md", repo_type=repo_type, revision=parent)))
+    if local_card is not None and local_card.exists():
+        cards.append(local_card)
+    card = merge_card(card, *(path.read_text(encoding="utf-8") for path in cards))
+    operations.append(CommitOperationAdd("README.md", card.encode()))
+    with clear_hub_errors(repo_id, token):
+        api.create_commit(operations=operations, commit_message=message, parent_commit=parent, **place)
+    return f"{api.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+
+
+@contextlib.contextmanager
+def clear_hub_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
+    """
+    One `OSError` in one line, without the token, for all ways in which talking to the Hub fails.
+
+    Args:
+        repo_id (`str`): The repository.
+        token (`str`, *optional*): The token in use; that of `hf auth login` or `HF_TOKEN` by default.
+    """
+    from huggingface_hub import get_token
+
+    try:
+        yield
+    except ValueError:  # such as a name that none can have, or metadata that the Hub refuses: says so itself
+        raise
+    except Exception as error:  # of the Hub client, its HTTP client, and its threads: each has its own
+        token = token or get_token()
+        causes, cause = [error], error
+        while cause := cause.__cause__:
+            causes.append(cause)
+        status = next((s for e in causes if (s := getattr(getattr(e, "response", None), "status_code", None))), None)
+        if token is None:
+            reason = "there is no token: run `hf auth login`, or set HF_TOKEN"
+        elif status == 401:
+            reason = "the Hub does not accept the token: run `hf auth login` again, or set HF_TOKEN"
+        elif status in (403, 404):
+            reason = (
+                f"the token may not write there, or there is no such owner ({status}): give a repository of your own, "
+                "or a token with the role `write`"
+            )
+        elif status == 412:
+            reason = "somebody changed the repository meanwhile: run the same command again"
+        else:
+            answer = next((words for e in causes if (words := getattr(e, "server_message", None))), None)
+            words = (answer or str(causes[-1])).strip().partition("\n")[0] or type(causes[-1]).__name__
+            reason = f"{words.rstrip('.')}. What has been sent is kept: run the same command again"
+        message = f"cannot upload to {repo_id}: {reason}".replace(token or "\0", "<token>")
+        leaks = any(token and token in str(e) for e in causes)
+        raise OSError(message) from (None if leaks else error)

@@ -1,0 +1,128 @@
+"""What was run and what came of it, as the files of a run tell: the one source of its card and its report."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..cards import told
+from ..detectors.families import FAMILIES
+
+SUMMARY = "pretrain_summary.json"
+SETTINGS, RESULTS = "finetune_settings.json", "results.json"
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """
+    A finished run of `aligndet pretrain` or `aligndet finetune`.
+
+    Attributes:
+        kind (`str`): "pretrain" or "finetune".
+        method (`str`): Of pre-training: "aligndet", which gives a detector, or "soco", which gives a backbone.
+        config (`PreTrainedConfig`): The configuration of the detector that came out; of SoCo that of its model.
+        dataset (`str`): Hub id or path of the images.
+        settings (`dict`): What was run.
+        images, steps (`int`, *optional*): Number of training images, and of optimizer steps.
+        base_model (`str`, *optional*): Hub id or path of the detector that the run started from.
+        license (`str`, *optional*): Hub name of the licence of the weights.
+        command (`str`, *optional*): The command line that does the same.
+        versions (`dict[str, str]`): Of Python and the packages.
+        proposals (`dict`, *optional*): How the proposals were made, see
+            [`~aligndet_hf.data.columns.proposal_record`], and their number as `boxes`.
+        metrics (`dict`): What `CocoMetrics.compute()` gave, 0 to 1, or the last entry of the pre-training log.
+        evaluation (`dict`): What `metrics` were measured on: `dataset`, `split` and `images`.
+        transfer (`dict`, *optional*): The transfer report: names of tensors under `kept`, `reset`, `mismatched` and
+            `frozen`.
+        backbone (`dict`, *optional*): The report of the weights that a new detector's backbone got.
+    """
+
+    kind: Literal["pretrain", "finetune"]
+    method: Literal["aligndet", "soco"] = "aligndet"
+    config: Any
+    dataset: str
+    settings: Mapping
+    images: int | None = None
+    steps: int | None = None
+    base_model: str | None = None
+    license: str | None = None
+    command: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    proposals: Mapping | None = None
+    metrics: Mapping = field(default_factory=dict)
+    evaluation: Mapping = field(default_factory=dict)
+    transfer: Mapping | None = None
+    backbone: Mapping | None = None
+
+    @property
+    def product(self) -> str | None:
+        """The folder in that of the run which others load; `None` if that is the folder of the run itself."""
+        return {"aligndet": "detector", "soco": "backbone"}[self.method] if self.kind == "pretrain" else None
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """
+    Reads the record of a finished run.
+
+    Args:
+        folder (`str` or `Path`): Its `output_dir`.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    common = {"transfer": read_json(folder / "transfer_report.json"), "backbone": _backbone_report(folder)}
+    if summary := read_json(folder / SUMMARY):
+        settings = summary["arguments"]
+        method = settings.get("method", "aligndet")
+        is_new = method == "soco" or settings["detector"] in FAMILIES
+        return RunRecord(
+            kind="pretrain",
+            method=method,
+            config=AutoConfig.from_pretrained(folder / "detector" if method == "aligndet" else folder),
+            dataset=settings["dataset"],
+            settings=settings,
+            images=summary["data"]["images"],
+            steps=summary["steps"],
+            base_model=None if is_new else settings["detector"],
+            license=settings.get("card_license"),
+            command=summary.get("command"),
+            versions=summary["versions"],
+            proposals=(summary.get("proposals") or {}) | {"boxes": summary["data"].get("proposals")},
+            metrics=summary["metrics"],
+            **common,
+        )
+    results, settings = read_json(folder / RESULTS), read_json(folder / SETTINGS)
+    if results and settings:
+        return RunRecord(
+            kind="finetune",
+            config=AutoConfig.from_pretrained(folder),
+            dataset=settings["dataset"],
+            settings=settings,
+            images=results["images"],
+            steps=results["steps"],
+            base_model=settings["detector"] if common["transfer"] else None,
+            license=results.get("card_license"),
+            command=results.get("command"),
+            versions=results.get("versions", {}),
+            metrics=results["metrics"],
+            evaluation=results.get("evaluation", {}),
+            **common,
+        )
+    raise ValueError(
+        f"{folder} holds no finished run of `aligndet pretrain` ({SUMMARY}) or `aligndet finetune` ({RESULTS} and "
+        f"{SETTINGS})"
+    )
+
+
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file, `None` if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _backbone_report(folder: Path) -> dict | None:
+    report = read_json(folder / "backbone_report.json")
+    return report and report | {"source": told(report["source"])}

@@ -1,0 +1,62 @@
+"""What ends a run: its card, its report, and the upload of both with the detector."""
+
+from pathlib import Path
+
+from .. import __version__
+from ..cards import write_card
+from ..hub import upload
+from ..reporting.html_report import REPORT, write_report
+from ..reporting.model_card import model_card, run_title
+from ..reporting.run_record import read_run
+
+# Of a folder what loads a model; the rest of a run tells of the machine it ran on, or is for resuming.
+_MODEL_FILES = ("config.json", "*processor_config.json", "model*.safetensors", "*.safetensors.index.json")
+
+
+def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: bool = True) -> None:
+    """
+    Writes the card and the report of a finished run and, if asked to, uploads them with the detector.
+
+    The repository has the plain detector (of SoCo the backbone) at its top, the report, the log and, of pre-training,
+    the whole model with its momentum copy in a folder named after the method.
+
+    Args:
+        output_dir (`Path`): The folder of the run.
+        arguments: Those of the run, of which `write_report`, `card_license`, `hub_revision` and `hub_token` count.
+        repo_id (`str`, *optional*): The repository to upload to, see [`~aligndet_hf.hub.open_repository`].
+        anew (`bool`, *optional*, defaults to `True`): Whether to replace the report if there is one.
+
+    Raises:
+        OSError: the upload failed. The run is complete; to call this again, run the same command.
+    """
+    record = read_run(output_dir)
+    record.license = arguments.card_license or record.license
+    card = write_card(output_dir / "README.md", model_card(record, output_dir.resolve().name, record.product))
+    if arguments.write_report and (anew or not (output_dir / REPORT).exists()):
+        write_report(output_dir)
+    if repo_id is None:
+        return
+
+    files = {
+        name: output_dir / name for name in (REPORT, "log.jsonl", "transfer_report.json", "torchvision.safetensors")
+    }
+    files = {name: path for name, path in files.items() if path.is_file()}
+    if record.product is None:
+        files |= _model_files(output_dir)
+    else:
+        files |= _model_files(output_dir / record.product)
+        files |= {f"{record.method}/{name}": path for name, path in _model_files(output_dir).items()}
+    address = upload(
+        repo_id,
+        files,
+        model_card(record, repo_id),
+        message=f"{run_title(record)}: {record.steps} steps (aligndet_hf {__version__})",
+        local_card=card,
+        revision=arguments.hub_revision,
+        token=getattr(arguments, "hub_token", None),
+    )
+    print(f"Uploaded to {address}")
+
+
+def _model_files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
