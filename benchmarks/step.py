@@ -244,7 +244,7 @@ def loader_wait(step: Callable, images: int, height: int, width: int, workers: i
 
 
 def main(words: list[str] | None = None) -> dict:
-    parser = common.parser(__file__, __doc__, repeats=5)
+    parser = common.parser(__file__, __doc__, repeats=4)
     sizes = {"images": 2, "height": 480, "width": 640, "proposals": 50}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
