@@ -42,7 +42,7 @@ def main(dataset: str, detector: str, folder: str) -> None:
     sharding.prepare = counted
 
     def run(name):
-        fields = {"image_sizes": [64], "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3}
+        fields = {"image_sizes": [64], "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-4}
         fields |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_proposals": 4}
         fields |= {"use_cpu": True, "disable_tqdm": True, "output_dir": str(folder / name)}
         module.pretrain(module.PretrainArguments(dataset=dataset, detector=detector, **fields))
