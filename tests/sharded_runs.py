@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
@@ -49,7 +50,7 @@ def main(dataset: str, detector: str, folder: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
     # One group of processes for all runs: its ports cannot be used anew at once.
-    module.accelerate.Accelerator.end_training = lambda accelerator: None
+    Accelerator.end_training = lambda accelerator: None
     run("ddp")
     module.build_accelerator = under_fsdp(build)
     run("fsdp")
