@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
@@ -42,14 +43,14 @@ def main(dataset: str, detector: str, folder: str) -> None:
     sharding.prepare = counted
 
     def run(name):
-        fields = {"image_sizes": [64], "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-3}
+        fields = {"image_sizes": [64], "max_steps": 4, "save_steps": 2, "logging_steps": 1, "learning_rate": 1e-4}
         fields |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_proposals": 4}
         fields |= {"use_cpu": True, "disable_tqdm": True, "output_dir": str(folder / name)}
         module.pretrain(module.PretrainArguments(dataset=dataset, detector=detector, **fields))
         AcceleratorState._reset_state(reset_partial_state=True)
 
     # One group of processes for all runs: its ports cannot be used anew at once.
-    module.accelerate.Accelerator.end_training = lambda accelerator: None
+    Accelerator.end_training = lambda accelerator: None
     run("ddp")
     module.build_accelerator = under_fsdp(build)
     run("fsdp")
