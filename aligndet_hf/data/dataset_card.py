@@ -118,6 +118,7 @@ def _source(settings: Mapping) -> str:
         "detector": f"what a trained model finds ({told(settings.get('detector'))})",
         "json": "those of a proposal file",
         "column": "boxes that the data set had",
+        "random": "random boxes, as a control",
     }.get(settings.get("source"), "boxes of an unrecorded source")
 
 

@@ -13,8 +13,8 @@ import yaml
 from ..cli import COMMANDS, nearest, parse_arguments
 
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
-# Not commands that run others.
-STAGE_COMMANDS = [name for name in COMMANDS if name not in ("chain", "compare")]
+# Not commands that run others, nor the one that writes into the folder of another.
+STAGE_COMMANDS = [name for name in COMMANDS if name not in ("chain", "compare", "report")]
 # The place of a stage is the pipeline's affair, and one stage done anew would leave those after it behind.
 RESERVED = {"output_dir", "overwrite_output_dir", "overwrite"}
 
