@@ -87,7 +87,10 @@ def _split_card(card: str) -> tuple[dict, str]:
 
 def write_card(path: Path, generated: str) -> Path:
     """Writes a card to a file, which is complete or absent; one that is there keeps what a person wrote in it."""
-    card = merge_card(generated, path.read_text(encoding="utf-8")) if path.exists() else generated
+    there = path.read_text(encoding="utf-8") if path.exists() else None
+    card = generated if there is None else merge_card(generated, there)
+    if card == there:
+        return path
     unfinished = path.with_name(f"unfinished-{path.name}")
     unfinished.write_text(card, encoding="utf-8")
     os.replace(unfinished, path)
