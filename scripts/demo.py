@@ -60,7 +60,15 @@ def main(output: Path) -> None:
         unfinished.rename(data)
 
     banner(f"1. proposals for {NUM_UNLABELLED} images without labels")
-    generate_proposals(ProposalsArguments(dataset=str(data / "unlabelled"), output_dir=str(output / "proposals")))
+    generate_proposals(
+        ProposalsArguments(
+            dataset=str(data / "unlabelled"),
+            output_dir=str(output / "proposals"),
+            # Few boxes that are apart: a scene has up to five objects, and the best five boxes find most of them.
+            nms_threshold=0.3,
+            max_relative_size=0.7,
+        )
+    )
 
     banner("2. pre-training of the whole detector")
     pretrained = pretrain(
@@ -69,7 +77,7 @@ def main(output: Path) -> None:
             dataset=str(output / "proposals"),
             output_dir=str(output / "pretrained"),
             image_sizes=[96, 128],
-            max_proposals=20,
+            max_proposals=5,
             aligndet_config={"freeze_backbone": False, "base_momentum": 0.95, "contrastive_temperature": 0.2},
             max_steps=600,
             per_device_train_batch_size=8,
