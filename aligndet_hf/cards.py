@@ -6,7 +6,6 @@ told in it. No card holds a path of this machine or a token.
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shlex
@@ -15,6 +14,8 @@ from enum import Enum
 from pathlib import Path
 
 import yaml
+
+from .files import write_text
 
 BEGIN = "<!-- aligndet: from here to the last such line generated anew by every run; what else you write stays -->"
 END = "<!-- aligndet: end of the generated part -->"
@@ -91,9 +92,7 @@ def write_card(path: Path, generated: str) -> Path:
     card = generated if there is None else merge_card(generated, there)
     if card == there:
         return path
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    unfinished.write_text(card, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, card)
     return path
 
 

@@ -97,8 +97,8 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
 
 def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
     events = []
-    sync, replace = checkpointing._sync, os.replace
-    monkeypatch.setattr(checkpointing, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, replace = checkpointing.sync, os.replace
+    monkeypatch.setattr(checkpointing, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
     save(tmp_path, 3)
     before, after = events[: events.index("replace")], events[events.index("replace") + 1 :]

@@ -25,6 +25,7 @@ from datasets.table import embed_table_storage, table_cast
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..files import write_json
 from ..hub import HubArguments, open_repository
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
@@ -600,13 +601,6 @@ def _flat(settings: dict) -> dict:
         inner = _flat(value) if isinstance(value, dict) else None
         flat |= {key: value} if inner is None else {f"{key}.{name}": entry for name, entry in inner.items()}
     return flat
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a file that is either complete or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 # ---- streams: rows are stored as they come, in shards that are searched at once ----

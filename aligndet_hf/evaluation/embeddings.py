@@ -1,7 +1,6 @@
 """`aligndet embeddings`: what the decoders of detectors make of labelled objects, drawn and measured."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from ..data.formats import category_names, load_dataset_source
 from ..detectors.backbones import get_backbone
 from ..detectors.build import detector_from_config
 from ..detectors.families import family_of
+from ..files import write_json
 from ..matching import match_queries
 from .evaluate import EvaluationImages, normalization_of
 from .knn import knn_accuracy
@@ -150,7 +150,7 @@ def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
         "detectors": results,
         "versions": versions(),
     }
-    (output / RESULTS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(output / RESULTS, record)
     print(_format(results))
     print(f"Saved to {path}")
     return results

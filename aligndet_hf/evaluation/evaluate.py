@@ -19,6 +19,7 @@ from ..data.dataset import init_worker
 from ..data.errors import DataError, ImageError
 from ..data.formats import category_names, load_dataset_source
 from ..data.images import decode_image
+from ..files import write_json
 from .coco_metrics import CocoMetrics, format_table
 from .pictures import new_figure, plot_predictions
 
@@ -106,7 +107,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         folder.mkdir(parents=True, exist_ok=True)
         measured = {"detector": arguments.detector, "dataset": arguments.dataset, "split": arguments.split}
         record = measured | {"images": len(images), "metrics": results}
-        (folder / "results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "results.json", record)
         if arguments.save_predictions:
             (folder / "predictions.json").write_text(json.dumps(detections), encoding="utf-8")
         if arguments.num_pictures:

@@ -1,6 +1,5 @@
 """What features know without being trained further: the accuracy of nearest neighbours, and `aligndet knn`."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ..data.columns import read_values, validate_objects
 from ..data.errors import ImageError
 from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import build_detector
+from ..files import write_json
 from .box_features import BoxFeatures, BoxImages
 
 
@@ -136,7 +136,7 @@ def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         record = asdict(arguments) | {"results": results}
-        (folder / "knn.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "knn.json", record)
     return results
 
 

@@ -1,6 +1,5 @@
 """`aligndet recall`: how many objects the proposals find, beside boxes that have not seen the image."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from ..data.columns import arrow_batches, find_faults, read_boxes, read_values, 
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
+from ..files import write_json
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
 from .pictures import new_figure, plot_proposals, plot_recall
@@ -97,7 +97,7 @@ def measure_recall(arguments: RecallArguments) -> dict:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         record = {"dataset": arguments.dataset, "split": arguments.split, "seed": arguments.seed, **results}
-        (folder / "recall.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "recall.json", record)
         if labelled and arguments.plot:
             plot_recall(results["recall"], folder / "recall.png")
         if arguments.num_pictures:

@@ -16,8 +16,8 @@ from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.splits import nested_subsets
 from ..evaluation.comparison import Run, compare_runs
 from ..evaluation.pictures import new_figure
+from ..files import write_json
 from ..reporting.comparison import write_report
-from ..training.checkpointing import write_json
 from ..training.finetune_arguments import FinetuneArguments
 from .chain import PipelineArguments
 from .runner import is_finished, only_one, record_of, run_stages

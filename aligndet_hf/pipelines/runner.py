@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import cli
-from ..training.checkpointing import write_json
+from ..files import write_json
 from ..training.interrupts import TrainingInterrupted
 from .stages import Stage
 

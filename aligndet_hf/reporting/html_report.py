@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from ..cards import told, told_settings
 from ..data.dataset_card import describe_proposals
 from ..evaluation.pictures import has_matplotlib
+from ..files import write_text
 from .model_card import (
     COCO_KEYS,
     describe_backbone,
@@ -130,9 +130,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title, subtitle=subtitle, tiles=tiles, sections=sections
     )
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, page)
     return path
 
 

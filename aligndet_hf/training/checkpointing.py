@@ -21,10 +21,11 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers.utils import logging
 
+from ..files import UNFINISHED, sync
+
 logger = logging.get_logger(__name__)
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "trainer_state.json"
-UNFINISHED = "unfinished-"  # What a folder or file is called until it is complete, or while it is being removed.
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,11 @@ def atomic_folder(final: Path):
             folder.mkdir(parents=True)
             yield folder
             for path in (*folder.rglob("*"), folder):
-                _sync(path)
+                sync(path)
             if final.exists():
                 _remove(final)
             os.replace(folder, final)
-            _sync(final.parent)
+            sync(final.parent)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -171,15 +172,6 @@ def clear_write_errors(path: Path):
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         raise OSError(f"could not write {path}: {error}. The checkpoints saved before are untouched.") from error
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file that is complete or absent."""
-    unfinished = path.with_name(UNFINISHED + path.name)
-    unfinished.write_text(json.dumps(content, indent=2) + "\n")
-    _sync(unfinished)
-    os.replace(unfinished, path)
-    _sync(path.parent)
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
@@ -202,11 +194,3 @@ def _signature(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return f"{path.stat().st_size} bytes, sha256 {digest.hexdigest()}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

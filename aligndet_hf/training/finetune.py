@@ -33,6 +33,7 @@ from ..detectors.transfer import TransferReport, transfer_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.evaluate import EvaluationImages, draw_predictions, normalization_of, predict_batches
 from ..evaluation.pictures import has_matplotlib
+from ..files import write_json
 from ..hub import open_repository
 from ..reporting.run_record import RESULTS, SETTINGS
 from .checkpointing import (
@@ -40,7 +41,6 @@ from .checkpointing import (
     prepare_output_dir,
     remove_checkpoints,
     require_same_run,
-    write_json,
 )
 from .finetune_arguments import FinetuneArguments
 from .publish import publish_run

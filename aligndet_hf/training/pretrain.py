@@ -24,6 +24,7 @@ from ..cards import command_line, versions
 from ..data.columns import proposal_record, validate_proposals
 from ..data.formats import load_dataset_source
 from ..data.sampling import EpochBatchSampler
+from ..files import write_json
 from ..hub import open_repository
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..momentum import cosine_momentum
@@ -36,7 +37,6 @@ from .checkpointing import (
     remove_checkpoints,
     require_same_run,
     save_checkpoint,
-    write_json,
 )
 from .compilation import compile_networks
 from .interrupts import StopSignals, TrainingInterrupted

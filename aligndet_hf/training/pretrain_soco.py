@@ -14,6 +14,7 @@ from ..detectors.backbone_weights import load_weights
 from ..detectors.backbones import build_backbone_config, image_statistics
 from ..models import SoCoConfig, SoCoForPreTraining
 from ..models.modeling_soco import TORCHVISION
+from ..processes import is_distributed
 from .pretrain_arguments import PretrainArguments
 
 
@@ -38,7 +39,7 @@ def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
     weights = arguments.backbone_weights or checkpoint
     report = load_weights(model.encoder.backbone, backbone, weights) if weights else None
     model.update_momentum_encoder(0.0)
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and not arguments.use_cpu:
+    if is_distributed() and not arguments.use_cpu:
         from timm.layers import convert_sync_batchnorm
 
         # The statistics are those of the whole batch, as in the official code; PyTorch has that for GPUs alone.

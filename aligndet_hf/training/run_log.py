@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..files import write_text
+
 
 class RunLog:
     """
@@ -34,9 +36,7 @@ class RunLog:
         self._pending: list[tuple[list[str], Tensor]] = []
         if accelerator.is_main_process:
             lines = path.read_text().splitlines() if path.exists() else []
-            unfinished = path.with_name(f"unfinished-{path.name}")
-            unfinished.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
-            os.replace(unfinished, path)
+            write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
     def add(self, scalars: dict[str, Tensor]) -> None:
         """Add one observation of each scalar tensor. NaN says "nothing to measure" and is left out of the mean."""
