@@ -495,3 +495,8 @@ def test_several_gpus_need_a_launcher(arguments, monkeypatch):
 def test_trackers(arguments, monkeypatch):
     result = pretrain(arguments(report_to=["tensorboard"], max_steps=1))
     assert list(result.output_dir.rglob("events.out.tfevents*"))
+
+
+def test_none_is_no_tracker(arguments):
+    result = pretrain(arguments(report_to=["none"], max_steps=1))
+    assert (result.output_dir / "log.jsonl").exists() and not list(result.output_dir.rglob("events.out.tfevents*"))

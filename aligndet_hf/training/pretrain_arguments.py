@@ -138,7 +138,7 @@ class PretrainArguments(DetectorArguments, HubArguments):
     save_total_limit: int = field(default=2, metadata={"help": "checkpoints to keep"})
     logging_steps: int = field(default=50, metadata={"help": "steps between entries of the log (log.jsonl, trackers)"})
     report_to: list[str] = field(
-        default_factory=list, metadata={"help": "trackers of Accelerate: tensorboard, wandb, ..."}
+        default_factory=list, metadata={"help": "trackers of Accelerate: tensorboard, wandb, ... (or none)"}
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "data loading processes per training process"})
     use_cpu: bool = field(default=False, metadata={"help": "train on the CPU even if there is a GPU"})

@@ -52,7 +52,7 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
     accelerator = Accelerator(
         cpu=arguments.use_cpu,
         mixed_precision=arguments.mixed_precision,
-        log_with=arguments.report_to or None,
+        log_with=[name for name in arguments.report_to if name != "none"] or None,
         project_dir=arguments.output_dir,
         # A batch without any proposal leaves denoising embeddings without a gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
