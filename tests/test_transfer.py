@@ -8,7 +8,7 @@ from tiny_detectors import NUM_LABELS, random_batch, tiny_detector
 
 from aligndet_hf.detectors.backbones import get_backbone
 from aligndet_hf.detectors.build import detector_from_config
-from aligndet_hf.detectors.families import FAMILIES
+from aligndet_hf.detectors.families import FAMILIES, family_of
 from aligndet_hf.detectors.transfer import transfer_detector
 
 ALL = sorted(FAMILIES)
@@ -122,6 +122,34 @@ def test_focal_losses_start_from_a_prior_of_one_in_a_hundred(model_type):
     assert (source.class_labels_classifier.bias == 0).all()  # what transformers does: one half
     detector, _ = transfer_detector(source, 7)
     torch.testing.assert_close(detector.class_labels_classifier.bias, torch.full((7,), -math.log(99)))
+
+
+@pytest.mark.parametrize(
+    "model_type", ["detr", "table-transformer", "conditional_detr", "dab-detr", "deformable_detr"]
+)
+def test_encoder_decoder_and_queries_start_as_published(model_type):
+    source = tiny_detector(model_type)
+    torch.manual_seed(0)
+    detector = detector_from_config(source.config)
+
+    def layers(detector):
+        return {
+            name: module.weight
+            for name, module in detector.named_modules()
+            if isinstance(module, torch.nn.Linear) and re.match(r"model\.(encoder|decoder)\.layers\.", name)
+        }
+
+    def queries(detector):
+        (name,) = family_of(detector.config).query_embeddings
+        return detector.get_submodule(f"model.{name}").weight
+
+    assert queries(source).std() < 0.03  # what transformers does
+    assert 0.8 < queries(detector).std() < 1.2
+    for name, weight in layers(detector).items():
+        if name.endswith(("sampling_offsets", "attention_weights")):
+            assert (weight == 0).all()
+        else:
+            torch.testing.assert_close(weight.std().item(), (2 / sum(weight.shape)) ** 0.5, rtol=0.15, atol=0)
 
 
 @pytest.mark.parametrize("model_type", ["rt_detr", "rt_detr_v2"])

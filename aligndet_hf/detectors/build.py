@@ -173,11 +173,17 @@ def _backbone_fields(
 
 def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """
-    A detector with random weights, as transformers makes it, but for two things.
+    A detector with random weights, as transformers makes it, but for three things.
 
     transformers draws the scales of the batch norms of RT-DETR and RT-DETRv2 from a normal distribution around 0 with
     a standard deviation of 0.01, which silences the encoder's convolutions for hundreds of steps. Here they start at
     1 (Ioffe & Szegedy, ICML 2015).
+
+    It draws nearly all matrices and embeddings from a normal distribution with a standard deviation of 0.02, as
+    language models have it. The attention of DETR and its nearest relatives hardly sees the image then, and their
+    queries start at one point. Here the matrices of the encoder and decoder start as Glorot & Bengio (AISTATS 2010)
+    have it, and the query embeddings with a standard deviation of 1, as in DETR's paper (Carion et al., ECCV 2020,
+    section 4) and code.
 
     It starts the class layers of Conditional and Deformable DETR at a probability of one half, and those of DAB-DETR
     at one in the classes (older versions also some of LW-DETR at one half). The focal loss of their papers counts on
@@ -187,15 +193,23 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
         config (`PreTrainedConfig`): the config of a detector of a supported family.
     """
     detector = AutoModelForObjectDetection.from_config(config)
-    of_backbone = set(get_backbone(detector).modules())
-    for module in detector.modules():
-        if isinstance(module, nn.BatchNorm2d) and module not in of_backbone:
-            nn.init.ones_(module.weight)
     family = family_of(config)
+    is_class_head = re.compile(family.class_heads).match
+    is_of_layers = re.compile(r"model\.(encoder|decoder)\.").match
+    of_backbone = set(get_backbone(detector).modules())
+    for name, module in detector.named_modules():
+        if module in of_backbone:
+            continue
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+        elif family.starts_small and name.endswith(family.query_embeddings):
+            nn.init.normal_(module.weight)
+        # What starts at zero, such as the offsets of deformable attention, does so on purpose.
+        elif family.starts_small and is_of_layers(name) and isinstance(module, nn.Linear) and module.weight.any():
+            nn.init.xavier_uniform_(module.weight)
     if family.losses(config).class_loss in ("focal", "iou_aware"):
-        is_class_head = re.compile(family.class_heads)
         for name, parameter in detector.named_parameters(remove_duplicate=False):
-            if is_class_head.match(name) and name.endswith("bias"):
+            if is_class_head(name) and name.endswith("bias"):
                 nn.init.constant_(parameter, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
     return detector
 

@@ -96,6 +96,8 @@ class Family:
         untrained_tokens (`Callable`): `config -> bool`, whether the encoder proposes boxes with heads that
             transformers' loss does not train.
         size_multiple (`Callable`): `config -> int`, what the sides of the images must be divisible by.
+        starts_small (`bool`): whether transformers starts matrices and query embeddings many times smaller than the
+            family's paper, see [`~aligndet_hf.detectors.build.detector_from_config`].
         defaults (`tuple[tuple[str, Any], ...]`): config fields this package sets differently from transformers when
             it builds a detector.
     """
@@ -118,6 +120,7 @@ class Family:
     constants: tuple[str, ...] = ()
     untrained_tokens: Callable[[PreTrainedConfig], bool] = lambda config: False
     size_multiple: Callable[[PreTrainedConfig], int] = lambda config: 1
+    starts_small: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
 
 
@@ -274,6 +277,7 @@ _DETR = Family(
     backbone_fields=_no_fields,
     image_processor="DetrImageProcessor",
     resize="shortest_edge",
+    starts_small=True,
     defaults=(("auxiliary_loss", True),),
 )
 
@@ -371,6 +375,7 @@ _ALL: dict[str, Family] = {
         resize="square",
         num_queries=attrgetter("num_detection_tokens"),
         size_multiple=attrgetter("patch_size"),
+        starts_small=False,
         # transformers cannot compute it: only the last layer has heads.
         defaults=(("auxiliary_loss", False),),
     ),
