@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..cards import hub_ids, told
+from ..data.shards import read_report
 from ..detectors.families import FAMILIES
 
 SUMMARY = "pretrain_summary.json"
@@ -94,7 +95,7 @@ def read_run(folder: str | Path) -> RunRecord:
             method=method,
             config=AutoConfig.from_pretrained(folder / "detector" if method == "aligndet" else folder),
             dataset=settings["dataset"],
-            origin=(read_json(Path(settings["dataset"]) / "proposals.json") or {}).get("dataset"),
+            origin=read_report(Path(settings["dataset"])).get("dataset"),
             settings=settings,
             images=summary["data"]["images"],
             steps=summary["steps"],
