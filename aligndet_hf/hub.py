@@ -55,7 +55,7 @@ def open_repository(
         OSError: no token, no permission, no such owner, no connection: with what to do about it.
         ValueError: it shall be private and is public, or the Hub does not know the licence.
     """
-    from huggingface_hub import HfApi, RepoCard
+    from huggingface_hub import HfApi, get_session
 
     api = HfApi(token=token)
     with clear_hub_errors(name, token):
@@ -64,10 +64,10 @@ def open_repository(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         if license is not None:
-            try:
-                RepoCard(f"---\nlicense: {license}\n---\n").validate(repo_type)
-            except ValueError as error:
-                raise ValueError(f"card_license: the Hub does not know the licence {license!r}") from error
+            # Not `RepoCard.validate`, which before huggingface_hub 2 asks huggingface.co whatever HF_ENDPOINT says.
+            card = {"content": f"---\nlicense: {license}\n---\n", "repoType": repo_type}
+            if get_session().post(f"{api.endpoint}/api/validate-yaml", json=card).status_code == 400:
+                raise ValueError(f"card_license: the Hub does not know the licence {license!r}")
         is_public = private and not api.repo_info(repo_id, repo_type=repo_type).private
     if is_public:
         raise ValueError(f"{repo_id} is to be private, but is there and public: make it private on the Hub first")

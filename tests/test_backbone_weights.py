@@ -170,6 +170,8 @@ def test_files_that_are_no_weights_are_one_clear_error(detector, tmp_path):
             load_backbone_weights(detector, tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors not found: expected .* or 'timm'"):
         load_backbone_weights(detector, tmp_path / "none.safetensors")
+    with pytest.raises(OSError, match="'someone/trunk' are neither a file nor a folder, and could not be loaded from"):
+        load_backbone_weights(detector, "someone/trunk")
 
 
 def test_weights_that_cannot_be_downloaded_are_one_clear_error(detector, monkeypatch):

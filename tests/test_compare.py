@@ -2,10 +2,13 @@
 
 import csv
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from aligndet_hf import cli
 from aligndet_hf.data.synthetic import write_synthetic_folder
@@ -238,6 +241,48 @@ def test_the_same_command_tries_only_what_failed(finished, settings, monkeypatch
     arms = {name: settings["arms"][name] for name in ("plain", "aligndet")}
     results = compare(CompareArguments(**settings | {"arms": arms}, output_dir=str(folder), num_parallel=0))
     assert commands == [] and results["failures"] == {} and len(results["runs"]) == 8
+
+
+def test_a_finished_comparison_is_published(finished, settings, data, tmp_path):
+    """What `model_cards/` holds: results, report and cards, which agree and name no place of this machine."""
+    folder, _ = finished
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "model_cards.py"))
+    shown = tmp_path / "model_cards" / "scenes"
+    if json.loads((folder / "results.json").read_text())["failures"]:
+        with pytest.raises(ValueError, match="is not finished"):
+            script["publish"](folder, shown)
+    arms = {name: settings["arms"][name] for name in ("plain", "aligndet")}
+    compare(CompareArguments(**settings | {"arms": arms}, output_dir=str(folder), num_parallel=0))
+
+    cards = script["publish"](folder, shown, "apache-2.0")
+    names = ("shared-pretrain-seed-0", "aligndet-finetune-fraction-0.5-seed-0", "aligndet-finetune-fraction-1-seed-0")
+    assert sorted(card.name for card in cards) == sorted(f"scenes-{name}.md" for name in names)
+    for path in shown.iterdir():
+        if path.suffix != ".png":
+            assert str(data.parents[1]) not in path.read_text() and str(folder.parent) not in path.read_text(), path
+    start, tenth, _ = (ModelCard((shown / f"scenes-{name}.md").read_text()) for name in names)
+    assert all(card.data.license == "apache-2.0" for card in (start, tenth))
+    # The source of the proposals, not the folder `proposals`.
+    assert "# RTDetr pre-trained with AlignDet on data" in start.text and "Nothing was measured" not in start.text
+    results = json.loads((shown / "results.json").read_text())
+    run = next(run for run in results["runs"] if (run["arm"], run["fraction"], run["seed"]) == ("aligndet", 0.5, 0))
+    assert tenth.data.eval_results[0].metric_value == round(100 * run["metrics"]["AP"], 2)
+    for words in (
+        "```bash\naligndet finetune --", "--dataset data ", "label_fraction: 0.5", "From pretrain-seed-0, by tensor",
+        "| kept | ", "COCO box metrics in percent on data, split `validation`, 3 images", "| class | AP |",
+        "## Limits", "2307.11077", "after 2 steps of fine-tuning from 2 starting points, seeds 0, 3.",
+        "Difference to plain on the same labels",
+    ):  # fmt: skip
+        assert words in tenth.text, words
+    assert "seed-0.yaml" in (shown / "report.md").read_text()
+
+    page = "Before.\n<!-- results of model_cards/scenes/results.json -->\nold\n<!-- end of results -->\nAfter.\n"
+    filled = script["fill"](page, tmp_path)
+    means = [results["statistics"]["0.5"][arm]["metrics"]["AP"] for arm in ("plain", "aligndet")]
+    cells = [f"{100 * found['mean']:.1f} ± {100 * found['std']:.1f} (2)" for found in means]
+    assert filled.startswith("Before.\n<!-- ") and filled.endswith("<!-- end of results -->\nAfter.\n")
+    assert "old" not in filled and f"| 50 % of the labels | 2 | {' | '.join(cells)} |" in filled
+    assert script["fill"](filled, tmp_path) == filled
 
 
 def test_other_settings_of_the_common_stage_are_told(settings, tmp_path, monkeypatch):

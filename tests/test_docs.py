@@ -2,17 +2,21 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 import aligndet_hf
 from aligndet_hf.cli import COMMANDS, parse_arguments
 from aligndet_hf.pipelines.chain import plan_chain
 from aligndet_hf.pipelines.compare import CompareArguments, plan_jobs
+from aligndet_hf.reporting.comparison import summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -77,6 +81,23 @@ def planned_stages(arguments) -> list:
     if isinstance(arguments, CompareArguments):
         return [stage for job in plan_jobs(arguments) for stage in job.stages]
     return list(plan_chain(arguments).values())
+
+
+def test_published_results_are_those_of_the_cards_and_the_pages():
+    """`python scripts/model_cards.py` makes them so."""
+    script = runpy.run_path(str(ROOT / "scripts" / "model_cards.py"))
+    for path in script["pages"](ROOT):
+        page = path.read_text(encoding="utf-8")
+        assert script["fill"](page, ROOT) == page, path
+    for path in ROOT.glob("model_cards/*/results.json"):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        measured = {round(100 * run["metrics"]["AP"], 2) for run in results["runs"]}
+        cards = set(path.parent.glob("*.md")) - {path.parent / "report.md"}
+        assert cards
+        for card in map(ModelCard.load, cards):
+            assert summary(results) in card.text
+            own = {one.metric_value for one in card.data.eval_results or () if one.metric_name.startswith("AP (IoU")}
+            assert own <= measured, card.text[:200]
 
 
 def test_there_are_documented_commands():

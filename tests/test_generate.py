@@ -16,11 +16,12 @@ import PIL.Image
 import pytest
 
 from aligndet_hf import cli
-from aligndet_hf.data import generate, sources
+from aligndet_hf.data import generate, shards, sources, stream_shards
 from aligndet_hf.data.columns import DataError, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
-from aligndet_hf.data.generate import ProposalsArguments, content_hash, generate_proposals
+from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
 from aligndet_hf.data.images import decode_image
+from aligndet_hf.data.shards import content_hash
 from aligndet_hf.proposals import opencv_selective_search
 
 QUICK = {
@@ -278,7 +279,7 @@ def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
     class Killed(BaseException):
         pass
 
-    search, replace, new_stream = sources.opencv_selective_search, os.replace, generate.pa.ipc.new_stream
+    search, replace, new_stream = sources.opencv_selective_search, os.replace, shards.pa.ipc.new_stream
 
     def kill(*args, **kwargs):
         raise Killed
@@ -296,10 +297,10 @@ def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
         return kill() if Path(path).is_dir() else replace(path, target)
 
     for target, name, replacement in [
-        (generate.pa.ipc, "new_stream", write_half),
+        (shards.pa.ipc, "new_stream", write_half),
         (sources, "opencv_selective_search", search_five),
-        (generate, "_with_proposals", kill),
-        (generate, "embed_table_storage", kill),
+        (shards, "_with_proposals", kill),
+        (shards, "embed_table_storage", kill),
         (os, "replace", replace_files),
     ]:
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -316,7 +317,7 @@ def test_unfinished_run_of_other_settings_is_not_mixed_in(tmp_path, counted, mon
     write_images(tmp_path / "images", 4)
     run = arguments(tmp_path / "images", tmp_path / "out")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate, "_with_proposals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(shards, "_with_proposals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         generate_proposals(run)
     with pytest.raises(
         DataError, match="unfinished run with other settings .short_side: 48 then, 50 now.*--overwrite"
@@ -387,21 +388,21 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch, embedded):
         (tmp_path / f"{number:03d}.png").write_bytes(blob)
     source = load_dataset_source(tmp_path)
     if embedded:
-        generate.save_split(source, tmp_path / "saved")
+        shards.save_split(source, tmp_path / "saved")
         source = load_dataset_source(tmp_path / "saved")
-    before, mapped, reopened = mapped_megabytes(), [], generate.reopened
+    before, mapped, reopened = mapped_megabytes(), [], shards.reopened
     del blob
 
     def watched(*args):
         mapped.append(mapped_megabytes() - before)
         return reopened(*args)
 
-    monkeypatch.setattr(generate, "reopened", watched)
-    monkeypatch.setattr(generate, "_ROWS_AT_ONCE", 16)
-    monkeypatch.setattr(generate, "_FILE_BYTES", 30_000_000)
+    monkeypatch.setattr(shards, "reopened", watched)
+    monkeypatch.setattr(shards, "_ROWS_AT_ONCE", 16)
+    monkeypatch.setattr(shards, "_FILE_BYTES", 30_000_000)
     tracemalloc.start()
     content_hash(source)
-    generate.save_split(source, tmp_path / "copy")
+    shards.save_split(source, tmp_path / "copy")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(mapped) == 2 * 13 and max(mapped) < 30 and peak < 30e6
@@ -565,7 +566,7 @@ def test_a_stream_interrupted_anywhere_continues(parquet, tmp_path, monkeypatch,
     class Killed(Exception):
         pass
 
-    read, replace, calls = generate.read_shard, os.replace, []
+    read, replace, calls = stream_shards.read_shard, os.replace, []
 
     def killed_now(*args):
         calls.append(None)
@@ -581,8 +582,8 @@ def test_a_stream_interrupted_anywhere_continues(parquet, tmp_path, monkeypatch,
         killed_now()
         replace(*args)
 
-    monkeypatch.setattr(generate, "read_shard", read_shard)
-    monkeypatch.setattr(generate.os, "replace", replaced)
+    monkeypatch.setattr(stream_shards, "read_shard", read_shard)
+    monkeypatch.setattr(os, "replace", replaced)
     kills = 0
     while True:
         try:

@@ -13,12 +13,14 @@ import yaml
 from local_hub import USERS, LocalHub
 from safetensors.torch import load_file
 from tiny_detectors import tiny_detector
+from tiny_soco import SMALL
 
 from aligndet_hf.cards import BEGIN, END
 from aligndet_hf.data.synthetic import write_synthetic_folder
 
 HERE = Path(__file__).parent
 WRITER, READER = USERS
+SMALL_DETR = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 
 
 class Outcome(NamedTuple):
@@ -92,17 +94,8 @@ def folder(tmp_path_factory):
 def commands(folder):
     """The commands of the journey; each reads from the Hub what the one before has uploaded."""
     short = (
-        "--image_sizes",
-        64,
-        "--max_steps",
-        2,
-        "--use_cpu",
-        "true",
-        "--disable_tqdm",
-        "true",
-        "--logging_steps",
-        1,
-    )
+        "--image_sizes", 64, "--max_steps", 2, "--use_cpu", "true", "--disable_tqdm", "true", "--logging_steps", 1,
+    )  # fmt: skip
     return {
         "proposals": (
             "proposals", "--dataset", folder / "scenes", "--output_dir", folder / "boxes", "--num_workers", 0,
@@ -117,14 +110,23 @@ def commands(folder):
             "--report_to", "none", "--dataloader_num_workers", 0, "--dataloader_persistent_workers", "false",
             "--num_pictures", 1, "--push_to_hub", "true", *short,
         ),
+        "soco": (
+            "pretrain", "--method", "soco", "--dataset", "writer/boxes", "--backbone", "test_resnet",
+            "--soco_config", json.dumps(SMALL | {"level_sizes": [8, 16, 32, 64]}), "--output_dir", folder / "trunk",
+            "--push_to_hub", "true", *short, "--image_sizes", 64, 64, 32,
+        ),
+        "from soco": (
+            "pretrain", "--dataset", "writer/boxes", "--detector", "detr", "--backbone", "writer/trunk",
+            "--detector_config", json.dumps(SMALL_DETR), "--output_dir", folder / "from_trunk", *short,
+        ),
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def journey(aligndet, commands):
     """All of it, done once."""
-    for command in commands.values():
-        outcome = aligndet(*command)
+    for name in ("proposals", "pretrain", "finetune", "soco"):
+        outcome = aligndet(*commands[name])
         assert outcome.code == 0 and "Uploaded to http://" in outcome.output, outcome.output
 
 
@@ -193,6 +195,33 @@ def test_what_a_repository_holds(journey, hub, folder):
             if not path.endswith((".safetensors", ".parquet")):
                 assert str(folder).encode() not in content, path
                 assert not any(secret.encode() in content for secret in USERS), path
+
+
+def test_a_backbone_of_soco_is_loaded_by_its_id(journey, hub, aligndet, commands, folder):
+    trunk = hub.repositories["models", "writer/trunk"]
+    assert trunk.files().keys() == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "torchvision.safetensors", "README.md",
+        "report.html", "log.jsonl", "soco/config.json", "soco/model.safetensors",
+    }  # fmt: skip
+    card = trunk.files()["README.md"]
+    assert metadata(card)["pipeline_tag"] == "image-feature-extraction" and b'backbone="writer/trunk"' in card
+    assert b'hf_hub_download("writer/trunk", "torchvision.safetensors")' in card
+    saved = load_file(folder / "trunk" / "backbone" / "model.safetensors")
+    outcome = aligndet(*commands["from soco"])
+    assert outcome.code == 0, outcome.output
+    assert "backbone from writer/trunk: " in outcome.output and " 0 missing, 0 mismatched" in outcome.output
+    # Frozen in this stage, and normalised with its own mean.
+    loaded = load_file(folder / "from_trunk" / "detector" / "model.safetensors")
+    prefix = next(name for name in loaded if name.endswith("conv1.0.weight")).removesuffix("conv1.0.weight")
+    saved = {name: tensor for name, tensor in saved.items() if not name.endswith("num_batches_tracked")}
+    assert saved and all(loaded[prefix + name].equal(tensor) for name, tensor in saved.items())
+    mean = json.loads((folder / "trunk/backbone/preprocessor_config.json").read_text())["image_mean"]
+    assert json.loads((folder / "from_trunk/detector/preprocessor_config.json").read_text())["image_mean"] == mean
+    # A person's words stay here, too.
+    trunk.edit("README.md", card + b"\nOur microscope.\n")
+    assert aligndet(*commands["soco"], "--card_license", "mit").code == 0
+    again = trunk.files()["README.md"]
+    assert again.endswith(b"\nOur microscope.\n") and metadata(again)["license"] == "mit"
 
 
 def metadata(card: bytes) -> dict:

@@ -1,52 +1,52 @@
 """`aligndet proposals`: looks for objects in the images of a dataset and adds the boxes as the column `proposals`."""
 
 import concurrent.futures
-import contextlib
-import hashlib
 import itertools
-import json
 import multiprocessing
 import os
-import pickle
-import shutil
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-from datasets.table import embed_table_storage, table_cast
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..files import write_json
 from ..hub import HubArguments, open_repository
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
 from ..proposals.selective_search import PRESETS
-from .columns import RECORD_MARK, proposals_feature, require_columns
+from .columns import require_columns
 from .dataset_card import push_dataset
 from .errors import DataError, ImageError
 from .formats import load_dataset_source, split_names
 from .images import decode_image, image_name
 from .launch import Launch
 from .proposal_files import export_proposals, import_proposals
+from .shards import (
+    REPORT,
+    Shard,
+    content_hash,
+    is_finished,
+    join_proposals,
+    make_shards,
+    open_work_folder,
+    put_in_place,
+    read_report,
+    reopened,
+    write_arrow,
+    write_shard,
+    writing_to,
+)
 from .sources import SOURCES, Search, file_hash, model_hash
-from .streaming import load_stream, read_shard, stream_splits
+from .stream_shards import read_rows, read_streams
+from .streaming import load_stream, stream_splits
 
-REPORT = "proposals.json"
 _LISTED_IMAGES = 10
-
-_ROWS_IN_MEMORY = 16  # photographs of 20 megapixels take some 10 MB each
-_ROWS_AT_ONCE = 128  # between two mappings of a file into memory, see `reopened`
-_BATCH_BYTES = 8_000_000  # of a record batch: each that is mapped costs some memory, however small it is
-_FILE_BYTES = 500_000_000  # of a file of the output, as `save_to_disk` has it
 
 
 @dataclass(kw_only=True)
@@ -253,12 +253,6 @@ def open_dataset_repository(arguments: HubArguments, output: Path) -> str | None
     )
 
 
-def read_report(folder: Path) -> dict:
-    """The content of `proposals.json`; nothing if there is none."""
-    path = folder / REPORT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArguments) -> dict:
     """Everything that decides what is found: the settings, and hashes of the images and of other files."""
     settings = {"source": arguments.source, **arguments.source_settings(), **arguments.selection()}
@@ -294,7 +288,8 @@ def _generate(
 
     shards = []
     if arguments.streaming:
-        _search_shards(_read_streams(sources, work, arguments, launch), None, with_clusters, arguments, launch)
+        stored = read_streams(sources, work, arguments.shard_size, launch)
+        _search_shards(stored, None, with_clusters, arguments, launch)
     else:
         shards = make_shards(sources, work, arguments.shard_size)
         _search_shards(shards[launch.rank :: launch.size], sources, with_clusters, arguments, launch)
@@ -303,7 +298,7 @@ def _generate(
     def finish():
         nonlocal sources, shards
         if arguments.streaming:
-            sources, shards = _read_rows(sources, work)
+            sources, shards = read_rows(sources, work)
         missing = [shard.path for shard in shards if not os.path.exists(shard.path)]
         if missing:
             raise DataError(
@@ -328,10 +323,10 @@ def _write_inputs(sources: dict[str, datasets.Dataset], work: Path, arguments: P
     """Writes what only this process's memory holds to files that all processes map: image paths, imported boxes."""
     for name, source in sources.items():
         if not source.cache_files:
-            _write_arrow(source, work / f"{name}-input.arrow")
+            write_arrow(source, work / f"{name}-input.arrow")
     if arguments.source == "json":
         for name, column in import_proposals(arguments.proposals_file, sources).items():
-            _write_arrow(column, work / f"{name}-imported.arrow")
+            write_arrow(column, work / f"{name}-imported.arrow")
 
 
 def _mapped_inputs(
@@ -349,11 +344,6 @@ def _mapped_inputs(
     return mapped
 
 
-def _write_arrow(dataset: datasets.Dataset, path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, dataset.features.arrow_schema) as writer:
-        writer.write_table(dataset.data.table, max_chunksize=1000)
-
-
 def _export(result: datasets.Dataset | datasets.DatasetDict, path: Path) -> None:
     """Writes the proposals in COCO format; of several splits, each to a file of its own."""
     splits = {path: result}
@@ -362,146 +352,6 @@ def _export(result: datasets.Dataset | datasets.DatasetDict, path: Path) -> None
     for place, split in splits.items():
         export_proposals(split.cast_column("image", datasets.Image(decode=False)), place)
         print(f"Exported to {place}")
-
-
-def join_proposals(
-    sources: dict[str, datasets.Dataset], shards: list["Shard"], work: Path, report: dict, with_clusters: bool = False
-) -> dict[str, datasets.Dataset]:
-    """
-    Joins every split with the proposals of its shards.
-
-    Args:
-        sources (`dict[str, datasets.Dataset]`): The splits, without the column `proposals`.
-        shards (`list[Shard]`): All shards, in order, each with its file (see [`write_shard`]).
-        work (`Path`): Folder for the joined columns.
-        report (`dict`): Gets the `statistics` of the splits and what was `skipped`; its other entries are recorded in
-            the descriptions of the splits.
-        with_clusters (`bool`, *optional*, defaults to `False`): Whether the proposals have the field `cluster`.
-
-    Returns:
-        `dict[str, datasets.Dataset]`: the splits.
-    """
-    results = {}
-    for name, source in sources.items():
-        own = [shard for shard in shards if shard.split == name]
-        results[name] = _with_proposals(source, own, work / f"{name}.arrow", report, with_clusters)
-    for name, result in results.items():
-        record = {key: report[key] for key in ("settings", "versions")} | {"statistics": report["statistics"][name]}
-        description = result.info.description.split(RECORD_MARK)[0].rstrip()
-        result.info.description = f"{description}\n\n{RECORD_MARK}{json.dumps(record)}".lstrip()
-    return results
-
-
-def put_in_place(results: dict[str, datasets.Dataset], report: dict, work: Path, output: Path) -> None:
-    """Saves the splits and the report in the folder `work`, moves them to `output` at once, and removes `work`."""
-    complete = work / "dataset"
-    shutil.rmtree(complete, ignore_errors=True)  # of a run that was killed just here
-    for name, result in results.items():
-        save_split(result, complete / name if len(results) > 1 else complete)
-    if len(results) > 1:
-        write_json(complete / "dataset_dict.json", {"splits": list(results)})
-    write_json(complete / REPORT, report)
-    if output.exists():
-        os.replace(output, work / "replaced")
-    os.replace(complete, output)
-    shutil.rmtree(work)
-
-
-def save_split(dataset: datasets.Dataset, folder: Path) -> None:
-    """
-    Does what `dataset.save_to_disk` does, a few images at a time: that holds up to 1000 of them in memory.
-
-    Args:
-        dataset (`datasets.Dataset`): Any; files that its images are in are embedded.
-        folder (`Path`): The folder, for `datasets.load_from_disk`.
-    """
-    folder.mkdir(parents=True)
-    schema, files = dataset.features.arrow_schema, []
-    batches = _merged(_embedded(dataset))
-    batch = next(batches, None)
-    while batch is not None:
-        files.append(f"data-{len(files):05d}.arrow")
-        with pa.OSFile(str(folder / files[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            while batch is not None and file.tell() < _FILE_BYTES:
-                writer.write_table(batch)
-                batch = next(batches, None)
-    dataset.info.write_to_directory(str(folder))
-    state = {
-        "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": dataset._fingerprint,
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None if dataset.split is None else str(dataset.split),
-    }
-    write_json(folder / "state.json", state)
-
-
-def _embedded(dataset: datasets.Dataset) -> Iterator[pa.Table]:
-    """The rows of a data set, a few at a time, with their images."""
-    for start in range(0, len(dataset), _ROWS_AT_ONCE):
-        part = reopened(dataset, range(start, min(start + _ROWS_AT_ONCE, len(dataset))))
-        for table in part.with_format("arrow").iter(_ROWS_IN_MEMORY):
-            yield embed_table_storage(table_cast(table, dataset.features.arrow_schema))
-
-
-def _merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in fewer tables, of one record batch each."""
-    parts = []
-    for table in tables:
-        parts.append(table)
-        if sum(part.nbytes for part in parts) >= _BATCH_BYTES:
-            yield pa.concat_tables(parts).combine_chunks()
-            parts = []
-            pa.default_memory_pool().release_unused()  # Arrow would keep it
-    if parts:
-        yield pa.concat_tables(parts).combine_chunks()
-
-
-def reopened(dataset: datasets.Dataset, rows: range) -> datasets.Dataset:
-    """
-    Some rows of a data set, whose files are mapped into memory anew.
-
-    What was read through a mapping counts as memory of this process as long as the mapping is there.
-    """
-    part = dataset.select(rows)
-    return pickle.loads(pickle.dumps(part)) if part.cache_files else part
-
-
-def content_hash(dataset: datasets.Dataset, disable_tqdm: bool = True) -> str:
-    """
-    A hash of the content of a dataset: the bytes of its images, wherever they are stored, and all other columns.
-
-    Args:
-        dataset (`datasets.Dataset`): With the column `image`, not decoded.
-        disable_tqdm (`bool`, *optional*, defaults to `True`): Whether to show no progress bar.
-
-    Returns:
-        `str`: 32 hexadecimal digits.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    with tqdm(total=len(dataset), desc="reading images", unit="image", leave=False, disable=disable_tqdm) as progress:
-        for start in range(0, len(dataset), _ROWS_AT_ONCE):
-            rows = range(start, min(start + _ROWS_AT_ONCE, len(dataset)))
-            for batch in reopened(dataset, rows).with_format("arrow").iter(_ROWS_IN_MEMORY):
-                for value in batch["image"]:
-                    content = hashlib.blake2b(_image_bytes(value.as_py()), digest_size=16)
-                    digest.update(content.digest())
-                    progress.update()
-                digest.update(repr(batch.drop_columns(["image"]).to_pylist()).encode())
-    return digest.hexdigest()
-
-
-def _image_bytes(value: dict | None) -> bytes:
-    """The stored bytes; of an image that cannot be read, its path. The search will tell why it cannot."""
-    value = value or {"bytes": None, "path": ""}
-    if value["bytes"] is not None:
-        return value["bytes"]
-    try:
-        return Path(value["path"]).read_bytes()
-    except OSError:
-        return value["path"].encode()
 
 
 # ---- the input and the folders ----
@@ -539,181 +389,7 @@ def _without_proposals(source: datasets.Dataset) -> datasets.Dataset:
     return source.remove_columns([name for name in source.column_names if name == "proposals"])
 
 
-def is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
-    """Whether the output is there and right; raises if something else is there."""
-    if (output / REPORT).is_file():
-        differences = _differences(read_report(output)["settings"], settings)
-        if differences and not overwrite:
-            raise DataError(
-                f"{output} holds proposals of other settings ({differences}). Replace them with --overwrite, or "
-                "choose another output_dir."
-            )
-        return not differences
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise DataError(f"{output} exists and was not written by this command. Choose another output_dir.")
-    return False
-
-
-def open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
-    """Makes the folder of unfinished work, or continues that of a former run with the same settings."""
-    record = work / "run.json"
-    if record.is_file():
-        differences = _differences(json.loads(record.read_text(encoding="utf-8")), state)
-        if not differences:
-            return
-        finished = any(work.glob("*-" + "[0-9]" * 9 + ".arrow"))  # see `make_shards`
-        if finished and not overwrite:
-            raise DataError(
-                f"{work} holds an unfinished run with other settings ({differences}). Continue it with those, or "
-                "start anew with --overwrite."
-            )
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(record, state)
-
-
-@contextlib.contextmanager
-def writing_to(folder: Path):
-    try:
-        yield
-    except ChildProcessError:
-        raise
-    except OSError as error:
-        if type(error) is OSError and error.errno is None:  # transformers tells so what a model lacks
-            raise
-        raise DataError(
-            f"Cannot write to {folder}: {error}. Choose another output_dir or, if the disk was full, make room and "
-            "run the same command again: what is finished is kept."
-        ) from error
-
-
-def _differences(before: dict, now: dict) -> str:
-    """What differs, for a message; empty if nothing does."""
-    before, now = _flat(before), _flat(json.loads(json.dumps(now)))
-    keys = [key for key in before | now if before.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {before.get(key)} then, {now.get(key)} now" for key in keys)
-
-
-def _flat(settings: dict) -> dict:
-    """Settings without nesting: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    flat = {}
-    for key, value in settings.items():
-        inner = _flat(value) if isinstance(value, dict) else None
-        flat |= {key: value} if inner is None else {f"{key}.{name}": entry for name, entry in inner.items()}
-    return flat
-
-
-# ---- streams: rows are stored as they come, in shards that are searched at once ----
-
-
-def _read_streams(
-    streams: dict[str, datasets.IterableDataset], work: Path, arguments: ProposalsArguments, launch: Launch
-) -> Iterator["Shard"]:
-    """Stores the rows of the shards that this process has to search and that are not searched yet, and yields them."""
-    for name, stream in streams.items():
-        for part in range(stream.num_shards):
-            # A part of the stream is read by one process or, where there are not enough of them, by all.
-            is_shared = stream.num_shards < launch.size
-            if is_shared or part % launch.size == launch.rank:
-                yield from _read_part(stream, name, part, work, arguments, launch, is_shared)
-
-
-def _read_part(
-    stream: datasets.IterableDataset,
-    name: str,
-    part: int,
-    work: Path,
-    arguments: ProposalsArguments,
-    launch: Launch,
-    is_shared: bool,
-) -> Iterator["Shard"]:
-    size = arguments.shard_size
-    number = next(number for number in itertools.count() if not _shard_path(work, name, part, number).exists())
-    end = work / f"{name}-{part:05d}.json"
-    if end.is_file() and number >= json.loads(end.read_text())["shards"]:
-        return
-    rows = (table for _, table in read_shard(stream, part, number * size))
-    while tables := list(itertools.islice(rows, size)):
-        path = _shard_path(work, name, part, number)
-        if not path.exists() and (not is_shared or number % launch.size == launch.rank):
-            table = table_cast(pa.concat_tables(tables), stream.features.arrow_schema)
-            unfinished = path.with_suffix(".part")
-            _write_arrow(datasets.Dataset(embed_table_storage(table)), unfinished)
-            os.replace(unfinished, path.with_suffix(".rows"))
-            yield Shard(name, 0, len(tables), str(path))
-        number += 1
-    write_json(end, {"shards": number})
-
-
-def _shard_path(work: Path, name: str, part: int, number: int) -> Path:
-    return work / f"{name}-{part:05d}-{number:09d}.arrow"
-
-
-def _read_rows(
-    streams: dict[str, datasets.IterableDataset], work: Path
-) -> tuple[dict[str, datasets.Dataset], list["Shard"]]:
-    """The stored rows of all shards, in the order of the streams, and the shards with the numbers of these rows."""
-    sources, shards = {}, []
-    for name, stream in streams.items():
-        start, path = 0, work / f"{name}-input.arrow"
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, stream.features.arrow_schema) as writer:
-            for part in range(stream.num_shards):
-                end = work / f"{name}-{part:05d}.json"
-                for number in range(json.loads(end.read_text())["shards"] if end.is_file() else 1):
-                    shard = _shard_path(work, name, part, number)
-                    rows = 0
-                    if shard.exists():
-                        with pa.memory_map(str(shard.with_suffix(".rows"))) as stored:
-                            for batch in pa.ipc.open_stream(stored):
-                                writer.write_batch(batch)
-                                rows += len(batch)
-                    shards.append(Shard(name, start, start + rows, str(shard)))
-                    start += rows
-        sources[name] = datasets.Dataset.from_file(str(path), split=datasets.NamedSplit(name))
-    return sources, shards
-
-
 # ---- searching, in several processes ----
-
-
-class Shard(NamedTuple):
-    """The rows `start` to `stop` of a split, and the file for their proposals."""
-
-    split: str
-    start: int
-    stop: int
-    path: str
-
-
-def make_shards(sources: dict[str, datasets.Dataset], work: Path, shard_size: int) -> list[Shard]:
-    """Cuts the splits into shards of at most `shard_size` rows, with files in the folder `work`."""
-    return [
-        Shard(name, start, min(start + shard_size, len(source)), str(work / f"{name}-{start:09d}.arrow"))
-        for name, source in sources.items()
-        for start in range(0, len(source), shard_size)
-    ]
-
-
-def write_shard(shard: Shard, rows: list[dict], with_clusters: bool = False) -> None:
-    """
-    Writes the file of a shard, at once and complete.
-
-    Args:
-        shard ([`Shard`]): The shard.
-        rows (`list[dict]`): One per image: `{"proposals": {"bbox", "score", ...}}` or, for an image that cannot be
-            read, `{"file", "reason"}`.
-        with_clusters (`bool`, *optional*, defaults to `False`): Whether the proposals have the field `cluster`.
-    """
-    part = f"{shard.path}.{os.getpid()}.part"
-    schema = pa.schema([*_features(with_clusters).arrow_schema, ("file", pa.string()), ("reason", pa.string())])
-    table = pa.Table.from_pylist(rows, schema=schema)
-    with pa.OSFile(part, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(part, shard.path)
-
-
-def _features(with_clusters: bool) -> datasets.Features:
-    return datasets.Features({"proposals": proposals_feature(with_clusters)})
 
 
 def _search_shards(
@@ -843,64 +519,6 @@ def _search_shard(
         for place in range(start, min(start + batch_size, shard.stop)):
             results.append(faults.get(place) or {"proposals": {k: v.tolist() for k, v in next(found).items()}})
     write_shard(shard, results, with_clusters)
-
-
-# ---- the output ----
-
-
-def _with_proposals(
-    source: datasets.Dataset, shards: list[Shard], path: Path, report: dict, with_clusters: bool
-) -> datasets.Dataset:
-    """
-    Joins a split with the proposals of its shards; rows whose image cannot be read are left out, and reported.
-
-    The proposals are copied shard by shard into one file at `path`, from where they are mapped into memory. The column
-    is joined to the table: a `map` that touches the images would encode them anew.
-    """
-    split, features = shards[0].split, _features(with_clusters)
-    kept, counts = [], []
-
-    def found():
-        for shard in shards:
-            with pa.memory_map(shard.path) as part:
-                table = pa.ipc.open_stream(part).read_all()
-            for row, name, reason in zip(
-                range(shard.start, shard.stop), table["file"].to_pylist(), table["reason"].to_pylist(), strict=True
-            ):
-                if reason is None:
-                    kept.append(row)
-                else:
-                    report["skipped"].append({"split": split, "row": row, "file": name, "reason": reason})
-            table = table.filter(pc.is_null(table["reason"])).select(["proposals"]).cast(features.arrow_schema)
-            counts.extend(pc.list_value_length(pc.struct_field(table["proposals"], "score")).to_pylist())
-            yield table
-
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
-        for table in _merged(found()):
-            writer.write_table(table)
-    if not kept:
-        raise DataError(
-            f"None of the {len(source)} images of the split '{split}' can be read. {report['skipped'][-1]['reason']}"
-        )
-    report["statistics"][split] = {
-        "images": len(kept),
-        "skipped_images": len(source) - len(kept),
-        "images_without_boxes": counts.count(0),
-        "boxes_per_image": {
-            "min": min(counts),
-            "median": float(np.median(counts)),
-            "mean": round(float(np.mean(counts)), 2),
-            "max": max(counts),
-        },
-    }
-    # Ranges, not a list of rows: that would make `datasets` copy the images into a cache.
-    runs = np.split(np.array(kept), np.flatnonzero(np.diff(kept) > 1) + 1)
-    source = datasets.concatenate_datasets([source.select(range(run[0], run[-1] + 1)) for run in runs])
-    return datasets.concatenate_datasets(
-        [source.cast_column("image", datasets.Image()), datasets.Dataset.from_file(str(path))],
-        axis=1,
-        split=datasets.NamedSplit(split) if split.isidentifier() else None,
-    )
 
 
 def _print_report(report: dict, output: Path) -> None:

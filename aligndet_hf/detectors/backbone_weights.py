@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.utils import cached_file
 
+from ..cards import hub_ids
 from .backbones import _flat, _network, get_backbone
 from .families import backbone_path
 
@@ -77,7 +79,7 @@ def load_backbone_weights(detector: PreTrainedModel, weights: str | Path) -> Bac
               ResNets those of torchvision). Names may have any prefix, and the file other networks, as the checkpoints
               of MoCo, SwAV, DINO and SoCo do: the network that has the backbone's tensors is found, momentum encoders
               and students last;
-            - a folder as [`~aligndet_hf.detectors.backbones.save_backbone`] writes it;
+            - a folder as [`~aligndet_hf.detectors.backbones.save_backbone`] writes it, or its Hub id;
             - the folder or Hub id of a transformers checkpoint, for a backbone of transformers;
             - `"timm"` for timm's own weights, for a backbone of timm.
 
@@ -105,12 +107,14 @@ def load_weights(backbone: nn.Module, config: PreTrainedConfig, weights: str | P
         tensors = _read(Path(weights))
     elif is_timm and (Path(weights) / "model.safetensors").is_file():
         tensors = _read(Path(weights) / "model.safetensors")
+    elif is_timm and hub_ids(weights):
+        tensors = _read(_hub_file(weights))
     elif not is_timm and ((Path(weights) / "config.json").is_file() or not Path(weights).exists()):
         tensors, unused = _transformers_weights(str(weights), config)
     else:
         raise FileNotFoundError(
             f"backbone weights {weights} not found: expected a .safetensors or .pth file"
-            + (" or 'timm'" if is_timm else " or a transformers checkpoint")
+            + (", a folder or Hub id of a saved backbone, or 'timm'" if is_timm else " or a transformers checkpoint")
         )
 
     network = _network(backbone)
@@ -216,6 +220,17 @@ def _timm_weights(name: str) -> dict[str, Tensor]:
         raise OSError(
             f"timm's weights of {name!r} could not be loaded ({str(error).splitlines()[0]}). Without a connection to "
             "the Hub, give a file of weights"
+        ) from error
+
+
+def _hub_file(repo_id: str) -> Path:
+    """The file of a backbone that [`~aligndet_hf.detectors.backbones.save_backbone`] wrote, from the Hub."""
+    try:
+        return Path(cached_file(repo_id, "model.safetensors"))
+    except OSError as error:
+        raise OSError(
+            f"backbone weights {repo_id!r} are neither a file nor a folder, and could not be loaded from the Hub: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 

@@ -22,20 +22,20 @@ from ..data.dataset import init_worker
 from ..data.dataset_card import push_dataset
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source, split_names
-from ..data.generate import (
+from ..data.generate import open_dataset_repository
+from ..data.images import decode_image
+from ..data.shards import (
     Shard,
     content_hash,
     is_finished,
     join_proposals,
     make_shards,
-    open_dataset_repository,
     open_work_folder,
     put_in_place,
     read_report,
     write_shard,
     writing_to,
 )
-from ..data.images import decode_image
 from ..detectors.backbones import check_backbone
 from ..detectors.build import build_detector
 from ..hub import HubArguments

@@ -17,7 +17,7 @@ from ..data.splits import nested_subsets
 from ..evaluation.comparison import Run, compare_runs
 from ..evaluation.pictures import new_figure
 from ..files import write_json
-from ..reporting.comparison import write_report
+from ..reporting.comparison import environment, write_report
 from ..training.finetune_arguments import FinetuneArguments
 from .chain import PipelineArguments
 from .runner import is_finished, only_one, record_of, run_stages
@@ -423,6 +423,7 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
             name: getattr(arguments, name)
             for name in ("stages", "common", "variables", "arms", "baseline", "fractions", "seeds", "target_ap")
         },
+        "environment": environment(),
         "baseline": arguments.baseline,
         "arms": {
             arm: _differences(next(job for job in jobs if job.arm == arm).measured.settings, baseline, output_dir)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ..cards import describe_versions
+from ..cards import describe_versions, told
 from .plots import plot_arms, plot_bands
 
 REPORT = "report.md"
@@ -30,6 +30,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
     output_dir, statistics = Path(output_dir), results["statistics"]
     pictures = _plot(output_dir, results) if with_plots and statistics else []
     arms, baseline = list(results["arms"]), results["baseline"]
+    steps = _steps_table(statistics, baseline)
     evaluation = results["evaluation"]
     failed = f", {len(results['failures'])} stages failed or could not run" if results["failures"] else ""
     parts = [
@@ -38,9 +39,10 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
         f"({_split(evaluation['dataset'], evaluation['split'])}). Every number is COCO average precision, IoU "
         "0.50:0.95, in percent, at the last step of fine-tuning unless it says otherwise. "
         f"{len(results['runs'])} of {results['planned']} runs are finished{failed}.",
+        "## Results",
         *_result_tables(statistics, results["images"], arms, baseline),
         *(f"![{Path(name).stem}]({name})" for name in pictures),
-        *_steps_table(statistics, baseline, results["protocol"]),
+        *(["## Steps to reach an average precision", *steps] if steps else []),
         *_class_tables(statistics, baseline),
         *_protocol(results),
         *_leakage(results["leakage"]),
@@ -50,6 +52,48 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
     path = output_dir / REPORT
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def summary(results: Mapping) -> str:
+    """
+    What came of a comparison, in Markdown for other pages: averages, differences and steps, without how it was run.
+
+    Args:
+        results (`Mapping`): As for [`write_report`].
+    """
+    statistics, baseline, evaluation = results["statistics"], results["baseline"], results["evaluation"]
+    steps = sorted({found["curve"]["step"][-1] for arms in statistics.values() for found in arms.values()})
+    parts = [
+        f"COCO average precision (IoU 0.50:0.95, in percent) on {evaluation['images']} images "
+        f"({_split(evaluation['dataset'], evaluation['split'])}) after {' or '.join(map(str, steps))} steps of "
+        f"fine-tuning from {len(results['arms'])} starting points, seeds "
+        f"{', '.join(map(str, results['config']['seeds']))}.",
+        *_result_tables(statistics, results["images"], list(results["arms"]), baseline),
+        *_steps_table(statistics, baseline),
+    ]
+    return "\n\n".join(parts)
+
+
+def told_results(results: Mapping) -> dict:
+    """
+    The results of a comparison as others may read them: of paths of this machine only the last part.
+
+    Args:
+        results (`Mapping`): As for [`write_report`].
+    """
+    shown = ("folder", "command", "seconds")
+    stages = [{key: stage[key] for key in shown} for stage in results["stages"]]
+    return _without_places({**results, "stages": stages})
+
+
+def _without_places(value):
+    """A value with names for the paths in it that only this machine has; those inside the comparison stay."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(item) for item in value]
+    is_place = isinstance(value, str) and value.startswith(("/", "./", "../", "~"))
+    return told(value) if is_place else value
 
 
 def _plot(output_dir: Path, results: Mapping) -> list[str]:
@@ -102,7 +146,6 @@ def _result_tables(statistics: Mapping, images: Mapping, arms: Sequence[str], ba
                     + [f"{gain['wins']} of {len(gain['seeds'])}"]
                 )
     parts = [
-        "## Results",
         "Mean over seeds ± standard deviation (number of seeds).",
         _table(["labels", "images", *arms], rows),
     ]
@@ -128,7 +171,7 @@ def _about_intervals(statistics: Mapping) -> str:
     )
 
 
-def _steps_table(statistics: Mapping, baseline: str, protocol: Mapping) -> list[str]:
+def _steps_table(statistics: Mapping, baseline: str) -> list[str]:
     rows = []
     for fraction, arms in statistics.items():
         for arm, found in arms.items():
@@ -143,7 +186,6 @@ def _steps_table(statistics: Mapping, baseline: str, protocol: Mapping) -> list[
     if not rows:
         return []
     return [
-        "## Steps to reach an average precision",
         "The first evaluated step at which the mean over seeds, and each seed by itself, is there.",
         _table(["labels", "AP", "arm", "steps", "of all", "each seed"], rows),
     ]
@@ -223,8 +265,13 @@ def _failures(failures: Mapping) -> list[str]:
     return ["## What failed", _table(["stage", "why"], [[name, reason] for name, reason in failures.items()])]
 
 
-def _how(results: Mapping) -> list[str]:
+def environment() -> str:
+    """The versions and the machine of this process, in a sentence."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{describe_versions()}. {platform.machine()}, {os.cpu_count()} CPU cores, {device}"
+
+
+def _how(results: Mapping) -> list[str]:
     minutes = sum(stage["seconds"] for stage in results["stages"]) / 60
     rows = [
         [f"{stage['seconds']:.0f}", f"`aligndet {stage['command']} --config FOLDER/{stage['folder']}.yaml`"]
@@ -232,8 +279,7 @@ def _how(results: Mapping) -> list[str]:
     ]
     return [
         "## How it was run",
-        f"{describe_versions()}. {platform.machine()}, {os.cpu_count()} CPU cores, {device}; {minutes:.0f} minutes in "
-        "all.",
+        f"{results['environment']}; {minutes:.0f} minutes in all.",
         "`aligndet compare --config FILE --output_dir FOLDER` with this file runs it again:",
         _yaml(results["config"]),
         "Its stages, with the seconds that each took (of an interrupted one, its last part):",

@@ -62,7 +62,7 @@ def _pretraining_card(record: RunRecord, name: str, subfolder: str | None) -> st
             "The class scores mean nothing before fine-tuning.",
             "What it takes for an object is what the proposal algorithm took for one: things with a closed, "
             "contrasting outline. Parts, crowds and textures are among them.",
-            "Nothing was measured on labelled data for this card.",
+            *_unmeasured(record),
         ],
         tags=["aligndet", "self-supervised-learning", "pretraining"],
     )
@@ -95,10 +95,14 @@ def _soco_card(record: RunRecord, name: str, subfolder: str | None) -> str:
         usage=usage,
         limits=[
             "What it takes for an object is what the proposal algorithm took for one.",
-            "Nothing was measured on labelled data for this card.",
+            *_unmeasured(record),
         ],
         tags=["soco", "self-supervised-learning", "pretraining"],
     )
+
+
+def _unmeasured(record: RunRecord) -> list[str]:
+    return [] if record.comparison else ["Nothing was measured on labelled data for this card."]
 
 
 def _finetuning_card(record: RunRecord, name: str) -> str:
@@ -172,6 +176,7 @@ def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
         protocol=describe_protocol(record),
         results=percentages(measured, COCO_KEYS),
         per_class=percentages(measured.get("per_class", {})),
+        comparison=record.comparison,
         transfer=_transfer_table(record),
         backbone=describe_backbone(record.backbone),
     )
@@ -188,7 +193,7 @@ def run_title(record: RunRecord) -> str:
         backbone = record.config.backbone_config
         name = getattr(backbone, "backbone", None) or backbone.model_type
     methods = {"aligndet": "pre-trained with AlignDet", "soco": "pre-trained with SoCo"}
-    return f"{name} {methods[record.method] if record.kind == 'pretrain' else 'fine-tuned'} on {told(record.dataset)}"
+    return f"{name} {methods[record.method] if record.kind == 'pretrain' else 'fine-tuned'} on {record.data_name}"
 
 
 def describe_training(record: RunRecord) -> str:
@@ -196,7 +201,7 @@ def describe_training(record: RunRecord) -> str:
     amount = [(record.images, "images"), (record.steps, "optimizer steps")]
     amount = ", ".join(f"{count:,} {unit}" for count, unit in amount if count)
     command = f"aligndet {record.kind}" + (" --method soco" if record.method == "soco" else "")
-    return f"`{command}` on {told(record.dataset)}" + (f" ({amount})." if amount else ".")
+    return f"`{command}` on {record.data_name}" + (f" ({amount})." if amount else ".")
 
 
 def describe_protocol(record: RunRecord) -> str | None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..cards import told
+from ..cards import hub_ids, told
+from ..data.shards import read_report
 from ..detectors.families import FAMILIES
 
 SUMMARY = "pretrain_summary.json"
@@ -23,6 +24,7 @@ class RunRecord:
         method (`str`): Of pre-training: "aligndet", which gives a detector, or "soco", which gives a backbone.
         config (`PreTrainedConfig`): The configuration of the detector that came out; of SoCo that of its model.
         dataset (`str`): Hub id or path of the images.
+        origin (`str`, *optional*): What the data set was made from, if it is one of this machine with proposals.
         settings (`dict`): What was run.
         images, steps (`int`, *optional*): Number of training images, and of optimizer steps.
         base_model (`str`, *optional*): Hub id or path of the detector that the run started from.
@@ -36,6 +38,8 @@ class RunRecord:
         transfer (`dict`, *optional*): The transfer report: names of tensors under `kept`, `reset`, `mismatched` and
             `frozen`.
         backbone (`dict`, *optional*): The report of the weights that a new detector's backbone got.
+        comparison (`str`, *optional*): What came of a comparison that it is part of, see
+            [`~aligndet_hf.reporting.comparison.summary`].
     """
 
     kind: Literal["pretrain", "finetune"]
@@ -43,6 +47,7 @@ class RunRecord:
     config: Any
     dataset: str
     settings: Mapping
+    origin: str | None = None
     images: int | None = None
     steps: int | None = None
     base_model: str | None = None
@@ -54,6 +59,12 @@ class RunRecord:
     evaluation: Mapping = field(default_factory=dict)
     transfer: Mapping | None = None
     backbone: Mapping | None = None
+    comparison: str | None = None
+
+    @property
+    def data_name(self) -> str:
+        """What to call the images: their Hub id, or the name of the folder that they come from."""
+        return told(self.dataset if hub_ids(self.dataset) else self.origin or self.dataset)
 
     @property
     def product(self) -> str | None:
@@ -84,6 +95,7 @@ def read_run(folder: str | Path) -> RunRecord:
             method=method,
             config=AutoConfig.from_pretrained(folder / "detector" if method == "aligndet" else folder),
             dataset=settings["dataset"],
+            origin=read_report(Path(settings["dataset"])).get("dataset"),
             settings=settings,
             images=summary["data"]["images"],
             steps=summary["steps"],

@@ -165,7 +165,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     run.resume()
     accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})
     _train(run)
-    model = sharding.whole_model(accelerator, run.align_det)
+    model = sharding.whole_model(accelerator, run.method_model)
     if accelerator.is_main_process:
         _write_result(run, model)
         publish_run(output_dir, arguments, repo_id)
@@ -182,7 +182,7 @@ class Run:
         self.method = METHODS[arguments.method]
         self.accelerator = accelerator
         self.model = model
-        self.align_det: AlignDetForPreTraining | SoCoForPreTraining = accelerator.unwrap_model(model)
+        self.method_model: AlignDetForPreTraining | SoCoForPreTraining = accelerator.unwrap_model(model)
         self.optimizer = optimizer
         self.image_processor = image_processor
         self.sampler = sampler
@@ -199,7 +199,7 @@ class Run:
             warmup_steps=arguments.warmup_steps,
             milestones=milestone_steps(arguments.lr_milestones, self.total_steps, len(sampler)),
         )
-        config = self.align_det.config
+        config = self.method_model.config
         momenta = {"total_steps": self.total_steps, "base": config.base_momentum, "end": config.end_momentum}
         self.momentum = lambda step: cosine_momentum(step + self.method.momentum_delay, **momenta)
         self.step = 0
@@ -215,7 +215,7 @@ class Run:
             state = checkpoint.state
             now = self.about["configuration"] | self.about["data"]
             require_same_run(state["configuration"] | state["data"], now, output_dir)
-            saved = sharding.load_checkpoint(self.accelerator, checkpoint, self.align_det, self.optimizer)
+            saved = sharding.load_checkpoint(self.accelerator, checkpoint, self.method_model, self.optimizer)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
             totals = state["totals"]
@@ -229,7 +229,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint. All processes must call this."""
         totals = self.log.totals()
-        model = sharding.whole_model(self.accelerator, self.align_det)
+        model = sharding.whole_model(self.accelerator, self.method_model)
         optimizer_state = sharding.whole_optimizer_state(self.accelerator, self.optimizer)
         positions = gather_object([self.sampler.positions]) if self.arguments.streaming else None
         if self.accelerator.is_main_process:
@@ -289,7 +289,7 @@ def _train(run: Run) -> None:
             if _is_usable(run, gradient_norm):
                 run.optimizer.step()
             run.optimizer.zero_grad()
-            run.method.update_momentum(run.align_det, run.momentum(run.step))
+            run.method.update_momentum(run.method_model, run.momentum(run.step))
             sharding.share_buffers(accelerator, model)
 
             run.step += 1

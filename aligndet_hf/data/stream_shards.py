@@ -1,0 +1,82 @@
+"""Shards of streams: rows are stored as they come, to be searched at once and put together at the end."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+from datasets.table import embed_table_storage, table_cast
+
+from ..files import write_json
+from .launch import Launch
+from .shards import Shard, write_arrow
+from .streaming import read_shard
+
+
+def read_streams(
+    streams: dict[str, datasets.IterableDataset], work: Path, shard_size: int, launch: Launch
+) -> Iterator[Shard]:
+    """Stores the rows of the shards that this process has to search and that are not searched yet, and yields them."""
+    for name, stream in streams.items():
+        for part in range(stream.num_shards):
+            # A part of the stream is read by one process or, where there are not enough of them, by all.
+            is_shared = stream.num_shards < launch.size
+            if is_shared or part % launch.size == launch.rank:
+                yield from _read_part(stream, name, part, work, shard_size, launch, is_shared)
+
+
+def _read_part(
+    stream: datasets.IterableDataset,
+    name: str,
+    part: int,
+    work: Path,
+    shard_size: int,
+    launch: Launch,
+    is_shared: bool,
+) -> Iterator[Shard]:
+    number = next(number for number in itertools.count() if not _shard_path(work, name, part, number).exists())
+    end = work / f"{name}-{part:05d}.json"
+    if end.is_file() and number >= json.loads(end.read_text())["shards"]:
+        return
+    rows = (table for _, table in read_shard(stream, part, number * shard_size))
+    while tables := list(itertools.islice(rows, shard_size)):
+        path = _shard_path(work, name, part, number)
+        if not path.exists() and (not is_shared or number % launch.size == launch.rank):
+            table = table_cast(pa.concat_tables(tables), stream.features.arrow_schema)
+            unfinished = path.with_suffix(".part")
+            write_arrow(datasets.Dataset(embed_table_storage(table)), unfinished)
+            os.replace(unfinished, path.with_suffix(".rows"))
+            yield Shard(name, 0, len(tables), str(path))
+        number += 1
+    write_json(end, {"shards": number})
+
+
+def _shard_path(work: Path, name: str, part: int, number: int) -> Path:
+    return work / f"{name}-{part:05d}-{number:09d}.arrow"
+
+
+def read_rows(
+    streams: dict[str, datasets.IterableDataset], work: Path
+) -> tuple[dict[str, datasets.Dataset], list[Shard]]:
+    """The stored rows of all shards, in the order of the streams, and the shards with the numbers of these rows."""
+    sources, shards = {}, []
+    for name, stream in streams.items():
+        start, path = 0, work / f"{name}-input.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, stream.features.arrow_schema) as writer:
+            for part in range(stream.num_shards):
+                end = work / f"{name}-{part:05d}.json"
+                for number in range(json.loads(end.read_text())["shards"] if end.is_file() else 1):
+                    shard = _shard_path(work, name, part, number)
+                    rows = 0
+                    if shard.exists():
+                        with pa.memory_map(str(shard.with_suffix(".rows"))) as stored:
+                            for batch in pa.ipc.open_stream(stored):
+                                writer.write_batch(batch)
+                                rows += len(batch)
+                    shards.append(Shard(name, start, start + rows, str(shard)))
+                    start += rows
+        sources[name] = datasets.Dataset.from_file(str(path), split=datasets.NamedSplit(name))
+    return sources, shards
