@@ -73,6 +73,17 @@ def test_own_settings_win_over_common_ones_and_these_over_recipes(tmp_path):
     assert found["pretrain"].settings == expected
 
 
+def test_a_variable_chooses_the_recipe(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"dataset: {name}\ndetector: ${{folder}}/{name}")
+    stages = {"evaluate": {"config": str(tmp_path / "${recipe}.yaml")}}
+    evaluate = resolve(stages, {"recipe": "b", "folder": "f"})["evaluate"]
+    assert evaluate.settings == {"dataset": "b", "detector": "f/b", "output_dir": "out/evaluate"}
+    assert evaluate.uses == {"recipe", "folder"}
+    with pytest.raises(ValueError, match="stage 'evaluate', config: the variable 'recipe' has no value"):
+        resolve(stages, {"recipe": None})
+
+
 def test_merging_replaces_all_but_mappings():
     assert merged({"a": {"x": 1, "y": [1]}, "b": 1}, {"a": {"y": [2]}, "c": None}) == {
         "a": {"x": 1, "y": [2]}, "b": 1, "c": None

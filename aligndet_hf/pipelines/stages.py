@@ -3,8 +3,9 @@
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def resolve_stages(
         command = command_of(name, given)
         known_keys |= fields_of(command)
         if name in skip:  # its settings are still asked for
-            left_out[name] = _merged_settings(name, command, given, common, injected)
+            left_out[name] = _merged_settings(name, command, given, common, injected, partial(_variable, variables))
             continue
         found[name] = _resolve(name, command, given, found, left_out, variables, place, common, injected)
     if unused := sorted(set(common) - known_keys):
@@ -134,15 +135,11 @@ def _resolve(name, command, given, found, left_out, variables, place, common, in
             return str(needed.folder)
         if reference in left_out:
             raise _LeftOut(reference)
-        if reference not in variables:
-            close = nearest(reference, [*found, *variables])
-            raise ValueError(f"${{{reference}}} is neither an earlier stage nor a variable{close}")
-        if variables[reference] is None:
-            raise ValueError(f"the variable {reference!r} has no value: give --set {reference}=...")
+        value = _variable(variables, reference, found)
         stage.uses.add(reference)
-        return variables[reference]
+        return value
 
-    for key, value in _merged_settings(name, command, given, common, injected).items():
+    for key, value in _merged_settings(name, command, given, common, injected, look_up).items():
         try:
             while True:
                 try:
@@ -159,16 +156,29 @@ def _resolve(name, command, given, found, left_out, variables, place, common, in
     return stage
 
 
-def _merged_settings(name: str, command: str, given: Mapping, common: Mapping, injected: Mapping) -> dict:
+def _variable(variables: Mapping[str, Any], name: str, stages: Iterable[str] = ()) -> Any:
+    if name not in variables:
+        raise ValueError(
+            f"${{{name}}} is neither an earlier stage nor a variable{nearest(name, [*stages, *variables])}"
+        )
+    if variables[name] is None:
+        raise ValueError(f"the variable {name!r} has no value: give --set {name}=...")
+    return variables[name]
+
+
+def _merged_settings(
+    name: str, command: str, given: Mapping, common: Mapping, injected: Mapping, look_up: Callable[[str], Any]
+) -> dict:
     """The settings of a stage with its recipe, what is common to all, and what the pipeline sets, unresolved."""
     recipe = {}
     if given.get("config") is not None:
         try:
-            recipe = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
+            path = _substitute(given["config"], look_up)  # at once: what is in the recipe hangs on it
+            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"stage {name!r}, config: {error}") from error
         if not isinstance(recipe, Mapping):
-            raise ValueError(f"stage {name!r}, config: {given['config']} must be a mapping of `flag: value` lines")
+            raise ValueError(f"stage {name!r}, config: {path} must be a mapping of `flag: value` lines")
     known = fields_of(command)
     settings = recipe
     for more in (injected, common):
