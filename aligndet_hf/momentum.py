@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -56,18 +57,28 @@ def update_momentum(
             detectors; the official code shares their storage, this one never does.
 
     Raises:
-        `KeyError`: if the momentum module has a tensor that the online module lacks.
+        `AttributeError`: if the momentum module has a module or tensor that the online module lacks.
     """
-    sources = dict(online.named_parameters(remove_duplicate=False)) | dict(
-        online.named_buffers(remove_duplicate=False)
-    )
     lists = defaultdict(list)  # of pairs that one call can move
-    for name, target in (*momentum_module.named_parameters(), *momentum_module.named_buffers()):
-        if sources[name] is not target:
-            is_averaged = isinstance(target, nn.Parameter) and not any(part in name for part in copied)
-            lists[is_averaged, target.dtype].append((target, sources[name]))
+    for name, target, source in dict(_pairs(online, momentum_module)).values():
+        is_averaged = isinstance(target, nn.Parameter) and not any(part in name for part in copied)
+        lists[is_averaged, target.dtype].append((target, source))
     for (is_averaged, _), pairs in lists.items():
         if is_averaged:
             torch._foreach_lerp_(*zip(*pairs, strict=True), 1.0 - momentum)
         else:
             torch._foreach_copy_(*zip(*pairs, strict=True))
+
+
+def _pairs(online: nn.Module, momentum_module: nn.Module, prefix: str = "") -> Iterator[tuple[int, tuple]]:
+    """
+    Every tensor of the momentum module that is its own: `id`, and name, tensor and the online module's of that name.
+
+    A walk of both modules side by side, in half the time of a look-up in the names of all online tensors, of which a
+    frozen backbone has the most.
+    """
+    for name, target in (*momentum_module._parameters.items(), *momentum_module._buffers.items()):
+        if target is not None and (source := getattr(online, name)) is not target:
+            yield id(target), (prefix + name, target, source)
+    for name, child in momentum_module.named_children():
+        yield from _pairs(getattr(online, name), child, f"{prefix}{name}.")

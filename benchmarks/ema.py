@@ -4,10 +4,13 @@ The update of the momentum detector against a Python loop over parameters.
     python benchmarks/ema.py
     python benchmarks/ema.py --device cuda
 
-The detector is a DETR with a ResNet-50, as in the paper. Ours moves all tensors in one call, and leaves alone the
-frozen backbone, of which there is one. The loops move every parameter of two full detectors: in place, and as the code
-of MoCo does, `old * momentum + new * (1 - momentum)`. The last row is the in-place loop over what ours moves.
+The detector is a DETR with a ResNet-50, as in the paper. Ours leaves alone the frozen backbone, of which there is one.
+The loops move every parameter of a whole second network, backbone and projector included, as AlignDet's official code
+does: as MoCo writes it, `old * momentum + new * (1 - momentum)`, and in place. The last two rows are both of the
+encoder and the decoder alone.
 """
+
+import copy
 
 import common
 import torch
@@ -38,12 +41,12 @@ def main(words: list[str] | None = None) -> dict:
     arguments = parser.parse_args(words)
     detector = build_detector("detr", backbone=arguments.backbone).to(arguments.device)
     model = AlignDetForPreTraining.from_detector(detector).to(arguments.device)
-    copies = [build_detector("detr", backbone=arguments.backbone).to(arguments.device) for _ in range(2)]
-    transformers = [nn.ModuleList([copy.model.encoder, copy.model.decoder]) for copy in copies]
+    networks = [nn.ModuleList(copy.deepcopy([detector, model.projector])) for _ in range(2)]
+    transformers = [nn.ModuleList([network.model.encoder, network.model.decoder]) for network, _ in networks]
     functions = {
         "one call": lambda: model.update_momentum_detector(MOMENTUM),
-        "loop of MoCo, two full detectors": lambda: loop_of_moco(*copies),
-        "loop in place, two full detectors": lambda: loop_in_place(*copies),
+        "loop of MoCo, whole networks": lambda: loop_of_moco(*networks),
+        "loop in place, whole networks": lambda: loop_in_place(*networks),
         "one call, encoder and decoder": lambda: update_momentum(*transformers, MOMENTUM),
         "loop in place, encoder and decoder": lambda: loop_in_place(*transformers),
     }

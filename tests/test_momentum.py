@@ -74,5 +74,15 @@ def test_shared_tensors_are_left_alone_and_unknown_ones_refused():
     before = shared.weight.clone()
     update_momentum(online, target, 0.0)
     assert torch.equal(shared.weight, before) and torch.equal(target[1].weight, online[1].weight)
-    with pytest.raises(KeyError):
-        update_momentum(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), 0.5)
+    with pytest.raises(AttributeError, match="no attribute '1'"):
+        update_momentum(nn.Sequential(nn.Linear(2, 2)), target, 0.5)
+
+
+def test_tensors_that_a_module_holds_twice_move_once():
+    tied, own = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    online = nn.Sequential(own, own)
+    target = nn.Sequential(tied, nn.Linear(2, 2, bias=False))
+    target[1].weight = tied.weight
+    expected = 0.75 * tied.weight + 0.25 * own.weight
+    update_momentum(online, target, 0.75)
+    torch.testing.assert_close(tied.weight, expected)
