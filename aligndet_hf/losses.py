@@ -6,6 +6,7 @@ Every function takes tensors and returns a scalar sum or mean; normalisers that 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .boxes import cxcywh_to_xyxy, iou_and_giou
 
@@ -25,6 +26,7 @@ def object_contrastive_loss(
     negatives: Tensor | None = None,
     num_ids: Tensor | None = None,
     num_anchors: int | None = None,
+    max_rows_per_id: int | None = None,
 ) -> Tensor:
     r"""
     AlignDet's instance contrast between the queries of two views (Li et al., ICCV 2023, eq. 4; all layers at once).
@@ -54,7 +56,10 @@ def object_contrastive_loss(
             what the sum over the ids is divided by, their number by default; with several processes the mean of their
             numbers, see [`count_ids`].
         num_anchors (`int`, *optional*):
-            how many online rows have an id. Saves a GPU's user the wait for the ids to be counted.
+            how many online rows have an id.
+        max_rows_per_id (`int`, *optional*):
+            how many rows of both views share an id at most. Both numbers save a GPU's user the wait for the ids to be
+            counted.
 
     Returns:
         `torch.Tensor`: a scalar, in float32 at least. Zero, with a graph, if no online row has an id.
@@ -75,34 +80,27 @@ def object_contrastive_loss(
     ```
     """
     _check_rows(online_features, momentum_features, online_ids, momentum_ids)
+    if not len(online_ids):
+        return _unit_rows(online_features).sum()
     with torch.autocast(online_features.device.type, enabled=False):
-        online, momentum = _unit_rows(online_features), _unit_rows(momentum_features)
         is_anchor = online_ids >= 0
-        rows = is_anchor.nonzero() if num_anchors is None else is_anchor.nonzero_static(size=num_anchors)
-        rows = rows.squeeze(1)
-        anchors, anchor_ids = online[rows] / temperature, online_ids[rows]  # [A, D], [A]
+        anchors = is_anchor.nonzero() if num_anchors is None else is_anchor.nonzero_static(size=num_anchors)
+        anchors = anchors.squeeze(1)
+        same, is_same = _rows_of_same_id(online_ids[anchors], torch.cat([online_ids, momentum_ids]), max_rows_per_id)
+        is_online, is_key = is_same & (same < len(online_ids)), is_same & (same >= len(online_ids))
+        is_missing = ~is_key.any(1, keepdim=True)
+        is_key = torch.where(is_missing, is_online, is_key)
 
-        to_online, to_momentum = anchors @ online.detach().T, anchors @ momentum.detach().T  # [A, R], [A, S]
-        same_online, same_momentum = (anchor_ids[:, None] == ids for ids in (online_ids, momentum_ids))
-        repulsion = torch.logaddexp(
-            _log_sum_exp_of_others(to_online, same_online), _log_sum_exp_of_others(to_momentum, same_momentum)
-        )
-        if negatives is not None:
-            to_negatives = anchors @ _unit_rows(negatives).detach().T
-            repulsion = torch.logaddexp(repulsion, to_negatives.logsumexp(1, keepdim=True))
-        if momentum.requires_grad:  # keys carry a gradient, negatives do not
-            to_momentum = anchors @ momentum.T
-        num_rows, num_keys = _occurrences(anchor_ids, online_ids), _occurrences(anchor_ids, momentum_ids)
-        row_loss = _mean_attraction(repulsion, to_momentum, same_momentum, num_keys)
-        is_missing = num_keys == 0
-        # To ask a GPU whether any is missing would be to wait for it.
-        if is_missing.is_cuda or is_missing.any():
-            same_anchor = anchor_ids[:, None] == anchor_ids
-            to_anchors = _mean_attraction(repulsion, anchors @ online[rows].T, same_anchor, num_rows)
-            row_loss = torch.where(is_missing, to_anchors, row_loss)
-        # Each id counts once however many rows it has; the weights of one id's rows add up to one.
-        weight = 1 / num_rows.to(row_loss.dtype)
-        return (row_loss * weight).sum() / (weight.sum().clamp(min=1) if num_ids is None else num_ids)
+        # Keys carry a gradient. Online rows are keys where others are missing; to ask a GPU would be to wait for it.
+        online_keys = online_features if is_missing.is_cuda or is_missing.any() else online_features.detach()
+        rows = [online_keys, momentum_features, *([] if negatives is None else [negatives.detach()])]
+        queries = _unit_rows(online_features.index_select(0, anchors)) / temperature
+        repulsion, attraction = _Similarity.apply(queries, _unit_rows(torch.cat(rows)), same)
+        pair_loss = F.softplus(repulsion - attraction, threshold=40)  # log(1 + exp(repulsion - attraction))
+        # Each id counts once however many rows and keys it has; the weights of one id's pairs add up to one.
+        num_pairs = is_online.sum(1, keepdim=True) * is_key.sum(1, keepdim=True)
+        weight = is_key / num_pairs.to(pair_loss.dtype)
+        return (pair_loss * weight).sum() / (weight.sum().clamp(min=1) if num_ids is None else num_ids)
 
 
 def count_ids(ids: Tensor) -> Tensor:
@@ -120,21 +118,47 @@ def count_ids(ids: Tensor) -> Tensor:
     return (is_new & (ordered >= 0)).sum().float()
 
 
-def _log_sum_exp_of_others(similarity: Tensor, same_id: Tensor) -> Tensor:
-    """Log-sum-exp over the rows of other ids; without any a number so low that its exponential and gradient are 0."""
-    return torch.add(similarity, same_id, alpha=-1e30).logsumexp(1, keepdim=True)
+def _rows_of_same_id(ids: Tensor, among: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
+    """
+    The places of every id `[A]` among others `[N]`, as a table `[A, width]`, and which of its entries count.
+
+    By sorting, which is cheaper than a matrix of comparisons. Rows with fewer places repeat the last one.
+    """
+    among, order = among.sort()
+    first, end = torch.searchsorted(among, ids), torch.searchsorted(among, ids, right=True)
+    width = max((end - first).tolist(), default=1) if width is None else width
+    places = first[:, None] + torch.arange(width, device=ids.device)
+    return order[torch.minimum(places, end[:, None] - 1)], places < end[:, None]
 
 
-def _occurrences(ids: Tensor, among: Tensor) -> Tensor:
-    """How often every id occurs; by sorting, which is cheaper than to sum a matrix of comparisons."""
-    among = among.sort().values
-    return torch.searchsorted(among, ids, right=True) - torch.searchsorted(among, ids)
+class _Similarity(torch.autograd.Function):
+    """
+    Log-sum-exp of queries' similarities to the rows of other ids, `[Q, 1]`, and similarities to those of the same id.
 
+    Gradients flow to the queries, and to the rows of the same id; negatives are detached. By hand, all this takes two
+    passes over the matrix of similarities, and two products: that matrix, and its softmax with the rows.
+    """
 
-def _mean_attraction(repulsion: Tensor, similarity: Tensor, is_key: Tensor, num_keys: Tensor) -> Tensor:
-    """Mean over a row's keys of `log(1 + exp(repulsion - similarity))`, which is the loss of a (row, key) pair."""
-    pair_loss = F.softplus(repulsion - similarity, threshold=40)
-    return torch.where(is_key, pair_loss, 0).sum(1) / num_keys.clamp(min=1)
+    @staticmethod
+    def forward(ctx, queries: Tensor, rows: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+        similarity = queries @ rows.T  # [Q, N]
+        to_same = similarity.gather(1, same)
+        # So low that the exponential is 0; and finite, for queries without any other row.
+        largest = similarity.scatter_(1, same, -1e30).amax(1, keepdim=True)
+        share = similarity.softmax(1)
+        ctx.save_for_backward(queries, rows, same, share)
+        return largest - share.amax(1, keepdim=True).log(), to_same
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, repulsion: Tensor, attraction: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        queries, rows, same, share = ctx.saved_tensors
+        to_queries = F.embedding_bag(same, rows, per_sample_weights=attraction, mode="sum")
+        to_queries.addcmul_(share @ rows, repulsion)
+        if not ctx.needs_input_grad[1]:
+            return to_queries, None, None
+        pulls = (attraction[..., None] * queries[:, None]).flatten(0, 1)
+        return to_queries, torch.zeros_like(rows).index_add_(0, same.flatten(), pulls), None
 
 
 def _check_rows(online_features: Tensor, momentum_features: Tensor, online_ids: Tensor, momentum_ids: Tensor) -> None:

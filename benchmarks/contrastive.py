@@ -5,11 +5,14 @@ The contrastive loss in one computation against a loop over the proposals' ids.
     python benchmarks/contrastive.py --device cuda
 
 All compute loss and gradient on one batch of random features in which every proposal is matched in every decoder layer
-of both views. The loops follow the equations of the paper, id by id: once with a matrix product for all queries of an
-id, and once with a copy of the negatives for every query, as batched losses of this kind are often written.
+of both views. The official loop computes what AlignDet's code does, in its order: id by id, a copy of the negatives
+for every key, the product of all queries with each copy, and a cross-entropy over all pairs. The frugal loop has one
+matrix product for all queries of an id. The bare products, of all queries with the rows of both views and back, are
+what no method can do without.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import common
 import torch
@@ -21,21 +24,24 @@ from aligndet_hf.losses import object_contrastive_loss
 TEMPERATURE = 0.5
 
 
-def loss_of_one_id(queries: Tensor, keys: Tensor, negatives: Tensor) -> Tensor:
-    """Mean over all (query, key) pairs; the denominator of a pair is its own key and all (detached) negatives."""
-    queries, keys, negatives = (F.normalize(rows, dim=-1, eps=1e-12) for rows in (queries, keys, negatives.detach()))
+def unit(*rows: Tensor) -> list[Tensor]:
+    return [F.normalize(each, dim=-1, eps=1e-12) for each in rows]
+
+
+def official_loss(queries: Tensor, keys: Tensor, negatives: Tensor) -> Tensor:
+    """Mean over all (query, key) pairs of one id; class 0 of a pair is its key, the others are all negatives."""
+    queries, keys, negatives = unit(queries, keys, negatives.detach())
+    rows = torch.cat([keys[:, None], negatives.expand(len(keys), -1, -1)], dim=1)  # [keys, 1 + negatives, width]
+    logits = torch.bmm(queries.expand(len(keys), -1, -1), rows.mT) / TEMPERATURE  # [keys, queries, 1 + negatives]
+    return F.cross_entropy(logits.flatten(0, 1), torch.zeros(len(keys) * len(queries), dtype=int, device=keys.device))
+
+
+def frugal_loss(queries: Tensor, keys: Tensor, negatives: Tensor) -> Tensor:
+    """The same, without a copy of the negatives."""
+    queries, keys, negatives = unit(queries, keys, negatives.detach())
     positive = queries @ keys.T / TEMPERATURE
     repulsion = (queries @ negatives.T / TEMPERATURE).logsumexp(1, keepdim=True)
     return (torch.logaddexp(positive, repulsion) - positive).mean()
-
-
-def loss_of_one_id_with_copies(queries: Tensor, keys: Tensor, negatives: Tensor) -> Tensor:
-    """The same, from one copy of the negatives for every query."""
-    queries, keys, negatives = (F.normalize(rows, dim=-1, eps=1e-12) for rows in (queries, keys, negatives.detach()))
-    positive = torch.einsum("qd,kd->qk", queries, keys) / TEMPERATURE
-    negative = torch.einsum("qd,qnd->qn", queries, negatives.repeat(len(queries), 1, 1)) / TEMPERATURE
-    logits = torch.cat([positive[..., None], negative[:, None].expand(-1, len(keys), -1)], dim=-1)
-    return -logits.log_softmax(-1)[..., 0].mean()
 
 
 def loop(
@@ -65,6 +71,16 @@ def make_rows(layers: int, images: int, queries: int, proposals: int, width: int
     return tuple(tensor.to(device) for tensor in (*features, ids(), ids()))
 
 
+def loss_and_gradient(loss: Callable, online: Tensor) -> tuple[Tensor, Tensor]:
+    value = loss()
+    return value, *torch.autograd.grad(value, online)
+
+
+@torch.no_grad()
+def products(queries: Tensor, rows: Tensor) -> Tensor:
+    return queries @ rows.T @ rows
+
+
 def main(words: list[str] | None = None) -> dict:
     parser = common.parser(__file__, __doc__, repeats=4)
     for name, value in {"layers": 6, "images": 4, "queries": 100, "proposals": 50, "width": 256}.items():
@@ -75,14 +91,13 @@ def main(words: list[str] | None = None) -> dict:
     online, *others = make_rows(*sizes, device)
     online.requires_grad_()
     losses = {
-        "one computation": lambda: object_contrastive_loss(online, *others, TEMPERATURE),
-        "loop over ids": lambda: loop(loss_of_one_id, online, *others),
-        "loop over ids, with copies": lambda: loop(loss_of_one_id_with_copies, online, *others),
+        "one computation": partial(object_contrastive_loss, online, *others, TEMPERATURE),
+        "official loop": partial(loop, official_loss, online, *others),
+        "frugal loop": partial(loop, frugal_loss, online, *others),
     }
-    functions = {
-        name: lambda loss=loss: (value := loss(), *torch.autograd.grad(value, online)) for name, loss in losses.items()
-    }
+    functions = {name: partial(loss_and_gradient, loss, online) for name, loss in losses.items()}
     values = [function() for function in functions.values()]
+    functions["bare products"] = partial(products, online.detach()[others[1] >= 0], torch.cat([online, others[0]]))
     times = common.interleaved(functions, arguments.repeats, device)
     rows = common.summary(times)
     for name, function in functions.items():

@@ -84,12 +84,13 @@ def test_contrastive_loss_by_hand():
     torch.testing.assert_close(object_contrastive_loss(features, features, ids, ids, 1.0), expected)
 
 
-def test_no_positive_is_zero_with_a_graph_where_the_official_code_divides_by_zero():
-    online = torch.randn(4, 8, requires_grad=True)
-    ids = torch.full((4,), -1)
-    loss = object_contrastive_loss(online, torch.randn(4, 8), ids, ids)
+@pytest.mark.parametrize("rows", [4, 0])
+def test_no_positive_is_zero_with_a_graph_where_the_official_code_divides_by_zero(rows):
+    online = torch.randn(rows, 8, requires_grad=True)
+    ids = torch.full((rows,), -1)
+    loss = object_contrastive_loss(online, torch.randn(rows, 8), ids, ids)
     loss.backward()
-    assert loss.item() == 0 and torch.equal(online.grad, torch.zeros(4, 8))
+    assert loss.item() == 0 and torch.equal(online.grad, torch.zeros(rows, 8))
 
 
 def test_no_negatives_is_zero_with_zero_gradient():
@@ -112,15 +113,29 @@ def test_count_ids(ids, count):
     assert count_ids(torch.tensor(ids, dtype=torch.long)).item() == count
 
 
-def test_rows_of_others_repel_and_a_given_number_divides():
+@pytest.mark.parametrize("counts", [{}, {"num_anchors": 4, "max_rows_per_id": 5}])
+def test_rows_of_others_repel_and_a_given_number_divides(counts):
     generator = torch.Generator().manual_seed(0)
     online, momentum, others = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64)
-    ids = torch.tensor([4, 4, 0, -1, 1])
-    loss = object_contrastive_loss(online, momentum, ids, ids, negatives=others, num_ids=torch.tensor(1.5))
-    background = torch.full((5,), -1)
+    online.requires_grad_()
+    ids, others_ids = torch.tensor([4, 4, 0, -1, 1]), torch.full((5,), -1)
+    loss = object_contrastive_loss(online, momentum, ids, ids, negatives=others, num_ids=torch.tensor(1.5), **counts)
     # As background of the momentum view; three ids, divided by 1.5 instead.
-    known = torch.cat([momentum, others]), ids, torch.cat([ids, background])
-    torch.testing.assert_close(loss, 2 * loop_loss(online, *known, 0.5))
+    expected = 2 * loop_loss(online, torch.cat([momentum, others]), ids, torch.cat([ids, others_ids]), 0.5)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, online)[0] for value in (loss, expected)))
+
+
+def test_low_temperatures_do_not_underflow():
+    online, ids = torch.randn(5, 8, dtype=torch.float64, requires_grad=True), torch.arange(5)
+    loss, expected = (
+        function(online.to(dtype), -online.detach().to(dtype), ids, ids, 0.005)
+        for function, dtype in ((object_contrastive_loss, torch.float32), (loop_loss, torch.float64))
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, online)[0] for value in (loss, expected)), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_ids_beyond_the_official_background_id_count_like_any_other():

@@ -201,7 +201,7 @@ def test_export_is_a_plain_detector_for_a_process_without_this_package(plain_pro
 def test_contrast_runs_over_all_decoder_layers_without_denoising_queries(model_type, monkeypatch):
     seen = {}
 
-    def record(online, momentum, online_ids, momentum_ids, temperature, num_anchors):
+    def record(online, momentum, online_ids, momentum_ids, temperature, num_anchors, max_rows_per_id):
         assert num_anchors == (online_ids >= 0).sum()
         seen.update(online=online, momentum=momentum, online_ids=online_ids, momentum_ids=momentum_ids)
         return online.sum() * 0

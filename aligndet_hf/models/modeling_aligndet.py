@@ -261,6 +261,7 @@ class AlignDetForPreTraining(PreTrainedModel):
             momentum_ids.flatten(),
             self.config.contrastive_temperature,
             num_anchors=layers * sum(min(len(label["proposal_ids"]), queries) for label in labels),
+            max_rows_per_id=2 * layers,
             **gathered,
         )
         last_layer = (online_features[-1], momentum_features[-1], online_ids[-1], momentum_ids[-1])
