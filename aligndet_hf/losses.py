@@ -40,7 +40,7 @@ def object_contrastive_loss(
     detached. The loss is the mean of \\(\ell_{ij}\\) over the pairs of each id, averaged over the ids of the online
     view. An id without a row in the momentum view takes its own online rows as keys, as the official code does.
 
-    Computed without a loop over ids; time and memory grow with `R * (R + S)`.
+    Computed without a loop over ids; time and memory grow with `R * (R + S)`. The loss can be differentiated once.
 
     Args:
         online_features (`torch.Tensor` of shape `[R, D]`):
@@ -135,8 +135,8 @@ class _Similarity(torch.autograd.Function):
     """
     Log-sum-exp of queries' similarities to the rows of other ids, `[Q, 1]`, and similarities to those of the same id.
 
-    Gradients flow to the queries, and to the rows of the same id; negatives are detached. By hand, all this takes two
-    passes over the matrix of similarities, and two products: that matrix, and its softmax with the rows.
+    Gradients flow to the queries, and to the rows of the same id; negatives are detached. By hand, all this takes one
+    matrix `[Q, N]`, changed in place as fresh memory costs more than what is computed in it, and two products.
     """
 
     @staticmethod
@@ -145,16 +145,17 @@ class _Similarity(torch.autograd.Function):
         to_same = similarity.gather(1, same)
         # So low that the exponential is 0; and finite, for queries without any other row.
         largest = similarity.scatter_(1, same, -1e30).amax(1, keepdim=True)
-        share = similarity.softmax(1)
-        ctx.save_for_backward(queries, rows, same, share)
-        return largest - share.amax(1, keepdim=True).log(), to_same
+        exponential = similarity.sub_(largest).exp_()
+        total = exponential.sum(1, keepdim=True)
+        ctx.save_for_backward(queries, rows, same, exponential, total)
+        return largest + total.log(), to_same
 
     @staticmethod
     @once_differentiable
     def backward(ctx, repulsion: Tensor, attraction: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        queries, rows, same, share = ctx.saved_tensors
+        queries, rows, same, exponential, total = ctx.saved_tensors
         to_queries = F.embedding_bag(same, rows, per_sample_weights=attraction, mode="sum")
-        to_queries.addcmul_(share @ rows, repulsion)
+        to_queries.addcmul_(exponential @ rows, repulsion / total)
         if not ctx.needs_input_grad[1]:
             return to_queries, None, None
         pulls = (attraction[..., None] * queries[:, None]).flatten(0, 1)
