@@ -8,6 +8,7 @@ Pre-training at lower resolutions than fine-tuning: time of a step, and AP after
 Every arm has the same number of steps, images and proposals; only the size of the views differs. Without --dataset it
 runs on generated images with the small detector below, on a CPU in some minutes, where differences of AP are within
 the noise of a seed. A start without pre-training stands beside them. Interrupted, the same command goes on.
+The times are those of the clock, size after size: they need a machine without other work.
 """
 
 import argparse
