@@ -50,7 +50,7 @@ def parse_arguments(words: list[str] | None):
 def settings(arguments, size: int, name: str, **changes) -> FinetuneArguments:
     """The recipe at one resolution; smaller images in batches with as many pixels."""
     recipe = yaml.safe_load(Path(arguments.recipe).read_text())
-    batch = recipe["per_device_train_batch_size"] * (arguments.full // size) ** 2
+    batch = round(recipe["per_device_train_batch_size"] * (arguments.full / size) ** 2)
     changes = {"per_device_train_batch_size": batch, "image_sizes": [size], "eval_size": arguments.full} | changes
     changes |= {"dataset": arguments.dataset, "output_dir": str(Path(arguments.folder) / name)}
     changes |= {"backbone_weights": arguments.backbone_weights, "use_cpu": arguments.device == "cpu"}
@@ -110,7 +110,7 @@ def arms(arguments, seconds: dict[int, float]) -> dict:
     for arm, stages in plan.items():
         curve, total, before, start = [], 0.0, 0.0, {}
         for name, size, share, changes in stages:
-            steps = round(60 * arguments.minutes * share / seconds[size])
+            steps = max(1, round(60 * arguments.minutes * share / seconds[size]))
             points, spent, metrics = stage(arguments, size, name, steps, **changes | start)
             curve += [{"seconds": before + step * seconds[size], "size": size, "AP": ap} for step, ap in points]
             before, total = before + steps * seconds[size], total + spent
@@ -135,7 +135,7 @@ def main(words: list[str] | None = None) -> dict:
     results = {"rows": rows, "low_times_faster": faster, "settings": vars(arguments)}
     if arguments.minutes > 0:
         seconds = {size: statistics.median(times[size]) / steps for size, (_, steps) in epochs.items()}
-        results["seconds_a_step"] = seconds
+        results["seconds_a_step"] = {str(size): value for size, value in seconds.items()}
         results["arms"] = arms(arguments, seconds)
     return common.report(__file__, arguments, results, "transformers")
 
