@@ -6,7 +6,8 @@ Time of a SoCo step, beside an implementation that pools as the official code do
 The official arrangement pools every set of boxes (one for each pair of views) from every level of the pyramid, runs
 head, projector and predictor on each of them by itself, and compares the boxes that are on their own level. Here each
 box is pooled once, from its own level, and all boxes of a view pass the head together. Both are built of the same
-modules with the same weights, and take turns.
+modules with the same weights, and take turns. Training keeps its tensors in `channels_last`, which the official code
+does not: its arrangement is timed in either layout.
 
 First both losses and all gradients are compared, with fixed statistics in the norms; then whole steps (forward,
 backward, AdamW, momentum update) are timed in training mode, where the norms of each see other boxes, and so is the
@@ -14,6 +15,7 @@ part that differs, from the feature maps on. Times are medians of the CPU time o
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 
 import common
@@ -172,13 +174,19 @@ def measure(variant: str, backbone: str, sizes: list[int], fields: dict, argumen
     our_step(model, batch)  # the norms get statistics, so that the activations stay within bounds
     model.update_momentum_encoder(0.5)
     equal = assert_equal(model, batch)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    reference = copy.deepcopy(model)
+    model.to(memory_format=torch.channels_last)  # as in training
 
-    def whole_step(step: Callable) -> None:
-        optimizer.zero_grad()
-        step(model, batch).backward()
-        optimizer.step()
-        model.update_momentum_encoder(0.99)
+    def whole_step(model: SoCoForPreTraining, step: Callable) -> Callable:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4, fused=True)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            step(model, batch).backward()
+            optimizer.step()
+            model.update_momentum_encoder(0.99)
+
+        return run
 
     with torch.no_grad():
         maps = [model.encoder.feature_maps(view) for view in batch["pixel_values"]]
@@ -187,14 +195,20 @@ def measure(variant: str, backbone: str, sizes: list[int], fields: dict, argumen
         leaves = [[level.detach().requires_grad_() for level in view] for view in maps]
         loss(model, batch, leaves, leaves).backward()
 
-    steps = {"official": lambda: whole_step(official_step), "ours": lambda: whole_step(our_step)}
+    steps = {
+        "official": whole_step(reference, official_step),
+        "arranged": whole_step(copy.deepcopy(model), official_step),
+        "ours": whole_step(model, our_step),
+    }
     parts = {"official": lambda: regions(official_loss), "ours": lambda: regions(our_loss)}
     times, part_times = (in_turn(each, arguments.repeats, arguments.device) for each in (steps, parts))
     return {
         **equal,
         "step_official_ms": times["official"],
+        "step_official_channels_last_ms": times["arranged"],
         "step_ms": times["ours"],
         "step_ratio": times["ours"] / times["official"],
+        "step_ratio_of_same_layout": times["ours"] / times["arranged"],
         "regions_official_ms": part_times["official"],
         "regions_ms": part_times["ours"],
         "regions_ratio": part_times["ours"] / part_times["official"],
@@ -204,6 +218,7 @@ def measure(variant: str, backbone: str, sizes: list[int], fields: dict, argumen
 def format_row(name: str, row: dict[str, float]) -> str:
     return (
         f"{name:<30} step {row['step_official_ms']:8.0f} ms -> {row['step_ms']:7.0f} ms: {row['step_ratio']:.2f} times"
+        f" ({row['step_ratio_of_same_layout']:.2f} in the same layout)"
         f"   regions {row['regions_official_ms']:8.0f} ms -> {row['regions_ms']:6.0f} ms: {row['regions_ratio']:.2f} "
         f"times   loss {row['official_loss']:.5f}, {row['loss']:.5f}"
     )

@@ -68,6 +68,26 @@ def test_benchmark_of_memory(tmp_path, capsys):
     assert "rt_detr" in capsys.readouterr().out
 
 
+def test_benchmark_of_direct_pretraining(tmp_path, capsys):
+    """Both arms train for as long as they say; the second goes on from its own first stage."""
+    from aligndet_hf.data.synthetic import write_synthetic_folder
+
+    direct, resolution, output = load("direct"), load("resolution"), tmp_path / "direct.json"
+    write_synthetic_folder(tmp_path / "data", {"train": 8, "validation": 2}, seed=0, image_size=(96, 128))
+    recipe = {**resolution.SMALL, "learning_rate": 1e-4, "per_device_train_batch_size": 2, "report_to": "none"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    words = f"--dataset {tmp_path}/data --recipe {tmp_path}/recipe.yaml --folder {tmp_path}/runs --output {output}"
+    results = direct.main([*words.split(), *"--low 64 --full 128 --images 8 --repeats 1 --minutes 0.001".split()])
+    assert results == json.loads(output.read_text())
+    assert list(results["rows"]) == ["epoch at 64", "epoch at 128"]
+    arms = results["arms"]
+    assert [point["size"] for point in arms["full resolution"]["curve"]] == [128]
+    assert [point["size"] for point in arms["low, then full"]["curve"]] == [64, 128]
+    report = json.loads((tmp_path / "runs" / "then" / "transfer_report.json").read_text())
+    assert not report["reset"] and not report["mismatched"]
+    assert "low_times_faster" in capsys.readouterr().out
+
+
 def test_benchmark_of_resolutions(tmp_path, capsys):
     resolution, output = load("resolution"), tmp_path / "resolution.json"
     short = "--steps 2 --finetuning_steps 1 --sizes 64 96 --full_size 96 --batch_size 2 --images 6".split()

@@ -35,7 +35,7 @@ def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
     config._name_or_path = checkpoint  # where the statistics are
     statistics = Statistics(*image_statistics(config))
     config._name_or_path = ""
-    model = SoCoForPreTraining(config).train()
+    model = SoCoForPreTraining(config).train().to(memory_format=torch.channels_last)  # on CPUs a fourth faster
     weights = arguments.backbone_weights or checkpoint
     report = load_weights(model.encoder.backbone, backbone, weights) if weights else None
     model.update_momentum_encoder(0.0)
