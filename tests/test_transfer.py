@@ -143,6 +143,10 @@ def test_encoder_decoder_and_queries_start_as_published(model_type):
         (name,) = family_of(detector.config).query_embeddings
         return detector.get_submodule(f"model.{name}").weight
 
+    heads = [p for name, p in detector.named_parameters() if re.match(family_of(source.config).last_box_layers, name)]
+    assert all(parameter.any() == (model_type in ("detr", "table-transformer")) for parameter in heads) and heads
+    first = next(p for name, p in detector.named_parameters() if re.search(r"bbox\w*\.(0\.)?layers\.0\.weight", name))
+    torch.testing.assert_close(first.std().item(), (3 * first.shape[1]) ** -0.5, rtol=0.15, atol=0)
     assert queries(source).std() < 0.03  # what transformers does
     assert 0.8 < queries(detector).std() < 1.2
     for name, weight in layers(detector).items():

@@ -182,8 +182,9 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     It draws nearly all matrices and embeddings from a normal distribution with a standard deviation of 0.02, as
     language models have it. The attention of DETR and its nearest relatives hardly sees the image then, and their
     queries start at one point. Here the matrices of the encoder and decoder start as Glorot & Bengio (AISTATS 2010)
-    have it, and the query embeddings with a standard deviation of 1, as in DETR's paper (Carion et al., ECCV 2020,
-    section 4) and code.
+    have it, the query embeddings with a standard deviation of 1, projections and heads as PyTorch starts layers, and
+    the last layers of the box heads at zero (not those of DETR itself), as in DETR's paper (Carion et al., ECCV 2020,
+    section 4) and the code of its relatives.
 
     It starts the class layers of Conditional and Deformable DETR at a probability of one half, and those of DAB-DETR
     at one in the classes (older versions also some of LW-DETR at one half). The focal loss of their papers counts on
@@ -194,8 +195,8 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     """
     detector = AutoModelForObjectDetection.from_config(config)
     family = family_of(config)
-    is_class_head = re.compile(family.class_heads).match
-    is_of_layers = re.compile(r"model\.(encoder|decoder)\.").match
+    is_class_head, is_last_box_layer = re.compile(family.class_heads).match, re.compile(family.last_box_layers).match
+    has_prior = family.losses(config).class_loss in ("focal", "iou_aware")
     of_backbone = set(get_backbone(detector).modules())
     for name, module in detector.named_modules():
         if module in of_backbone:
@@ -204,13 +205,17 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
             nn.init.ones_(module.weight)
         elif family.starts_small and name.endswith(family.query_embeddings):
             nn.init.normal_(module.weight)
-        # What starts at zero, such as the offsets of deformable attention, does so on purpose.
-        elif family.starts_small and is_of_layers(name) and isinstance(module, nn.Linear) and module.weight.any():
-            nn.init.xavier_uniform_(module.weight)
-    if family.losses(config).class_loss in ("focal", "iou_aware"):
-        for name, parameter in detector.named_parameters(remove_duplicate=False):
-            if is_class_head(name) and name.endswith("bias"):
-                nn.init.constant_(parameter, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
+        elif family.starts_small and isinstance(module, nn.Linear | nn.Conv2d) and module.weight.any():
+            # What starts at zero, such as the offsets of deformable attention, does so on purpose.
+            if re.match(r"model\.(encoder|decoder)\.", name) and isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+            elif name != "model.reference_points":
+                module.reset_parameters()
+    for name, parameter in detector.named_parameters(remove_duplicate=False):
+        if family.starts_small and has_prior and is_last_box_layer(name):
+            nn.init.zeros_(parameter)  # all but DETR itself begin with the queries' reference points
+        if has_prior and is_class_head(name) and name.endswith("bias"):
+            nn.init.constant_(parameter, -math.log((1 - CLASS_PRIOR) / CLASS_PRIOR))
     return detector
 
 
