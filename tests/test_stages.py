@@ -100,6 +100,7 @@ def test_merging_replaces_all_but_mappings():
         ({"evaluate": {"dataset": "${set_}"}}, "did you mean 'set'"),
         ({"evaluate": {"output_dir": "x"}}, "stage 'evaluate': output_dir cannot be set"),
         ({"evaluate": {"config": "nowhere.yaml"}}, "stage 'evaluate', config: .*nowhere.yaml"),
+        ({"soco": None, "evaluate": {"config": "${soco}/e.yaml"}}, "'evaluate', config: the stage soco is left out"),
         ({"evaluate": ["x"]}, "must be a mapping"),
         ({"set": {"command": "evaluate"}}, "name of a stage and of a variable"),
     ],

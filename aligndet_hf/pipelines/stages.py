@@ -175,6 +175,8 @@ def _merged_settings(
         try:
             path = _substitute(given["config"], look_up)  # at once: what is in the recipe hangs on it
             recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except _LeftOut as error:
+            raise ValueError(f"stage {name!r}, config: the stage {error} is left out") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"stage {name!r}, config: {error}") from error
         if not isinstance(recipe, Mapping):
