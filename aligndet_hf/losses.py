@@ -3,12 +3,16 @@
 Every function takes tensors and returns a scalar sum or mean; normalisers that need several processes are arguments.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .boxes import cxcywh_to_xyxy, iou_and_giou
+
+_BLOCK = 1 << 22  # similarities that exist at a time: large enough for matrix products at full speed
 
 
 def _unit_rows(features: Tensor) -> Tensor:
@@ -40,7 +44,7 @@ def object_contrastive_loss(
     detached. The loss is the mean of \\(\ell_{ij}\\) over the pairs of each id, averaged over the ids of the online
     view. An id without a row in the momentum view takes its own online rows as keys, as the official code does.
 
-    Computed without a loop over ids; time and memory grow with `R * (R + S)`. The loss can be differentiated once.
+    Computed without a loop over ids; time grows with `R * (R + S)`, memory with `R + S`. Differentiable once.
 
     Args:
         online_features (`torch.Tensor` of shape `[R, D]`):
@@ -94,9 +98,10 @@ def object_contrastive_loss(
         # Keys carry a gradient. Online rows are keys where others are missing; to ask a GPU would be to wait for it.
         online_keys = online_features if is_missing.is_cuda or is_missing.any() else online_features.detach()
         rows = [online_keys, momentum_features, *([] if negatives is None else [negatives.detach()])]
-        queries = _unit_rows(online_features.index_select(0, anchors)) / temperature
-        repulsion, attraction = _Similarity.apply(queries, _unit_rows(torch.cat(rows)), same)
-        pair_loss = F.softplus(repulsion - attraction, threshold=40)  # log(1 + exp(repulsion - attraction))
+        scale = 1 / (temperature * math.log(2))  # exp(x / temperature) = 2 ** (x * scale)
+        queries = _unit_rows(online_features.index_select(0, anchors)) * scale
+        repulsion, attraction = _Similarity.apply(queries, _unit_rows(torch.cat(rows)), same, scale)
+        pair_loss = F.softplus((repulsion - attraction) * math.log(2), threshold=40)
         # Each id counts once however many rows and keys it has; the weights of one id's pairs add up to one.
         num_pairs = is_online.sum(1, keepdim=True) * is_key.sum(1, keepdim=True)
         weight = is_key / num_pairs.to(pair_loss.dtype)
@@ -133,33 +138,44 @@ def _rows_of_same_id(ids: Tensor, among: Tensor, width: int | None) -> tuple[Ten
 
 class _Similarity(torch.autograd.Function):
     """
-    Log-sum-exp of queries' similarities to the rows of other ids, `[Q, 1]`, and similarities to those of the same id.
+    Binary logarithm of the sum of 2 to the power of queries' similarities to the rows of other ids, `[Q, 1]`, and
+    similarities to the rows of the same id. None is beyond `largest`, in either direction.
 
-    Gradients flow to the queries, and to the rows of the same id; negatives are detached. By hand, all this takes one
-    matrix `[Q, N]`, changed in place as fresh memory costs more than what is computed in it, and two products.
+    Gradients flow to the queries, and to the rows of the same id; negatives are detached. What the backward pass needs
+    is the mean of the negatives that repel a query: computed here, a block of the matrix `[Q, N]` can be forgotten
+    before the next, so memory grows with Q + N. Blocks are changed in place, as fresh memory costs more than what is
+    computed in it; powers of 2 take half the time of powers of e.
     """
 
     @staticmethod
-    def forward(ctx, queries: Tensor, rows: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-        similarity = queries @ rows.T  # [Q, N]
-        to_same = similarity.gather(1, same)
-        # So low that the exponential is 0; and finite, for queries without any other row.
-        largest = similarity.scatter_(1, same, -1e30).amax(1, keepdim=True)
-        exponential = similarity.sub_(largest).exp_()
-        total = exponential.sum(1, keepdim=True)
-        ctx.save_for_backward(queries, rows, same, exponential, total)
-        return largest + total.log(), to_same
+    def forward(ctx, queries: Tensor, rows: Tensor, same: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+        repulsion, attraction, mean = [], [], []
+        blocks = -(-len(queries) * len(rows) // _BLOCK) or 1
+        for block, own in zip(queries.chunk(blocks), same.chunk(blocks), strict=True):
+            similarity = block @ rows.T
+            attraction.append(similarity.gather(1, own))
+            similarity.scatter_(1, own, -torch.inf)
+            shift = None
+            if largest > 60:  # a sum of powers could leave the range of float32
+                # finite, for queries without any other row
+                shift = similarity.amax(1, keepdim=True).clamp_(min=-largest)
+                similarity -= shift
+            power = similarity.exp2_()
+            total = power.sum(1, keepdim=True)
+            repulsion.append(total.log2() if shift is None else total.log2() + shift)
+            mean.append((power @ rows).div_(total.clamp_(min=torch.finfo(total.dtype).tiny)))
+        ctx.save_for_backward(queries, rows, same, torch.cat(mean))
+        return torch.cat(repulsion), torch.cat(attraction)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, repulsion: Tensor, attraction: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        queries, rows, same, exponential, total = ctx.saved_tensors
-        to_queries = F.embedding_bag(same, rows, per_sample_weights=attraction, mode="sum")
-        to_queries.addcmul_(exponential @ rows, repulsion / total)
+    def backward(ctx, repulsion: Tensor, attraction: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        queries, rows, same, mean = ctx.saved_tensors
+        to_queries = F.embedding_bag(same, rows, per_sample_weights=attraction, mode="sum").addcmul_(mean, repulsion)
         if not ctx.needs_input_grad[1]:
-            return to_queries, None, None
+            return to_queries, None, None, None
         pulls = (attraction[..., None] * queries[:, None]).flatten(0, 1)
-        return to_queries, torch.zeros_like(rows).index_add_(0, same.flatten(), pulls), None
+        return to_queries, torch.zeros_like(rows).index_add_(0, same.flatten(), pulls), None, None
 
 
 def _check_rows(online_features: Tensor, momentum_features: Tensor, online_ids: Tensor, momentum_ids: Tensor) -> None:
