@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 from tiny_detectors import tiny_detector
+from transformers import DetrConfig
 
-from aligndet_hf import cli
+from aligndet_hf import AlignDetConfig, cli
 from aligndet_hf.evaluation import pictures
 from aligndet_hf.evaluation.pictures import new_figure, save_figure
 from aligndet_hf.reporting import html_report
@@ -108,6 +109,7 @@ def test_a_report_of_pretraining(detector, tmp_path):
     run = tmp_path / "run"
     (run / "detector").mkdir(parents=True)
     write(run / "detector" / "config.json", (detector / "config.json").read_text())
+    AlignDetConfig(detector_config=DetrConfig.from_pretrained(detector), base_momentum=0.9).save_pretrained(run)
     proposals = {"settings": {"source": "selective_search", "preset": "tiny"}}
     summary = {
         "arguments": {"dataset": "me/boxes", "detector": "rt_detr", "hub_revision": None},
@@ -119,6 +121,9 @@ def test_a_report_of_pretraining(detector, tmp_path):
     write(run / "log.jsonl", "".join(json.dumps({"step": s, "loss": 1, "momentum": 0.9}) + "\n" for s in (1, 2)))
     record = read_run(run)
     assert (record.kind, record.images, record.base_model) == ("pretrain", 1000, None)
+    numbers = record.settings["aligndet_config"]  # by default or not
+    assert (numbers["base_momentum"], numbers["contrastive_temperature"]) == (0.9, 0.5)
+    assert "detector_config" not in numbers and record.config.num_labels == 2
     page = Page(write_report(run).read_text())
     assert {"12.5 %", "1.5", "1,000", "aligndet pretrain", "settings.preset", "tiny"} <= set(page.words)
     assert page.tags.count("img") == 2 and any("w.pth (1 tensors loaded" in words for words in page.words)

@@ -25,7 +25,7 @@ class RunRecord:
         config (`PreTrainedConfig`): The configuration of the detector that came out; of SoCo that of its model.
         dataset (`str`): Hub id or path of the images.
         origin (`str`, *optional*): What the data set was made from, if it is one of this machine with proposals.
-        settings (`dict`): What was run.
+        settings (`dict`): What was run; of pre-training with all numbers of the method, those by default too.
         images, steps (`int`, *optional*): Number of training images, and of optimizer steps.
         base_model (`str`, *optional*): Hub id or path of the detector that the run started from.
         license (`str`, *optional*): Hub name of the licence of the weights.
@@ -89,14 +89,17 @@ def read_run(folder: str | Path) -> RunRecord:
     if summary := read_json(folder / SUMMARY):
         settings = summary["arguments"]
         method = settings.get("method", "aligndet")
+        model_config = AutoConfig.from_pretrained(folder)
+        numbers = {name: getattr(model_config, name) for name in type(model_config).__annotations__}
+        numbers = {name: value for name, value in numbers.items() if name not in model_config.sub_configs}
         is_new = method == "soco" or settings["detector"] in FAMILIES
         return RunRecord(
             kind="pretrain",
             method=method,
-            config=AutoConfig.from_pretrained(folder / "detector" if method == "aligndet" else folder),
+            config=model_config.detector_config if method == "aligndet" else model_config,
             dataset=settings["dataset"],
             origin=read_report(Path(settings["dataset"])).get("dataset"),
-            settings=settings,
+            settings=settings | {f"{method}_config": numbers},
             images=summary["data"]["images"],
             steps=summary["steps"],
             base_model=None if is_new else settings["detector"],
