@@ -166,7 +166,10 @@ def run(command: str, argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if show_traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if text.startswith("Caught ") and "Original Traceback" in text:  # what torch makes of an error in a worker
+            text = text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         # `pretrain` raises a subclass after its clean save: which signal it was, and how to resume.

@@ -21,7 +21,7 @@ def cosine_momentum(step: int, total_steps: int, base: float = 0.996, end: float
         end (`float`, *optional*, defaults to 1.0): momentum that the schedule approaches.
 
     Raises:
-        `ValueError`: if `total_steps` is not positive.
+        `ValueError`: if `total_steps` is not positive, or a momentum not from 0 to 1.
 
     Example:
 
@@ -35,6 +35,8 @@ def cosine_momentum(step: int, total_steps: int, base: float = 0.996, end: float
     """
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    if not 0 <= min(base, end) <= max(base, end) <= 1:
+        raise ValueError(f"momenta must lie in [0, 1], got base_momentum {base} and end_momentum {end}")
     return end - (end - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 

@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from aligndet_hf import cli
+from aligndet_hf.data.errors import DataError
 
 
 @dataclass
@@ -206,6 +208,23 @@ def test_a_command_runs(command):
 @pytest.mark.parametrize("error", [ValueError("row 3 is wrong"), OSError("row 3 is wrong")])
 def test_bad_input_is_one_line_and_code_2(command, error, capsys):
     command(error)
+    assert cli.main(["demo", "--source", "x"]) == 2
+    assert capsys.readouterr().err == "error: row 3 is wrong\n"
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DataError("row 3 is wrong")
+
+
+def test_an_error_in_a_loading_process_is_one_line_too(command, capsys):
+    with pytest.raises(DataError) as raised:
+        next(iter(DataLoader(Broken(), num_workers=1)))
+    assert "Original Traceback" in str(raised.value)
+    command(raised.value)
     assert cli.main(["demo", "--source", "x"]) == 2
     assert capsys.readouterr().err == "error: row 3 is wrong\n"
 

@@ -224,7 +224,7 @@ def test_the_report_states_commands_versions_seeds_and_protocol(finished):
     pictures = {line[line.index("(") + 1 : -1] for line in report.splitlines() if line.startswith("![")}
     assert pictures == {"learning_curves.png", "labels.png", "ap-0.5.png", "ap-1.png"}
     assert all((folder / name).stat().st_size > 5000 for name in pictures)
-    config = yaml.safe_load(report.split("with this file runs it again:\n\n```yaml\n")[1].split("```")[0])
+    config = yaml.safe_load(report.split("runs it again, where what it names is:\n\n```yaml\n")[1].split("```")[0])
     assert plan_jobs(CompareArguments(**config, output_dir="out"))
 
 

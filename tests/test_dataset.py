@@ -266,7 +266,7 @@ def labelled():
 
 
 def test_labelled_item_for_evaluation(labelled):
-    images = LabelledImages(labelled, ViewConfig([30, 60]).without_randomness())
+    images = LabelledImages(labelled, ViewConfig([60], flip_probability=0.0, color=False))
     assert len(images) == 2
     item = images[0]
     assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, 60, 90)

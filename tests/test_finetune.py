@@ -289,7 +289,7 @@ def test_training_only_needs_no_validation_data_and_any_start_will_do(folder, tm
     assert not {"transfer_report.json", "backbone_report.json"} & {path.name for path in result.output_dir.iterdir()}
     assert AutoModelForObjectDetection.from_pretrained(result.output_dir).config.num_queries == 9
     assert "Nothing was measured" in (result.output_dir / "README.md").read_text()
-    with pytest.raises(DataError, match="validation"):
+    with pytest.raises(DataError, match="no split 'validation'.*--eval_dataset and --eval_split say what to measure"):
         finetune(arguments_for(tmp_path, tmp_path / "measured", **changes | {"do_eval": True}))
 
 
@@ -413,6 +413,20 @@ def test_training_lowers_the_loss_and_an_interrupted_run_ends_with_the_same_weig
     assert same(resumed.model.state_dict(), whole.model.state_dict())
 
 
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_gradients_that_are_not_finite_end_a_run_before_they_harm(tmp_path, monkeypatch, factor):
+    trainer = make_trainer("detr", tmp_path, max_steps=3)
+    compute_loss = trainer.compute_loss
+
+    def broken(*args, **kwargs):
+        return compute_loss(*args, **kwargs) * (factor if trainer.state.global_step == 1 else 1)
+
+    monkeypatch.setattr(trainer, "compute_loss", broken)
+    with pytest.raises(FloatingPointError, match="step 2: infinite or NaN gradients"):
+        trainer.train()
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+
+
 def test_parameter_groups(tmp_path):
     trainer = make_trainer("detr", tmp_path, learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.1)
     trainer.model.bbox_predictor.requires_grad_(False)
@@ -490,6 +504,7 @@ def measure_and_train(output_dir: Path, batch_size: int) -> dict:
         "rows": gather_object([seen]),
         "counted": gather_object([sorted(metrics.predictions)]),
         "numbers": {key: value for key, value in numbers.items() if key.startswith("eval_A")},
+        "terms": {key: value for key, value in trainer.state.log_history[0].items() if key.startswith("loss")},
         "moved": {name: after[name] - before[name] for name in before},
     }
 
@@ -512,6 +527,8 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert one["counted"] == [[0, 1, 2]] and two["counted"] == [[0, 1, 2]] * 2
     assert len(one["numbers"]) == 12 + len(SYNTHETIC_CATEGORIES)
     assert one["numbers"] == pytest.approx(two["numbers"], abs=1e-6)
+    assert one["terms"].keys() >= {"loss", "loss_bbox", "loss_giou"}
+    assert one["terms"] == pytest.approx(two["terms"], rel=1e-4)
     differences = {name: (moved - two["moved"][name]).abs().max() for name, moved in one["moved"].items()}
     assert max(differences.values()) < 1e-6 < 1e-3 < max(moved.abs().max() for moved in one["moved"].values())
 

@@ -595,6 +595,13 @@ def test_a_stream_interrupted_anywhere_continues(parquet, tmp_path, monkeypatch,
     assert len(counted) <= 8 + 2 * kills  # a kill costs no more than a shard
 
 
+def test_an_empty_split_of_a_stream_is_told(parquet, tmp_path):
+    for path in parquet.iterdir():
+        datasets.Dataset.from_parquet(str(path)).select([]).to_parquet(path)
+    with pytest.raises(DataError, match="The split 'train' of the stream has no rows"):
+        generate_proposals(arguments(parquet, tmp_path / "out", streaming=True, num_workers=0))
+
+
 def test_what_does_not_stream(tmp_path):
     write_images(tmp_path / "images", 1)
     with pytest.raises(DataError, match="leave out --streaming"):

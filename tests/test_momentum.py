@@ -17,6 +17,9 @@ def test_schedule_equals_the_official_one(key, total, base):
 
 
 def test_schedule_rejects_a_run_without_steps():
+    for base, end in ((-0.1, 1), (0.9, 1.1)):
+        with pytest.raises(ValueError, match=r"momenta must lie in \[0, 1\]"):
+            cosine_momentum(0, 4, base, end)
     with pytest.raises(ValueError, match="total_steps"):
         cosine_momentum(0, 0)
 

@@ -433,11 +433,11 @@ def test_a_stream_resumes_exactly(arguments, tmp_path, workers):
     assert all(torch.equal(value, expected[name]) for name, value in weights_of(result).items())
     assert "images" not in (result.output_dir / "README.md").read_text().split("aligndet pretrain")[1].split("\n")[0]
     if workers:
-        with pytest.raises(ValueError, match="readers: 2 there, 3 now"):
+        with pytest.raises(ValueError, match=r"readers: \[1, 2\] there, \[1, 3\] now"):
             pretrain(arguments(**run | {"dataloader_num_workers": 3}))
 
 
-def test_a_stream_needs_what_it_cannot_know(arguments):
+def test_a_stream_needs_what_it_cannot_know(arguments, tmp_path):
     with pytest.raises(ValueError, match="needs max_steps"):
         arguments(streaming=True, max_steps=-1)
     with pytest.raises(ValueError, match="streaming is for --method aligndet, this is soco"):
@@ -446,7 +446,15 @@ def test_a_stream_needs_what_it_cannot_know(arguments):
         arguments(streaming=True, use_clusters=True)
     with pytest.raises(DataError, match="of cluster 2, expected 0 to 1: num_clusters"):
         pretrain(arguments(streaming=True, use_clusters=True, num_clusters=2, max_steps=8))
+    proposals = datasets.load_from_disk(arguments().dataset)
+    lists = proposals["proposals"][:]
+    noise = [entry | {"cluster": [-1] * len(entry["cluster"])} for entry in lists]
+    column = datasets.Dataset.from_dict({"proposals": noise}, features=proposals.select_columns("proposals").features)
+    noisy = datasets.concatenate_datasets([proposals.remove_columns("proposals"), column], axis=1)
+    noisy.save_to_disk(tmp_path / "noisy")
     run = {"streaming": True, "use_clusters": True, "num_clusters": 3, "overwrite_output_dir": True}
+    with pytest.raises(DataError, match="of cluster -1, expected 0 to 2"):
+        pretrain(arguments(**run, dataset=str(tmp_path / "noisy"), max_steps=8))
     result = pretrain(arguments(**run, max_steps=1))
     detector = AutoModelForObjectDetection.from_pretrained(result.detector_dir)
     assert detector.config.id2label == {0: "cluster_0", 1: "cluster_1", 2: "cluster_2"}
@@ -468,6 +476,10 @@ def test_gradient_checkpointing_that_a_family_lacks(arguments):
     "wrong, message",
     [
         ({"max_grad_norm": 0}, "max_grad_norm must be positive"),
+        ({"aligndet_config": {"contrastive_temperature": "1e-1"}}, "aligndet_config: .* expected .*float.*, got str"),
+        ({"aligndet_config": {"contrastive_temperature": 0}}, "contrastive_temperature must be positive, got 0"),
+        ({"aligndet_config": {"normalize_class_loss_by": "box"}}, "expected one of .*'boxes'.*, got box"),
+        ({"aligndet_config": {"gather_negatives": "false"}}, "expected bool, got str"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be positive"),
         ({"crop_scale": [0.5]}, "crop_scale takes"),
         ({"aligndet_config": {"contrastive_temprature": 1}}, "contrastive_temprature.*contrastive_temperature"),

@@ -103,6 +103,15 @@ def test_every_position_leads_on(folders, buffer_size):
     assert len({key for key, _, _ in whole}) == 20  # no two have the same random draws
 
 
+@pytest.mark.parametrize("name, buffer_size", [("saved", 1), ("parquet", 3)])
+def test_positions_at_the_end_of_a_shard_lead_on_after_the_first_round(folders, name, buffer_size):
+    stream = open_views(folders / name, buffer_size=buffer_size)
+    whole = first(stream._rows(0, Position()), 30)
+    assert whole[-1][2].turn > 2 * stream.num_shards or name == "parquet"
+    for place in range(29):
+        assert first(stream._rows(0, whole[place][2]), 1)[0][0] == whole[place + 1][0]
+
+
 def collate(items):
     return items[-1]["position"], torch.stack([item["image"].float().mean() for item in items])
 

@@ -98,7 +98,8 @@ def require_columns(dataset: datasets.Dataset, columns: list[str], source: str =
         if column not in dataset.column_names:
             fix = {
                 "proposals": "Make it with `aligndet proposals`.",
-                "objects": "Labelled data needs it: a struct of lists with 'bbox' (absolute xywh) and 'category'.",
+                "objects": "Labelled data needs it: a struct of lists with 'bbox' (absolute xywh) and 'category'. "
+                "Labels in a COCO file? Give that file instead of its folder.",
             }.get(column, f"Rename the column that holds it: dataset.rename_column(old, '{column}').")
             raise DataError(f"{source}: no column '{column}'; {_nearest(column, dataset.column_names)} {fix}")
 

@@ -71,7 +71,7 @@ class ProposalViews(Dataset):
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
             With the columns `image` and `proposals`. A stream has no numbered rows: see
-            [`~aligndet_hf.data.streaming.ViewStream`].
+            [`~aligndet_hf.data.view_stream.ViewStream`].
         view ([`ViewConfig`]):
             How to draw each view. With a `crop_scale` both views get the boxes that both crops show.
         seed (`int`):
@@ -266,7 +266,7 @@ class LabelledImages(Dataset):
         dataset (`datasets.Dataset`):
             With the columns `image`, `objects` and, optionally, `image_id`.
         view ([`ViewConfig`]):
-            How to draw the view; `view.without_randomness()` for evaluation.
+            How to draw the view.
         seed (`int`, *optional*, defaults to 0):
             Seed of all draws. An item depends on nothing but the seed and its [`SampleKey`].
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from datasets.table import embed_table_storage, table_cast
 
 from ..files import write_json
+from .errors import DataError
 from .launch import Launch
 from .shards import Shard, write_arrow
 from .streaming import read_shard
@@ -51,7 +52,8 @@ def _read_part(
             os.replace(unfinished, path.with_suffix(".rows"))
             yield Shard(name, 0, len(tables), str(path))
         number += 1
-    write_json(end, {"shards": number})
+    if not is_shared or launch.rank == 0:
+        write_json(end, {"shards": number})
 
 
 def _shard_path(work: Path, name: str, part: int, number: int) -> Path:
@@ -78,5 +80,7 @@ def read_rows(
                                 rows += len(batch)
                     shards.append(Shard(name, start, start + rows, str(shard)))
                     start += rows
+        if not any(shard.split == name for shard in shards):
+            raise DataError(f"The split '{name}' of the stream has no rows.")
         sources[name] = datasets.Dataset.from_file(str(path), split=datasets.NamedSplit(name))
     return sources, shards

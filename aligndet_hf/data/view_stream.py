@@ -67,7 +67,7 @@ class ViewStream(IterableDataset):
         self.batch_size = batch_size
         self.seed = seed
         self.buffer_size = buffer_size
-        self.num_classes = num_classes
+        self.classes = set(range(num_classes or 0))
         self.readers_here = max(1, num_workers)
         self.first_reader = rank * self.readers_here
         self.num_readers = world_size * self.readers_here
@@ -90,10 +90,10 @@ class ViewStream(IterableDataset):
         for number, ((index, visit), row, position) in enumerate(rows):
             place = batch + number // self.batch_size * self.readers_here
             item = self.views.make_views(row, SampleKey(index, 0, place, (visit,)))
-            highest = max(item["labels"]["class_labels"].tolist(), default=0)
-            if self.num_classes is not None and highest >= self.num_classes:
+            unknown = set(item["labels"]["class_labels"].tolist()) - self.classes
+            if self.classes and unknown:
                 raise DataError(
-                    f"A proposal is of cluster {highest}, expected 0 to {self.num_classes - 1}: num_clusters"
+                    f"A proposal is of cluster {unknown.pop()}, expected 0 to {len(self.classes) - 1}: num_clusters"
                 )
             yield item | {"position": (reader, position)}
 
@@ -115,15 +115,15 @@ class ViewStream(IterableDataset):
 
     def _in_order(self, reader: int, turn: int, start: int) -> Iterator[tuple[int, int, pa.Table]]:
         """Yields (turn, row, content) without end, from a row of the reader's `turn`-th shard on."""
-        found = None
+        is_empty, last = True, turn + self.num_shards * self.num_stripes
         while True:
             shard, stripe = self._shard_of(reader, turn)
             for row, content in read_shard(self.views.rows, shard, start):
                 if row % self.num_stripes == stripe:
-                    found = turn
+                    is_empty = False
                     yield turn, row, content
             turn, start = turn + 1, 0
-            if found is None and turn > self.num_shards * self.num_stripes:
+            if is_empty and turn > last:
                 raise DataError("The stream has no rows.")
 
     def _shard_of(self, reader: int, turn: int) -> tuple[int, int]:

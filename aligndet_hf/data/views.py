@@ -51,10 +51,6 @@ class ViewConfig:
         """Whether two views of one image can differ."""
         return len(self.sizes) > 1 or self.flip_probability > 0 or self.color or self.crop_scale is not None
 
-    def without_randomness(self) -> "ViewConfig":
-        """The view to evaluate with: the largest size, nothing else."""
-        return ViewConfig([max(self.sizes)], self.max_size, self.resize, flip_probability=0.0, color=False)
-
 
 # ---- geometry ----
 

@@ -1,12 +1,12 @@
 """Configuration of AlignDet pre-training."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 
+@strict
 class AlignDetConfig(PreTrainedConfig):
     r"""
     Configuration of [`AlignDetForPreTraining`]: a detector's config and the numbers of the method.
@@ -40,6 +40,10 @@ class AlignDetConfig(PreTrainedConfig):
         normalize_class_loss_by (`str`, *optional*, defaults to `"weights"`):
             for families with a softmax class loss: "weights" as DETR does, "boxes" as the official AlignDet code
             does, which weighs the class loss about (queries / boxes) times more.
+
+    Raises:
+        `StrictDataclassFieldValidationError`: for a value of another type.
+        `ValueError`: for a temperature that is not positive.
     """
 
     model_type = "aligndet"
@@ -47,16 +51,18 @@ class AlignDetConfig(PreTrainedConfig):
 
     detector_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 256
-    contrastive_temperature: float = 0.5
-    contrastive_loss_coefficient: float = 1.0
+    contrastive_temperature: float | int = 0.5
+    contrastive_loss_coefficient: float | int = 1.0
     gather_negatives: bool = False
-    base_momentum: float = 0.996
-    end_momentum: float = 1.0
+    base_momentum: float | int = 0.996
+    end_momentum: float | int = 1.0
     freeze_backbone: bool = True
     trainable_backbone_stages: int | None = None
     normalize_class_loss_by: Literal["weights", "boxes"] = "weights"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not self.contrastive_temperature > 0:
+            raise ValueError(f"contrastive_temperature must be positive, got {self.contrastive_temperature}")
         if not isinstance(self.detector_config, PreTrainedConfig):
             fields = dict(self.detector_config or {})
             self.detector_config = AutoConfig.for_model(fields.pop("model_type", "detr"), **fields)

@@ -1,15 +1,15 @@
 """Configuration of SoCo pre-training."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 # Of each variant, which crop and set of boxes every view but the first shows; the first is the whole image.
 BOX_SETS = {"fpn": (0, 1), "star": (0, 1, 0), "c4": (0,)}
 
 
+@strict
 class SoCoConfig(PreTrainedConfig):
     r"""
     Configuration of [`SoCoForPreTraining`]: a backbone's config and the numbers of the method.
@@ -36,7 +36,8 @@ class SoCoConfig(PreTrainedConfig):
         end_momentum (`float`, *optional*, defaults to 1.0): momentum that it ends with.
 
     Raises:
-        `ValueError`: for an unknown variant, or level sizes that do not ascend.
+        `StrictDataclassFieldValidationError`: for a value of another type, or an unknown variant.
+        `ValueError`: for level sizes that do not ascend.
     """
 
     model_type = "soco"
@@ -49,12 +50,10 @@ class SoCoConfig(PreTrainedConfig):
     mlp_dim: int = 4096
     projection_dim: int = 256
     level_sizes: list[int] | None = None
-    base_momentum: float = 0.99
-    end_momentum: float = 1.0
+    base_momentum: float | int = 0.99
+    end_momentum: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.variant not in BOX_SETS:
-            raise ValueError(f"unknown variant {self.variant!r} of SoCo; there are {', '.join(BOX_SETS)}")
         if not isinstance(self.backbone_config, PreTrainedConfig):
             levels = [3, 4] if self.variant == "c4" else [1, 2, 3, 4]
             fields = dict(self.backbone_config or {"backbone": "resnet50", "out_indices": levels})

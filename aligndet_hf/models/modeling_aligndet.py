@@ -224,7 +224,7 @@ class AlignDetForPreTraining(PreTrainedModel):
             kwargs: further arguments for both detectors.
 
         Raises:
-            `ValueError`: if only one of the two views has images or labels.
+            `ValueError`: if there are labels, but no second view with its own.
         """
         if labels is None:
             online = self.online_detector(pixel_values=pixel_values, pixel_mask=pixel_mask, **kwargs)

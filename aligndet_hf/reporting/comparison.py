@@ -218,7 +218,8 @@ def _protocol(results: Mapping) -> list[str]:
         rows.append([arm, start, *("–" if part is None else f"{part / 60:.1f}" for part in minutes)])
     parts += [
         "Where the arms start from, in what they differ from the baseline, and the minutes that a run takes: the "
-        "stages before fine-tuning, of which several runs may share one, and fine-tuning.",
+        "stages before fine-tuning, of which several runs may share one (what a given checkpoint took is not known), "
+        "and fine-tuning.",
         _table(["arm", "start", "before", "fine-tuning"], rows),
     ]
     unequal = [
@@ -245,8 +246,9 @@ def _leakage(leakage: Mapping) -> list[str]:
     alike = len(leakage["leaks"]) - copies
     parts = [
         "## Leakage",
-        f"Of {leakage['images']} evaluation images {copies} are, byte for byte, among the {counts} of all arms, and "
-        f"{alike} more look like one of them (difference hash). {leakage['unreadable']} images could not be read.",
+        f"Of {leakage['images']} evaluation images {copies} are, byte for byte, among the {counts} of all stages "
+        f"run here, and {alike} more look like one of them (difference hash). {leakage['unreadable']} images could "
+        "not be read. What a given checkpoint was trained on was not looked at.",
     ]
     if leakage["leaks"]:
         rows = [
@@ -280,7 +282,7 @@ def _how(results: Mapping) -> list[str]:
     return [
         "## How it was run",
         f"{results['environment']}; {minutes:.0f} minutes in all.",
-        "`aligndet compare --config FILE --output_dir FOLDER` with this file runs it again:",
+        "`aligndet compare --config FILE --output_dir FOLDER` with this file runs it again, where what it names is:",
         _yaml(results["config"]),
         "Its stages, with the seconds that each took (of an interrupted one, its last part):",
         _table(["s", "stage"], rows),

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -125,9 +125,12 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         dataset, categories = _load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
         truth = None
         if arguments.do_eval:
-            truth, _ = _load_labelled(
-                arguments.eval_dataset, arguments.eval_split, arguments.eval_image_dir, categories
-            )
+            source = (arguments.eval_dataset, arguments.eval_split, arguments.eval_image_dir)
+            try:
+                truth, _ = _load_labelled(*source, categories)
+            except DataError as error:
+                choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
+                raise DataError(f"{error} ({choices}.)") from error
     rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     dataset = dataset.select(rows)
 
@@ -293,15 +296,32 @@ class EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
+class FiniteGradients(TrainerCallback):
+    """
+    Ends a run before an optimizer step that would make its weights infinite or NaN, and later checkpoints worthless.
+
+    Raises:
+        FloatingPointError: the gradients are infinite or NaN. Not with fp16, whose scaler skips such steps.
+    """
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
+            raise FloatingPointError(
+                f"step {state.global_step + 1}: infinite or NaN gradients. Try a lower --learning_rate, more "
+                "--warmup_steps or another precision, and look at the images; the last checkpoint is sound."
+            )
+
+
 class DetectionTrainer(Trainer):
     """
     `transformers.Trainer` for detectors.
 
     What is different: images are normalised on the device; which images and views are seen is a pure function of the
-    seed and the epoch; checkpoints restore every tensor, on resuming and for `load_best_model_at_end`, or fail;
-    evaluation streams through [`CocoMetrics`] and counts every image once, also in the last batch and with several
-    processes; the backbone has a learning rate of its own, and what is frozen of it stays in evaluation mode; the
-    terms of the loss are logged.
+    seed and the epoch; gradients that are not finite end the run; checkpoints restore every tensor, on resuming and
+    for `load_best_model_at_end`, or fail; evaluation streams through [`CocoMetrics`] and counts every image once, also
+    in the last batch and with several processes; the backbone has a learning rate of its own, and what is frozen of it
+    stays in evaluation mode; the terms of the loss are logged.
 
     Evaluation logs `eval_AP`, `eval_AP50` and the other COCO numbers (0 to 1), and `eval_AP_<class>`: any of them can
     be `metric_for_best_model`. There is no `eval_loss`.
@@ -327,6 +347,7 @@ class DetectionTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(FiniteGradients)
         self.normalization = normalization_of(processing_class)
         self.backbone = get_backbone(model)
         self.results, self.measured_at = {}, None  # the last evaluation and its step
@@ -411,7 +432,8 @@ class DetectionTrainer(Trainer):
 
     def log(self, logs: dict, *args, **kwargs) -> None:
         if "loss" in logs and self._terms_count:
-            logs |= {name: float(total) / self._terms_count for name, total in self._terms.items()}
+            means = torch.stack(list(self._terms.values())).float() / self._terms_count
+            logs |= dict(zip(self._terms, self.accelerator.reduce(means, "mean").tolist(), strict=True))
             self._terms, self._terms_count = {}, 0
         super().log(logs, *args, **kwargs)
 

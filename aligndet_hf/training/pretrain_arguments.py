@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..detectors.build import DetectorArguments
 from ..hub import HubArguments
 from ..models import AlignDetConfig, SoCoConfig
@@ -180,3 +182,7 @@ class PretrainArguments(DetectorArguments, HubArguments):
                 raise ValueError(f"{name}: unknown {sorted(unknown)}; there are {sorted(known)}")
             if getattr(self, name) and method != self.method:
                 raise ValueError(f"{name} is for --method {method}, this is {self.method}")
+            try:
+                config(**getattr(self, name))
+            except StrictDataclassError as error:
+                raise ValueError(f"{name}: {' '.join(str(error).split())}") from error

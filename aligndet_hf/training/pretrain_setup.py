@@ -67,7 +67,7 @@ def compared_configuration(arguments: PretrainArguments, accelerator: Accelerato
     images = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     values |= {"mixed_precision": accelerator.mixed_precision, "images_per_step": images}
     if arguments.streaming:  # which read it in an order of their own
-        values["readers"] = accelerator.num_processes * max(1, arguments.dataloader_num_workers)
+        values["readers"] = [accelerator.num_processes, max(1, arguments.dataloader_num_workers)]
     return values
 
 
