@@ -45,6 +45,7 @@ from .checkpointing import (
 from .finetune_arguments import FinetuneArguments
 from .publish import publish_run
 from .schedules import learning_rate, milestone_steps
+from .sharding import whole
 
 logger = logging.get_logger(__name__)
 
@@ -306,7 +307,7 @@ class FiniteGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if not args.fp16 and not torch.nn.utils.get_total_norm(gradients).isfinite():
+        if not args.fp16 and not whole(torch.nn.utils.get_total_norm(gradients)).isfinite():
             raise FloatingPointError(
                 f"step {state.global_step + 1}: infinite or NaN gradients. Try a lower --learning_rate, more "
                 "--warmup_steps or another precision, and look at the images; the last checkpoint is sound."
