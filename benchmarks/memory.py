@@ -6,7 +6,8 @@ Memory of a pre-training step, family by family, plain, with gradient checkpoint
 Every number is of a process of its own, of the second step of a new detector with its family's default sizes, around a
 frozen ResNet-50 where the family takes one: `state` is what lies there between steps (weights of both detectors,
 gradients, AdamW), `step` what a step takes beside it at its peak, mostly activations. On a CPU these are bytes that
-the process holds in memory (Linux only), on a GPU bytes that torch has allocated.
+the process holds in memory (Linux only), on a GPU bytes that torch has allocated. What the file of results already
+has, of the same settings, is not measured again.
 """
 
 import argparse
@@ -130,15 +131,20 @@ def main(words: list[str] | None = None) -> dict:
     settings = {name: getattr(arguments, name) for name in ("backbone", "image_size", "batch_size", "device")}
     environment = common.environment(arguments.device, "transformers")
     results = {"environment": environment, "settings": settings, "bytes": {}}
+    output = Path(arguments.output)
+    if output.exists() and (known := json.loads(output.read_text()))["settings"] == settings:
+        results["bytes"] = known["bytes"]
     flags = [f"--{name}={value}" for name, value in settings.items()]
     for family in arguments.families:
-        results["bytes"][family] = {}
+        found = results["bytes"].setdefault(family, {})
         for variant in arguments.variants:
-            command = [sys.executable, __file__, *flags, "--measure", family, variant]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            results["bytes"][family][variant] = json.loads(done.stdout.splitlines()[-1])
+            if variant not in found:
+                command = [sys.executable, __file__, *flags, "--measure", family, variant]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                found[variant] = json.loads(done.stdout.splitlines()[-1])
+                common.save(output, results)
     print(format_table(results["bytes"]))
-    return common.save(arguments.output, results)
+    return results
 
 
 if __name__ == "__main__":

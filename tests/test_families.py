@@ -10,6 +10,7 @@ from transformers.models.auto import modeling_auto
 
 from aligndet_hf import AlignDetForPreTraining
 from aligndet_hf.detectors import families
+from aligndet_hf.detectors.build import build_detector
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import FAMILIES, family_of, require_fitting_sizes
 
@@ -88,3 +89,13 @@ def test_a_detector_takes_another_size_than_it_was_trained_with(model_type, tmp_
     for outputs, reference in ((high, expected), (again, low)):
         torch.testing.assert_close(outputs.pred_boxes, reference.pred_boxes)
         torch.testing.assert_close(outputs.logits, reference.logits)
+
+
+@pytest.mark.parametrize("model_type", ["lw_detr", "rf_detr"])
+def test_the_default_of_a_family_with_a_network_of_its_own_works(model_type):
+    detector = build_detector(model_type).eval()
+    multiple = FAMILIES[model_type].size_multiple(detector.config)
+    size = 320 // multiple * multiple
+    with torch.no_grad():
+        boxes = detector(pixel_values=torch.zeros(1, 3, size, size)).pred_boxes
+    assert boxes.shape == (1, detector.config.num_queries, 4) and boxes.isfinite().all()

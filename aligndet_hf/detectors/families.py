@@ -357,7 +357,8 @@ _ALL: dict[str, Family] = {
         contrasts="last",
         constants=("model.decoder.reg_scale", "model.decoder.up"),
     ),
-    "lw_detr": _LW_DETR,
+    # transformers' own default has no feature map at all; this is that of LW-DETR tiny to medium.
+    "lw_detr": replace(_LW_DETR, defaults=(("projector_scale_factors", [1.0]),)),
     "rf_detr": replace(
         _LW_DETR,
         image_processor="RfDetrImageProcessor",
