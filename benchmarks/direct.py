@@ -19,6 +19,7 @@ import common
 import torch
 import yaml
 
+from aligndet_hf.cards import told_settings
 from aligndet_hf.data.dataset import LabelledImages
 from aligndet_hf.data.formats import category_names, load_dataset_source
 from aligndet_hf.data.views import ViewConfig
@@ -132,7 +133,7 @@ def main(words: list[str] | None = None) -> dict:
         for size, values in times.items()
     }
     faster = common.times_faster(times, arguments.low, arguments.full)
-    results = {"rows": rows, "low_times_faster": faster, "settings": vars(arguments)}
+    results = {"rows": rows, "low_times_faster": faster, "settings": told_settings(vars(arguments))}
     if arguments.minutes > 0:
         seconds = {size: statistics.median(times[size]) / steps for size, (_, steps) in epochs.items()}
         results["seconds_a_step"] = {str(size): value for size, value in seconds.items()}
