@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from aligndet_hf import AlignDetForPreTraining
 from aligndet_hf.detectors.families import family_of, num_queries
+from aligndet_hf.training.pretrain_setup import enable_gradient_checkpointing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_detectors import CONFIGS, random_batch, tiny_detector  # noqa: E402
@@ -113,7 +114,7 @@ def pretraining_loss(name: str, prepare: Callable[[AlignDetForPreTraining], obje
 
 def checkpointing(name: str) -> None:
     """A step with gradient checkpointing."""
-    loss = pretraining_loss(name, lambda model: model.gradient_checkpointing_enable())
+    loss = pretraining_loss(name, enable_gradient_checkpointing)
     if abs(loss - (expected := pretraining_loss(name))) > 1e-4 * expected:
         raise RuntimeError(f"the loss is {loss:.4f} instead of {expected:.4f}")
 

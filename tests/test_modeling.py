@@ -12,6 +12,7 @@ from transformers import AutoModelForObjectDetection, AutoModelForPreTraining
 from aligndet_hf import AlignDetConfig, AlignDetForPreTraining
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.detectors.families import backbone_path, family_of
+from aligndet_hf.training.pretrain_setup import enable_gradient_checkpointing
 
 # Whose other layers predict no boxes in evaluation mode, see `Family.contrasts` and, for YOLOS, its loss.
 LAST_LAYER_ONLY = ["d_fine", "deimv2", "yolos"]
@@ -330,3 +331,26 @@ def test_from_detector_takes_a_folder(tmp_path):
     for name, tensor in detector.state_dict().items():
         assert torch.equal(model.online_detector.state_dict()[name], tensor)
     assert isinstance(AutoModelForObjectDetection.from_pretrained(tmp_path), type(model.online_detector))
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_gradient_checkpointing_changes_no_gradient(model_type):
+    found = {}
+    for checkpointing in (False, True):
+        model = pretraining_model(model_type)
+        if checkpointing:
+            try:
+                enable_gradient_checkpointing(model)
+            except ValueError as error:
+                assert "transformers has none" in str(error)
+                assert model_type in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")
+                return
+        torch.manual_seed(1)
+        model(**two_views()).loss.backward()
+        found[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert any(
+        module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")
+    )
+    assert found[False].keys() == found[True].keys()
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient, rtol=1e-4, atol=1e-6)

@@ -110,12 +110,7 @@ def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
     detector.config.id2label, detector.config.label2id = id2label, {name: i for i, name in id2label.items()}
     model = AlignDetForPreTraining.from_detector(detector, **arguments.aligndet_config).train()
     if arguments.gradient_checkpointing:
-        if not model.online_detector.supports_gradient_checkpointing:
-            raise ValueError(
-                f"gradient_checkpointing: transformers has none for {detector.config.model_type} (docs/families.md). "
-                "To save memory, lower the image_sizes or the batch, or set mixed_precision to bf16"
-            )
-        model.online_detector.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     if is_new(arguments) and report is None and model.config.freeze_backbone:
         logger.warning(
             "The backbone is random and frozen: pre-training on it is of no use. Give --backbone_weights, or train it "
@@ -125,6 +120,24 @@ def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
     # Families of square images are evaluated at the middle of the sizes they were trained with, others at the largest.
     size = sizes[len(sizes) // 2] if family_of(detector.config).resize == "square" else sizes[-1]
     return model, build_image_processor(detector, size, arguments.max_size), report
+
+
+def enable_gradient_checkpointing(model: AlignDetForPreTraining) -> None:
+    """
+    Has the layers of encoder and decoder computed again in the backward pass, instead of kept.
+
+    Raises:
+        `ValueError`: the family's layers cannot be, in transformers.
+    """
+    # Asked of this model, since some detectors deny what all of their layers can do.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the new name
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ValueError(
+            f"gradient_checkpointing: transformers has none for {model.config.detector_config.model_type} "
+            "(docs/families.md). To save memory, lower the image_sizes or the batch, or set mixed_precision to bf16"
+        ) from error
 
 
 def build_views(arguments: PretrainArguments, accelerator: Accelerator, dataset: datasets.Dataset, config):
