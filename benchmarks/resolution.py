@@ -13,14 +13,13 @@ The times are those of the clock, size after size: they need a machine without o
 
 import argparse
 import json
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
+import common
 import yaml
 
+from aligndet_hf.cards import told_settings
 from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
 from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.training.finetune import FinetuneArguments, finetune
@@ -128,15 +127,11 @@ def main(words: list[str] | None = None) -> dict:
     arguments = parse_arguments(words)
     started = time.perf_counter()
     arms = measure(arguments)
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor() or "cpu"
-    packages = {name: version(name) for name in ("aligndet-hf", "torch", "transformers")}
-    results = {"environment": {**packages, "device": device}, "settings": vars(arguments), "arms": arms}
+    environment = common.environment(arguments.device, "transformers")
+    results = {"environment": environment, "settings": told_settings(vars(arguments)), "arms": arms}
     print(format_table(arms, arguments))
     print(f"({(time.perf_counter() - started) / 60:.1f} minutes)")
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return results
+    return common.save(arguments.output, results)
 
 
 if __name__ == "__main__":
