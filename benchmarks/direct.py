@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from aligndet_hf.cards import told_settings
+from aligndet_hf.commands.finetune import FinetuneArguments, finetune
 from aligndet_hf.data.dataset import LabelledImages
 from aligndet_hf.data.formats import category_names, load_dataset_source
 from aligndet_hf.data.views import ViewConfig
@@ -27,7 +28,7 @@ from aligndet_hf.detectors.backbones import set_backbone_trainable
 from aligndet_hf.detectors.build import build_image_processor, load_detector
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import family_of
-from aligndet_hf.training.finetune import DetectionTrainer, FinetuneArguments, finetune
+from aligndet_hf.training.detection_trainer import DetectionTrainer
 
 # Norms learn in the large batches of low resolution, and are kept in the small ones, as in the paper.
 LOW = {"lr_milestones": [], "lr_scheduler_type": "constant_with_warmup", "freeze_backbone_norms": False}

@@ -20,10 +20,10 @@ import cv2
 import datasets
 import numpy as np
 
+from aligndet_hf.commands.recall import proposal_recall
 from aligndet_hf.data.formats import load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset
-from aligndet_hf.evaluation.recall import proposal_recall
 from aligndet_hf.proposals import PRESETS, opencv_selective_search, random_boxes, selective_search
 
 LIMITS = (50, 100, 300)

@@ -20,10 +20,10 @@ import common
 import yaml
 
 from aligndet_hf.cards import told_settings
-from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
+from aligndet_hf.commands.finetune import FinetuneArguments, finetune
+from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
+from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
 from aligndet_hf.data.synthetic import write_synthetic_folder
-from aligndet_hf.training.finetune import FinetuneArguments, finetune
-from aligndet_hf.training.pretrain import PretrainArguments, pretrain
 
 # The detector of `make demo`.
 SMALL = {

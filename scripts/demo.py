@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from aligndet_hf.commands.finetune import FinetuneArguments, finetune
+from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
+from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
 from aligndet_hf.data.formats import category_names, load_dataset_source
-from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.evaluation.coco_metrics import format_table
-from aligndet_hf.evaluation.pictures import plot_predictions
+from aligndet_hf.reporting.pictures import plot_predictions
 from aligndet_hf.reporting.plots import plot_arms, plot_curves
-from aligndet_hf.training.finetune import FinetuneArguments, finetune
-from aligndet_hf.training.pretrain import PretrainArguments, pretrain
 
 SIZE = 128  # pixels; everything here is small enough for a laptop's CPU
 NUM_UNLABELLED, NUM_LABELLED, NUM_MEASURED = 400, 100, 100

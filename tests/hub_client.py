@@ -9,9 +9,9 @@ import os
 import sys
 import traceback
 
-import aligndet_hf.evaluation.clusters
-import aligndet_hf.training.finetune
-import aligndet_hf.training.pretrain  # noqa: F401
+import aligndet_hf.commands.clusters
+import aligndet_hf.commands.finetune
+import aligndet_hf.commands.pretrain  # noqa: F401
 from aligndet_hf import cli
 
 

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.tensor import DTensor
 
-from aligndet_hf.training import pretrain as module
+from aligndet_hf.commands import pretrain as module
 from aligndet_hf.training import sharding
 
 

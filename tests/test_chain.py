@@ -17,8 +17,8 @@ from tiny_detectors import CONFIGS
 from tiny_soco import SMALL
 
 from aligndet_hf import cli
+from aligndet_hf.commands.chain import ChainArguments, plan_chain
 from aligndet_hf.data.synthetic import write_synthetic_folder
-from aligndet_hf.pipelines.chain import ChainArguments, plan_chain
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = {

@@ -11,14 +11,14 @@ from tiny_detectors import tiny_detector
 from transformers import AutoModelForObjectDetection
 
 from aligndet_hf import cli
+from aligndet_hf.commands import clusters as command
+from aligndet_hf.commands.clusters import ClustersArguments, cluster_proposals, cluster_report, draw_clusters
 from aligndet_hf.data.columns import DataError, proposals_feature, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset, write_synthetic_folder
 from aligndet_hf.detectors.build import build_detector
-from aligndet_hf.evaluation import clusters as command
 from aligndet_hf.evaluation.box_features import BoxFeatures
-from aligndet_hf.evaluation.clusters import ClustersArguments, cluster_proposals, cluster_report, draw_clusters
 from aligndet_hf.proposals import clusters as pure
 from aligndet_hf.proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
 

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from aligndet_hf import cli
+from aligndet_hf.commands import compare as module
+from aligndet_hf.commands.compare import CompareArguments, compare, plan_jobs
 from aligndet_hf.data.synthetic import write_synthetic_folder
-from aligndet_hf.pipelines import compare as module
-from aligndet_hf.pipelines.compare import CompareArguments, compare, plan_jobs
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aligndet_hf.evaluation.coco_metrics import SUMMARY
-from aligndet_hf.evaluation.comparison import (
+from aligndet_hf.reporting.paired import (
     Run,
     compare_runs,
     mean_curve,

@@ -11,13 +11,13 @@ from tiny_detectors import tiny_detector
 from transformers import AutoModelForObjectDetection
 
 from aligndet_hf import cli
+from aligndet_hf.commands import embeddings as command
+from aligndet_hf.commands.embeddings import embed_objects, project, untrained_copy
+from aligndet_hf.commands.evaluate import EvaluationImages
 from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, make_synthetic_dataset, write_synthetic_folder
 from aligndet_hf.detectors.backbones import get_backbone
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.detectors.families import family_of
-from aligndet_hf.evaluation import embeddings as command
-from aligndet_hf.evaluation.embeddings import embed_objects, project, untrained_copy
-from aligndet_hf.evaluation.evaluate import EvaluationImages
 
 
 @pytest.fixture(scope="module")

@@ -19,17 +19,16 @@ from transformers import (
     pipeline,
 )
 
+from aligndet_hf.commands.evaluate import EvaluateArguments, evaluate
 from aligndet_hf.data.collate import collate_labelled, normalize_images
 from aligndet_hf.data.errors import DataError, ImageError
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, make_synthetic_dataset, write_synthetic_folder
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.evaluation.coco_metrics import CocoMetrics
-from aligndet_hf.evaluation.evaluate import (
-    EvaluateArguments,
+from aligndet_hf.evaluation.detections import (
     EvaluationImages,
     coco_detections,
-    evaluate,
     match_categories,
     normalization_of,
     predict_batches,

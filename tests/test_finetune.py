@@ -23,6 +23,12 @@ from transformers import (
     pipeline,
 )
 
+from aligndet_hf.commands.finetune import (
+    FinetuneArguments,
+    finetune,
+    last_complete_checkpoint,
+    settings_of,
+)
 from aligndet_hf.data.collate import collate_labelled
 from aligndet_hf.data.dataset import LabelledImages
 from aligndet_hf.data.errors import DataError
@@ -34,14 +40,8 @@ from aligndet_hf.detectors.backbones import get_backbone, set_backbone_trainable
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import family_of
-from aligndet_hf.evaluation.evaluate import EvaluationImages
-from aligndet_hf.training.finetune import (
-    DetectionTrainer,
-    FinetuneArguments,
-    finetune,
-    last_complete_checkpoint,
-    settings_of,
-)
+from aligndet_hf.evaluation.detections import EvaluationImages
+from aligndet_hf.training.detection_trainer import DetectionTrainer
 
 SIZES = [64, 96]
 
@@ -138,7 +138,7 @@ def test_an_interrupted_run_ends_bit_identical_in_a_fresh_process(folder, tmp_pa
     # Loading in another process changes nothing either.
     flags = changes | {"dataloader_num_workers": 1}
     settings = {**_given(arguments_for(folder, tmp_path / "parts")), **flags}
-    code = "import json, sys; from aligndet_hf.training.finetune import *; "
+    code = "import json, sys; from aligndet_hf.commands.finetune import *; "
     code += "finetune(FinetuneArguments(**json.loads(sys.argv[1])))"
     run = subprocess.run([sys.executable, "-c", code, json.dumps(settings)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

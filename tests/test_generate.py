@@ -16,10 +16,11 @@ import PIL.Image
 import pytest
 
 from aligndet_hf import cli
-from aligndet_hf.data import generate, shards, sources, stream_shards
+from aligndet_hf.commands import proposals as generate
+from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
+from aligndet_hf.data import shards, sources, stream_shards
 from aligndet_hf.data.columns import DataError, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
-from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.shards import content_hash
 from aligndet_hf.proposals import opencv_selective_search

@@ -23,6 +23,7 @@ HOUSE = [
     {"training"},
     {"cli"},
     {"pipelines"},
+    {"commands"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 STRANGERS = [("data", "detectors"), ("data", "models"), ("detectors", "data"), ("models", "data")]

@@ -24,7 +24,7 @@ def start():
     torch once. `prepare`, a function of this file, runs in it first.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["aligndet_hf.training.pretrain", "datasets.arrow_dataset", "test_interrupt"])
+    context.set_forkserver_preload(["aligndet_hf.commands.pretrain", "datasets.arrow_dataset", "test_interrupt"])
 
     def start(argv, prepare=None):
         process = context.Process(target=run_command, args=(argv, prepare))
@@ -261,7 +261,7 @@ def test_a_signal_saves_and_says_how_to_resume(start, flags, uninterrupted, tmp_
 
 def disk_full_after_the_first_checkpoint():
     """No file may grow beyond 20 kB any more: writes fail half way, as on a full disk."""
-    from aligndet_hf.training import pretrain
+    from aligndet_hf.training import pretrain_loop as pretrain
 
     original, calls = pretrain.save_checkpoint, []
 

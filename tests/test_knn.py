@@ -9,9 +9,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from aligndet_hf.commands.knn import KnnArguments, knn_accuracy, measure_knn
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.synthetic import write_synthetic_folder
-from aligndet_hf.evaluation.knn import KnnArguments, knn_accuracy, measure_knn
 
 RNG = np.random.default_rng(0)
 LABELS = np.repeat([0, 1, 2], [60, 25, 15])

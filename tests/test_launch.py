@@ -11,13 +11,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from aligndet_hf.data import generate
-from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
+from aligndet_hf.commands import proposals as generate
+from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
 from aligndet_hf.data.launch import Launch
 
 SCRIPT = """
 import os, sys
-from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
+from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
 from aligndet_hf.data.launch import Launch
 
 def fail():

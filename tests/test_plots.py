@@ -7,8 +7,7 @@ import matplotlib.image as matplotlib_image
 import numpy as np
 import pytest
 
-from aligndet_hf.evaluation import pictures
-from aligndet_hf.reporting import plots
+from aligndet_hf.reporting import pictures, plots
 
 
 def has_color(path, color: str) -> bool:

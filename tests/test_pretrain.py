@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from tiny_detectors import CONFIGS
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoModelForPreTraining
 
+from aligndet_hf.commands import pretrain as pretrain_module
+from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
 from aligndet_hf.data.columns import DataError
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.models import AlignDetForPreTraining
-from aligndet_hf.training import pretrain as pretrain_module
 from aligndet_hf.training import pretrain_setup
-from aligndet_hf.training.pretrain import MAX_SKIPPED_STEPS, PretrainArguments, pretrain
+from aligndet_hf.training.pretrain_loop import MAX_SKIPPED_STEPS
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from transformers import AutoModelForObjectDetection, AutoModelForPreTraining
 from transformers.models.resnet.modeling_resnet import ResNetBackbone
 
 from aligndet_hf import SoCoConfig, SoCoForPreTraining
+from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
 from aligndet_hf.detectors.backbones import get_backbone, tensors_of
-from aligndet_hf.training.pretrain import PretrainArguments, pretrain
 from aligndet_hf.training.pretrain_setup import build_optimizer
 
 DETR = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}

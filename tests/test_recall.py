@@ -14,8 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from aligndet_hf import cli
-from aligndet_hf.data.columns import DataError, proposals_feature
-from aligndet_hf.evaluation.recall import (
+from aligndet_hf.commands.recall import (
     LIMITS,
     BoxStatistics,
     RecallArguments,
@@ -24,6 +23,7 @@ from aligndet_hf.evaluation.recall import (
     measure_recall,
     proposal_recall,
 )
+from aligndet_hf.data.columns import DataError, proposals_feature
 from aligndet_hf.proposals.controls import grid_boxes, random_boxes
 
 

@@ -9,11 +9,10 @@ from tiny_detectors import tiny_detector
 from transformers import DetrConfig
 
 from aligndet_hf import AlignDetConfig, cli
-from aligndet_hf.evaluation import pictures
-from aligndet_hf.evaluation.pictures import new_figure, save_figure
-from aligndet_hf.reporting import html_report
+from aligndet_hf.reporting import html_report, pictures
 from aligndet_hf.reporting.html_report import write_report
 from aligndet_hf.reporting.model_card import COCO_KEYS
+from aligndet_hf.reporting.pictures import new_figure, save_figure
 from aligndet_hf.reporting.run_record import read_run
 
 EVIL = '<script>alert("x")</script>'

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file, save_file
 
 from aligndet_hf import cli
-from aligndet_hf.training.pretrain import PretrainArguments, pretrain
+from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {

@@ -21,9 +21,9 @@ from transformers import (
     SamVisionConfig,
 )
 
+from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
 from aligndet_hf.data.columns import DataError, proposals_feature, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
-from aligndet_hf.data.generate import ProposalsArguments, generate_proposals
 from aligndet_hf.data.proposal_files import import_proposals
 from aligndet_hf.proposals import trained
 from aligndet_hf.proposals.filters import select_proposals

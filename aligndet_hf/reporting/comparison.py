@@ -21,7 +21,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
 
     Args:
         output_dir (`str` or `Path`): Where to.
-        results (`Mapping`): What [`~aligndet_hf.pipelines.compare.compare`] writes to `results.json`.
+        results (`Mapping`): What [`~aligndet_hf.commands.compare.compare`] writes to `results.json`.
         with_plots (`bool`, *optional*, defaults to `True`): Draw the plots, too.
 
     Returns:

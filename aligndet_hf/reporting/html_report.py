@@ -1,4 +1,4 @@
-"""`aligndet report`: one HTML file that tells a run, with its pictures in it, and needs nothing else to be read."""
+"""One HTML file that tells a run, with its pictures in it, and needs nothing else to be read."""
 
 import base64
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..cards import told, told_settings
 from ..data.dataset_card import describe_proposals
-from ..evaluation.pictures import has_matplotlib
 from ..files import write_text
 from .model_card import (
     COCO_KEYS,
@@ -20,6 +19,7 @@ from .model_card import (
     percentages,
     run_title,
 )
+from .pictures import has_matplotlib
 from .plots import plot_curves, read_history
 from .run_record import RunRecord, read_json, read_run
 
@@ -45,14 +45,6 @@ TILES = {
 }  # fmt: skip
 
 
-@dataclass(kw_only=True)
-class ReportArguments:
-    """Arguments of [`report`]: the flags of `aligndet report` and the keys of its recipes."""
-
-    run: str = field(metadata={"help": "folder that an aligndet command has written"})
-    output: str | None = field(default=None, metadata={"help": f"the HTML file; {REPORT} in the folder if not given"})
-
-
 @dataclass(frozen=True)
 class Section:
     """
@@ -75,24 +67,6 @@ class Section:
     pictures: list[tuple[str, str]] = field(default_factory=list)
     code: str | None = None
     details: list[tuple[str, str]] = field(default_factory=list)
-
-
-def report(arguments: ReportArguments) -> Path:
-    """
-    Writes the report of a run.
-
-    Args:
-        arguments ([`ReportArguments`]): The configuration.
-
-    Returns:
-        `Path`: the HTML file.
-
-    Raises:
-        ValueError: the folder holds nothing to report.
-    """
-    path = write_report(arguments.run, arguments.output)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file with everything in it. Open it in a browser.")
-    return path
 
 
 def write_report(folder: str | Path, path: str | Path | None = None) -> Path:

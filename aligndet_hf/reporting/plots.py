@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.pictures import INK, PALETTE, new_figure, plain_axes, plot_predictions, save_figure
+from .pictures import INK, PALETTE, new_figure, plain_axes, plot_predictions, save_figure
 
 __all__ = ["plot_arms", "plot_bands", "plot_curves", "plot_predictions", "read_history", "smooth"]
 

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from ..cli import nearest
-from .runner import is_finished, only_one, run_stages
-from .stages import Stage, merged, resolve_stages
+from ..pipelines.runner import is_finished, only_one, run_stages
+from ..pipelines.stages import Stage, merged, resolve_stages
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,6 @@ from ..data.dataset import init_worker
 from ..data.dataset_card import push_dataset
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source, split_names
-from ..data.generate import open_dataset_repository
 from ..data.images import decode_image
 from ..data.shards import (
     Shard,
@@ -38,10 +37,11 @@ from ..data.shards import (
 )
 from ..detectors.backbones import check_backbone
 from ..detectors.build import build_detector
+from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..hub import HubArguments
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
-from .box_features import BoxFeatures, BoxImages
-from .pictures import new_figure, plot_crops
+from ..reporting.pictures import new_figure, plot_crops
+from .proposals import open_dataset_repository
 
 PICTURE = "clusters.png"
 # The arguments that, beside the backbone's weights and the data, decide which clusters come out.

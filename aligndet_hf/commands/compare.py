@@ -14,14 +14,14 @@ from ..cli import nearest
 from ..data.formats import load_dataset_source
 from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.splits import nested_subsets
-from ..evaluation.comparison import Run, compare_runs
-from ..evaluation.pictures import new_figure
 from ..files import write_json
+from ..pipelines.runner import is_finished, only_one, record_of, run_stages
+from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
 from ..reporting.comparison import environment, write_report
+from ..reporting.paired import Run, compare_runs
+from ..reporting.pictures import new_figure
 from ..training.finetune_arguments import FinetuneArguments
 from .chain import PipelineArguments
-from .runner import is_finished, only_one, record_of, run_stages
-from .stages import Stage, command_of, fields_of, merged, resolve_stages
 
 # Where the common fine-tuning starts from and how much of it is trained: what an arm may set there and still be
 # compared under the same protocol.

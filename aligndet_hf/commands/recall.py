@@ -15,7 +15,7 @@ from ..data.images import decode_image, image_size
 from ..files import write_json
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
-from .pictures import new_figure, plot_proposals, plot_recall
+from ..reporting.pictures import new_figure, plot_proposals, plot_recall
 
 # pycocotools' thresholds: .50:.05:.95
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)

@@ -9,13 +9,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import DataLoader, Subset
 
+from ..data.collate import collate_labelled
 from ..data.views import resize_image
+from ..evaluation.detections import EvaluationImages, predict_batches
 
 # Bright enough for boxes on photographs, ordered so that the first few are told apart by colour-blind readers too.
 PALETTE = "#e8601c #1f9ede #22a45d #d6338a #f2c40f #7b4fd1 #10b5a8 #8c564b #8fbf26 #5f6b7a".split()
 INK = "#22262b"
 GRID = "#dfe3e8"
+
+
+def draw_predictions(detector, images: EvaluationImages, folder: Path, number: int) -> None:
+    """Draws what a detector makes of this many images beside the truth: `predictions.png` in `folder`."""
+    rows = images.spread(number)
+    loader = DataLoader(Subset(images, rows), batch_size=4, collate_fn=collate_labelled)
+    batches = predict_batches(detector, loader, images.image_processor)
+    found = [prediction for _, predictions in batches for prediction in predictions]
+    draw_detections(images, dict(zip(rows, found, strict=True)), folder / "predictions.png")
+
+
+def draw_detections(
+    images: EvaluationImages, predictions: dict[int, dict], path: str | Path, threshold: float = 0.3
+) -> None:
+    """Draws the predictions of some rows (`dict` from row to prediction) beside the truth."""
+    pictures = [images.read_image(row) for row in predictions]
+    truth = [images.objects(row, *picture.shape[:2]) for row, picture in zip(predictions, pictures, strict=True)]
+    plot_predictions(pictures, truth, list(predictions.values()), images.categories, path, threshold)
 
 
 def plot_predictions(
@@ -134,7 +155,7 @@ def plot_recall(results: Mapping[str, Mapping], path) -> Path:
 
     Args:
         results (`Mapping[str, Mapping]`):
-            Name of each list of boxes to what [`~aligndet_hf.evaluation.recall.RecallMeter.compute`] returns for it.
+            Name of each list of boxes to what [`~aligndet_hf.commands.recall.RecallMeter.compute`] returns for it.
         path (`str` or `Path`): The PNG to write.
 
     Returns:

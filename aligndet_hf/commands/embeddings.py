@@ -22,11 +22,11 @@ from ..data.formats import category_names, load_dataset_source
 from ..detectors.backbones import get_backbone
 from ..detectors.build import detector_from_config
 from ..detectors.families import family_of
+from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
 from ..matching import match_queries
-from .evaluate import EvaluationImages, normalization_of
+from ..reporting.pictures import PALETTE, new_figure, plain_axes, save_figure
 from .knn import knn_accuracy
-from .pictures import PALETTE, new_figure, plain_axes, save_figure
 
 PICTURE, RESULTS = "embeddings.png", "embeddings.json"
 UNTRAINED = "before: random but for the backbone"
@@ -99,7 +99,7 @@ def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
         arguments ([`EmbeddingsArguments`]): The configuration.
 
     Returns:
-        `dict`: per detector the numbers of [`~aligndet_hf.evaluation.knn.knn_accuracy`], the number of `objects`, of
+        `dict`: per detector the numbers of [`~aligndet_hf.commands.knn.knn_accuracy`], the number of `objects`, of
         those `missed`, and their mean `iou` with the boxes of their queries.
 
     Raises:
@@ -193,7 +193,7 @@ def embed_objects(
 
     Args:
         detector (`PreTrainedModel`): A detector of a supported family; it is left in evaluation mode, on its device.
-        images ([`~aligndet_hf.evaluation.evaluate.EvaluationImages`]): The images, prepared for this detector.
+        images ([`~aligndet_hf.commands.evaluate.EvaluationImages`]): The images, prepared for this detector.
         batch_size, num_workers (`int`): Images per forward pass, and processes that load them.
         disable_tqdm (`bool`): Whether to show no progress bar.
 
@@ -261,7 +261,7 @@ def plot_embeddings(
 
     Args:
         embeddings (`Mapping[str, ObjectEmbeddings]`): Name of each detector to what it makes of the same objects.
-        results (`Mapping[str, Mapping]`): Of each the numbers of [`~aligndet_hf.evaluation.knn.knn_accuracy`].
+        results (`Mapping[str, Mapping]`): Of each the numbers of [`~aligndet_hf.commands.knn.knn_accuracy`].
         class_names (`Sequence[str]`): Name of each category.
         path (`str` or `Path`): The PNG to write.
         max_objects (`int`): Objects to draw, of all a random choice.

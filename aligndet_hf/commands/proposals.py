@@ -16,18 +16,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..hub import HubArguments, open_repository
-from ..proposals.filters import parse_strategy
-from ..proposals.opencv import MODES
-from ..proposals.selective_search import PRESETS
-from .columns import require_columns
-from .dataset_card import push_dataset
-from .errors import DataError, ImageError
-from .formats import load_dataset_source, split_names
-from .images import decode_image, image_name
-from .launch import Launch
-from .proposal_files import export_proposals, import_proposals
-from .shards import (
+from ..data.columns import require_columns
+from ..data.dataset_card import push_dataset
+from ..data.errors import DataError, ImageError
+from ..data.formats import load_dataset_source, split_names
+from ..data.images import decode_image, image_name
+from ..data.launch import Launch
+from ..data.proposal_files import export_proposals, import_proposals
+from ..data.shards import (
     REPORT,
     Shard,
     content_hash,
@@ -42,9 +38,13 @@ from .shards import (
     write_shard,
     writing_to,
 )
-from .sources import SOURCES, Search, file_hash, model_hash
-from .stream_shards import read_rows, read_streams
-from .streaming import load_stream, stream_splits
+from ..data.sources import SOURCES, Search, file_hash, model_hash
+from ..data.stream_shards import read_rows, read_streams
+from ..data.streaming import load_stream, stream_splits
+from ..hub import HubArguments, open_repository
+from ..proposals.filters import parse_strategy
+from ..proposals.opencv import MODES
+from ..proposals.selective_search import PRESETS
 
 _LISTED_IMAGES = 10
 

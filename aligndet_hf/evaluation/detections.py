@@ -1,118 +1,18 @@
 """Measuring a detector as its users will meet it: on images that the image processor saved with it prepares."""
 
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from torch.utils.data import Dataset
 
-from ..data.collate import collate_labelled, normalize_images
-from ..data.columns import clean_boxes, image_ids, read_boxes, read_values, validate_objects
-from ..data.dataset import init_worker
+from ..data.collate import normalize_images
+from ..data.columns import clean_boxes, image_ids, read_boxes, read_values
 from ..data.errors import DataError, ImageError
-from ..data.formats import category_names, load_dataset_source
 from ..data.images import decode_image
-from ..files import write_json
-from .coco_metrics import CocoMetrics, format_table
-from .pictures import new_figure, plot_predictions
-
-
-@dataclass(kw_only=True)
-class EvaluateArguments:
-    """Arguments of [`evaluate`]: the flags of `aligndet evaluate` and the keys of its recipes."""
-
-    help_groups = {"detector": "Measured", "batch_size": "Run", "output_dir": "Output"}
-
-    detector: str = field(metadata={"help": "folder or Hub id of a detector with its image processor"})
-    dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
-    split: str = field(default="validation", metadata={"help": "split of the dataset"})
-    image_dir: str | None = field(
-        default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
-    )
-
-    batch_size: int = field(default=8, metadata={"help": "images per forward pass"})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
-
-    output_dir: str | None = field(default=None, metadata={"help": "folder for results.json and what follows"})
-    save_predictions: bool = field(
-        default=False, metadata={"help": "write predictions.json, a list of detections in COCO's result format"}
-    )
-    num_pictures: int = field(
-        default=0, metadata={"help": "draw predictions beside ground truth for so many images: predictions.png"}
-    )
-    score_threshold: float = field(default=0.3, metadata={"help": "lowest score that is drawn; no effect on AP"})
-
-    def __post_init__(self):
-        if self.output_dir is None and (self.save_predictions or self.num_pictures):
-            raise ValueError("save_predictions and num_pictures need an output_dir to write to")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {self.batch_size}")
-
-
-def evaluate(arguments: EvaluateArguments) -> dict:
-    """
-    Measures a detector on labelled images and prints the COCO table with the AP of every class.
-
-    Args:
-        arguments ([`EvaluateArguments`]): The configuration.
-
-    Returns:
-        `dict`: What `CocoMetrics.compute()` gives: the 12 COCO numbers in 0 to 1, and `per_class`.
-
-    Raises:
-        DataError: the dataset is broken, or its categories are not among the detector's classes.
-        OSError: there is no such detector, or it has no image processor.
-    """
-    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
-    categories = category_names(dataset, arguments.dataset)
-    print(validate_objects(dataset, categories, arguments.dataset))
-    if arguments.num_pictures:
-        new_figure(1, 1)  # says now, not after the evaluation, that matplotlib is missing
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    detector = AutoModelForObjectDetection.from_pretrained(arguments.detector).to(device)
-    image_processor = AutoImageProcessor.from_pretrained(arguments.detector)
-    classes = match_categories(detector.config.id2label, categories)
-
-    images = EvaluationImages(dataset, categories, image_processor)
-    loader = DataLoader(
-        images,
-        batch_size=arguments.batch_size,
-        collate_fn=collate_labelled,
-        num_workers=arguments.dataloader_num_workers,
-        worker_init_fn=init_worker,
-    )
-    drawn = {images.image_ids[row]: row for row in images.spread(arguments.num_pictures)}
-    metrics, pictures, detections = images.metrics(), {}, []
-    batches = predict_batches(detector, loader, image_processor, classes)
-    for ids, predictions in tqdm(batches, total=len(loader), desc="evaluating", disable=arguments.disable_tqdm):
-        metrics.update(predictions, ids)
-        pictures |= {drawn[i]: found for i, found in zip(ids, predictions, strict=True) if i in drawn}
-        if arguments.save_predictions:
-            for image_id, found in zip(ids, predictions, strict=True):
-                detections += coco_detections(image_id, found)
-    results = metrics.compute()
-    print(format_table(results))
-
-    if arguments.output_dir is not None:
-        folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        measured = {"detector": arguments.detector, "dataset": arguments.dataset, "split": arguments.split}
-        record = measured | {"images": len(images), "metrics": results}
-        write_json(folder / "results.json", record)
-        if arguments.save_predictions:
-            (folder / "predictions.json").write_text(json.dumps(detections), encoding="utf-8")
-        if arguments.num_pictures:
-            images.draw(pictures, folder / "predictions.png", arguments.score_threshold)
-    return results
+from .coco_metrics import CocoMetrics
 
 
 class EvaluationImages(Dataset):
@@ -174,21 +74,6 @@ class EvaluationImages(Dataset):
         boxes, kept = clean_boxes(read_boxes(objects)[0], width, height)
         boxes[:, 2:] += boxes[:, :2]
         return {"boxes": boxes, "labels": read_values(objects, "category")[0].astype(int)[kept]}
-
-    def draw(self, predictions: dict[int, dict], path: str | Path, threshold: float = 0.3) -> None:
-        """Draws the predictions of some rows (`dict` from row to prediction) beside the truth."""
-        images = [self.read_image(row) for row in predictions]
-        truth = [self.objects(row, *image.shape[:2]) for row, image in zip(predictions, images, strict=True)]
-        plot_predictions(images, truth, list(predictions.values()), self.categories, path, threshold)
-
-
-def draw_predictions(detector, images: EvaluationImages, folder: Path, number: int) -> None:
-    """Draws what a detector makes of so many images beside the truth: `predictions.png` in `folder`."""
-    rows = images.spread(number)
-    loader = DataLoader(Subset(images, rows), batch_size=4, collate_fn=collate_labelled)
-    batches = predict_batches(detector, loader, images.image_processor)
-    found = [prediction for _, predictions in batches for prediction in predictions]
-    images.draw(dict(zip(rows, found, strict=True)), folder / "predictions.png")
 
 
 @torch.no_grad()

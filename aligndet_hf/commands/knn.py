@@ -11,8 +11,8 @@ from ..data.columns import read_values, validate_objects
 from ..data.errors import ImageError
 from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import build_detector
+from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import write_json
-from .box_features import BoxFeatures, BoxImages
 
 
 def knn_accuracy(

@@ -1,208 +1,29 @@
-"""Fine-tuning: transformers' `Trainer` with the data, loss, checkpoints and measuring that detectors need."""
+"""transformers' `Trainer` with the data, loss, checkpoints and measuring that detectors need."""
 
-import json
 import math
 import re
-import shutil
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
-from ..cards import command_line, told, versions
 from ..data.collate import collate_labelled, normalize_images
-from ..data.columns import validate_objects
-from ..data.dataset import LabelledImages, init_worker
-from ..data.errors import DataError
-from ..data.formats import category_names, load_dataset_source
+from ..data.dataset import init_worker
 from ..data.sampling import EpochBatchSampler
-from ..data.splits import nested_subsets
-from ..data.views import ViewConfig
-from ..detectors.backbones import eval_frozen, freeze_batch_norms, get_backbone, set_backbone_trainable
-from ..detectors.build import DetectorArguments, build_image_processor, is_new, load_detector
-from ..detectors.criterion import use_correct_loss
-from ..detectors.families import family_of, require_fitting_sizes
-from ..detectors.transfer import TransferReport, transfer_detector
-from ..evaluation.coco_metrics import format_table
-from ..evaluation.evaluate import EvaluationImages, draw_predictions, normalization_of, predict_batches
-from ..evaluation.pictures import has_matplotlib
-from ..files import write_json
-from ..hub import open_repository
-from ..reporting.run_record import RESULTS, SETTINGS
+from ..detectors.backbones import eval_frozen, get_backbone
+from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
 from .checkpointing import (
     clear_write_errors,
-    prepare_output_dir,
-    remove_checkpoints,
-    require_same_run,
 )
-from .finetune_arguments import FinetuneArguments
-from .publish import publish_run
 from .schedules import learning_rate, milestone_steps
 from .sharding import whole
 
 logger = logging.get_logger(__name__)
-
-# What TrainingArguments bring that makes another run of it.
-INHERITED_SETTINGS = {
-    "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "fp16",
-}  # fmt: skip
-# What has no influence on the weights. The batch counts as the images of one step, however they are spread over
-# processes and forward passes.
-NOT_COMPARED = {
-    "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "do_eval",
-    "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_total_limit", "dataloader_num_workers",
-    "dataloader_persistent_workers", "remove_unused_columns", "push_to_hub", "hub_model_id", "card_license",
-    "write_report", "num_pictures", "hub_strategy",
-}  # fmt: skip
-# What has one only if the weights are chosen by it.
-OF_THE_BEST = {"eval_dataset", "eval_split", "eval_image_dir", "eval_strategy", "metric_for_best_model"}
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """
-    What [`finetune`] returns.
-
-    Attributes:
-        output_dir (`Path`): The plain detector with its image processor, results, trainer state and card.
-        metrics (`dict`): What `CocoMetrics.compute()` gave at the end; empty if nothing was measured.
-    """
-
-    output_dir: Path
-    metrics: dict
-
-
-def finetune(arguments: FinetuneArguments) -> FinetuneResult:
-    """
-    Fine-tune a detector on labelled images: one that was pre-trained, any other checkpoint, or a new one.
-
-    Writes to `output_dir` a plain `transformers` detector with its image processor, `results.json`,
-    `trainer_state.json` (the log), `transfer_report.json` (or, for a new detector whose backbone got weights,
-    `backbone_report.json`), a model card, `report.html`, and `checkpoint-<step>` folders. The same call again resumes
-    from the last checkpoint, exactly; of a finished run it only repeats the upload, if one is asked for.
-
-    Args:
-        arguments ([`FinetuneArguments`]): The configuration.
-
-    Returns:
-        [`FinetuneResult`]
-
-    Raises:
-        DataError: a dataset is broken, or the two do not have the same categories.
-        ValueError: a configuration that cannot run, or that differs from that of the run in `output_dir`.
-        OSError: `output_dir` cannot be written to, or the disk is full. The last checkpoint stays.
-    """
-    require_one_gpu_per_process(arguments)
-    output_dir = prepare_output_dir(arguments.output_dir)
-    settings = settings_of(arguments)
-    processes = PartialState()
-    if any(output_dir.glob("checkpoint-*")) and not (output_dir / SETTINGS).exists():
-        raise ValueError(f"{output_dir} holds checkpoints, but not of `aligndet finetune`: choose another output_dir")
-    if arguments.overwrite_output_dir and processes.is_main_process:
-        remove_checkpoints(output_dir)
-        (output_dir / RESULTS).unlink(missing_ok=True)
-    processes.wait_for_everyone()
-    checkpoint = last_complete_checkpoint(output_dir)
-    finished = (output_dir / RESULTS).exists()
-    if checkpoint or finished:
-        require_same_run(json.loads((output_dir / SETTINGS).read_text()), settings, output_dir)
-    repo_id = _open_repository(arguments) if arguments.push_to_hub and processes.is_main_process else None
-    if finished:
-        processes.print(f"The run in {output_dir} is finished; --overwrite_output_dir starts it anew.")
-        if processes.is_main_process:
-            publish_run(output_dir, arguments, repo_id, anew=False)
-        return FinetuneResult(output_dir, json.loads((output_dir / RESULTS).read_text())["metrics"])
-    if processes.is_main_process:
-        write_json(output_dir / SETTINGS, settings)
-
-    with processes.main_process_first():
-        dataset, categories = _load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
-        truth = None
-        if arguments.do_eval:
-            source = (arguments.eval_dataset, arguments.eval_split, arguments.eval_image_dir)
-            try:
-                truth, _ = _load_labelled(*source, categories)
-            except DataError as error:
-                choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
-                raise DataError(f"{error} ({choices}.)") from error
-    rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
-    dataset = dataset.select(rows)
-
-    set_seed(arguments.seed)
-    detector, report = _start(arguments, categories)
-    require_fitting_sizes(detector.config, [*arguments.image_sizes, arguments.eval_size])
-    image_processor = build_image_processor(detector, arguments.eval_size, arguments.max_size)
-    view = ViewConfig(
-        arguments.image_sizes,
-        arguments.max_size,
-        family_of(detector.config).resize,
-        arguments.flip_probability,
-        arguments.color,
-        tuple(arguments.crop_scale) if arguments.crop_scale else None,
-    )
-    trainer = DetectionTrainer(
-        detector,
-        arguments,
-        train_dataset=LabelledImages(dataset, view, seed=arguments.seed),
-        eval_dataset=EvaluationImages(truth, categories, image_processor) if truth else None,
-        processing_class=image_processor,
-    )
-    processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
-    if report is not None:
-        processes.print(report)
-        if processes.is_main_process:
-            write_json(output_dir / report.file_name, report.to_dict())
-    trainer.fit(checkpoint)
-    metrics = {}
-    if truth is not None:
-        if trainer.measured_at != trainer.state.global_step or arguments.load_best_model_at_end:
-            trainer.evaluate()
-        metrics = trainer.results
-
-    if processes.is_main_process:
-        with clear_write_errors(output_dir):
-            detector.save_pretrained(output_dir)
-            image_processor.save_pretrained(output_dir)
-            trainer.save_state()
-            if truth is not None and arguments.write_report and arguments.num_pictures and has_matplotlib():
-                draw_predictions(detector, trainer.eval_dataset, output_dir, arguments.num_pictures)
-        evaluation = {
-            "dataset": told(arguments.eval_dataset),
-            "split": arguments.eval_split,
-            "images": len(truth or ()),
-        }
-        results = {
-            "metrics": metrics,
-            "steps": trainer.state.global_step,
-            "images": len(dataset),
-            "evaluation": evaluation if metrics else {},
-            "card_license": arguments.card_license,
-            "command": command_line("finetune", arguments),
-            "versions": versions(),
-        }
-        write_json(output_dir / RESULTS, results)  # last, as the mark of a finished run
-        if metrics:
-            print(format_table(metrics))
-        publish_run(output_dir, arguments, repo_id)
-    processes.wait_for_everyone()
-    return FinetuneResult(output_dir, metrics)
-
-
-def _open_repository(arguments: FinetuneArguments) -> str:
-    return open_repository(
-        arguments.hub_model_id or Path(arguments.output_dir).resolve().name,
-        private=arguments.hub_private_repo,
-        revision=arguments.hub_revision,
-        license=arguments.card_license,
-        token=arguments.hub_token,
-    )
 
 
 def require_one_gpu_per_process(arguments: TrainingArguments) -> None:
@@ -218,76 +39,6 @@ def require_one_gpu_per_process(arguments: TrainingArguments) -> None:
             f"  accelerate launch --num_processes {arguments.n_gpu} -m aligndet_hf.cli finetune ...\n"
             "and the same flags, or one of them with CUDA_VISIBLE_DEVICES=0 before the command."
         )
-
-
-def settings_of(arguments: FinetuneArguments) -> dict:
-    """What makes a run this run and no other: everything that has an influence on its weights, as plain values."""
-    own = (_declared(FinetuneArguments) | INHERITED_SETTINGS) - NOT_COMPARED
-    own -= set() if arguments.load_best_model_at_end else OF_THE_BEST
-    own |= _declared(DetectorArguments) - {"detector"} if is_new(arguments) else set()
-    own -= {"transfer"} if is_new(arguments) else set()
-    plain = arguments.to_dict()  # enums by value
-    settings = {"detector": arguments.detector} | {name: plain[name] for name in sorted(own)}
-    settings["images_per_step"] = (
-        arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    )
-    return json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
-
-
-def _declared(cls) -> set[str]:
-    return {item.name for item in fields(cls) if item.name in cls.__annotations__}
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """
-    The newest checkpoint of a run that was written to its end, or `None`.
-
-    `Trainer` writes `trainer_state.json` last, so a folder without a readable one was cut short; it is removed, since
-    `Trainer` would count it as a checkpoint when it decides which ones to delete.
-    """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            return folder
-        except (OSError, ValueError):
-            logger.warning(f"{folder} was not written to its end and is removed.")
-            if PartialState().is_main_process:
-                shutil.rmtree(folder)
-    return None
-
-
-def _load_labelled(source: str, split: str | None, image_dir: str | None, categories: list[str] | None = None):
-    """A validated dataset and the names of its categories, which must be `categories` if those are given."""
-    dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir)
-    names = category_names(dataset, source)
-    if categories is not None and names != categories:
-        raise DataError(
-            f"{source} (split {split}) has other categories than the training data: {', '.join(names)} instead of "
-            f"{', '.join(categories)}. Number them alike in both."
-        )
-    PartialState().print(validate_objects(dataset, names, source))
-    return dataset, names
-
-
-def _start(arguments: FinetuneArguments, categories: list[str]):
-    """The detector to train, and the report of what it got from a checkpoint, or its backbone from weights."""
-    id2label = dict(enumerate(categories))
-    if is_new(arguments):
-        detector, report = load_detector(arguments, len(categories), id2label)
-    elif (Path(arguments.detector) / "detector" / "config.json").is_file():
-        raise ValueError(
-            f"{arguments.detector} is a pre-training run: its detector is {Path(arguments.detector) / 'detector'}"
-        )
-    else:
-        detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)
-    # Always set, never trusted: transformers freezes by patterns that miss, and forgets it when it loads.
-    set_backbone_trainable(detector, not arguments.freeze_backbone, arguments.trainable_backbone_stages)
-    if arguments.freeze_backbone_norms:
-        freeze_batch_norms(get_backbone(detector))
-    if isinstance(report, TransferReport):
-        report.frozen = [name for name, parameter in detector.named_parameters() if not parameter.requires_grad]
-    return use_correct_loss(detector), report
 
 
 class EpochLoader(DataLoader):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .coco_metrics import SUMMARY
+from ..evaluation.coco_metrics import SUMMARY
 
 
 @dataclass(frozen=True)

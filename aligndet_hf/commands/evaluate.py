@@ -1,0 +1,110 @@
+"""`aligndet evaluate`: the COCO numbers of a detector on labelled images."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from ..data.collate import collate_labelled
+from ..data.columns import validate_objects
+from ..data.dataset import init_worker
+from ..data.formats import category_names, load_dataset_source
+from ..evaluation.coco_metrics import format_table
+from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
+from ..files import write_json
+from ..reporting.pictures import draw_detections, new_figure
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments:
+    """Arguments of [`evaluate`]: the flags of `aligndet evaluate` and the keys of its recipes."""
+
+    help_groups = {"detector": "Measured", "batch_size": "Run", "output_dir": "Output"}
+
+    detector: str = field(metadata={"help": "folder or Hub id of a detector with its image processor"})
+    dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
+    split: str = field(default="validation", metadata={"help": "split of the dataset"})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
+    )
+
+    batch_size: int = field(default=8, metadata={"help": "images per forward pass"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+
+    output_dir: str | None = field(default=None, metadata={"help": "folder for results.json and what follows"})
+    save_predictions: bool = field(
+        default=False, metadata={"help": "write predictions.json, a list of detections in COCO's result format"}
+    )
+    num_pictures: int = field(
+        default=0, metadata={"help": "draw predictions beside ground truth for so many images: predictions.png"}
+    )
+    score_threshold: float = field(default=0.3, metadata={"help": "lowest score that is drawn; no effect on AP"})
+
+    def __post_init__(self):
+        if self.output_dir is None and (self.save_predictions or self.num_pictures):
+            raise ValueError("save_predictions and num_pictures need an output_dir to write to")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {self.batch_size}")
+
+
+def evaluate(arguments: EvaluateArguments) -> dict:
+    """
+    Measures a detector on labelled images and prints the COCO table with the AP of every class.
+
+    Args:
+        arguments ([`EvaluateArguments`]): The configuration.
+
+    Returns:
+        `dict`: What `CocoMetrics.compute()` gives: the 12 COCO numbers in 0 to 1, and `per_class`.
+
+    Raises:
+        DataError: the dataset is broken, or its categories are not among the detector's classes.
+        OSError: there is no such detector, or it has no image processor.
+    """
+    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
+    categories = category_names(dataset, arguments.dataset)
+    print(validate_objects(dataset, categories, arguments.dataset))
+    if arguments.num_pictures:
+        new_figure(1, 1)  # says now, not after the evaluation, that matplotlib is missing
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    detector = AutoModelForObjectDetection.from_pretrained(arguments.detector).to(device)
+    image_processor = AutoImageProcessor.from_pretrained(arguments.detector)
+    classes = match_categories(detector.config.id2label, categories)
+
+    images = EvaluationImages(dataset, categories, image_processor)
+    loader = DataLoader(
+        images,
+        batch_size=arguments.batch_size,
+        collate_fn=collate_labelled,
+        num_workers=arguments.dataloader_num_workers,
+        worker_init_fn=init_worker,
+    )
+    drawn = {images.image_ids[row]: row for row in images.spread(arguments.num_pictures)}
+    metrics, pictures, detections = images.metrics(), {}, []
+    batches = predict_batches(detector, loader, image_processor, classes)
+    for ids, predictions in tqdm(batches, total=len(loader), desc="evaluating", disable=arguments.disable_tqdm):
+        metrics.update(predictions, ids)
+        pictures |= {drawn[i]: found for i, found in zip(ids, predictions, strict=True) if i in drawn}
+        if arguments.save_predictions:
+            for image_id, found in zip(ids, predictions, strict=True):
+                detections += coco_detections(image_id, found)
+    results = metrics.compute()
+    print(format_table(results))
+
+    if arguments.output_dir is not None:
+        folder = Path(arguments.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = {"detector": arguments.detector, "dataset": arguments.dataset, "split": arguments.split}
+        record = measured | {"images": len(images), "metrics": results}
+        write_json(folder / "results.json", record)
+        if arguments.save_predictions:
+            (folder / "predictions.json").write_text(json.dumps(detections), encoding="utf-8")
+        if arguments.num_pictures:
+            draw_detections(images, pictures, folder / "predictions.png", arguments.score_threshold)
+    return results

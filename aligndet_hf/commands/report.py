@@ -1,0 +1,32 @@
+"""`aligndet report`: one HTML file on a run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..reporting.html_report import REPORT, write_report
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    """Arguments of [`report`]: the flags of `aligndet report` and the keys of its recipes."""
+
+    run: str = field(metadata={"help": "folder that an aligndet command has written"})
+    output: str | None = field(default=None, metadata={"help": f"the HTML file; {REPORT} in the folder if not given"})
+
+
+def report(arguments: ReportArguments) -> Path:
+    """
+    Writes the report of a run.
+
+    Args:
+        arguments ([`ReportArguments`]): The configuration.
+
+    Returns:
+        `Path`: the HTML file.
+
+    Raises:
+        ValueError: the folder holds nothing to report.
+    """
+    path = write_report(arguments.run, arguments.output)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file with everything in it. Open it in a browser.")
+    return path
