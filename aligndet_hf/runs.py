@@ -1,0 +1,326 @@
+"""
+What an output folder is: new, resumable, finished, another run's, foreign, or in use. The one place that knows.
+
+A folder is told by its record, `run.json`: the command, its settings and a fingerprint of its data. The record is
+written before all else in the folder and removed after all else, so that it never lies about what is there.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .files import UNFINISHED, remove, sync_folder, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps a second process out
+    fcntl = None
+
+RECORD, LOCK = "run.json", ".lock"
+
+
+class RunFolder:
+    """
+    The folder of a run, for as long as a command writes there: a context manager that keeps other processes out.
+
+    Inside it, [`claim`] says whose run it is; before that nothing is written. A folder is
+    - new without a record, and without anything that the command would write. Other files may lie there; they stay;
+    - resumable with the record of the same run, and finished if `result` is there too;
+    - another run's with another record: refused, or cleared with `overwrite`. A run that has left nothing to go on
+      from is no run yet, and gives way;
+    - foreign without a record, but with files of names that the command writes: refused, whatever is asked for.
+
+    Args:
+        output_dir (`str` or `Path`): The folder.
+        command (`str`): The command, as `aligndet` has it.
+        written (`Iterable[str]`, *optional*): Names, or glob patterns, of what the command writes there.
+        kept (`Iterable[str]`, *optional*): The same, of what an interrupted run goes on from.
+        result (`str`, *optional*): The file that is written last: the mark of a finished run.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to start anew, and clear another run of the same
+            command. With `aside` the same run goes on nevertheless.
+        overwrite_flag (`str`, *optional*): What the command calls that.
+        aside (`bool`, *optional*, defaults to `False`): Work in `<output_dir>.partial`, which takes the place of
+            `output_dir` at the end (see [`put_in_place`]), so that all or nothing is there.
+        on_main (`Callable`, *optional*): Calls a function in the main process of several, with what comes of it in all
+            of them, as [`~aligndet_hf.data.launch.Launch.on_main`] does.
+
+    Attributes:
+        path (`Path`): The folder.
+        work (`Path`): Where to write: `path`, unless `aside`.
+        is_finished (`bool`): Whether the run is finished; known after [`claim`].
+
+    Raises:
+        ValueError: when entered, another process works there. The message names it.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        command: str,
+        *,
+        written: Iterable[str] = (),
+        kept: Iterable[str] = (),
+        result: str | None = None,
+        overwrite: bool = False,
+        overwrite_flag: str = "--overwrite_output_dir",
+        aside: bool = False,
+        on_main: Callable = lambda function, *args: function(*args),
+    ):
+        self.path = Path(output_dir).expanduser().absolute()
+        self.work = self.path.with_name(f"{self.path.name}.partial") if aside else self.path
+        self.command = command
+        self.result = result
+        self.kept = [*kept, *([result] if result else [])]
+        self.written = [*written, *self.kept]
+        self.overwrite = overwrite
+        self.overwrite_flag = overwrite_flag
+        self.aside = aside
+        self.is_finished = False
+        self._on_main = on_main
+        self._descriptor: int | None = None
+        self._hindrance: OSError | None = None  # why nothing can be written, if nothing can
+        self._is_claimed = False
+        self._parts: dict[str, Any] = {}
+
+    def __enter__(self) -> "RunFolder":
+        self._on_main(self._enter)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._descriptor in _held:  # not in another than the main process, nor in a fork of it
+            try:
+                if self._is_claimed or os.fstat(self._descriptor).st_size == 0:  # else it tells of a killed run
+                    (self.work / LOCK).unlink(missing_ok=True)
+            finally:
+                _release(self._descriptor)
+        if self.aside:
+            with contextlib.suppress(OSError):  # not empty: something to go on from
+                self.work.rmdir()
+
+    @property
+    def lock(self) -> int | None:
+        """The open lock file. A process that inherits it keeps others out for as long as it lives."""
+        return self._descriptor
+
+    def claim(self, may_change: Iterable[str] = (), **parts: Mapping[str, Any]) -> dict[str, tuple]:
+        """
+        Makes the folder that of this run, or refuses.
+
+        Args:
+            may_change (`Iterable[str]`, *optional*): Keys that may differ from those of the run that is there.
+            parts (`Mapping`): What tells this run from others, as JSON has it: `settings`, and `data` with hashes of
+                the content. What is known later can be given in a second call.
+
+        Returns:
+            `dict[str, tuple]`: what did change: key -> (value before, value now).
+
+        Raises:
+            ValueError: the folder is another run's, or foreign. Nothing was touched.
+            OSError: the folder cannot be written to.
+        """
+        self._parts |= json.loads(json.dumps(parts))
+        self.is_finished, changes = self._on_main(self._claim, self._parts, set(may_change))
+        return changes
+
+    def reopen(self) -> None:
+        """Takes the mark of a finished run away, for it is to go on."""
+        self._on_main(os.unlink, self.path / self.result)
+        self.is_finished = False
+
+    def put_in_place(self, complete: Path) -> None:
+        """
+        Makes a folder in `work` the output, in the place of what was there, and removes `work`.
+
+        Args:
+            complete (`Path`): The folder, with all of the result.
+        """
+        write_json(complete / RECORD, self._read(self.work))
+        sync_folder(complete)
+        if self.path.exists():
+            os.replace(self.path, self.work / "replaced")
+        os.replace(complete, self.path)
+        self._clear_work()
+
+    # ---- in the main process ----
+
+    def _enter(self) -> None:
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._descriptor = _acquire(self.work / LOCK)
+        except OSError as error:
+            self._hindrance = error
+
+    def _claim(self, parts: dict, may_change: set[str]) -> tuple[bool, dict]:
+        if self.aside and (record := self._of_output(parts)):
+            if self._hindrance is None:
+                self._clear_work()
+            return True, {}
+        if self._hindrance is not None:
+            reason = self._hindrance.strerror or self._hindrance
+            raise OSError(f"cannot write to the output folder {self.path}: {reason}") from self._hindrance
+        record, changes = self._read(self.work), {}
+        if record is None:
+            self._refuse_foreign(self.work, self._found() if not self.aside else self._content(self.work))
+        else:
+            changes = _differences(record, parts)
+            refused = {key: values for key, values in changes.items() if key not in may_change}
+            if self.overwrite and not self._is_claimed and (refused or not self.aside):
+                record = None
+            elif refused and not any(self._found(self.kept)):
+                record = None
+            elif refused:
+                raise ValueError(self._refusal(self.work, refused))
+        self._hold()
+        for path in self._found() if record is None else self.work.glob(f"{UNFINISHED}*"):
+            remove(path)
+        updated = (record or {"command": self.command}) | parts
+        if updated != record:
+            write_json(self.work / RECORD, updated)
+        is_finished = not self.aside and self.result is not None and (self.path / self.result).is_file()
+        return is_finished, changes if record else {}
+
+    def _of_output(self, parts: dict) -> dict | None:
+        """The record of the output, if that is the finished run; `None` if it may be made, or replaced."""
+        record = self._read(self.path)
+        if record is None:
+            if self.path.is_file():
+                raise ValueError(f"{self.path} is a file: choose another output_dir")
+            self._refuse_foreign(self.path, self._content(self.path))
+        elif changes := _differences(record, parts):
+            if not self.overwrite:
+                raise ValueError(self._refusal(self.path, changes))
+            return None
+        return record
+
+    def _hold(self) -> None:
+        """Says in the lock file who holds it."""
+        if self._descriptor is not None and not self._is_claimed:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder = f"process {os.getpid()} on {socket.gethostname()} (aligndet {self.command}, since {now})"
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, holder.encode())
+        self._is_claimed = True
+
+    def _read(self, folder: Path) -> dict | None:
+        """The record of a folder, `None` if it has none."""
+        path = folder / RECORD
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path}, which tells whose run this is, is damaged ({error}): remove {folder}"
+            ) from error
+        owner = record.get("command") if isinstance(record, dict) else None
+        if owner != self.command:
+            whose = f"a run of `aligndet {owner}`" if owner else f"a {RECORD} that is not of this package"
+            raise ValueError(f"{folder} holds {whose}: choose another output_dir for `aligndet {self.command}`")
+        return record
+
+    def _found(self, patterns: Iterable[str] | None = None) -> list[Path]:
+        """What is there of what the command writes; aside, all of it."""
+        if self.aside and patterns is None:
+            return self._content(self.work)
+        patterns = self.written if patterns is None else patterns
+        return [path for pattern in patterns for path in self.work.glob(pattern) if path.name not in (RECORD, LOCK)]
+
+    def _content(self, folder: Path) -> list[Path]:
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(path for path in found if path.name not in (RECORD, LOCK))
+
+    def _clear_work(self) -> None:
+        """Removes the folder of unfinished work, its record last."""
+        for path in self._content(self.work):
+            remove(path)
+        (self.work / RECORD).unlink(missing_ok=True)
+
+    def _refuse_foreign(self, folder: Path, found: list[Path]) -> None:
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise ValueError(
+                f"{folder} holds {found[0].name}{more}, but no {RECORD}: it was not written by `aligndet "
+                f"{self.command}`. Choose another output_dir, or empty this one."
+            )
+
+    def _refusal(self, folder: Path, changes: dict[str, tuple]) -> str:
+        listed = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changes.items())
+        return (
+            f"{folder} holds a run of another configuration, or of other data ({listed}). Give the same to resume it, "
+            f"another --output_dir to leave it alone, or {self.overwrite_flag} to start anew."
+        )
+
+
+def _differences(record: dict, parts: dict) -> dict[str, tuple]:
+    """What differs between the parts and those that the record has: key -> (there, now)."""
+    changes = {}
+    for name in parts.keys() & record.keys():
+        before, now = _flat(record[name]), _flat(parts[name])
+        changes |= {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
+    return changes
+
+
+def _flat(settings: dict) -> dict:
+    """Settings without nesting: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat = {}
+    for key, value in settings.items():
+        nested = _flat(value) if isinstance(value, dict) and value else None
+        flat |= {key: value} if nested is None else {f"{key}.{name}": entry for name, entry in nested.items()}
+    return flat
+
+
+# ---- the lock ----
+
+# Lock files that this process holds open. Processes that it forks, such as those that load data, close theirs: they
+# may outlive it for a while, and the run must be startable again at once.
+_held: set[int] = set()
+
+
+def _acquire(path: Path) -> int | None:
+    """
+    Locks a file until it is released or this process ends, in whatever way.
+
+    Returns:
+        `int`: the descriptor of the open file; `None` where the system has no such locks.
+
+    Raises:
+        ValueError: another process holds it. The message has what it wrote there.
+    """
+    if fcntl is None:
+        return None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 500).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise ValueError(f"{path.parent} is in use by {holder}: wait until it ends, or end it.") from error
+        except OSError:
+            pass  # a file system without locks
+        # The process that held it may have removed the file between opening and locking.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                _held.add(descriptor)
+                return descriptor
+        os.close(descriptor)
+
+
+def _release(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _forget() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
