@@ -1,5 +1,7 @@
 """Decoding images to RGB uint8, and reading their size without decoding them."""
 
+import contextlib
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from . import door
 from .errors import ImageError
 
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 exchange height and width
@@ -17,28 +20,46 @@ def image_name(value) -> str:
     if isinstance(value, dict):
         value = value.get("path") or value.get("bytes")
     if isinstance(value, (str, Path)):
-        return str(value)
+        return door.printable(value)
     if isinstance(value, PIL.Image.Image):
         return getattr(value, "filename", "") or "<PIL image>"
     return f"<{type(value).__name__}>" if value is not None else "<no image>"
 
 
-def _open(value) -> PIL.Image.Image:
-    """Opens the header; the pixels are read on the first use."""
+@contextlib.contextmanager
+def _opened(value) -> Iterator[PIL.Image.Image]:
+    """
+    Opens the header of an image; the pixels are read on the first use.
+
+    Raises:
+        [`ImageError`]: whatever goes wrong, here or in the body of the `with`. It names the image.
+    """
+    name = image_name(value)
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, PIL.Image.Image):
-        return value
-    if isinstance(value, (bytes, bytearray)):
-        return PIL.Image.open(BytesIO(value))
-    if isinstance(value, str) and "://" in value:  # a remote file of a streamed or not embedded Hub data set
-        from datasets.utils.file_utils import xopen
-
-        with xopen(value, "rb") as file:
-            return PIL.Image.open(BytesIO(file.read()))
-    if isinstance(value, (str, Path)):
-        return PIL.Image.open(value)
-    raise TypeError("expected an undecoded datasets image, a path, bytes, a PIL image or an array")
+    try:
+        if isinstance(value, PIL.Image.Image):
+            yield value
+            return
+        if isinstance(value, str) and "://" in value:
+            raise ValueError("it is an address, and nothing is fetched: a data set must hold its images")
+        if isinstance(value, (bytes, bytearray)):
+            file = BytesIO(value)
+        elif isinstance(value, (str, Path)):
+            file = door.open_file(value)
+        else:
+            raise TypeError("expected an undecoded datasets image, a path, bytes, a PIL image or an array")
+        with file, PIL.Image.open(file, formats=door.image_formats()) as image:
+            yield image
+    except PIL.UnidentifiedImageError as error:
+        raise ImageError(f"Cannot read the image {name}: {door.fix_of(name)}.") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ImageError(
+            f"Cannot read the image {name}: it has more than {2 * PIL.Image.MAX_IMAGE_PIXELS} pixels. Make it smaller "
+            "or cut it into tiles."
+        ) from error
+    except Exception as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error ...
+        raise ImageError(f"Cannot read the image {name}: {error or type(error).__name__}.") from error
 
 
 def _array_to_rgb(array: np.ndarray) -> np.ndarray:
@@ -73,10 +94,12 @@ def decode_image(value) -> np.ndarray:
     Raises:
         [`ImageError`]: if the file is missing, is not an image, or is corrupt or truncated. It names the file.
     """
-    try:
-        if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray):
+        try:
             return _array_to_rgb(value)
-        image = _open(value)
+        except (TypeError, ValueError) as error:
+            raise ImageError(f"Cannot read the image {image_name(value)}: {error}.") from error
+    with _opened(value) as image:
         if image.getexif().get(_ORIENTATION, 1) != 1:
             image = PIL.ImageOps.exif_transpose(image)
         if image.mode == "RGB":
@@ -86,10 +109,6 @@ def decode_image(value) -> np.ndarray:
         if image.mode.startswith("I"):  # 16 bit, which older versions of PIL open as 32 bit; `convert` would saturate
             return _array_to_rgb(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
         return np.array(image.convert("RGB"))
-    except (
-        Exception
-    ) as error:  # decoders raise all kinds: OSError, SyntaxError, struct.error, DecompressionBombError ...
-        raise ImageError(f"Cannot read the image {image_name(value)}: {error or type(error).__name__}.") from error
 
 
 def image_size(value) -> tuple[int, int]:
@@ -105,13 +124,14 @@ def image_size(value) -> tuple[int, int]:
     Raises:
         [`ImageError`]: if the header cannot be read.
     """
-    try:
-        if isinstance(value, np.ndarray):
-            return value.shape[0], value.shape[1]
-        image = _open(value)
-        # For a PNG without EXIF at its head, `getexif` would decode the pixels to look behind them.
-        has_exif = image.format != "PNG" or "exif" in image.info
-        rotated = has_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        return (image.width, image.height) if rotated else (image.height, image.width)
-    except Exception as error:
-        raise ImageError(f"Cannot read the image {image_name(value)}: {error or type(error).__name__}.") from error
+    if isinstance(value, np.ndarray):
+        return value.shape[0], value.shape[1]
+    with _opened(value) as image:
+        return _size(image)
+
+
+def _size(image: PIL.Image.Image) -> tuple[int, int]:
+    # For a PNG without EXIF at its head, `getexif` would decode the pixels to look behind them.
+    has_exif = image.format != "PNG" or "exif" in image.info
+    rotated = has_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (image.width, image.height) if rotated else (image.height, image.width)

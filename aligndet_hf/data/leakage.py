@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
+from .door import read_bytes
 from .errors import ImageError
 from .images import decode_image, image_name
 
@@ -64,8 +65,7 @@ def fingerprints(dataset: datasets.Dataset, disable_tqdm: bool = False) -> Finge
             continue
         content = value.get("bytes")
         if content is None:
-            with open(value["path"], "rb") as file:
-                content = file.read()
+            content = read_bytes(value["path"])
         names.append(image_name(value))
         contents.append(hashlib.blake2b(content, digest_size=16).hexdigest())
         looks.append(look)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..files import write_json
 from .columns import RECORD_MARK, proposals_feature
+from .door import read_bytes
 from .errors import DataError
 
 REPORT = "proposals.json"
@@ -334,8 +335,8 @@ def _image_bytes(value: dict | None) -> bytes:
     if value["bytes"] is not None:
         return value["bytes"]
     try:
-        return Path(value["path"]).read_bytes()
-    except OSError:
+        return read_bytes(value["path"])
+    except DataError:
         return value["path"].encode()
 
 
