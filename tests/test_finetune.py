@@ -317,10 +317,14 @@ def test_the_last_stages_of_a_backbone_with_weights_are_trained_alone(folder, tm
         arguments_for(folder, tmp_path, freeze_backbone=True, trainable_backbone_stages=1)
 
 
-def test_a_pretraining_run_is_told_from_its_detector(folder, tmp_path):
+def test_a_pretraining_run_gives_its_detector(folder, tmp_path):
     shutil.copytree(folder / "detector", tmp_path / "pretrained" / "detector")
-    with pytest.raises(ValueError, match="its detector is .*pretrained/detector"):
-        finetune(arguments_for(folder, tmp_path / "run", detector=str(tmp_path / "pretrained")))
+    changes = {"max_steps": 1, "do_eval": False, "seed": 3}
+    finetune(arguments_for(folder, tmp_path / "run", detector=str(tmp_path / "pretrained"), **changes))
+    finetune(arguments_for(folder, tmp_path / "same", **changes))
+    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "same"))
+    with pytest.raises(ValueError, match="data is not a detector: it has no config.json"):
+        finetune(arguments_for(folder, tmp_path / "wrong", detector=str(folder / "data")))
 
 
 def test_both_datasets_must_number_their_categories_alike(folder, tmp_path):

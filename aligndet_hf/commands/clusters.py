@@ -36,7 +36,7 @@ from ..data.shards import (
     writing_to,
 )
 from ..detectors.backbones import check_backbone
-from ..detectors.build import build_detector
+from ..detectors.build import build_detector, find_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..hub import HubArguments
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
@@ -204,7 +204,7 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
 def load_features(arguments: ClustersArguments) -> BoxFeatures:
     """The features of boxes that the arguments ask for."""
     if arguments.detector is not None:
-        detector = AutoModelForObjectDetection.from_pretrained(arguments.detector)
+        detector = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.detector))
         check_backbone(detector)
     else:
         detector = build_detector(  # for its backbone only, so any family will do

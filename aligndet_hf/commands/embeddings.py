@@ -20,7 +20,7 @@ from ..data.dataset import init_worker
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source
 from ..detectors.backbones import get_backbone
-from ..detectors.build import detector_from_config
+from ..detectors.build import detector_from_config, find_detector
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
@@ -104,14 +104,15 @@ def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
 
     Raises:
         DataError: the dataset is broken, or has too few objects.
-        OSError: there is no such detector, or it has no image processor.
+        ValueError: what is named is not a detector.
+        OSError: there is none on the Hub, or it has no image processor.
     """
     new_figure(1, 1)  # says now, not after the forward passes, that matplotlib is missing
     dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
     categories = category_names(dataset, arguments.dataset)
     print(validate_objects(dataset, categories, arguments.dataset))
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folders = [_detector_folder(name) for name in arguments.detector]
+    folders = [find_detector(name) for name in arguments.detector]
     names = _short_names(arguments.detector)
     arms = [(name, folder, False) for name, folder in zip(names, folders, strict=True)]
     if arguments.untrained:
@@ -154,12 +155,6 @@ def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
     print(_format(results))
     print(f"Saved to {path}")
     return results
-
-
-def _detector_folder(name: str) -> str:
-    """The detector of a run of pre-training; anything else as it is."""
-    inner = Path(name) / "detector"
-    return str(inner) if (inner / "config.json").is_file() else name
 
 
 def _short_names(detectors: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from ..data.collate import collate_labelled
 from ..data.columns import validate_objects
 from ..data.dataset import init_worker
 from ..data.formats import category_names, load_dataset_source
+from ..detectors.build import find_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
 from ..files import write_json
@@ -65,7 +66,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
 
     Raises:
         DataError: the dataset is broken, or its categories are not among the detector's classes.
-        OSError: there is no such detector, or it has no image processor.
+        ValueError: what is named is not a detector.
+        OSError: there is none on the Hub, or it has no image processor.
     """
     dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
     categories = category_names(dataset, arguments.dataset)
@@ -73,8 +75,9 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     if arguments.num_pictures:
         new_figure(1, 1)  # says now, not after the evaluation, that matplotlib is missing
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    detector = AutoModelForObjectDetection.from_pretrained(arguments.detector).to(device)
-    image_processor = AutoImageProcessor.from_pretrained(arguments.detector)
+    folder = find_detector(arguments.detector)
+    detector = AutoModelForObjectDetection.from_pretrained(folder).to(device)
+    image_processor = AutoImageProcessor.from_pretrained(folder)
     classes = match_categories(detector.config.id2label, categories)
 
     images = EvaluationImages(dataset, categories, image_processor)

@@ -252,10 +252,6 @@ def _start(arguments: FinetuneArguments, categories: list[str]):
     id2label = dict(enumerate(categories))
     if is_new(arguments):
         detector, report = load_detector(arguments, len(categories), id2label)
-    elif (Path(arguments.detector) / "detector" / "config.json").is_file():
-        raise ValueError(
-            f"{arguments.detector} is a pre-training run: its detector is {Path(arguments.detector) / 'detector'}"
-        )
     else:
         detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)
     # Always set, never trusted: transformers freezes by patterns that miss, and forgets it when it loads.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForObjectDetection
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
@@ -238,7 +239,7 @@ def load_detector(
         `None` if it is random.
 
     Raises:
-        `ValueError`: if the checkpoint's family is not supported, or the backbone has lost its activations.
+        `ValueError`: if there is no detector, its family is not supported, or the backbone has lost its activations.
     """
     if is_new(arguments):
         return _build(
@@ -250,10 +251,57 @@ def load_detector(
             id2label,
             arguments.detector_config or {},
         )
-    detector = AutoModelForObjectDetection.from_pretrained(arguments.detector)
+    detector = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.detector))
     family_of(detector.config)
     check_backbone(detector)
     return detector, None
+
+
+def find_detector(source: str | Path) -> str:
+    """
+    What `from_pretrained` takes of a detector that a command names.
+
+    Args:
+        source (`str` or `Path`): the folder of a detector, of a run of `aligndet pretrain` or `aligndet finetune`, or
+            of one of its checkpoints (`checkpoint-<step>`); or a Hub id.
+
+    Returns:
+        `str`: the folder of the detector, or the Hub id.
+
+    Raises:
+        `ValueError`: there is no detector. The message says what is there instead.
+    """
+    folder = Path(source).expanduser()
+    if not folder.exists() and len(Path(source).parts) <= 2 and not str(source).startswith((".", "/", "~")):
+        return str(source)  # a Hub id
+    found = {place: _model_type(place) for place in (folder / "detector", folder)}
+    for place, model_type in found.items():
+        if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in AutoModelForObjectDetection._model_mapping:
+            return str(place)
+    raise ValueError(f"{source} is not a detector: {_what_is_there(folder, found[folder])}")
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _what_is_there(folder: Path, model_type: str | None) -> str:
+    """What a folder without a detector is, and what to take instead."""
+    if not folder.exists():
+        return "there is no such folder"
+    if folder.is_file():
+        return "it is a file. Give the folder with the config.json and the model.safetensors"
+    if _model_type(folder / "backbone"):
+        return f"it holds a backbone. A detector gets it by --backbone {folder / 'backbone'}"
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    if checkpoints:
+        return f"it holds a run that is not finished. Give a checkpoint of it, such as {checkpoints[-1]}"
+    if model_type:
+        return f"it holds a model of the type {model_type!r}, which AutoModelForObjectDetection does not load"
+    return "it has no config.json of one. Give the folder of a detector, or of a run that made one"
 
 
 def is_new(arguments: DetectorArguments) -> bool:

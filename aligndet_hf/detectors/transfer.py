@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 
 from .backbones import check_backbone
-from .build import detector_from_config
+from .build import detector_from_config, find_detector
 from .families import Family, family_of
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def transfer_detector(
     A detector for other classes that starts from a pre-trained one.
 
     Args:
-        source (`PreTrainedModel`, `str` or `Path`): the pre-trained detector, or the folder or Hub id of one.
+        source (`PreTrainedModel`, `str` or `Path`): the pre-trained detector, or what
+            [`~aligndet_hf.detectors.build.find_detector`] takes.
         num_labels (`int`): number of classes of the new detector.
         id2label (`dict[int, str]`, *optional*): their names.
         preset (`str`, *optional*, defaults to `"keep-boxes"`): "keep-boxes" initialises the class layers anew;
@@ -84,7 +85,7 @@ def transfer_detector(
         `ValueError`: for an unknown preset or family, or a backbone that has lost its activations.
     """
     if not isinstance(source, PreTrainedModel):
-        source = AutoModelForObjectDetection.from_pretrained(source)
+        source = AutoModelForObjectDetection.from_pretrained(find_detector(source))
     is_reset = _reset_rule(family_of(source.config), preset)
     check_backbone(source)
     config = copy.deepcopy(source.config)
