@@ -252,7 +252,10 @@ def test_ground_truth_from_a_file(tmp_path):
 
 
 def test_from_dataset_with_and_without_areas_and_ids():
-    """The same boxes by either way; an area given wins over the box's own, as a mask's area does in COCO."""
+    """
+    The same boxes by either way; an area given wins over the box's own, as a mask's area does in COCO. A box without
+    area counts as missed, as it does in pycocotools; one that is not finite is left out.
+    """
     rows = {
         "image_id": [7, 3, 9],
         "objects": [
@@ -267,7 +270,9 @@ def test_from_dataset_with_and_without_areas_and_ids():
     predictions = perfect(truth)
     metrics = CocoMetrics.from_dataset(dataset, ["cat", "dog"])
     metrics.update([predictions[7], predictions[3], perfect({**TRUTH, "annotations": []})[3]], [7, 3, 9])
-    assert metrics.compute()["per_class"] == pytest.approx({"cat": 1.0, "dog": 1.0})
+    assert metrics.compute()["per_class"] == pytest.approx(
+        {"cat": 1.0, "dog": 51 / 101}
+    )  # precision 1 up to recall 1/2
     assert [annotation["area"] for annotation in metrics.truth[0]] == [100, 5000]
 
     without = dataset.remove_columns("image_id").map(
@@ -283,9 +288,9 @@ def test_from_dataset_with_and_without_areas_and_ids():
     )
     metrics = CocoMetrics.from_dataset(without, ["cat", "dog"])
     metrics.update([predictions[7], predictions[3]], [0, 1])
-    assert metrics.compute()["AP"] == pytest.approx(1)
+    assert metrics.compute()["AP"] == pytest.approx((1 + 51 / 101) / 2)
     assert [annotation["area"] for annotation in metrics.truth[0]] == [100, 2500]
-    assert len(metrics.truth[1]) == 1
+    assert [annotation["bbox"] for annotation in metrics.truth[1]] == [[100, 100, 100, 100], [5, 5, 0, 10]]
 
 
 def test_crowds_of_a_dataset_are_ignored_not_missed():

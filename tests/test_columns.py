@@ -104,6 +104,7 @@ def test_sound_data():
         "rows": 3,
         "boxes": 3,
         "empty_rows": 1,
+        "crowds": 0,
         "size_checked_rows": 3,
         "dropped": {},
         "listed": {},
@@ -262,8 +263,15 @@ def test_image_ids():
     assert columns.image_ids(labelled(rows, image_id=[7, 3, 5])) == [7, 3, 5]
     with pytest.raises(DataError, match="row 2, column 'image_id': 7 is also the id of row 0.*unique"):
         validate_objects(labelled(rows, image_id=[7, 3, 7]), ["a"])
-    with pytest.raises(DataError, match="row 0, column 'image_id': expected an integer, got '0001'"):
-        validate_objects(labelled(rows, image_id=["0001", "0002", "0003"]), ["a"])
+    with pytest.raises(DataError, match="row 0, column 'image_id': expected an integer or a text, got 0.5"):
+        validate_objects(labelled(rows, image_id=[0.5, 1.5, 2.5]), ["a"])
+
+
+def test_image_ids_that_are_texts():
+    texts = labelled([[[1, 1, 5, 5]]] * 3, image_id=["0001", "0002", "0003"])
+    assert columns.image_ids(texts) == ["0001", "0002", "0003"]
+    assert columns.image_numbers(texts) == [0, 1, 2]
+    assert validate_objects(texts, ["a"]).boxes == 3
 
 
 def test_unreadable_image_is_named_with_its_row():

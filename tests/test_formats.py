@@ -5,9 +5,11 @@ import os
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from aligndet_hf.data.columns import DataError, validate_objects
+from aligndet_hf.data.columns import DataError, category_ids, validate_objects
 from aligndet_hf.data.formats import category_names, load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
 
@@ -139,12 +141,24 @@ def test_images_that_the_metadata_do_not_list_are_reported(labelled_folder, capl
     assert "1 images are left out, they are not in metadata.jsonl (e.g. extra.png)" in caplog.text
 
 
-def test_other_metadata_are_reported(tmp_path, caplog):
-    write_image(tmp_path / "x" / "a.png")
-    (tmp_path / "x" / "metadata.csv").write_text("file_name,text\na.png,hello\n")
+def test_metadata_in_csv_and_parquet(tmp_path, caplog):
+    """As `datasets` reads them; of several files in a folder the first of jsonl, csv and parquet counts."""
+    for name in ("a.png", "b.png", "c.png"):
+        write_image(tmp_path / "x" / name)
+    line = json.dumps(OBJECTS).replace('"', '""')
+    (tmp_path / "x" / "metadata.csv").write_text(f'file_name,image_id,objects\nb.png,7,"{line}"\na.png,8,\n')
     with caplog.at_level(logging.WARNING):
-        load_dataset_source(tmp_path / "x")
-    assert "only metadata.jsonl is read" in caplog.text
+        dataset = load_dataset_source(tmp_path / "x", labels=True)
+    assert "1 images are left out, they are not in metadata.csv (e.g. c.png)" in caplog.text
+    assert names_of(dataset) == ["b.png", "a.png"] and list(dataset["image_id"]) == [7, 8]
+    assert dataset[0]["objects"]["bbox"] == OBJECTS["bbox"] and dataset[1]["objects"]["bbox"] == []
+
+    (tmp_path / "x" / "metadata.csv").unlink()
+    table = pa.Table.from_pylist([{"file_name": "c.png", "objects": [{"bbox": [1, 2, 3, 4], "label": "cell"}]}])
+    pq.write_table(table, tmp_path / "x" / "metadata.parquet")
+    dataset = load_dataset_source(tmp_path / "x", labels=True)
+    assert names_of(dataset) == ["c.png"] and category_names(dataset) == ["cell"]
+    assert dataset[0]["objects"]["bbox"] == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -266,16 +280,18 @@ def write_coco(tmp_path, content, name="labels_here.json", images="."):
     return path
 
 
-def test_coco(tmp_path, caplog):
-    path = write_coco(tmp_path, coco())
-    with caplog.at_level(logging.WARNING):
-        dataset = load_dataset_source(path, labels=True)
-    assert "1 crowd annotations are left out" in caplog.text
+def test_coco(tmp_path):
+    dataset = load_dataset_source(write_coco(tmp_path, coco()), labels=True)
     assert names_of(dataset) == ["b.png", "a.png"] and list(dataset["image_id"]) == [7, 3]
     assert category_names(dataset) == ["car", "zebra"]  # in the order of their ids
-    assert dataset[0]["objects"] == {"bbox": [], "category": [], "area": [], "id": []}
+    assert category_ids(dataset, ["car", "zebra"]) == [2, 90]
+    assert dataset[0]["objects"] == {
+        "bbox": [[0, 0, 8, 6]], "category": [0], "area": [48], "iscrowd": [1], "id": [8],
+    }  # fmt: skip
     expected = {"bbox": [[1, 2, 3, 4], [0, 0, 2, 2]], "category": [1, 0], "area": [9.5, 4], "id": [5, 6]}
-    assert dataset[1]["objects"] == expected
+    assert dataset[1]["objects"] == expected | {"iscrowd": [0, 0]}
+    assert list(dataset["width"]) == [8, None] and list(dataset["height"]) == [6, None]
+    assert list(dataset["file_name"]) == ["b.png", "a.png"]
     assert decode_image(dataset[0]["image"])[0, 0, 0] == 1
 
 
@@ -284,10 +300,9 @@ def test_coco(tmp_path, caplog):
 )
 def test_usual_places_of_the_images(tmp_path, name, images):
     path = write_coco(tmp_path, coco(), name, images)
-    assert len(load_dataset_source(path)) == 2
-    assert len(load_dataset_source(path, "validation" if "val" in name else "train")) == 2
-    with pytest.raises(DataError, match="no split 'test'"):
-        load_dataset_source(path, "test")
+    assert split_names(path) == ["validation" if "val" in name else "train"]
+    for split in (None, "train", "validation", "test"):  # one file is the split that is asked for
+        assert len(load_dataset_source(path, split)) == 2
 
 
 def test_image_dir(tmp_path):
@@ -338,7 +353,10 @@ ANNOTATION = {"id": 5, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4]}
             coco(images=[{"id": 3, "file_name": "a.png"}, {"id": 7, "file_name": "gone.png"}]),
             "image 7: there is no file",
         ),
-        (coco(images=[{"id": "x", "file_name": "a.png"}], annotations=[]), "image x: 'image_id' does not fit"),
+        (
+            coco(images=[{"id": 3, "file_name": "a.png"}, {"id": "x", "file_name": "b.png"}], annotations=[]),
+            "entry 1 of 'images': the id 'x' is a text, others are integers, as 3",
+        ),
     ],
 )
 def test_bad_coco_files(tmp_path, content, message):

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from ..data.collate import collate_labelled
-from ..data.columns import validate_objects
+from ..data.columns import category_ids, image_ids, validate_objects
 from ..data.dataset import init_worker
 from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import find_detector
@@ -88,6 +88,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         num_workers=arguments.dataloader_num_workers,
         worker_init_fn=init_worker,
     )
+    own_ids = dict(zip(images.image_ids, image_ids(dataset), strict=True))  # those of the label file
+    own_categories = category_ids(dataset, categories)
     drawn = {images.image_ids[row]: row for row in images.spread(arguments.num_pictures)}
     metrics, pictures, detections = images.metrics(), {}, []
     batches = predict_batches(detector, loader, image_processor, classes)
@@ -96,7 +98,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         pictures |= {drawn[i]: found for i, found in zip(ids, predictions, strict=True) if i in drawn}
         if arguments.save_predictions:
             for image_id, found in zip(ids, predictions, strict=True):
-                detections += coco_detections(image_id, found)
+                detections += coco_detections(own_ids[image_id], found, own_categories)
     results = metrics.compute()
     print(format_table(results))
 

@@ -17,13 +17,16 @@ __all__ = [
     "DataError",
     "ImageError",
     "arrow_batches",
+    "category_ids",
     "clean_boxes",
     "find_faults",
     "image_ids",
+    "image_numbers",
     "objects_feature",
     "proposal_record",
     "proposals_feature",
     "read_boxes",
+    "read_crowds",
     "read_values",
     "require_columns",
     "validate_objects",
@@ -64,20 +67,50 @@ def proposals_feature(with_clusters: bool) -> dict:
     return feature
 
 
-def objects_feature(categories: list[str] | None) -> dict:
+def objects_feature(
+    categories: list[str] | None,
+    ids: list[int | str] | None = None,
+    *,
+    crowds: bool = False,
+    text_ids: bool = False,
+) -> dict:
     """
     The feature of the `objects` column: a struct of lists.
 
-    `bbox` float32 [N, 4] absolute xywh, `category` int64 [N] in 0..C-1 (a `ClassLabel` if the names are known), `area`
-    float32 [N] in pixels and `id` int64 [N].
+    `bbox` float64 [N, 4] absolute xywh, `category` int64 [N] in 0..C-1 (a `ClassLabel` if the names are known), `area`
+    float64 [N] in pixels, `iscrowd` int64 [N] and `id` int64 or text [N]. A number of a label file leaves as it came,
+    therefore float64.
+
+    Args:
+        categories (`list[str]`, *optional*): Names of the categories 0..C-1.
+        ids (`list[int | str]`, *optional*): What the label file calls each; kept as the `id` of the `ClassLabel`.
+        crowds (`bool`, *optional*, defaults to `False`): Whether there is a field `iscrowd`: 1 for a region of many
+            objects, which is neither trained nor measured.
+        text_ids (`bool`, *optional*, defaults to `False`): Whether the ids of the objects are texts.
     """
-    category = datasets.ClassLabel(names=categories) if categories else datasets.Value("int64")
-    return {
-        "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
+    known = None if ids is None or list(ids) == list(range(len(ids))) else json.dumps(ids)
+    category = datasets.ClassLabel(names=categories, id=known) if categories else datasets.Value("int64")
+    feature = {
+        "bbox": datasets.List(datasets.List(datasets.Value("float64"), length=4)),
         "category": datasets.List(category),
-        "area": datasets.List(datasets.Value("float32")),
-        "id": datasets.List(datasets.Value("int64")),
+        "area": datasets.List(datasets.Value("float64")),
     }
+    if crowds:
+        feature["iscrowd"] = datasets.List(datasets.Value("int64"))
+    return feature | {"id": datasets.List(datasets.Value("string" if text_ids else "int64"))}
+
+
+def category_ids(dataset: datasets.Dataset, categories: list[str]) -> list[int | str]:
+    """
+    The ids that the label file has for the categories: where it came from no such file, or one without ids, 0..C-1.
+
+    Args:
+        dataset (`datasets.Dataset`): With the column `objects`.
+        categories (`list[str]`): Names of the categories.
+    """
+    feature = dataset.features["objects"]["category"].feature
+    ids = json.loads(feature.id) if isinstance(feature, datasets.ClassLabel) and feature.id else []
+    return ids if len(ids) == len(categories) else list(range(len(categories)))
 
 
 def _nearest(name: str, candidates) -> str:
@@ -154,22 +187,22 @@ def read_values(column: pa.Array | pa.ChunkedArray, name: str) -> tuple[np.ndarr
     return values.to_numpy(zero_copy_only=False), _lengths(lists)
 
 
-def read_boxes(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def read_boxes(column: pa.Array | pa.ChunkedArray, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
     """
     Reads the field `bbox` of a struct column of Arrow, without a Python object per box.
 
     Returns:
-        `tuple`: all boxes (float32 [N, 4], as stored) and the number of boxes per row (int64 [rows]).
+        `tuple`: all boxes (`dtype` [N, 4], as stored) and the number of boxes per row (int64 [rows]).
 
     Raises:
         [`DataError`]: if a box does not have four numbers. It does not know its source: the caller adds it.
     """
     boxes = _field(column, "bbox")
     if pa.types.is_null(boxes.type):
-        return np.zeros((0, 4), dtype=np.float32), np.zeros(len(boxes), dtype=np.int64)
+        return np.zeros((0, 4), dtype=dtype), np.zeros(len(boxes), dtype=np.int64)
     counts = _lengths(boxes) if _is_list(boxes.type) else None
     if counts is not None and not counts.any():  # all rows empty: the inner type may be unknown
-        return np.zeros((0, 4), dtype=np.float32), counts
+        return np.zeros((0, 4), dtype=dtype), counts
     if counts is None or not _is_list(boxes.type.value_type):
         raise DataError(f"'bbox' must be a list of boxes [x, y, width, height] per row, it is {boxes.type}.")
     rows = boxes.flatten()
@@ -181,7 +214,14 @@ def read_boxes(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarr
     if not _is_number(values.type):
         raise DataError(f"'bbox' must hold numbers, it is {boxes.type}.")
     # A null becomes NaN, which is counted as not finite.
-    return values.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, 4), counts
+    return values.to_numpy(zero_copy_only=False).astype(dtype).reshape(-1, 4), counts
+
+
+def read_crowds(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Which boxes of a struct column of Arrow are crowds (bool [N]): regions of many objects, marked by `iscrowd`."""
+    if "iscrowd" in column.type.names:
+        return read_values(column, "iscrowd")[0] == 1
+    return np.zeros(len(read_boxes(column)[0]), dtype=bool)
 
 
 def find_faults(boxes: np.ndarray, width=np.inf, height=np.inf) -> np.ndarray:
@@ -235,6 +275,7 @@ class BoxReport:
         rows (`int`): Rows of the data set.
         boxes (`int`): Boxes stored.
         empty_rows (`int`): Rows without a stored box.
+        crowds (`int`): Boxes around crowds, which are neither trained nor measured.
         size_checked_rows (`int`): Rows whose boxes were compared with the size of their image.
         dropped (`dict[str, int]`): Boxes that will not be used, by reason. `outside the image` counts the
             `size_checked_rows` only.
@@ -246,6 +287,7 @@ class BoxReport:
     rows: int
     boxes: int = 0
     empty_rows: int = 0
+    crowds: int = 0
     size_checked_rows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     listed: dict[str, list[int]] = field(default_factory=dict)
@@ -266,6 +308,7 @@ class BoxReport:
     def __str__(self) -> str:
         text = f"{self.source}: {self.rows} rows, {self.boxes} boxes in '{self.column}'"
         text += f", {self.empty_rows} rows without" if self.empty_rows else ""
+        text += f", {self.crowds} of the boxes crowds, which are not trained" if self.crowds else ""
         for reason, count in self.dropped.items():
             more = " ..." if len(self.listed[reason]) == _LISTED_ROWS else ""
             text += f"\n  dropped: {count} boxes, {reason} (rows {', '.join(map(str, self.listed[reason]))}{more})"
@@ -411,7 +454,21 @@ def validate_objects(dataset: datasets.Dataset, categories: list[str], source: s
                 f"{source}, row {row}, column 'objects', field 'category': {values[wrong[0]]} is not one of the "
                 f"{len(categories)} categories, expected 0 to {len(categories) - 1}."
             )
-    return _validate_boxes(dataset, "objects", source)
+    report = _validate_boxes(dataset, "objects", source)
+    report.crowds = sum(int(crowds.sum()) for crowds in _crowds(dataset, source))
+    if report.crowds == report.boxes:
+        raise DataError(
+            f"{source}: all {report.boxes} boxes in 'objects' are crowds (iscrowd is 1), which are never trained. "
+            "CVAT writes this for every mask: export boxes or polygons, or set iscrowd to 0 in the label file."
+        )
+    return report
+
+
+def _crowds(dataset: datasets.Dataset, source: str):
+    """Yields the marks of the crowds, batch by batch; none if there is no such field."""
+    if "iscrowd" in dataset.features["objects"]:
+        for start, table in arrow_batches(dataset, ["objects"]):
+            yield _check_lengths(table["objects"], "objects", "iscrowd", start, source)[0] == 1
 
 
 def _check_lengths(column: pa.ChunkedArray, name: str, field_name: str, start: int, source: str):
@@ -430,20 +487,22 @@ def _check_lengths(column: pa.ChunkedArray, name: str, field_name: str, start: i
     return values, counts
 
 
-def image_ids(dataset: datasets.Dataset, source: str = "the data set") -> list[int]:
+def image_ids(dataset: datasets.Dataset, source: str = "the data set") -> list[int | str]:
     """
-    The ids of the images: the column `image_id`, or the row numbers if there is none.
+    The ids of the images: the column `image_id` (integers or texts), or the row numbers if there is none.
 
     Raises:
-        [`DataError`]: if an id is not an integer or occurs twice.
+        [`DataError`]: if an id is neither or occurs twice.
     """
     if "image_id" not in dataset.column_names:
         return list(range(len(dataset)))
     first = {}
     stored = [value for _, table in arrow_batches(dataset, ["image_id"]) for value in table["image_id"].to_pylist()]
     for row, image_id in enumerate(stored):
-        if not isinstance(image_id, int):
-            raise DataError(f"{source}, row {row}, column 'image_id': expected an integer, got {image_id!r}.")
+        if not isinstance(image_id, (int, str)):
+            raise DataError(
+                f"{source}, row {row}, column 'image_id': expected an integer or a text, got {image_id!r}."
+            )
         if image_id in first:
             raise DataError(
                 f"{source}, row {row}, column 'image_id': {image_id} is also the id of row {first[image_id]}. Ids "
@@ -451,3 +510,9 @@ def image_ids(dataset: datasets.Dataset, source: str = "the data set") -> list[i
             )
         first[image_id] = row
     return list(first)
+
+
+def image_numbers(dataset: datasets.Dataset) -> list[int]:
+    """The ids of the images if all are integers, or else the numbers of the rows: for tensors, which hold no text."""
+    ids = image_ids(dataset)
+    return ids if all(isinstance(own, int) for own in ids) else list(range(len(ids)))

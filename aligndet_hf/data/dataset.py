@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from .columns import clean_boxes, read_boxes, read_values, require_columns
+from .columns import clean_boxes, read_boxes, read_crowds, read_values, require_columns
 from .errors import ImageError
 from .images import decode_image
 from .sampling import SampleKey
@@ -258,9 +258,9 @@ class LabelledImages(Dataset):
     Images with their objects, for fine-tuning and evaluation.
 
     An item is `{"image", "labels"}`: uint8 [3, h, w], and a dictionary of `boxes` (float32 [n, 4], cxcywh in 0..1 of
-    the unpadded view), `class_labels` (int64 [n]), `image_id` (int64 [1]; the row number without such a column) and
-    `orig_size` (int64 [2]: height and width in pixels of the stored image). Areas follow from the boxes and are not
-    passed on: a stored area is wrong after a resize or crop.
+    the unpadded view), `class_labels` (int64 [n]), `image_id` (int64 [1]; the row number without such a column, or if
+    ids are texts) and `orig_size` (int64 [2]: height and width in pixels of the stored image). Crowds are no objects
+    and are left out. Areas follow from the boxes and are not passed on: a stored area is wrong after a resize or crop.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -294,8 +294,9 @@ class LabelledImages(Dataset):
         row = self.rows[key.index]
         image = _read_image(row, key.index)
         height, width = image.shape[:2]
-        boxes, ids = clean_boxes(read_boxes(row["objects"])[0], width, height)
-        classes = read_values(row["objects"], "category")[0].astype(np.int64)[ids]
+        objects = np.flatnonzero(~read_crowds(row["objects"]))
+        boxes, kept = clean_boxes(read_boxes(row["objects"])[0][objects], width, height)
+        classes = read_values(row["objects"], "category")[0].astype(np.int64)[objects[kept]]
 
         crop = None
         if self.view.crop_scale is not None:
@@ -303,6 +304,7 @@ class LabelledImages(Dataset):
         (size,) = _draw_sizes(1, self.view, self.seed, key, rng)
         view, boxes, kept = make_view(image, boxes, rng, self.view, size, crop)
         image_id = row["image_id"][0].as_py() if "image_id" in row.column_names else key.index
+        image_id = image_id if isinstance(image_id, int) else key.index  # a text cannot be in a tensor
         return {
             "image": _to_tensor(view),
             "labels": {

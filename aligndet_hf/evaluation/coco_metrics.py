@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from ..data.columns import find_faults, image_ids, read_boxes, read_values
+from ..data.columns import image_numbers, read_boxes, read_values
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,8 @@ class CocoMetrics:
                     "image_id": annotation["image_id"],
                     "category_id": annotation["category_id"],
                     "bbox": box,
-                    "area": box[2] * box[3] if area is None else float(area),
-                    "iscrowd": int(annotation.get("iscrowd") or 0),
+                    "area": box[2] * box[3] if area is None or area != area else float(area),  # a null in Arrow is NaN
+                    "iscrowd": int(annotation.get("iscrowd") == 1),
                 }
             )
         self.reset()
@@ -97,17 +97,17 @@ class CocoMetrics:
         Args:
             dataset (`datasets.Dataset`):
                 With the column `objects`: `bbox` (absolute xywh), `category` (0..C-1) and, optionally, `area` and
-                `iscrowd`. Image ids are the column `image_id`, or the row numbers without one. Boxes that are not
-                finite or have no area are left out, as in training.
+                `iscrowd`. Image ids are the column `image_id`, or the row numbers where it is not there or holds
+                texts. Boxes without area count as missed, as in pycocotools, those that are not finite do not.
             categories (`list[str]`): Names of the categories; label `k` of a prediction means `categories[k]`.
         """
         objects = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
-        boxes, counts = read_boxes(objects)
+        boxes, counts = read_boxes(objects, np.float64)
         fields = {"category_id": read_values(objects, "category")[0].astype(np.int64)}
         fields |= {name: read_values(objects, name)[0] for name in ("area", "iscrowd") if name in objects.type.names}
-        ids = image_ids(dataset)
+        ids = image_numbers(dataset)
         fields["image_id"] = np.repeat(ids, counts)
-        kept = np.flatnonzero(find_faults(boxes) == 0)
+        kept = np.flatnonzero(np.isfinite(boxes).all(axis=1))
         annotations = [{name: values[i].item() for name, values in fields.items()} for i in kept]
         for annotation, box in zip(annotations, boxes[kept].tolist(), strict=True):
             annotation["bbox"] = box

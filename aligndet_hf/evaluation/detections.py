@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..data.collate import normalize_images
-from ..data.columns import clean_boxes, image_ids, read_boxes, read_values
+from ..data.columns import clean_boxes, image_numbers, read_boxes, read_values
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image
 from .coco_metrics import CocoMetrics
@@ -33,7 +33,7 @@ class EvaluationImages(Dataset):
         self.dataset = dataset
         self.categories = categories
         self.image_processor = image_processor
-        self.image_ids = image_ids(dataset)
+        self.image_ids = image_numbers(dataset)
         self.images = dataset.select_columns(["image"])
 
     def __len__(self) -> int:
@@ -152,12 +152,16 @@ def match_categories(id2label: dict[int, str], categories: list[str]) -> list[in
     return [categories.index(name) if name in categories else -1 for name in names]
 
 
-def coco_detections(image_id: int, prediction: dict) -> list[dict]:
-    """One image's detections in COCO's result format: `bbox` is xywh, `category_id` the index of the category."""
+def coco_detections(image_id: int | str, prediction: dict, category_ids: list | None = None) -> list[dict]:
+    """
+    One image's detections in COCO's result format: `bbox` is xywh, `category_id` the id of the category, which is its
+    index by default.
+    """
+    category_of = (lambda label: label) if category_ids is None else category_ids.__getitem__
     x1, y1, x2, y2 = prediction["boxes"].T.tolist() if len(prediction["boxes"]) else ([], [], [], [])
     labels, scores = prediction["labels"].tolist(), prediction["scores"].tolist()
     return [
-        {"image_id": image_id, "category_id": label, "bbox": [a, b, c - a, d - b], "score": score}
+        {"image_id": image_id, "category_id": category_of(label), "bbox": [a, b, c - a, d - b], "score": score}
         for a, b, c, d, label, score in zip(x1, y1, x2, y2, labels, scores, strict=True)
     ]
 

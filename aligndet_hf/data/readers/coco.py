@@ -1,0 +1,319 @@
+"""COCO: one JSON file for a split, alone or in the folders that Roboflow, CVAT, FiftyOne and Label Studio write."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from ..errors import DataError
+from .files import inside, is_file, parse_json, read_text, split_of_file, split_of_folder
+from .rows import Categories, LabelledImage, Labels, is_box
+
+logger = logging.getLogger(__name__)
+
+NAME = "COCO"
+
+# Folders of nothing but label files: the images may then be beside the folder.
+_LABEL_FOLDER = re.compile(r"(coco[-_]?)?(annotations?|ann|anns|labels?|json)", re.IGNORECASE)
+_LIST = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
+_SNIFFED_BYTES = 1 << 16
+_LOOKED_AT = 20  # images to find the folder of all by
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is a JSON file, or a folder with one that has COCO's lists."""
+    return path.suffix.lower() == ".json" if path.is_file() else bool(_find_files(path))
+
+
+def split_names(path: Path) -> list[str]:
+    """The splits, from the names of the files or of their folders; `train` if these do not tell."""
+    return [_split_of(path)] if path.is_file() else list(_split_files(path))
+
+
+def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+    """
+    Reads one COCO file, whatever its split is called, or the files of these splits of a folder.
+
+    Args:
+        path (`Path`): The file or the folder.
+        splits (`list[str]`): As [`split_names`] has them; not looked at for a file.
+        image_dir (`Path`, *optional*): Folder that the file names start from. By default looked for.
+
+    Returns:
+        [`Labels`]: crowds are among the objects, marked by `iscrowd`.
+
+    Raises:
+        [`DataError`]: for a file that is not as it should be; it names the file and the entry.
+    """
+    files = {_split_of(path): path} if path.is_file() else _split_files(path)
+    chosen = [path] if path.is_file() else [files[split] for split in splits]
+    contents = {file: _read_content(file) for file in chosen}
+    others = {file: read_text(file) for file in files.values() if file not in contents}
+    listed = {file: content.get("categories", []) for file, content in contents.items()}
+    listed |= {file: _read_categories(file, text) for file, text in others.items()}
+    categories = _merge_categories(listed)
+    used = {
+        _key(entry.get("category_id")) for content in contents.values() for entry in content.get("annotations", [])
+    }
+    categories = _without_group(path, categories, used, others)
+
+    images = []
+    for file, content in contents.items():
+        outer = path if path.is_dir() else _outer_folder(file)
+        images += _read_images(file, content, categories, image_dir, outer)
+    _require_unique([image for image in images if len(contents) > 1])
+    names = [str(category["name"]) for category in categories]
+    ids = [_own_id(category["id"]) for category in categories]
+    return Labels(images, Categories(names, ids) if any("annotations" in one for one in contents.values()) else None)
+
+
+# ---- the files ----
+
+
+def _looks_like_coco(path: Path) -> bool:
+    if not is_file(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(_SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start.startswith(b"{") and bool(_LIST.search(start))
+
+
+def _find_files(folder: Path) -> list[Path]:
+    """The COCO files of a folder and of its sub-folders; of those of COCO itself the `instances`."""
+    places = [folder, *(part for part in sorted(folder.iterdir()) if part.is_dir() and part.name[0] != ".")]
+    found = [path for place in places for path in sorted(place.glob("*.json")) if _looks_like_coco(path)]
+    return [path for path in found if path.stem.startswith("instances_")] or found
+
+
+def _split_of(path: Path) -> str:
+    return split_of_file(path.stem) or split_of_folder(path.parent.name) or "train"
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    files = {}
+    for path in _find_files(folder):
+        split = _split_of(path)
+        if split in files:
+            raise DataError(
+                f"{folder}: {files[split].relative_to(folder)} and {path.relative_to(folder)} both look like the COCO "
+                f"file of the split '{split}'. Give the file that you mean instead of the folder."
+            )
+        files[split] = path
+    return files
+
+
+def _read_content(path: Path) -> dict:
+    content = parse_json(read_text(path), str(path))
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list) or not content["images"]:
+        raise DataError(f"{path}: not a COCO file, it has no list 'images'.")
+    for key, needed in (
+        ("images", {"id", "file_name"}),
+        ("categories", {"id", "name"}),
+        ("annotations", {"image_id"}),
+    ):
+        entries = content.get(key, [])
+        if not isinstance(entries, list):
+            raise DataError(f"{path}: '{key}' must be a list, got {str(entries)[:40]} ({type(entries).__name__}).")
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict) or not needed <= set(entry):
+                raise DataError(f"{path}: entry {number} of '{key}' must have {', '.join(sorted(needed))}.")
+    return content
+
+
+def _read_categories(path: Path, text: str) -> list[dict]:
+    """The list `categories` of a file of which nothing else is needed."""
+    match = re.search(r'"categories"\s*:\s*', text)
+    try:
+        found = json.JSONDecoder().raw_decode(text, match.end())[0] if match else []
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(found, list) or not all(
+        isinstance(entry, dict) and {"id", "name"} <= set(entry) for entry in found
+    ):
+        raise DataError(f"{path}: 'categories' must be a list of entries with id, name.")
+    return found
+
+
+# ---- ids ----
+
+
+def _key(value):
+    """What an id is looked up by: 1, 1.0 and "1" are the same."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d*", value):
+        return int(value)
+    return value if isinstance(value, (int, float, str)) else str(value)
+
+
+def _own_id(value) -> int | str:
+    """An id as the file has it; a whole number written as 1.0 is one."""
+    return int(value) if isinstance(value, float) else value
+
+
+def _check_id(value, where: str) -> None:
+    whole = isinstance(value, float) and value.is_integer()
+    if isinstance(value, bool) or not isinstance(value, (int, str)) and not whole:
+        raise DataError(
+            f"{where}: an id must be an integer or a text, got {value!r} of the type {type(value).__name__}."
+        )
+
+
+def _is_text_or_number(images: list[dict], path: Path) -> type:
+    """The type of the ids of all images: texts, or integers, also where some of them are written as texts."""
+    if all(isinstance(image["id"], str) for image in images):
+        return str
+    for number, image in enumerate(images):
+        if isinstance(_key(image["id"]), str):
+            raise DataError(
+                f"{path}, entry {number} of 'images': the id {image['id']!r} is a text, others are integers, as "
+                f"{next(other['id'] for other in images if not isinstance(other['id'], str))}. Use one type for all."
+            )
+    return int
+
+
+# ---- categories ----
+
+
+def _merge_categories(listed: dict[Path, list[dict]]) -> list[dict]:
+    """The categories of all files, in the order of their ids; the same id must have the same name."""
+    merged, owners = {}, {}
+    for path, categories in listed.items():
+        keys = [_key(category["id"]) for category in categories]
+        for category in categories:
+            _check_id(category["id"], f"{path}, category {category['name']!r}")
+        if len(set(keys)) != len(keys) or len({str(category["name"]) for category in categories}) != len(keys):
+            raise DataError(f"{path}: ids and names of 'categories' must be unique, got {_told(categories)}.")
+        for key, category in zip(keys, categories, strict=True):
+            if str(merged.setdefault(key, category)["name"]) != str(category["name"]):
+                raise DataError(
+                    f"{path}: the category {category['id']!r} is {category['name']!r}, but {merged[key]['name']!r} in "
+                    f"{owners[key]}. The splits of a data set need the same categories."
+                )
+            owners.setdefault(key, path)
+    if len({str(category["name"]) for category in merged.values()}) != len(merged):
+        raise DataError(f"{', '.join(map(str, listed))}: a name stands for several ids: {_told(merged.values())}.")
+    return [merged[key] for key in sorted(merged, key=lambda key: (isinstance(key, str), key))]
+
+
+def _told(categories) -> str:
+    return ", ".join(f"{category['id']!r}: {category['name']!r}" for category in list(categories)[:10])
+
+
+def _without_group(path: Path, categories: list[dict], used: set, others: dict[Path, str]) -> list[dict]:
+    """Leaves out the category that Roboflow adds to group all others: their supercategory, without an object."""
+    for group in categories:
+        rest = [category for category in categories if category is not group]
+        if not rest or any(category.get("supercategory") != group["name"] for category in rest):
+            continue
+        mention = re.compile(rf'"category_id"\s*:\s*{re.escape(json.dumps(group["id"]))}\s*[,}}]')
+        if _key(group["id"]) not in used and not any(map(mention.search, others.values())):
+            logger.warning(
+                "%s: the category %r (id %s) is left out: it has no object and only groups the others.",
+                path, group["name"], group["id"],
+            )  # fmt: skip
+            return rest
+    return categories
+
+
+# ---- images and annotations ----
+
+
+def _read_images(
+    path: Path, content: dict, categories: list[dict], image_dir: Path | None, outer: Path
+) -> list[LabelledImage]:
+    for number, image in enumerate(content["images"]):
+        _check_id(image["id"], f"{path}, entry {number} of 'images'")
+        if not isinstance(image["file_name"], str) or not image["file_name"]:
+            raise DataError(f"{path}, image {image['id']}: 'file_name' must be a text, got {image['file_name']!r}.")
+    id_type = _is_text_or_number(content["images"], path)
+    base, root = _image_folder(path, image_dir, outer, [image["file_name"] for image in content["images"]])
+    images = {}
+    for number, image in enumerate(content["images"]):
+        where, key = f"{path}, image {image['id']}", _key(image["id"])
+        if key in images:
+            raise DataError(
+                f"{where}: this id occurs twice in 'images' (again in entry {number}); ids must be unique."
+            )
+        images[key] = LabelledImage(
+            path=inside(root, image["file_name"], where, base),
+            where=where,
+            file_name=image["file_name"],
+            image_id=id_type(image["id"]),
+            width=_size(image, "width", where),
+            height=_size(image, "height", where),
+        )
+    if "annotations" in content:
+        for image in images.values():
+            image.objects = {name: [] for name in ("bbox", "category", "area", "iscrowd", "id")}
+        _add_annotations(path, content["annotations"], images, categories)
+    return list(images.values())
+
+
+def _size(image: dict, name: str, where: str) -> int | None:
+    value = image.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) and not (isinstance(value, float) and value.is_integer()):
+        raise DataError(f"{where}: '{name}' must be an integer, got {value!r}.")
+    return int(value)
+
+
+def _add_annotations(path: Path, annotations: list[dict], images: dict, categories: list[dict]) -> None:
+    labels = {_key(category["id"]): label for label, category in enumerate(categories)}
+    for number, annotation in enumerate(annotations):
+        where = f"{path}, annotation {annotation.get('id', f'number {number}')}"
+        image = images.get(_key(annotation["image_id"]))
+        if image is None:
+            raise DataError(
+                f"{where}: no image has the id {annotation['image_id']!r} ({type(annotation['image_id']).__name__}). "
+                "Remove the annotation or add the image."
+            )
+        label = labels.get(_key(annotation.get("category_id")))
+        if label is None:
+            raise DataError(
+                f"{where}: no category has the id {annotation.get('category_id')!r}; found "
+                f"{[category['id'] for category in categories]}."
+            )
+        box, area, crowd = annotation.get("bbox"), annotation.get("area"), annotation.get("iscrowd") or 0
+        if not is_box(box):
+            raise DataError(f"{where}: 'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}.")
+        if area is not None and (isinstance(area, bool) or not isinstance(area, (int, float))):
+            raise DataError(f"{where}: 'area' must be a number or null, got {area!r}.")
+        if crowd not in (0, 1):
+            raise DataError(f"{where}: 'iscrowd' must be 0 or 1, got {crowd!r}.")
+        own_id = _key(annotation.get("id", number)) if not isinstance(annotation.get("id"), str) else annotation["id"]
+        image.add(box, label, area=area, iscrowd=int(crowd), id=own_id)
+
+
+def _require_unique(images: list[LabelledImage]) -> None:
+    """Of several files joined: no id of an image twice. Each file numbers its own ones."""
+    ids = [image.image_id for image in images]
+    if len(set(ids)) != len(ids) or len({type(own) for own in ids}) > 1:
+        for number, image in enumerate(images, start=1):
+            image.image_id = number
+
+
+def _outer_folder(path: Path) -> Path:
+    """The folder that a COCO file may name images of: its own, or that of a folder `annotations`."""
+    return path.parent.parent if _LABEL_FOLDER.fullmatch(path.parent.name) else path.parent
+
+
+def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[str]) -> tuple[Path, Path]:
+    """Where the file names start from, and the folder that they must stay in."""
+    if image_dir is not None:
+        return image_dir, image_dir
+    here, above = path.parent, path.parent.parent
+    word = path.stem.split("_")[-1]
+    places = [here, here / "images", here / "data", here / word]
+    places += [above / word, above / "images" / word, above / "images", above / "data" / word, above / "data", above]
+    looked_at = [name.replace("\\", "/") for name in names[:_LOOKED_AT]]
+    for place in places:
+        if any(is_file(place / name) for name in looked_at):
+            return place, outer if place == here else place
+    # A name that leads out is an error of its own; another one says where it was looked for.
+    for name in names[:1]:
+        inside(outer, name, f"{path}, entry 0 of 'images'", here)
+    raise DataError(
+        f"{path}: cannot find '{names[0]}' in {', '.join(map(str, places))}. Give the folder as image_dir."
+    )

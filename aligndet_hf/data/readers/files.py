@@ -1,0 +1,175 @@
+"""What all readers of label files need: listing a folder, reading text, JSON and XML, names of splits and of files."""
+
+import json
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import DataError
+
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+MAX_LABEL_BYTES = 4 * 2**30  # of one label file; those of COCO's largest sets have less than 1 GB
+
+# Usual names of splits, in folder and file names such as `val2017` or `instances_val2017.json`.
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+_SPLIT_FOLDER = re.compile(rf"({'|'.join(_SPLITS)})[-_]?\d*", re.IGNORECASE)
+
+
+def split_of_folder(name: str) -> str | None:
+    """The split that a folder is, if that is all that its name says: `val2017`, but not `field_test_images`."""
+    match = _SPLIT_FOLDER.fullmatch(name)
+    return _SPLITS[match[1].lower()] if match else None
+
+
+def split_of_file(name: str) -> str | None:
+    """The split that a word of the name of a label file says: `instances_val2017` -> `validation`."""
+    words = re.findall(r"[a-z]+", name.lower())
+    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """
+    The sub-folders of a folder by the split that they are, all of them, if any has the name of a split; else `{}`.
+
+    Two folders of the same split, `train` and `train2`, keep the names that they have.
+    """
+    parts = [part for part in sorted(folder.iterdir()) if part.is_dir() and not part.name.startswith(".")]
+    if not any(split_of_folder(part.name) for part in parts):
+        return {}
+    splits = {}
+    for part in parts:
+        name = split_of_folder(part.name) or part.name
+        splits[part.name if name in splits else name] = part
+    return splits
+
+
+def list_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder in a fixed order, without hidden ones (`.ipynb_checkpoints` and the like)."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name of a file is one of an image."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def has_images(folder: Path) -> bool:
+    """Whether there is an image in a folder, at any depth."""
+    return any(is_image(path) for path in list_files(folder))
+
+
+def find_file(folder: Path, *names: str) -> Path | None:
+    """The first of these files that is in the folder."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def is_file(path: Path) -> bool:
+    """`path.is_file()`; `False` as well for a name that the file system refuses, too long a one for instance."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def inside(root: Path, name: str, where: str, base: Path | None = None) -> Path:
+    """
+    The file that a label file calls `name`, with separators of Windows or not.
+
+    Args:
+        root (`Path`): The folder that the file must be in.
+        name (`str`): Relative to `base`.
+        where (`str`): The place in the label file, for the error.
+        base (`Path`, *optional*): A folder in `root`, which is the default.
+
+    Raises:
+        [`DataError`]: if the name leads out of `root`.
+    """
+    base = base or root
+    name_of_path = name.replace("\\", "/")
+    relative = os.path.normpath(os.path.join(os.path.relpath(base, root), name_of_path))
+    absolute = os.path.isabs(name_of_path) or re.match(r"[A-Za-z]:", name_of_path) or "://" in name
+    if absolute or relative.split("/")[0] == ".." or "\0" in name:
+        raise DataError(f"{where}: the file name {name!r} leads out of {root}; expected a relative path inside it.")
+    return root / relative
+
+
+def read_text(path: Path) -> str:
+    """
+    The text of a label file, with or without the mark that some editors write at its start.
+
+    Raises:
+        [`DataError`]: if it is no regular file, too large or no text in UTF-8.
+    """
+    try:
+        if not path.is_file():
+            raise DataError(f"{path}: expected a regular file.")
+        if path.stat().st_size > MAX_LABEL_BYTES:
+            raise DataError(f"{path}: {path.stat().st_size:,} bytes are too many for a label file.")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text in UTF-8 ({error}).") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def parse_json(text: str, where: str):
+    """
+    The content of a text in JSON.
+
+    Raises:
+        [`DataError`]: if it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}).") from error
+
+
+def read_json(path: Path):
+    """The content of a JSON file; errors as [`read_text`] and [`parse_json`] raise them."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """
+    The root of an XML file.
+
+    Raises:
+        [`DataError`]: if it is not XML, or defines entities, which label files never do and attacks on parsers need.
+    """
+    text = read_text(path)
+    if "<!ENTITY" in text:
+        raise DataError(f"{path}: it defines XML entities, which no label file needs. Remove them.")
+    try:
+        return ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path}: not valid XML ({error}).") from error
+
+
+def number(value, where: str, what: str) -> float:
+    """
+    A finite number that a label file gives as text.
+
+    Raises:
+        [`DataError`]: if it is not one.
+    """
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        result = float("nan")
+    if not abs(result) < float("inf"):
+        raise DataError(f"{where}: {what} must be a number, got {value!r}.")
+    return result

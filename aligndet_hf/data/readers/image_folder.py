@@ -1,0 +1,218 @@
+"""Folders of images, plain or with the `metadata.jsonl`, `.csv` or `.parquet` that `datasets` reads."""
+
+import ast
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import DataError
+from .files import (
+    find_file,
+    has_images,
+    inside,
+    is_image,
+    list_files,
+    parse_json,
+    read_json,
+    read_text,
+    split_folders,
+    split_of_folder,
+)
+from .rows import Categories, LabelledImage, Labels
+from .spellings import COLUMNS, find_spelling, lists_of
+
+logger = logging.getLogger(__name__)
+
+NAME = "image folder"
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_SIZES = ("width", "height")
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is a folder with an image in it, at any depth."""
+    return path.is_dir() and has_images(path)
+
+
+def has_metadata(folder: Path) -> bool:
+    """Whether a folder or one of its splits has a file of metadata."""
+    return any(find_file(part, *METADATA) for part in [folder, *split_folders(folder).values()])
+
+
+def split_names(path: Path) -> list[str]:
+    """The sub-folders that are splits, or the folder itself: a split if that is its name, else `train`."""
+    return list(_split_folders(path))
+
+
+def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+    """
+    Reads these splits of a folder.
+
+    Args:
+        path (`Path`): The folder.
+        splits (`list[str]`): As [`split_names`] has them.
+        image_dir (`Path`, *optional*): Of no use here.
+
+    Returns:
+        [`Labels`]: the images in the order of the metadata or, without any, of their names.
+
+    Raises:
+        [`DataError`]: for metadata that are not as they should be; it names file and line.
+    """
+    folders = _split_folders(path)
+    images = {split: _read_folder(folder) for split, folder in folders.items() if split in splits}
+    names = read_labels(path)
+    everything = [image for split in splits for image in images[split]]
+    if any(image.objects is not None for image in everything):
+        others = [folder for split, folder in folders.items() if split not in splits]
+        images_of_others = [image for folder in others for image in _read_metadata(folder)]
+        names = _number_names([*everything, *images_of_others], names)
+        if names is None and others:
+            used = [label for image in everything + images_of_others for label in _labels_of(image)]
+            if used and all(type(label) is int for label in used):
+                names = [str(number) for number in range(max(used) + 1)]
+    return Labels(everything, Categories(names) if names else None)
+
+
+def read_labels(folder: Path) -> list[str] | None:
+    """Category names of `labels.json` in the folder, or above that of a split: a list, or {"0": name, ...}."""
+    places = [folder] + ([folder.parent] if split_of_folder(folder.name) else [])
+    path = next((place / "labels.json" for place in places if (place / "labels.json").is_file()), None)
+    if path is None:
+        return None
+    names = read_json(path)
+    if isinstance(names, dict):
+        try:
+            numbers = sorted((int(key), name) for key, name in names.items())
+        except ValueError:
+            numbers = []
+        names = [name for _, name in numbers] if [key for key, _ in numbers] == list(range(len(numbers))) else None
+    if not isinstance(names, list) or not names or len({str(name) for name in names}) != len(names):
+        raise DataError(f'{path}: expected a list of different category names, or {{"0": name, "1": name, ...}}.')
+    return [str(name) for name in names]
+
+
+def _split_folders(folder: Path) -> dict[str, Path]:
+    """The sub-folders, all that have images, if any of them has the name of a split; else the folder itself."""
+    splits = {} if find_file(folder, *METADATA) else split_folders(folder)
+    splits = {name: part for name, part in splits.items() if has_images(part)}
+    return splits or {split_of_folder(folder.name) or "train": folder}
+
+
+def _read_folder(folder: Path) -> list[LabelledImage]:
+    paths = [path for path in list_files(folder) if is_image(path)]
+    images = _read_metadata(folder)
+    if not images:
+        return [LabelledImage(path=path, where=str(folder)) for path in paths]
+    unlisted = set(paths) - {image.path for image in images}
+    if unlisted:
+        logger.warning(
+            "%s: %d images are left out, they are not in %s (e.g. %s).",
+            folder,
+            len(unlisted),
+            next(name for name in METADATA if any(path.name == name for path in list_files(folder))),
+            min(unlisted).name,
+        )
+    return images
+
+
+def _read_metadata(folder: Path) -> list[LabelledImage]:
+    """The images that the metadata of a folder and its sub-folders list; none if there are no metadata."""
+    images, spelling = [], {}
+    files = [path for path in list_files(folder) if path == find_file(path.parent, *METADATA)]
+    for path in files:
+        images += [_read_row(path, where, row, spelling) for where, row in _rows(path)]
+    if files and not images:
+        raise DataError(f"{files[0]}: it lists no image.")
+    return images
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """The rows of a file of metadata, each with its place."""
+    if path.suffix == ".parquet":
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a Parquet file ({error}).") from error
+        for number, row in enumerate(table.to_pylist()):
+            yield f"{path}, row {number}", row
+    elif path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            yield where, {name: _cell(name, value, where) for name, value in row.items() if value not in (None, "")}
+    else:
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, parse_json(line, where)
+
+
+def _cell(name: str, value: str, where: str):
+    """A cell of a CSV file: objects are JSON, or what Python prints of a dictionary; sizes and ids are integers."""
+    if name in COLUMNS:
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            raise DataError(f"{where}: '{name}' must be JSON, got {value[:80]!r}.") from error
+    return int(value) if name in ("image_id", *_SIZES) and value.removeprefix("-").isdecimal() else value
+
+
+def _read_row(path: Path, where: str, row, spelling: dict[str, str]) -> LabelledImage:
+    """One image; `spelling` is filled by the first row with objects, and holds for all rows."""
+    name = (row.get("file_name") or row.get("file")) if isinstance(row, dict) else None
+    if not isinstance(name, str):
+        raise DataError(f"{where}: expected an object with the key 'file_name'.")
+    image = LabelledImage(path=inside(path.parent, name, where), where=where, image_id=row.get("image_id"))
+    if type(row.get("width")) is int and type(row.get("height")) is int:
+        image.width, image.height = row["width"], row["height"]
+    column = next((column for column in COLUMNS if column in row), None)
+    if column is not None:
+        image.objects = _read_objects(row[column], column, where, spelling)
+    return image
+
+
+def _read_objects(objects, column: str, where: str, spelling: dict[str, str]) -> dict[str, list]:
+    if not objects:
+        return {}
+    names = objects[0] if isinstance(objects, list) else objects
+    own = find_spelling(names if isinstance(names, dict) else [])
+    needed = [spelling.setdefault(name, own.get(name, name)) for name in ("bbox", "category")]
+    lists = lists_of(objects, own | spelling)
+    if lists is None:
+        found = ", ".join(names) if isinstance(names, dict) else type(names).__name__
+        raise DataError(f"{where}: '{column}' must have the lists '{needed[0]}' and '{needed[1]}', found {found}.")
+    return lists
+
+
+def _labels_of(image: LabelledImage) -> list:
+    labels = (image.objects or {}).get("category")
+    return labels if isinstance(labels, list) else []
+
+
+def _number_names(images: list[LabelledImage], names: list[str] | None) -> list[str] | None:
+    """Numbers categories that are given by name, if all are; returns the names, those of `labels.json` if given."""
+    labels = [label for image in images for label in _labels_of(image)]
+    if not labels or not all(isinstance(label, str) for label in labels):
+        return names
+    names = names or sorted(set(labels))
+    numbers = {name: number for number, name in enumerate(names)}
+    for image in images:
+        for label in _labels_of(image):
+            if label not in numbers:
+                raise DataError(
+                    f"{image.where}: the category {label!r} is not in labels.json: {', '.join(names[:10])}."
+                )
+        if _labels_of(image):
+            image.objects["category"] = [numbers[label] for label in image.objects["category"]]
+    return names

@@ -1,0 +1,226 @@
+"""What every reader makes of its files: labelled images and the categories, and the data set that is built of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import pyarrow as pa
+
+from ..columns import objects_feature
+from ..errors import DataError
+from .files import is_file
+
+
+class Categories(NamedTuple):
+    """
+    The categories of a whole data set, whatever one split holds of them.
+
+    Attributes:
+        names (`list[str]`): In the order of the labels 0..C-1.
+        ids (`list[int | str]`, *optional*): What the label file calls each; `None` if it has no ids of its own.
+    """
+
+    names: list[str]
+    ids: list[int | str] | None = None
+
+
+@dataclass
+class LabelledImage:
+    """
+    One image with what a label file says of it.
+
+    Attributes:
+        path (`Path`): The file.
+        where (`str`): The place in the label file, for errors.
+        file_name (`str`, *optional*): The image as the label file names it.
+        image_id (`int` or `str`, *optional*): Its id in the label file.
+        width, height (`int`, *optional*): Its size in the label file.
+        objects (`dict[str, list]`, *optional*):
+            `bbox` (absolute xywh), `category` (0..C-1) and, optionally, `area`, `iscrowd` and `id`, one entry per
+            object; `None` if nobody labelled the image.
+    """
+
+    path: Path
+    where: str
+    file_name: str | None = None
+    image_id: int | str | None = None
+    width: int | None = None
+    height: int | None = None
+    objects: dict[str, list] | None = None
+
+    def add(self, bbox: Sequence[float], category: int, **fields) -> None:
+        """Adds an object; with the same `fields` as the other ones."""
+        if self.objects is None:
+            self.objects = {}
+        for name, value in ({"bbox": list(bbox), "category": category} | fields).items():
+            self.objects.setdefault(name, []).append(value)
+
+
+class Labels(NamedTuple):
+    """What a reader returns: the images of the splits asked for, and the categories of the whole data set."""
+
+    images: list[LabelledImage]
+    categories: Categories | None
+
+
+def build_dataset(labels: Labels, source: str) -> datasets.Dataset:
+    """
+    Makes the data set of what a reader found.
+
+    Args:
+        labels ([`Labels`]): Images, and categories (`None`: numbers without names).
+        source (`str`): How to call the data set in messages.
+
+    Returns:
+        `datasets.Dataset`: `image` (`Image(decode=False)`), and as far as there are any `image_id`, `file_name`,
+        `width` and `height`, and `objects` (see [`objects_feature`]). An area that is not given is that of the box.
+
+    Raises:
+        [`DataError`]: for what does not fit; it names the place in the label file.
+    """
+    images, categories = labels
+    for image in images:
+        if not is_file(image.path):
+            raise DataError(f"{image.where}: there is no file {image.path}.")
+    features = {"image": datasets.Image(decode=False)}
+    columns = {"image": _images(images)}
+    _add_ids(images, features, columns)
+    if any(image.objects is not None for image in images):
+        _add_column("file_name", "string", images, features, columns)
+        _add_column("width", "int64", images, features, columns)
+        _add_column("height", "int64", images, features, columns)
+        _complete_objects(images, categories)
+        given = {name: [value for image in images for value in image.objects[name]] for name in ("iscrowd", "id")}
+        features["objects"] = objects_feature(
+            categories.names if categories else None,
+            categories.ids if categories else None,
+            crowds=any(value is not None for value in given["iscrowd"]),
+            text_ids=any(isinstance(value, str) for value in given["id"]),
+        )
+        types = datasets.Features(features["objects"]).arrow_schema
+        columns["objects"] = pa.StructArray.from_arrays(
+            [
+                _column([image.objects[name] for image in images], types.field(name).type, name, images)
+                for name in types.names
+            ],
+            names=types.names,
+        )
+    features = datasets.Features(features)
+    table = pa.table(columns, schema=features.arrow_schema)
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+
+
+def _images(images: list[LabelledImage]) -> pa.Array:
+    structs = [{"bytes": None, "path": str(image.path.absolute())} for image in images]
+    try:
+        return pa.array(structs, datasets.Image.pa_type)
+    except UnicodeEncodeError:  # a name in another encoding; its bytes cannot be held as text
+        for image in images:
+            if not str(image.path).isprintable() and not _is_text(str(image.path)):
+                raise DataError(f"{str(image.path)!a}: the name of the file is not in UTF-8. Rename it.") from None
+        raise
+
+
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _add_ids(images: list[LabelledImage], features: dict, columns: dict) -> None:
+    without = [image for image in images if image.image_id is None]
+    if len(without) == len(images):
+        return
+    if without:
+        raise DataError(f"{without[0].where}: no 'image_id', which other images have.")
+    type_ = "string" if isinstance(images[0].image_id, str) else "int64"
+    _add_column("image_id", type_, images, features, columns)
+
+
+def _add_column(name: str, type_: str, images: list[LabelledImage], features: dict, columns: dict) -> None:
+    """Adds what some images have; the others get a null."""
+    values = [getattr(image, name) for image in images]
+    if any(value is not None for value in values):
+        features[name] = datasets.Value(type_)
+        columns[name] = _column(values, features[name].pa_type, name, images)
+
+
+def _complete_objects(images: list[LabelledImage], categories: Categories | None) -> None:
+    """Checks the objects of all images and fills in what is not given: areas, ids, and no crowds."""
+    next_id = 1
+    any_crowds = any("iscrowd" in (image.objects or {}) for image in images)
+    for image in images:
+        if image.objects is None:
+            image.objects = {}
+        objects = image.objects
+        boxes = objects.setdefault("bbox", [])
+        objects.setdefault("category", [])
+        _check_objects(image, categories)
+        given = objects.get("area") or [None] * len(boxes)
+        objects["area"] = [
+            float(box[2]) * float(box[3]) if area is None else area for box, area in zip(boxes, given, strict=True)
+        ]
+        crowds = objects.get("iscrowd") or [0] * len(boxes)
+        objects["iscrowd"] = [int(crowd or 0) for crowd in crowds] if any_crowds else [None] * len(boxes)
+        objects.setdefault("id", list(range(next_id, next_id + len(boxes))))
+        next_id += len(boxes)
+    if any(isinstance(value, str) for image in images for value in image.objects["id"]):
+        for image in images:
+            image.objects["id"] = [str(value) for value in image.objects["id"]]
+
+
+def is_box(value) -> bool:
+    """Whether a value is a list of four numbers, none of which is too large for one."""
+    try:
+        return (
+            isinstance(value, list)
+            and len(value) == 4
+            and all(isinstance(part, (int, float)) and float(part) is not None for part in value)
+        )
+    except OverflowError:
+        return False
+
+
+def _check_objects(image: LabelledImage, categories: Categories | None) -> None:
+    """One entry per box in each list, four numbers per box, and only known categories."""
+    objects, where = image.objects, image.where
+    count = len(objects["bbox"]) if isinstance(objects["bbox"], list) else None
+    for name, values in objects.items():
+        if count is None or not isinstance(values, list) or len(values) != count:
+            has = "one entry per object" if count is None else f"one entry per box, as 'bbox' has {count}"
+            raise DataError(f"{where}: '{name}' must be a list with {has}, got {str(values)[:80]}.")
+    for box in objects["bbox"]:
+        if not is_box(box):
+            raise DataError(
+                f"{where}: a box in 'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}."
+            )
+    for category in objects["category"]:
+        if not isinstance(category, int) or isinstance(category, bool):
+            raise DataError(
+                f"{where}: 'category' must hold integers, got {category!r}. Number the categories from 0 and list "
+                "their names in labels.json."
+            )
+        if category < 0 or (categories is not None and category >= len(categories.names)):
+            names = categories.names if categories else []
+            known = f"0 to {len(names) - 1} ({', '.join(names[:10])})" if names else "0 or more"
+            raise DataError(f"{where}: unknown category {category}, expected {known}.")
+
+
+def _column(values: list, type_: pa.DataType, name: str, images: list[LabelledImage]) -> pa.Array:
+    """An Arrow array; if the values do not fit, an error that names the first image that does not."""
+    faults = (pa.ArrowException, TypeError, ValueError, OverflowError)
+    try:
+        return pa.array(values, type_)
+    except faults:
+        for image, value in zip(images, values, strict=True):
+            try:
+                pa.array([value], type_)
+            except faults as error:
+                raise DataError(
+                    f"{image.where}: '{name}' does not fit: {str(value)[:80]!r} is {type(value).__name__}, expected "
+                    f"{type_} as in the other images ({error})."
+                ) from error
+        raise

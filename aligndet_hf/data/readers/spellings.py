@@ -1,0 +1,166 @@
+"""How other people spell the column `objects`, and how it becomes ours: a struct of lists, categories as numbers."""
+
+from collections.abc import Iterable
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from ..columns import arrow_batches
+from ..errors import DataError
+
+COLUMNS = ("objects", "annotations", "annotation")
+FIELDS = {
+    "bbox": ("bbox", "bboxes", "boxes", "box"),
+    "category": ("category", "categories", "label", "labels", "category_id", "category_ids", "class", "classes"),
+    "area": ("area", "areas"),
+    "iscrowd": ("iscrowd", "is_crowd"),
+    "id": ("id", "ids", "bbox_id"),
+}
+
+
+def find_spelling(fields: Iterable[str]) -> dict[str, str]:
+    """Which of the `fields` of a file or data set are ours: `bboxes` -> `bbox`, `label` -> `category`, ..."""
+    fields = list(fields)
+    found = {name: next((spelt for spelt in spelled if spelt in fields), None) for name, spelled in FIELDS.items()}
+    return {name: spelt for name, spelt in found.items() if spelt is not None}
+
+
+def lists_of(objects, spelling: dict[str, str]) -> dict[str, list] | None:
+    """
+    The objects of one image as lists, our names to values.
+
+    Args:
+        objects (`dict` or `list`): A dictionary of lists, or a list of dictionaries.
+        spelling (`dict[str, str]`): Our names to those in `objects`.
+
+    Returns:
+        `dict[str, list]`, or `None` if the boxes or categories are not in `objects`.
+    """
+    needed = [spelling.get("bbox", "bbox"), spelling.get("category", "category")]
+    if isinstance(objects, list):
+        if not all(isinstance(one, dict) and set(needed) <= set(one) for one in objects):
+            return None
+        names = [name for name, spelt in spelling.items() if any(spelt in one for one in objects)]
+        return {name: [one.get(spelling[name]) for one in objects] for name in names}
+    if not isinstance(objects, dict) or not set(needed) <= set(objects):
+        return None
+    return {name: objects[spelt] for name, spelt in spelling.items() if spelt in objects}
+
+
+def standard_objects(splits: dict[str, datasets.Dataset], source: str) -> dict[str, datasets.Dataset]:
+    """
+    Brings the labels of all splits of a data set into one form.
+
+    Column and fields get our names, a list of structs becomes a struct of lists, names become numbers, and numbers
+    without names count as far as those of all splits. A split without labels stays as it is, and so does what this
+    does not understand: the checks of the columns say what is wrong.
+
+    Args:
+        splits (`dict[str, datasets.Dataset]`): All splits of the data set.
+        source (`str`): How to call it in messages.
+    """
+    splits = {name: _with_our_names(split) for name, split in splits.items()}
+    labelled = [name for name, split in splits.items() if _category_feature(split) is not None]
+    features = [_category_feature(splits[name]) for name in labelled]
+    if not labelled or all(isinstance(feature, datasets.ClassLabel) for feature in features):
+        return splits
+    dtypes = {feature.dtype for feature in features if isinstance(feature, datasets.Value)}
+    if dtypes <= {"string", "large_string"}:
+        used = {name: _used_categories(splits[name]) for name in labelled}
+        names = sorted({str(value) for values in used.values() for value in values if value is not None})
+        for name in labelled:
+            splits[name] = _numbered(splits[name], names, f"{source}, split '{name}'")
+    elif len(labelled) > 1 and all(dtype.startswith(("int", "uint")) for dtype in dtypes):
+        used = [value for name in labelled for value in _used_categories(splits[name])]
+        if used and None not in used and min(used) >= 0:
+            names = [str(number) for number in range(max(used) + 1)]
+            for name in labelled:
+                splits[name] = _with_names(splits[name], names)
+    return splits
+
+
+def has_numbers_only(dataset: datasets.Dataset) -> bool:
+    """Whether there are categories, in any spelling, without a list of their names."""
+    column = next((name for name in COLUMNS if name in dataset.column_names), None)
+    feature = dataset.features.get(column)
+    fields = getattr(feature, "feature", feature)
+    if not isinstance(fields, dict) or "category" not in find_spelling(fields):
+        return False
+    category = fields[find_spelling(fields)["category"]]
+    return not isinstance(getattr(category, "feature", category), datasets.ClassLabel)
+
+
+def _with_our_names(dataset: datasets.Dataset) -> datasets.Dataset:
+    column = next((name for name in COLUMNS if name in dataset.column_names), None)
+    feature = dataset.features.get(column)
+    as_structs = isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(feature.feature, dict)
+    fields = feature.feature if as_structs else feature
+    if not isinstance(fields, dict):
+        return dataset
+    spelling = find_spelling(fields)
+    if not {"bbox", "category"} <= set(spelling):
+        return dataset
+    if column == "objects" and not as_structs and all(name == spelt for name, spelt in spelling.items()):
+        return dataset
+    own = {spelt: name for name, spelt in spelling.items()}
+    values = _column_of(dataset, column)
+    if as_structs:
+        structs = values.flatten()
+        offsets = _offsets(values)
+        lists = [pa.ListArray.from_arrays(offsets, structs.field(index)) for index in range(structs.type.num_fields)]
+        names = structs.type.names
+    else:
+        lists, names = values.flatten(), values.type.names
+    array = pa.StructArray.from_arrays(lists, names=[own.get(name, name) for name in names])
+    feature = {own.get(name, name): datasets.List(fields[name]) if as_structs else fields[name] for name in names}
+    return _replaced(dataset, column, array, feature)
+
+
+def _column_of(dataset: datasets.Dataset, column: str) -> pa.Array:
+    values = dataset.select_columns([column]).with_format("arrow")[:][column]
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+
+def _offsets(lists: pa.Array) -> pa.Array:
+    """Where each row starts in the flattened values: those of a slice or with nulls do not start at 0."""
+    counts = pa.compute.fill_null(pa.compute.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+
+
+def _replaced(dataset: datasets.Dataset, column: str, array: pa.Array, feature: dict) -> datasets.Dataset:
+    array = array.cast(datasets.Features(objects=feature).arrow_schema.field("objects").type)
+    return dataset.remove_columns(column).add_column("objects", array, feature=feature)
+
+
+def _category_feature(dataset: datasets.Dataset):
+    objects = dataset.features.get("objects")
+    category = objects.get("category") if isinstance(objects, dict) else None
+    return category.feature if isinstance(category, (datasets.List, datasets.LargeList)) else None
+
+
+def _used_categories(dataset: datasets.Dataset) -> set:
+    used = set()
+    for _, table in arrow_batches(dataset, ["objects"]):
+        lists = pa.compute.struct_field(table["objects"], "category")
+        used |= set(pa.compute.unique(pa.compute.list_flatten(lists)).to_pylist())
+    return used
+
+
+def _numbered(dataset: datasets.Dataset, names: list[str], source: str) -> datasets.Dataset:
+    """The categories, given by name, as numbers."""
+    values = _column_of(dataset, "objects")
+    lists = values.field("category")
+    numbers = pa.compute.index_in(lists.flatten(), pa.array(names, lists.type.value_type))
+    if numbers.null_count:
+        raise DataError(f"{source}, column 'objects', field 'category': a category is null, expected a name.")
+    category = pa.ListArray.from_arrays(_offsets(lists), numbers.cast(pa.int64()))
+    parts = [category if name == "category" else values.field(name) for name in values.type.names]
+    feature = dict(dataset.features["objects"]) | {"category": datasets.List(datasets.ClassLabel(names=names))}
+    return _replaced(dataset, "objects", pa.StructArray.from_arrays(parts, names=values.type.names), feature)
+
+
+def _with_names(dataset: datasets.Dataset, names: list[str]) -> datasets.Dataset:
+    category = dataset.features["objects"]["category"]
+    feature = dict(dataset.features["objects"]) | {"category": type(category)(datasets.ClassLabel(names=names))}
+    return dataset.cast_column("objects", feature)
