@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import pickle
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import cached_file
@@ -21,6 +16,7 @@ from transformers.utils import cached_file
 from ..cards import hub_ids
 from .backbones import _flat, _network, get_backbone
 from .families import backbone_path
+from .weight_files import read_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -104,11 +100,11 @@ def load_weights(backbone: nn.Module, config: PreTrainedConfig, weights: str | P
     if weights == "timm" and is_timm:
         tensors = _timm_weights(config.backbone)
     elif Path(weights).is_file():
-        tensors = _read(Path(weights))
+        tensors = read_tensors(Path(weights))
     elif is_timm and (Path(weights) / "model.safetensors").is_file():
-        tensors = _read(Path(weights) / "model.safetensors")
+        tensors = read_tensors(Path(weights) / "model.safetensors")
     elif is_timm and hub_ids(weights):
-        tensors = _read(_hub_file(weights))
+        tensors = read_tensors(_hub_file(weights))
     elif not is_timm and ((Path(weights) / "config.json").is_file() or not Path(weights).exists()):
         tensors, unused = _transformers_weights(str(weights), config)
     else:
@@ -182,33 +178,6 @@ def _problems(report: BackboneReport, lost: list[str], target: Mapping, tensors:
         problems.append(f"{name} has shape {shape}, expected {list(target[name].shape)}")
     more = len(lost) + len(report.mismatched) - len(problems)
     return problems + ([f"and {more} more"] if more else [])
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, those of nested dictionaries with their keys joined by dots."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Many training scripts save their options, which argparse keeps in a plain container.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return _flatten(torch.load(path, map_location="cpu", weights_only=True))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and loading it could run code: save its weights alone, with "
-            f"safetensors.torch.save_file ({str(error).splitlines()[0]})"
-        ) from error
-    except (SafetensorError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as weights: {str(error).splitlines()[0]}") from error
-
-
-def _flatten(value: object, prefix: str = "") -> dict[str, Tensor]:
-    if isinstance(value, Tensor):
-        return {prefix.removesuffix("."): value.detach()}
-    found = {}
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            found |= _flatten(item, f"{prefix}{key}.")
-    return found
 
 
 def _timm_weights(name: str) -> dict[str, Tensor]:

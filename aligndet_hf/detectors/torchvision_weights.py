@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from .backbone_weights import _read
 from .transfer import TransferReport
+from .weight_files import read_tensors
 
 
 def load_torchvision_weights(detector: nn.Module, weights: str | Path) -> TransferReport:
@@ -40,7 +40,7 @@ def load_torchvision_weights(detector: nn.Module, weights: str | Path) -> Transf
 
     ```
     """
-    tensors, report = _read(Path(weights)), TransferReport("soco")
+    tensors, report = read_tensors(weights), TransferReport("soco")
     target = detector.state_dict(keep_vars=True)
     if unknown := [name for name in tensors if name not in target and not name.endswith("num_batches_tracked")]:
         raise ValueError(

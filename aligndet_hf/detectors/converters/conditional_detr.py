@@ -1,0 +1,52 @@
+"""Conditional DETR as Atten4Vis/ConditionalDETR names it (Meng et al., ICCV 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .detr import (
+    AROUND,
+    NO_AUXILIARY_LOSS,
+    NO_CLASSES,
+    NORMED_TWICE,
+    PRE_NORM,
+    PRETEXT,
+    TRANSFORMER,
+    class_fields,
+    detr_fields,
+)
+from .layout import Layout, Tensors
+from .resnet import resnet_config
+
+
+def _config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
+    classes = tensors["class_embed.bias"].shape[0] if "class_embed.bias" in tensors else 1
+    return {
+        **detr_fields(tensors, options),
+        **class_fields(classes),
+        **NO_AUXILIARY_LOSS,
+        "backbone_config": resnet_config(tensors, "backbone.0.body.", (4,), options.get("dilation", False)),
+    }
+
+
+# Projections of the decoder, which are modules of their own there; before the rules of DETR.
+DECODER = (
+    (r"(decoder\.layers\.\d+\.)self_attn\.([qk])_(content|pos)_proj", r"\1sa_\2\3_proj"),
+    (r"(decoder\.layers\.\d+\.)self_attn\.v_proj", r"\1sa_v_proj"),
+    (r"(decoder\.layers\.\d+\.)encoder_attn\.([qk])_(content|pos)_proj", r"\1ca_\2\3_proj"),
+    (r"(decoder\.layers\.\d+\.)encoder_attn\.q_pos_sine_proj", r"\1ca_qpos_sine_proj"),
+    (r"(decoder\.layers\.\d+\.)encoder_attn\.v_proj", r"\1ca_v_proj"),
+    (r"(decoder\.layers\.\d+\.)encoder_attn\.o_proj", r"\1cross_attn.out_proj"),
+)
+CONDITIONAL_DETR = Layout(
+    name="Conditional DETR of Atten4Vis/ConditionalDETR",
+    family="conditional_detr",
+    marks=("transformer.decoder.ref_point_head.layers.0.weight", "input_proj.weight", "query_embed.weight"),
+    names=(*AROUND, *DECODER, *TRANSFORMER),
+    config=_config,
+    dropped=PRETEXT,
+    absent=(NO_CLASSES,),
+    refused=(PRE_NORM,),
+    note=NORMED_TWICE,
+)
