@@ -71,6 +71,12 @@ COMMANDS = {
         "evaluate",
         "print the COCO table of a detector, with the AP of every class",
     ),
+    "predict": Command(
+        "aligndet_hf.commands.predict",
+        "PredictArguments",
+        "predict",
+        "find objects in new images and videos: pictures, COCO and YOLO labels, a data set",
+    ),
     "chain": Command(
         "aligndet_hf.commands.chain",
         "ChainArguments",
@@ -106,6 +112,7 @@ from unlabelled images to a fine-tuned detector:
   aligndet pretrain  --dataset outputs/proposals --detector rt_detr --output_dir outputs/pretrained
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
+  aligndet predict   --images photos/ --detector outputs/finetuned --output_dir outputs/predictions
   aligndet embeddings --dataset labelled/ --detector outputs/pretrained --output_dir outputs/embeddings  # a look
   aligndet report    --run outputs/finetuned  # one HTML file; both trainings write theirs
 

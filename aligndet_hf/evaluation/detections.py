@@ -47,18 +47,7 @@ class EvaluationImages(Dataset):
             raise ImageError(f"Row {index}, column 'image': {error}") from error
 
     def __getitem__(self, index: int) -> dict:
-        image = self.read_image(index)
-        # Only its resizing: padding is the collator's, which keeps the mask, and normalising is done on the device.
-        prepared = self.image_processor(
-            images=image,
-            do_rescale=False,
-            do_normalize=False,
-            do_pad=False,
-            input_data_format="channels_last",
-            return_tensors="pt",
-        )
-        labels = {"image_id": torch.tensor([self.image_ids[index]]), "orig_size": torch.tensor(image.shape[:2])}
-        return {"image": prepared["pixel_values"][0], "labels": labels}
+        return prepare_image(self.read_image(index), self.image_processor, self.image_ids[index])
 
     def metrics(self) -> CocoMetrics:
         """A new [`CocoMetrics`] that holds the truth of these images."""
@@ -74,6 +63,21 @@ class EvaluationImages(Dataset):
         boxes, kept = clean_boxes(read_boxes(objects)[0], width, height)
         boxes[:, 2:] += boxes[:, :2]
         return {"boxes": boxes, "labels": read_values(objects, "category")[0].astype(int)[kept]}
+
+
+def prepare_image(image: np.ndarray, image_processor, image_id: int) -> dict:
+    """An image (RGB uint8 [height, width, 3]) as an item of [`EvaluationImages`]."""
+    # Only its resizing: padding is the collator's, which keeps the mask, and normalising is done on the device.
+    prepared = image_processor(
+        images=image,
+        do_rescale=False,
+        do_normalize=False,
+        do_pad=False,
+        input_data_format="channels_last",
+        return_tensors="pt",
+    )
+    labels = {"image_id": torch.tensor([image_id]), "orig_size": torch.tensor(image.shape[:2])}
+    return {"image": prepared["pixel_values"][0], "labels": labels}
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def plot_predictions(
             axes.set_title(name if row == 0 or "right" in panel else "", fontsize=9, loc="left", color=INK)
             _draw_boxes(axes, panel, class_names, image.shape)
             shown.update(int(label) for label in panel["labels"])
-    handles = [Patch(color=_color(label), label=class_names[label]) for label in sorted(shown)]
+    handles = [Patch(color=color_of(label), label=class_names[label]) for label in sorted(shown)]
     if handles:
         figure.legend(
             handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9
@@ -139,9 +139,9 @@ def plot_proposals(
             axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=INK, linewidth=3.4))
             axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor="white", linewidth=1.8))
         for rank, box in reversed(list(enumerate(proposals[number]))):
-            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=_color(rank), linewidth=1.2))
+            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=color_of(rank), linewidth=1.2))
             place = {"x": box[0], "y": box[1], "verticalalignment": "top", "clip_on": True}
-            tag = {"facecolor": _color(rank), "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+            tag = {"facecolor": color_of(rank), "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
             axes.text(s=str(rank + 1), fontsize=5.5, color="white", bbox=tag, **place)
         axes.set_xlim(-0.5, images[number].shape[1] - 0.5)
         axes.set_ylim(images[number].shape[0] - 0.5, -0.5)
@@ -197,7 +197,7 @@ def _draw_boxes(axes, panel, class_names, shape):
     crowded = len(labels) > 12
     for index in range(len(labels)) if scores is None else np.argsort(scores):
         x1, y1, x2, y2 = boxes[index]
-        color = _color(int(labels[index]))
+        color = color_of(int(labels[index]))
         style = "-" if "right" not in panel or panel["right"][index] else (0, (3, 2))
         axes.add_patch(
             Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.6, linestyle=style)
@@ -205,7 +205,7 @@ def _draw_boxes(axes, panel, class_names, shape):
         words = [] if crowded else [class_names[int(labels[index])]]
         words += [] if scores is None else [f"{scores[index]:.2f}"]
         if words:
-            bright = _luminance(color) > 0.55
+            bright = luminance(color) > 0.55
             axes.text(
                 np.clip(x1, 0, shape[1]),
                 np.clip(y1, 0, shape[0]),
@@ -270,11 +270,11 @@ def plot_crops(rows: Mapping[str, Sequence[np.ndarray]], path, title: str | None
     return save_figure(figure, path, title, title_size=9)
 
 
-def _color(label: int) -> str:
+def color_of(label: int) -> str:
     return PALETTE[label % len(PALETTE)]
 
 
-def _luminance(color: str) -> float:
+def luminance(color: str) -> float:
     red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return 0.299 * red + 0.587 * green + 0.114 * blue
 

@@ -1,0 +1,356 @@
+"""`aligndet predict`: what a detector finds in images, videos and data sets, as pictures, labels and a data set."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from ..data.errors import DataError
+from ..data.image_list import ImageList, list_images
+from ..data.images import decode_image
+from ..data.launch import Launch
+from ..data.shards import save_split
+from ..data.sources import model_hash
+from ..detectors.build import find_detector
+from ..evaluation.predicted_rows import (
+    join_predictions,
+    predicted_rows,
+    write_coco,
+    write_predictions,
+    write_results,
+    write_yolo,
+)
+from ..evaluation.predictions import Prediction, Tiling, predict_images
+from ..files import write_json
+from ..reporting.drawing import contact_sheet, draw_boxes, jpeg_bytes
+from ..runs import RunFolder
+
+FORMATS = ("coco", "results", "yolo", "dataset", "pictures", "sheet")
+
+_COMPLETE, _TABLE = "complete", "predictions.arrow"
+_SHARD_SIZE = 64  # images between two saves; a killed run loses no more
+_LISTED_IMAGES = 10
+
+
+@dataclass(kw_only=True)
+class PredictArguments:
+    """Arguments of [`predict`]: the flags of `aligndet predict` and the keys of its recipes."""
+
+    help_groups = {
+        "detector": "Who looks at what",
+        "score_threshold": "Which boxes to keep",
+        "tile_size": "Tiles, for large images and small objects",
+        "batch_size": "Run",
+        "output_dir": "Output",
+    }
+
+    detector: str = field(metadata={"help": "folder or Hub id of a detector with its image processor"})
+    images: list[str] = field(
+        metadata={
+            "help": "images, videos, folders of them, patterns like 'photos/*.jpg', COCO-JSON files, folders of "
+            "save_to_disk or Hub ids of data sets; one or several"
+        }
+    )
+    split: str | None = field(default=None, metadata={"help": "split of the data sets; all of them if not given"})
+
+    score_threshold: float = field(default=0.3, metadata={"help": "keep boxes with at least this score"})
+
+    tile_size: int | None = field(
+        default=None, metadata={"help": "look at square tiles with sides of this many pixels as well"}
+    )
+    tile_overlap: float = field(default=0.2, metadata={"help": "let neighbouring tiles share this part of a side"})
+    whole_image: bool = field(default=True, metadata={"help": "look at the whole image beside its tiles"})
+    nms_threshold: float = field(
+        default=0.5, metadata={"help": "drop a box of another tile that overlaps a better one by more (IoU)"}
+    )
+
+    batch_size: int = field(default=8, metadata={"help": "images, or tiles, per forward pass"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that decode and resize images"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+
+    output_dir: str | None = field(default=None, metadata={"help": "folder for what follows; must be new"})
+    formats: list[str] = field(
+        default_factory=lambda: ["coco", "results", "sheet"],
+        metadata={
+            "help": "write coco: labels.json, to be corrected in a labelling tool; results: predictions.json in "
+            "COCO's result format; yolo: a folder of labels; dataset: a data set with the column `objects`; "
+            "pictures: each image with its boxes; sheet: some of them on one page"
+        },
+    )
+    num_pictures: int = field(default=24, metadata={"help": "put this many images on the sheet, evenly spaced"})
+    picture_size: int = field(default=1600, metadata={"help": "longest side of a picture in pixels"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the predictions of another run in output_dir"})
+
+    def __post_init__(self):
+        for name in ("batch_size", "num_pictures", "picture_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.tile_size is not None and self.tile_size < 16:
+            raise ValueError(f"tile_size must be at least 16 pixels, got {self.tile_size}")
+        if not 0 <= self.tile_overlap < 1:
+            raise ValueError(f"tile_overlap must be 0 or more and less than 1, got {self.tile_overlap}")
+        for name in ("score_threshold", "nms_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if unknown := sorted(set(self.formats) - set(FORMATS)):
+            raise ValueError(f"formats must be among {', '.join(FORMATS)}, got {', '.join(unknown)}")
+
+    def tiling(self) -> Tiling | None:
+        """How to cut images into tiles, if that is asked for."""
+        if self.tile_size is None:
+            return None
+        return Tiling(
+            tile_size=self.tile_size,
+            overlap=self.tile_overlap,
+            whole_image=self.whole_image,
+            iou_threshold=self.nms_threshold,
+        )
+
+
+def predict(detector, images=None, *, image_processor=None, **settings) -> list[dict] | datasets.Dataset:
+    """
+    Detects objects in images.
+
+    The processes of `accelerate launch` divide the images among them. With an `output_dir`, a run that was interrupted
+    in whatever way continues with the same command; images that cannot be read are listed in `report.json`.
+
+    Args:
+        detector (`str`, `PreTrainedModel` or [`PredictArguments`]):
+            Folder or Hub id of a detector; a detector; or all of the arguments at once.
+        images:
+            What to look at, one or a list: paths of images, videos and folders, patterns, PIL images, arrays (RGB
+            uint8 `[H, W, 3]`), a `datasets.Dataset`. See [`~aligndet_hf.data.image_list.list_images`].
+        image_processor (`BaseImageProcessor`, *optional*):
+            That of the detector; by default the one that is saved with it.
+        settings: Further fields of [`PredictArguments`], such as `score_threshold` and `tile_size`.
+
+    Returns:
+        Without `output_dir` a `list[dict]`, one per image: `boxes` (float32 `[n, 4]`, absolute xywh inside the image,
+        best score first), `scores` (float32 `[n]`), `labels` (int64 `[n]`), `names` (the class of each), `file_name`,
+        `width` and `height`, and `error` for an image that cannot be read (else `None`). With `output_dir` a
+        `datasets.Dataset` with the columns `image`, `image_id`, `file_name`, `width`, `height` and `objects` (`bbox`,
+        absolute xywh, `category`, `area`, `id`, `score`).
+
+    Raises:
+        DataError: there is no image to look at, or `output_dir` is in use.
+        OSError: there is no such detector, or it has no image processor.
+
+    Example:
+
+    ```python
+    found = predict("outputs/finetuned", ["street.jpg", "drive.mp4"])
+    boxes = sv.Detections(  # of supervision
+        xyxy=sv.xywh_to_xyxy(found[0]["boxes"]), confidence=found[0]["scores"], class_id=found[0]["labels"]
+    )
+    ```
+    """
+    arguments = detector
+    if not isinstance(detector, PredictArguments):
+        arguments = PredictArguments(detector=detector, images=images, **settings)
+    listed = list_images(arguments.images, arguments.split)
+    if arguments.output_dir is not None:
+        return _predict_to_folder(arguments, listed, image_processor)
+    model, image_processor = _load(arguments, image_processor)
+    results = [None] * len(listed)
+    for found in _run(arguments, model, image_processor, listed, range(len(listed))):
+        results[found.index] = {
+            "boxes": found.boxes,
+            "scores": found.scores,
+            "labels": found.labels,
+            "names": [model.config.id2label[label] for label in found.labels.tolist()],
+            "file_name": listed.names[found.index],
+            "height": found.size[0],
+            "width": found.size[1],
+            "error": found.error,
+        }
+    return results
+
+
+def _load(arguments: PredictArguments, image_processor) -> tuple:
+    """The detector, on its device, and its image processor."""
+    detector = arguments.detector
+    if isinstance(detector, (str, Path)):
+        source = find_detector(detector)
+        detector = AutoModelForObjectDetection.from_pretrained(source)
+    elif image_processor is None:
+        source = detector.config._name_or_path
+    device = arguments.device
+    if device is None:
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return detector.to(device), image_processor or AutoImageProcessor.from_pretrained(source)
+
+
+def _run(arguments: PredictArguments, detector, image_processor, images: ImageList, indices) -> Iterator[Prediction]:
+    """[`~aligndet_hf.evaluation.predictions.predict_images`] with a progress bar."""
+    found = predict_images(
+        detector,
+        image_processor,
+        images,
+        indices,
+        score_threshold=arguments.score_threshold,
+        tiling=arguments.tiling(),
+        batch_size=arguments.batch_size,
+        num_workers=arguments.dataloader_num_workers,
+        encode=arguments.output_dir is not None,
+    )
+    disable = arguments.disable_tqdm or os.environ.get("RANK", "0") != "0"
+    initial = len(images) - len(indices)
+    return iter(tqdm(found, total=len(images), initial=initial, desc="predicting", unit="image", disable=disable))
+
+
+# ---- to a folder ----
+
+
+def _predict_to_folder(arguments: PredictArguments, images: ImageList, image_processor) -> datasets.Dataset:
+    """Shards of predictions in a folder beside the output, then the output at once."""
+    with Launch() as launch:
+        folder = RunFolder(
+            arguments.output_dir,
+            "predict",
+            aside=True,
+            overwrite=arguments.overwrite,
+            overwrite_flag="--overwrite",
+            on_main=launch.on_main,
+        )
+        with folder:
+            folder.claim(settings=_settings(arguments), data={"images": images.identity()})
+            if folder.is_finished:
+                if launch.is_main:
+                    print(f"{folder.path} is complete: nothing to do.")
+            else:
+                classes = _predict_shards(arguments, images, image_processor, folder.work, launch)
+                launch.wait()
+                launch.on_main(_finish, arguments, images, classes, folder)
+    return datasets.Dataset.from_file(str(folder.path / _TABLE))
+
+
+def _settings(arguments: PredictArguments) -> dict:
+    """What decides the output."""
+    names = ["score_threshold", "tile_size", "tile_overlap", "whole_image", "nms_threshold", "formats"]
+    names += ["num_pictures", "picture_size"]
+    return {"detector": _identity(arguments.detector)} | {name: getattr(arguments, name) for name in names}
+
+
+def _identity(detector) -> str:
+    """A hash that tells a detector from others."""
+    if isinstance(detector, (str, Path)):
+        return model_hash(find_detector(detector))
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in detector.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _predict_shards(
+    arguments: PredictArguments, images: ImageList, image_processor, work: Path, launch: Launch
+) -> list[str]:
+    """Writes the shards that are not there yet, each at once, and its pictures before it; returns the classes."""
+    detector, image_processor = _load(arguments, image_processor)
+    classes = [detector.config.id2label[label] for label in sorted(detector.config.id2label)]
+    shards = _shards(images)
+    missing = [n for n in range(launch.rank, len(shards), launch.size) if not _shard_path(work, n).exists()]
+    indices = [index for number in missing for index in shards[number]]
+    unfinished = {}
+    for found in _run(arguments, detector, image_processor, images, indices):
+        number = found.index // _SHARD_SIZE
+        rows = unfinished.setdefault(number, {})
+        rows[found.index] = found
+        if len(rows) == len(shards[number]):
+            del unfinished[number]
+            if "pictures" in arguments.formats:
+                for index in shards[number]:
+                    _write_picture(rows[index], images, classes, work / _COMPLETE, arguments.picture_size)
+            write_predictions(_shard_path(work, number), [rows[index] for index in shards[number]], images)
+    return classes
+
+
+def _shards(images: ImageList) -> list[range]:
+    return [range(start, min(start + _SHARD_SIZE, len(images))) for start in range(0, len(images), _SHARD_SIZE)]
+
+
+def _shard_path(work: Path, number: int) -> Path:
+    return work / f"shard-{number:06d}.arrow"
+
+
+def _write_picture(found: Prediction, images: ImageList, classes: list[str], folder: Path, max_side: int) -> None:
+    """Writes an image with its boxes to the folder `pictures`, under its name."""
+    if found.error is not None:
+        return
+    name = images.names[found.index]
+    path = folder / "pictures" / (name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tags = [f"{classes[label]} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)]
+    picture = draw_boxes(images.read(found.index), found.boxes, found.labels.tolist(), tags, max_side)
+    path.write_bytes(jpeg_bytes(picture))
+
+
+def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], folder: RunFolder) -> None:
+    """Makes the output of the shards, and puts it in place."""
+    shards = [_shard_path(folder.work, number) for number in range(len(_shards(images)))]
+    if missing := [path for path in shards if not path.exists()]:
+        raise DataError(
+            f"{len(missing)} of {len(shards)} shards are not there, such as {missing[0]}: all machines must "
+            "see the same output_dir."
+        )
+    complete, formats = folder.work / _COMPLETE, set(arguments.formats)
+    complete.mkdir(exist_ok=True)
+    dataset, report = join_predictions(shards, complete / _TABLE, classes)
+    if len(dataset) == 0:
+        raise DataError(f"None of the {len(images)} images can be read. {report['skipped'][0]['reason']}")
+    report["skipped"] += images.faults
+    category_ids = list(range(len(classes)))
+    if "results" in formats:
+        write_results(dataset, complete / "predictions.json", category_ids)
+    if "coco" in formats:
+        write_coco(dataset, complete / "labels.json", classes, category_ids)
+    if "yolo" in formats:
+        write_yolo(dataset, complete / "yolo", classes)
+    if "dataset" in formats:
+        shutil.rmtree(complete / "dataset", ignore_errors=True)
+        save_split(dataset, complete / "dataset")
+    if "sheet" in formats:
+        _write_sheet(dataset, classes, complete / "sheet.jpg", arguments.num_pictures)
+    write_json(complete / "report.json", {"settings": _settings(arguments), "classes": classes} | report)
+    folder.put_in_place(complete)
+    _print_report(report, folder.path)
+
+
+def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, number: int) -> None:
+    """Draws some images, evenly spaced, on one page."""
+    pictures, titles = [], []
+    for row in np.unique(np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)):
+        row = next(predicted_rows(dataset.select([row])))
+        objects = row["objects"]
+        tags = [
+            f"{classes[label]} {score:.2f}" for label, score in zip(objects["category"], objects["score"], strict=True)
+        ]
+        pictures.append(draw_boxes(decode_image(row["image"]), objects["bbox"], objects["category"], tags, 400))
+        titles.append(f"{row['file_name']}: {len(tags)}")
+    path.write_bytes(jpeg_bytes(contact_sheet(pictures, titles)))
+
+
+def _print_report(report: dict, output: Path) -> None:
+    counts = ", ".join(f"{name} {count}" for name, count in report["boxes_of_class"].items() if count)
+    print(
+        f"{report['images']} images, {report['images_without_boxes']} of them without boxes; {report['boxes']} boxes"
+        + (f": {counts}" if counts else "")
+    )
+    skipped = report["skipped"]
+    if skipped:
+        print(f"Left out, for they cannot be read: {len(skipped)}")
+        for image in skipped[:_LISTED_IMAGES]:
+            print(f"  {image['reason']}")
+        if len(skipped) > _LISTED_IMAGES:
+            print(f"  ... all of them in {output / 'report.json'}")
+    print(f"Saved to {output}")

@@ -1,0 +1,286 @@
+"""Images from wherever a person has them, as one list: files, folders, globs, videos, data sets, arrays in memory."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import cv2
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow.compute as pc
+
+from .columns import arrow_batches, image_ids
+from .door import image_value, is_image_name, printable, walk
+from .errors import DataError, ImageError
+from .formats import load_dataset_source, split_names
+from .images import decode_image
+from .shards import content_hash
+
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
+_MAGIC = "*?["  # what makes a path a pattern
+
+
+class ImageFiles:
+    """Image files: their paths, and what to call them in the output."""
+
+    ids = None
+
+    def __init__(self, paths: list[str], names: list[str]):
+        self.paths, self.names = paths, names
+
+    def value(self, index: int) -> dict:
+        return image_value(self.paths[index])
+
+    def read(self, index: int) -> np.ndarray:
+        return decode_image(self.paths[index])
+
+    def identity(self) -> str:
+        """Names, sizes and times: to hash the content of many files would take as long as to predict on them."""
+        stats = [os.stat(path) if os.path.exists(path) else None for path in self.paths]
+        return repr([(name, s and (s.st_size, s.st_mtime_ns)) for name, s in zip(self.names, stats, strict=True)])
+
+
+class MemoryImage:
+    """An image in memory: an RGB array uint8 `[H, W, 3]` (or greyscale `[H, W]`) or a PIL image."""
+
+    ids, names = None, ["image.png"]
+
+    def __init__(self, image):
+        self.image = image
+
+    def value(self, index: int) -> None:
+        return None
+
+    def read(self, index: int) -> np.ndarray:
+        return decode_image(self.image)
+
+    def identity(self) -> str:
+        return hashlib.blake2b(self.read(0).tobytes()).hexdigest()
+
+
+class DatasetImages:
+    """The column `image` of a data set, and its ids if it has some."""
+
+    def __init__(self, dataset: datasets.Dataset, source: str = "the data set"):
+        self.ids = image_ids(dataset, source) if "image_id" in dataset.column_names else None
+        self.dataset = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        paths = []
+        for _, table in arrow_batches(self.dataset, ["image"]):
+            paths += pc.struct_field(table["image"], "path").to_pylist()
+        self.names = [os.path.basename(path) if path else f"{row:06d}.jpg" for row, path in enumerate(paths)]
+
+    def value(self, index: int) -> dict:
+        return self.dataset[index]["image"]
+
+    def read(self, index: int) -> np.ndarray:
+        return decode_image(self.dataset[index]["image"])
+
+    def identity(self) -> str:
+        return content_hash(self.dataset)
+
+
+class VideoFrames:
+    """
+    The frames of a video, in their order, through OpenCV.
+
+    A frame is reached by decoding all frames before it: to seek is not exact in every format. Frames that are read in
+    their order are decoded once. How many there are is found by counting; what a header says is often wrong.
+
+    Args:
+        path (`str`): The file.
+        name (`str`): What to call it in the output.
+
+    Raises:
+        [`ImageError`]: the video cannot be read, or ends before the number of frames that its header tells.
+    """
+
+    ids = None
+
+    def __init__(self, path: str, name: str):
+        self.path, self.title = path, name
+        self.capture, self.position = None, 0
+        capture, count = self._open(), 0
+        while capture.grab():
+            count += 1
+        self.lacking = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) - count)
+        self.names = [f"{name}/{index:06d}.jpg" for index in range(count)]
+        if count == 0:
+            raise ImageError(f"Cannot read the video {path}: it has no frame that OpenCV can decode.")
+
+    def _open(self) -> cv2.VideoCapture:
+        capture = cv2.VideoCapture(self.path)
+        if not capture.isOpened():
+            raise ImageError(f"Cannot read the video {self.path}: OpenCV does not open it.")
+        return capture
+
+    def __getstate__(self) -> dict:  # an open video does not travel to another process
+        return self.__dict__ | {"capture": None, "position": 0}
+
+    def value(self, index: int) -> None:
+        return None
+
+    def read(self, index: int) -> np.ndarray:
+        if self.capture is None or index < self.position:
+            self.capture, self.position = self._open(), 0
+        while self.position < index and self.capture.grab():
+            self.position += 1
+        found, frame = self.capture.read()
+        self.position += 1
+        if not found:
+            raise ImageError(f"Cannot read frame {index} of the video {self.path}.")
+        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def identity(self) -> str:
+        return ImageFiles([self.path], [self.title]).identity()
+
+
+class ImageList:
+    """
+    Images of several kinds in one order. It can be sent to other processes.
+
+    Attributes:
+        names (`list[str]`): What each image is called in the output: a relative path with slashes, no two the same.
+        ids (`list[int]`): The `image_id` of each: that of the data sets or, where they give none or one twice, the
+            number of the image, from 1 on.
+        faults (`list[dict]`):
+            What is no image of the list and might have been, such as a video that cannot be read, or not to its end:
+            `file` and `reason`.
+    """
+
+    def __init__(self, parts: list, faults: list[dict]):
+        self.parts, self.faults = parts, faults
+        self.starts = np.cumsum([0] + [len(part.names) for part in parts])
+        self.names = [name for part in parts for name in part.names]
+        if len(set(self.names)) < len(self.names):
+            self.names = [f"{index:06d}-{os.path.basename(name)}" for index, name in enumerate(self.names)]
+        self.ids = [image_id for part in parts for image_id in part.ids or ()]
+        if len(set(self.ids)) < len(self.names):
+            self.ids = list(range(1, len(self.names) + 1))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _place(self, index: int) -> tuple:
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[number], int(index - self.starts[number])
+
+    def value(self, index: int) -> dict | None:
+        """The undecoded image as a data set stores it; `None` for one that is in no file of its own."""
+        part, place = self._place(index)
+        return part.value(place)
+
+    def read(self, index: int) -> np.ndarray:
+        """
+        The pixels, RGB uint8 [H, W, 3].
+
+        Raises:
+            [`ImageError`]: if the image cannot be decoded. It names the file.
+        """
+        part, place = self._place(index)
+        return part.read(place)
+
+    def identity(self) -> str:
+        """A hash that tells whether another list has the same images."""
+        text = "\n".join(part.identity() for part in self.parts)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def list_images(sources, split: str | None = None) -> ImageList:
+    """
+    Makes one list of images.
+
+    Args:
+        sources:
+            One of the following or a list of them: the path of an image or a video; a folder of images and videos, or
+            of a data set (`save_to_disk`, parquet files); a pattern such as `photos/*.jpg`; a COCO-JSON file; the Hub
+            id of a data set; a `datasets.Dataset`; a PIL image; an array, RGB uint8 `[H, W, 3]`.
+        split (`str`, *optional*): Split of the data sets; all of them if not given.
+
+    Returns:
+        [`ImageList`]: in the order of the sources, and of the file names within a folder.
+
+    Raises:
+        [`DataError`]: a source does not exist or holds no image.
+    """
+    is_one = isinstance(sources, (str, Path, np.ndarray, PIL.Image.Image, datasets.Dataset))
+    parts, faults = [], []
+    for source in [sources] if is_one else sources:
+        parts += _parts_of(source, split, faults)
+    images = ImageList(parts, faults)
+    if len(images) == 0:
+        raise DataError(f"there is no image to look at. {faults[0]['reason'] if faults else ''}".strip())
+    return images
+
+
+def _parts_of(source, split: str | None, faults: list[dict]) -> list:
+    if isinstance(source, datasets.Dataset):
+        return [DatasetImages(source)]
+    if isinstance(source, (np.ndarray, PIL.Image.Image)):
+        return [MemoryImage(source)]
+    if not isinstance(source, (str, Path)):
+        raise DataError(f"expected images as paths, arrays, PIL images or a datasets.Dataset, got {type(source)}.")
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        found = walk(path, _is_wanted)
+        for reason, names in found.skipped.items():
+            faults += [{"file": name, "reason": f"{os.path.join(path, name)}: {reason}."} for name in names]
+        return list(_file_parts(found.files, path, faults)) if found.files else _dataset_parts(path, split)
+    if os.path.isfile(path):
+        if path.lower().endswith(".json"):
+            return _dataset_parts(path, split)
+        return list(_file_parts([path], os.path.dirname(path), faults))
+    if any(character in path for character in _MAGIC):
+        files = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name) and _is_wanted(name))
+        if not files:
+            raise DataError(f"{source}: no image and no video has a name like this.")
+        return list(_file_parts(files, _fixed_part(path), faults))
+    if _is_wanted(path) or os.path.isabs(path) or path.startswith("."):
+        raise DataError(f"{source}: there is no such file or folder.")
+    return _dataset_parts(str(source), split)
+
+
+def _is_wanted(name: str) -> bool:
+    return is_image_name(name) or _is_video(name)
+
+
+def _is_video(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder that all files of a pattern are in."""
+    fixed = pattern[: min(pattern.index(character) for character in _MAGIC if character in pattern)]
+    return os.path.dirname(fixed)
+
+
+def _file_parts(files: Iterable[str | Path], root: str, faults: list[dict]) -> Iterator:
+    """Images between two videos are one part, a video is one of its own."""
+    images = ImageFiles([], [])
+    for path in files:
+        name = printable(Path(os.path.relpath(path, root or ".")).as_posix())
+        if not _is_video(path):
+            images.paths.append(os.path.abspath(path))
+            images.names.append(name)
+            continue
+        if images.paths:
+            yield images
+            images = ImageFiles([], [])
+        try:
+            video = VideoFrames(os.path.abspath(path), name)
+        except ImageError as error:
+            faults.append({"file": name, "reason": str(error)})
+            continue
+        if video.lacking:
+            reason = f"The video {path} ends {video.lacking} frames before the number that its header tells."
+            faults.append({"file": name, "reason": reason})
+        yield video
+    if images.paths:
+        yield images
+
+
+def _dataset_parts(source: str, split: str | None) -> list[DatasetImages]:
+    splits = [split] if split is not None else split_names(source)
+    return [DatasetImages(load_dataset_source(source, name), source) for name in splits]

@@ -1,0 +1,191 @@
+"""Predictions on the disk: shards that are complete or absent, their data set, and the files of COCO and YOLO."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from ..data.columns import objects_feature
+from ..data.image_list import ImageList
+from .predictions import Prediction
+
+_ROWS_IN_MEMORY = 8  # photographs may take some 10 MB each
+
+
+def predicted_features(classes: list[str] | None = None) -> datasets.Features:
+    """
+    The columns of predictions as a data set: `image`, `image_id`, `file_name`, `width` and `height` in pixels, and
+    `objects` as labelled data has them (see [`~aligndet_hf.data.columns.objects_feature`]) with the field `score`.
+    """
+    objects = objects_feature(classes) | {"score": datasets.List(datasets.Value("float32"))}
+    numbers = {name: datasets.Value("int64") for name in ("width", "height")}
+    names = {"image_id": datasets.Value("int64"), "file_name": datasets.Value("string")}
+    return datasets.Features({"image": datasets.Image(), **names, **numbers, "objects": objects})
+
+
+def write_predictions(path: Path, predictions: Sequence[Prediction], images: ImageList) -> None:
+    """Writes the predictions on some images to a file, at once and complete."""
+    schema = pa.schema([*predicted_features().arrow_schema, ("error", pa.string())])
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for start in range(0, len(predictions), _ROWS_IN_MEMORY):
+            rows = [_row(found, images) for found in predictions[start : start + _ROWS_IN_MEMORY]]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    os.replace(unfinished, path)
+
+
+def _row(found: Prediction, images: ImageList) -> dict:
+    file_name = images.names[found.index]
+    return {
+        "image": images.value(found.index) or {"bytes": found.encoded, "path": file_name},
+        "image_id": images.ids[found.index],
+        "file_name": file_name,
+        "width": found.size[1],
+        "height": found.size[0],
+        "objects": {
+            "bbox": found.boxes.tolist(),
+            "category": found.labels.tolist(),
+            "area": found.boxes[:, 2:].prod(axis=1).tolist(),
+            "id": [0] * len(found.scores),  # numbered by `join_predictions`
+            "score": found.scores.tolist(),
+        },
+        "error": found.error,
+    }
+
+
+def join_predictions(shards: Sequence[Path], path: Path, classes: list[str]) -> tuple[datasets.Dataset, dict]:
+    """
+    Makes one data set of the shards that [`write_predictions`] wrote, mapped into memory from a file.
+
+    Args:
+        shards (`Sequence[Path]`): The files, in order.
+        path (`Path`): The file to write.
+        classes (`list[str]`): Names of the classes.
+
+    Returns:
+        `tuple`: the data set, without the images that could not be read, and a report: `images`, `boxes`,
+        `images_without_boxes`, `boxes_of_class` and `skipped`, a list of `file` and `reason`.
+    """
+    features = predicted_features(classes)
+    report = {"images": 0, "images_without_boxes": 0, "boxes": 0, "boxes_of_class": {}, "skipped": []}
+    counts = Counter()
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+        for rows in _stored(shards):
+            readable = [row for row in rows if row["error"] is None]
+            skipped = [row for row in rows if row["error"] is not None]
+            report["skipped"] += [{"file": row["file_name"], "reason": row["error"]} for row in skipped]
+            for row in readable:
+                found = len(row["objects"]["score"])
+                row["objects"]["id"] = list(range(report["boxes"] + 1, report["boxes"] + 1 + found))
+                counts.update(row["objects"]["category"])
+                report["images"] += 1
+                report["boxes"] += found
+                report["images_without_boxes"] += found == 0
+                del row["error"]
+            writer.write_table(pa.Table.from_pylist(readable, schema=features.arrow_schema))
+    report["boxes_of_class"] = {name: counts[label] for label, name in enumerate(classes)}
+    return datasets.Dataset.from_file(str(path)), report
+
+
+def _stored(shards: Sequence[Path]) -> Iterator[list[dict]]:
+    """A few rows at a time."""
+    for shard in shards:
+        with pa.OSFile(str(shard)) as file, pa.ipc.open_stream(file) as batches:
+            for batch in batches:
+                yield batch.to_pylist()
+
+
+def predicted_rows(dataset: datasets.Dataset) -> Iterator[dict]:
+    """The rows of [`join_predictions`], a few in memory at a time, their images not decoded."""
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    for table in dataset.with_format("arrow").iter(_ROWS_IN_MEMORY):
+        yield from table.to_pylist()
+
+
+def write_results(dataset: datasets.Dataset, path: Path, category_ids: Sequence[int]) -> None:
+    """Writes the detections as a list in COCO's result format, which `COCO.loadRes` of pycocotools reads."""
+    _write_list(
+        path,
+        (
+            {"image_id": row["image_id"], "category_id": category_ids[label], "bbox": box, "score": score}
+            for row in predicted_rows(dataset)
+            for label, box, score in zip(
+                *(row["objects"][name] for name in ("category", "bbox", "score")), strict=True
+            )
+        ),
+    )
+
+
+def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], category_ids: Sequence[int]) -> None:
+    """
+    Writes the detections as COCO labels, which a labelling tool imports; every annotation has its `score`.
+
+    Images that lie in no file of their own, such as the frames of a video, are written to `images/` beside `path`.
+    """
+    parts = {"images": path.with_suffix(".images"), "annotations": path.with_suffix(".annotations")}
+    with open(parts["images"], "w", encoding="utf-8") as images, open(parts["annotations"], "w") as annotations:
+        for number, row in enumerate(predicted_rows(dataset)):
+            if row["image"]["bytes"] is not None:
+                _write_bytes(path.parent / "images" / row["file_name"], row["image"]["bytes"])
+            entry = {"id": row["image_id"]} | {name: row[name] for name in ("file_name", "width", "height")}
+            images.write((",\n" if number else "") + json.dumps(entry))
+            objects = row["objects"]
+            for label, box, area, id_, score in zip(
+                *(objects[name] for name in ("category", "bbox", "area", "id", "score")), strict=True
+            ):
+                entry = {"id": id_, "image_id": row["image_id"], "category_id": category_ids[label], "bbox": box}
+                entry |= {"area": area, "iscrowd": 0, "score": score}
+                annotations.write((",\n" if id_ > 1 else "") + json.dumps(entry))
+    categories = [{"id": id_, "name": name} for id_, name in zip(category_ids, classes, strict=True)]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f'{{"categories": {json.dumps(categories)}')
+        for name, part in parts.items():
+            file.write(f',\n"{name}": [\n')
+            with open(part, encoding="utf-8") as content:
+                shutil.copyfileobj(content, file)
+            file.write("\n]")
+            part.unlink()
+        file.write("}\n")
+
+
+def write_yolo(dataset: datasets.Dataset, folder: Path, classes: list[str]) -> None:
+    """
+    Writes the detections as YOLO labels: `data.yaml` with the classes, `images/` with copies of the images, and
+    `labels/` with a text per image, a line per box: class, centre and size, all relative to the image.
+    """
+    stems = Counter(os.path.splitext(name)[0] for name in dataset["file_name"])
+    for row in predicted_rows(dataset):
+        name, image = row["file_name"], row["image"]
+        stem, suffix = os.path.splitext(name)
+        stem = stem if stems[stem] == 1 else f"{stem}-{suffix[1:]}"  # a.jpg and a.png would share a.txt
+        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        _write_bytes(folder / "images" / f"{stem}{suffix}", content)
+        boxes = np.array(row["objects"]["bbox"], dtype=float).reshape(-1, 4)
+        boxes = np.concatenate([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], axis=1)
+        boxes /= (row["width"], row["height"]) * 2
+        lines = [
+            " ".join([str(label), *(f"{number:.7g}" for number in box)])
+            for label, box in zip(row["objects"]["category"], boxes, strict=True)
+        ]
+        _write_bytes(folder / "labels" / f"{stem}.txt", "".join(f"{line}\n" for line in lines).encode())
+    content = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(classes))}
+    (folder / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _write_list(path: Path, entries: Iterator[dict]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for number, entry in enumerate(entries):
+            file.write(("[" if number == 0 else ",\n") + json.dumps(entry))
+        file.write("]\n" if file.tell() else "[]\n")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

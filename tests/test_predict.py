@@ -1,0 +1,255 @@
+"""`aligndet predict`: what is found is where it is, in every form of output, and a run that was cut off goes on."""
+
+import json
+from types import SimpleNamespace
+
+import cv2
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from pycocotools.coco import COCO
+from tiny_detectors import tiny_detector
+from transformers import RTDetrImageProcessor
+
+from aligndet_hf.cli import main
+from aligndet_hf.commands.predict import PredictArguments, predict
+from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.detectors.build import build_image_processor
+
+SIDE = 64  # of what the detector sees
+PROCESSOR = RTDetrImageProcessor(size={"height": SIDE, "width": SIDE}, do_normalize=False)
+
+
+class BlobDetector(torch.nn.Module):
+    """
+    Finds bright blobs of at least 9 pixels of the image that it is given, the larger the surer: of the class "red" or
+    "green". After `patience` forward passes it is interrupted.
+    """
+
+    def __init__(self, patience: int | None = None):
+        super().__init__()
+        self.config = SimpleNamespace(id2label={0: "red", 1: "green"})
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.patience, self.seen = patience, 0
+
+    def forward(self, pixel_values, pixel_mask):
+        if self.patience is not None and self.seen >= self.patience:
+            raise KeyboardInterrupt
+        self.seen += 1
+        logits = torch.full((len(pixel_values), 30, 2), -20.0)
+        boxes = torch.full((len(pixel_values), 30, 4), 0.5)
+        for number, image in enumerate(pixel_values):
+            query = 0
+            for label in (0, 1):
+                bright = (image[label] - image[2] > 0.4).numpy().astype(np.uint8)
+                for x, y, w, h, area in cv2.connectedComponentsWithStats(bright)[2][1:]:
+                    if area >= 9:
+                        size = torch.tensor([bright.shape[1], bright.shape[0]] * 2)
+                        boxes[number, query] = torch.tensor([x + w / 2, y + h / 2, w, h]) / size
+                        logits[number, query, label] = 1.0 + float(area) / 1000
+                        query += 1
+        return SimpleNamespace(logits=logits, pred_boxes=boxes)
+
+
+def scene(boxes, size=(SIDE, SIDE)):
+    """Dark, with blobs of (x, y, w, h, class)."""
+    image = np.zeros((*size, 3), dtype=np.uint8)
+    for x, y, w, h, label in boxes:
+        image[y : y + h, x : x + w, label] = 255
+    return image
+
+
+def look(images, detector=None, **settings):
+    return predict(
+        detector or BlobDetector(),
+        images,
+        image_processor=PROCESSOR,
+        **{"disable_tqdm": True, "batch_size": 3} | settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Seven images, each with one blob more than the one before it, and one file that is no image."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(7):
+        boxes = [(2 + 9 * blob, 4 + number, 5, 6, blob % 2) for blob in range(number)]
+        PIL.Image.fromarray(scene(boxes)).save(folder / f"{number}.png")
+    (folder / "3b.png").write_bytes(b"no image")
+    return folder
+
+
+def test_boxes_are_absolute_xywh_of_the_stored_image():
+    image = cv2.resize(scene([(8, 16, 20, 10, 1), (40, 40, 6, 6, 0)]), (2 * SIDE, 3 * SIDE), interpolation=0)
+    (found,) = look(image)
+    np.testing.assert_allclose(found["boxes"], [[16, 48, 40, 30], [80, 120, 12, 18]], atol=1e-3)
+    assert found["labels"].tolist() == [1, 0] and found["names"] == ["green", "red"]
+    assert found["scores"] == pytest.approx(1 / (1 + np.exp([-1.2, -1.036])), abs=1e-5)
+    assert (found["width"], found["height"], found["error"]) == (2 * SIDE, 3 * SIDE, None)
+    assert len(look(image, score_threshold=0.75)[0]["boxes"]) == 1
+
+
+def test_all_kinds_of_images_come_back_in_their_order(photos):
+    dataset = datasets.Dataset.from_dict({"image": [str(photos / "2.png")]}).cast_column("image", datasets.Image())
+    images = [
+        scene([(9, 9, 9, 9, 0)]),
+        photos / "3.png",
+        str(photos / "3b.png"),
+        PIL.Image.open(photos / "1.png"),
+        dataset,
+    ]
+    found = look(images, dataloader_num_workers=2)
+    assert [len(one["boxes"]) for one in found] == [1, 3, 0, 1, 2]
+    assert [one["error"] is None for one in found] == [True, True, False, True, True]
+    assert "3b.png" in found[2]["error"]
+
+
+def test_supervision_takes_what_it_returns():
+    sv = pytest.importorskip("supervision")
+    (found,) = look(scene([(8, 16, 20, 10, 1)]))
+    detections = sv.Detections(
+        xyxy=sv.xywh_to_xyxy(found["boxes"]), confidence=found["scores"], class_id=found["labels"]
+    )
+    np.testing.assert_allclose(detections.xyxy, [[8, 16, 28, 26]], atol=1e-4)
+
+
+def test_tiles_find_small_objects_that_the_whole_image_misses():
+    rng = np.random.default_rng(0)
+    cells = rng.permutation(64)[:20]
+    small = [
+        (64 * (c % 8) + int(dx), 64 * (c // 8) + int(dy), 10, 10, int(c % 2))
+        for c, (dx, dy) in zip(cells, rng.integers(2, 50, (20, 2)), strict=True)
+    ]
+    large = (100, 60, 300, 330, 0)
+    image = scene([large], (512, 512))
+    for x, y, w, h, label in small:
+        image[y : y + h, x : x + w] = scene([(0, 0, w, h, label)], (h, w)) if label else 0
+    greens = sorted(box[:4] for box in small if box[4] == 1)
+    whole = look(image)[0]
+    assert 1 not in whole["labels"]  # 10 of 512 pixels are 1 or 2 of 64
+    tiled = look(image, tile_size=128)[0]
+    found = sorted(box.round().astype(int).tolist() for box in tiled["boxes"][tiled["labels"] == 1])
+    assert len(found) == len(greens)
+    np.testing.assert_allclose(found, greens, atol=2)
+    reds = tiled["boxes"][tiled["labels"] == 0]
+    assert len(reds) >= 1 and np.abs(reds - large[:4]).max(axis=1).min() <= 8  # found in the whole image, once
+    without = look(image, tile_size=128, whole_image=False)[0]
+    assert np.abs(without["boxes"] - large[:4]).max(axis=1).min() > 100
+
+
+def test_a_video_of_300_frames_in_order(tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"FFV1"), 25, (SIDE, SIDE))
+    for number in range(300):
+        writer.write(scene([(number % 50, number // 8, 8, 8, 0)])[:, :, ::-1])
+    writer.release()
+    dataset = look(tmp_path / "v.avi", output_dir=str(tmp_path / "out"), dataloader_num_workers=2, batch_size=16)
+    assert dataset["file_name"] == [f"v.avi/{number:06d}.jpg" for number in range(300)]
+    boxes = [objects["bbox"][0] for objects in dataset["objects"]]
+    np.testing.assert_allclose(boxes, [[n % 50, n // 8, 8, 8] for n in range(300)], atol=0.01)
+    assert (tmp_path / "out/images/v.avi/000299.jpg").is_file()
+
+
+@pytest.fixture(scope="module")
+def output(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predictions") / "out"
+    formats = ["coco", "results", "yolo", "dataset", "pictures", "sheet"]
+    look(photos, output_dir=str(folder), formats=formats)
+    return folder
+
+
+def test_the_report_counts_everything_and_lists_what_cannot_be_read(output):
+    report = json.loads((output / "report.json").read_text())
+    assert (report["images"], report["images_without_boxes"], report["boxes"]) == (7, 1, 21)
+    assert report["boxes_of_class"] == {"red": 12, "green": 9}
+    assert [fault["file"] for fault in report["skipped"]] == ["3b.png"]
+
+
+def test_coco_labels_and_results_agree_and_load(output, photos):
+    labels = COCO(str(output / "labels.json"))
+    results = labels.loadRes(str(output / "predictions.json"))
+    assert len(labels.anns) == len(results.anns) == 21 and len(labels.imgs) == 7
+    assert labels.anns[1]["bbox"] == pytest.approx([2, 5, 5, 6]) and labels.anns[1]["area"] == pytest.approx(30)
+    for of_file, of_results in zip(labels.anns.values(), results.anns.values(), strict=True):
+        assert {key: of_file[key] for key in ("image_id", "bbox", "category_id", "score")} == {
+            key: of_results[key] for key in ("image_id", "bbox", "category_id", "score")
+        }
+    loaded = load_dataset_source(output / "labels.json", labels=True, image_dir=photos)
+    assert [len(objects["bbox"]) for objects in loaded["objects"]] == list(range(7))
+    assert loaded.features["objects"]["category"].feature.names == ["red", "green"]
+
+
+def test_yolo_labels(output, photos):
+    assert (output / "yolo/images/1.png").read_bytes() == (photos / "1.png").read_bytes()
+    assert (output / "yolo/labels/0.txt").read_text() == ""
+    label, *box = (output / "yolo/labels/1.txt").read_text().split()
+    assert label == "0" and [float(number) for number in box] == pytest.approx([4.5 / 64, 8 / 64, 5 / 64, 6 / 64])
+    assert "0: red" in (output / "yolo/data.yaml").read_text()
+
+
+def test_the_data_set_holds_images_and_objects_with_scores(output, photos):
+    dataset = datasets.load_from_disk(str(output / "dataset"))
+    row = dataset[2]
+    assert row["image"].size == (SIDE, SIDE) and row["file_name"] == "2.png"
+    np.testing.assert_allclose(row["objects"]["bbox"], [[2, 6, 5, 6], [11, 6, 5, 6]], atol=1e-3)
+    assert row["objects"]["category"] == [0, 1] and min(row["objects"]["score"]) > 0.7
+    assert [number for objects in dataset["objects"] for number in objects["id"]] == list(range(1, 22))
+
+
+def test_pictures_show_the_boxes(output):
+    assert sorted(path.name for path in (output / "pictures").iterdir()) == [f"{n}.png.jpg" for n in range(7)]
+    empty, full = (np.asarray(PIL.Image.open(output / f"pictures/{n}.png.jpg")).astype(int) for n in (0, 6))
+    assert empty.max() < 30 and (full[..., 2] > 100).any()  # the blue of a box: the scene has none
+    sheet = PIL.Image.open(output / "sheet.jpg")
+    assert sheet.width > 4 * 400
+
+
+def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monkeypatch, output):
+    monkeypatch.setattr("aligndet_hf.commands.predict._SHARD_SIZE", 2)
+    settings = {"output_dir": str(tmp_path / "out"), "batch_size": 1}
+    with pytest.raises(KeyboardInterrupt):
+        look(photos, BlobDetector(patience=5), **settings)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    rest = BlobDetector()
+    look(photos, rest, **settings)
+    assert rest.seen == 2  # of four shards the last one was missing
+    for name in ("labels.json", "predictions.json"):
+        assert (tmp_path / "out" / name).read_text() == (output / name).read_text()
+    assert not (tmp_path / "out.partial").exists()
+    again = BlobDetector()
+    assert len(look(photos, again, **settings)) == 7 and again.seen == 0
+    with pytest.raises(ValueError, match="score_threshold: 0.3 there, 0.5 now"):
+        look(photos, again, score_threshold=0.5, **settings)
+    look(photos, again, score_threshold=0.5, overwrite=True, **settings)
+    assert again.seen == 7
+
+
+def test_the_command_takes_a_folder_of_a_detector(photos, tmp_path, capsys):
+    detector = tiny_detector("conditional_detr", num_labels=2, id2label={0: "red", 1: "green"})
+    detector.save_pretrained(tmp_path / "detector")
+    build_image_processor(detector, SIDE).save_pretrained(tmp_path / "detector")
+    flags = ["--images", str(photos), "--score_threshold", "0.1", "--formats", "results", "--disable_tqdm"]
+    assert (
+        main(["predict", "--detector", str(tmp_path / "detector"), *flags, "--output_dir", str(tmp_path / "out")]) == 0
+    )
+    assert "7 images" in (text := capsys.readouterr().out) and "3b.png" in text
+    results = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert {entry["image_id"] for entry in results} == {1, 2, 3, 4, 6, 7, 8}
+    assert all(min(entry["bbox"]) >= 0 and entry["score"] >= 0.1 for entry in results)
+    assert main(["predict", "--detector", "nothing/here", *flags]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"tile_overlap": 1.0}, "tile_overlap must be 0 or more and less than 1, got 1.0"),
+        ({"formats": ["coco", "voc"]}, "formats must be among .*, got voc"),
+        ({"score_threshold": 2.0}, "score_threshold must be between 0 and 1"),
+        ({"tile_size": 3}, "tile_size must be at least 16 pixels"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PredictArguments(detector="d", images=["i"], **settings)
