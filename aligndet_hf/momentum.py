@@ -48,7 +48,8 @@ def update_momentum(
     Moves a momentum module towards its online twin: `theta_m = momentum * theta_m + (1 - momentum) * theta_o`.
 
     Parameters are interpolated and buffers (running statistics) are copied. Tensors that both modules share, such as
-    a frozen backbone, are left alone. Modules are paired by tensor name; the momentum module may hold a subset.
+    a frozen backbone, are left alone. Modules are paired by name. A momentum module without tensors may stand for one
+    that has some; all others must hold the same.
 
     Args:
         online (`nn.Module`): the trained module, *after* its optimizer step.
@@ -59,7 +60,8 @@ def update_momentum(
             detectors; the official code shares their storage, this one never does.
 
     Raises:
-        `AttributeError`: if the momentum module has a module or tensor that the online module lacks.
+        `ValueError`: if a pair of modules hold tensors or modules of other names, as where adapters (LoRA) or
+            parametrizations were put into one of them: what they learn would never reach the other.
     """
     lists = defaultdict(list)  # of pairs that one call can move
     for name, target, source in dict(_pairs(online, momentum_module)).values():
@@ -79,6 +81,15 @@ def _pairs(online: nn.Module, momentum_module: nn.Module, prefix: str = "") -> I
     A walk of both modules side by side, in half the time of a look-up in the names of all online tensors, of which a
     frozen backbone has the most.
     """
+    if momentum_module is online:
+        return
+    names, others = ({*part._parameters, *part._buffers, *part._modules} for part in (momentum_module, online))
+    if names and names != others:
+        raise ValueError(
+            f"{prefix or 'the module '}({type(online).__name__}) holds other tensors or modules in the online network "
+            f"than in the momentum network: {sorted(names ^ others)}. Adapters and other wrappers of modules are not "
+            "averaged: merge or remove them"
+        )
     for name, target in (*momentum_module._parameters.items(), *momentum_module._buffers.items()):
         if target is not None and (source := getattr(online, name)) is not target:
             yield id(target), (prefix + name, target, source)

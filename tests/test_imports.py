@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
 
 # Low to high. A room may import the rooms below it and its own modules.
 HOUSE = [
-    {"boxes", "files"},
+    {"boxes", "convnets", "files"},
     {"cards", "runs"},
     {"hub", "losses", "matching", "momentum", "processes"},
     {"proposals"},

@@ -77,8 +77,16 @@ def test_shared_tensors_are_left_alone_and_unknown_ones_refused():
     before = shared.weight.clone()
     update_momentum(online, target, 0.0)
     assert torch.equal(shared.weight, before) and torch.equal(target[1].weight, online[1].weight)
-    with pytest.raises(AttributeError, match="no attribute '1'"):
+    with pytest.raises(ValueError, match=r"\(Sequential\) holds other tensors or modules .* network: \['1'\]"):
         update_momentum(nn.Sequential(nn.Linear(2, 2)), target, 0.5)
+
+
+def test_modules_that_were_wrapped_are_refused():
+    online, target = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    nn.utils.parametrizations.orthogonal(online[0])
+    # `online[0].weight` is there as before, but what learns is another tensor.
+    with pytest.raises(ValueError, match=r"0\.\(ParametrizedLinear\) .*'parametrizations', 'weight'\]"):
+        update_momentum(online, target, 0.5)
 
 
 def test_tensors_that_a_module_holds_twice_move_once():

@@ -27,7 +27,7 @@ from ..losses import (
 )
 from ..matching import Matching, start_matching
 from ..processes import mean_over_processes
-from .families import LossSettings, family_of, num_queries
+from .families import LossSettings, family_of, num_groups, require_trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -62,8 +62,10 @@ def use_correct_loss(detector: PreTrainedModel, loss_function: Callable[..., Any
         `PreTrainedModel`: the same detector.
 
     Raises:
-        `ValueError`: if the detector's family is not supported.
+        `ValueError`: if the detector's family is not supported, or its config asks for auxiliary losses that it lacks
+            heads for.
     """
+    require_trainable(detector.config)
     loss_function = loss_function or detection_loss
     if family_of(detector.config).untrained_tokens(detector.config):
         loss_function = _TokenProposals(loss_function)
@@ -257,8 +259,7 @@ class _Predictions:
             suffixes.append("_enc")
         self.detections = _Sets(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), suffixes, edges)
         self.contrasted = slice(self.num_layers - 1 if family.contrasts == "last" else 0, self.num_layers)
-        # Group DETR: the queries of every group are matched by themselves.
-        self.num_groups = max(1, self.detections.logits.shape[2] // num_queries(config))
+        self.num_groups = num_groups(config, self.detections.logits.shape[2])
         self.tokens = None
         if token_logits is not None:
             self.tokens = _Sets(_at_least_float32(token_logits)[None], _at_least_float32(token_boxes)[None], ["_enc"])

@@ -95,6 +95,9 @@ class Family:
         constants (`tuple[str, ...]`): parameters that are never trained; transformers forgets it on loading.
         untrained_tokens (`Callable`): `config -> bool`, whether the encoder proposes boxes with heads that
             transformers' loss does not train.
+        query_groups (`Callable`): `config -> int`, the groups of queries in training mode, each matched by itself.
+        has_auxiliary_heads (`bool`): whether the decoder layers before the last have heads, which the config field
+            `auxiliary_loss` trains.
         size_multiple (`Callable`): `config -> int`, what the sides of the images must be divisible by.
         starts_small (`bool`): whether transformers starts matrices and query embeddings many times smaller than the
             family's paper, see [`~aligndet_hf.detectors.build.detector_from_config`].
@@ -119,6 +122,8 @@ class Family:
     query_embeddings: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     untrained_tokens: Callable[[PreTrainedConfig], bool] = lambda config: False
+    query_groups: Callable[[PreTrainedConfig], int] = lambda config: 1
+    has_auxiliary_heads: bool = True
     size_multiple: Callable[[PreTrainedConfig], int] = lambda config: 1
     starts_small: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
@@ -308,6 +313,7 @@ _LW_DETR = Family(
     image_processor="DeformableDetrImageProcessor",
     resize="square",
     width=attrgetter("d_model"),
+    query_groups=attrgetter("group_detr"),
     size_multiple=lambda config: config.backbone_config.patch_size * config.backbone_config.num_windows_side,
 )
 
@@ -377,7 +383,7 @@ _ALL: dict[str, Family] = {
         num_queries=attrgetter("num_detection_tokens"),
         size_multiple=attrgetter("patch_size"),
         starts_small=False,
-        # transformers cannot compute it: only the last layer has heads.
+        has_auxiliary_heads=False,
         defaults=(("auxiliary_loss", False),),
     ),
 }
@@ -403,9 +409,39 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
+def require_trainable(config: PreTrainedConfig) -> None:
+    """
+    Refuses what a family cannot be trained with.
+
+    Raises:
+        `ValueError`: for an unsupported family, or `auxiliary_loss=True` of one whose last layer alone has heads.
+    """
+    if not family_of(config).has_auxiliary_heads and config.auxiliary_loss:
+        raise ValueError(
+            f"a {config.model_type} has heads on its last layer only, and no auxiliary loss: set auxiliary_loss to "
+            "false in its config"
+        )
+
+
 def num_queries(config: PreTrainedConfig) -> int:
     """Number of object queries of a detector, without denoising queries and of one group."""
     return family_of(config).num_queries(config)
+
+
+def num_groups(config: PreTrainedConfig, predictions: int) -> int:
+    """
+    Into how many groups of queries, of which each is matched by itself, the predictions for an image fall.
+
+    Raises:
+        `ValueError`: if these are not the predictions of a detector with this config.
+    """
+    queries, groups = num_queries(config), family_of(config).query_groups(config)
+    if predictions not in (queries, queries * groups):
+        raise ValueError(
+            f"the detector makes {predictions} predictions an image, but its config has {queries} queries"
+            + (f" in {groups} groups" if groups > 1 else "")
+        )
+    return predictions // queries
 
 
 def require_fitting_sizes(config: PreTrainedConfig, image_sizes: list[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from ..detectors.backbones import (
     check_backbone,
@@ -24,9 +25,9 @@ from ..detectors.criterion import NORMALIZER_EPSILON, loss_and_matching, matchin
 from ..detectors.families import backbone_path, family_of
 from ..losses import contrastive_diagnostics, count_ids, object_contrastive_loss
 from ..matching import Matching
-from ..momentum import update_momentum
 from ..processes import mean_over_processes, rows_of_other_processes
 from .configuration_aligndet import AlignDetConfig
+from .momentum_model import MomentumModel
 
 
 @dataclass
@@ -43,6 +44,8 @@ class AlignDetOutput(ModelOutput):
         logits (`torch.Tensor` of shape `[images, queries, classes]`): class scores of the online detector, with
             denoising queries first where the family has them.
         pred_boxes (`torch.Tensor` of shape `[images, queries, 4]`): normalised `cxcywh` boxes of the online detector.
+        hidden_states (`tuple[torch.Tensor]`, only with `output_hidden_states=True`): for every decoder layer with
+            heads, `[images, queries, width]`: what the online detector's class heads see, without denoising queries.
     """
 
     loss: torch.FloatTensor | None = None
@@ -50,6 +53,7 @@ class AlignDetOutput(ModelOutput):
     metrics: dict[str, Tensor] | None = None
     logits: torch.FloatTensor | None = None
     pred_boxes: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
 class SharedBackbone(nn.Module):
@@ -68,7 +72,7 @@ def _projector(input_dim: int, output_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(input_dim, input_dim), nn.ReLU(), nn.Linear(input_dim, output_dim))
 
 
-class AlignDetForPreTraining(PreTrainedModel):
+class AlignDetForPreTraining(MomentumModel):
     """
     Two detectors see two views of the same images; the online one learns boxes, classes and query embeddings.
 
@@ -107,11 +111,8 @@ class AlignDetForPreTraining(PreTrainedModel):
     """
 
     config_class = AlignDetConfig
-    # A name of a child here would be stripped from the keys of nested models on save, and lose them.
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    momentum_networks = {"momentum_detector": "online_detector", "momentum_projector": "projector"}
 
     def __init__(self, config: AlignDetConfig):
         super().__init__(config)
@@ -130,6 +131,7 @@ class AlignDetForPreTraining(PreTrainedModel):
             self.momentum_detector.set_submodule(path, SharedBackbone(self.backbone))
         normalize_in_one_pass(self)
         self.post_init()
+        self.update_momentum_detector(0.0)
         self._freeze()
 
     @classmethod
@@ -143,36 +145,31 @@ class AlignDetForPreTraining(PreTrainedModel):
             config: fields of [`AlignDetConfig`].
 
         Raises:
-            `ValueError`: if the detector's family is not supported.
+            `ValueError`: if the detector's family is not supported, or its modules are not those of its config, as
+                after adding adapters.
         """
         if not isinstance(detector, PreTrainedModel):
             detector = AutoModelForObjectDetection.from_pretrained(detector)
         detector_config = copy.deepcopy(detector.config)
         detector_config._name_or_path = ""  # inside another config it would be saved
         model = cls(AlignDetConfig(detector_config=detector_config, **config))
-        model.online_detector.load_state_dict(detector.state_dict())
+        tensors = detector.state_dict()
+        if others := sorted(tensors.keys() ^ model.online_detector.state_dict().keys()):
+            raise ValueError(
+                f"the detector has other modules than its config makes, such as {others[0]}: merge or remove adapters "
+                "before pre-training"
+            )
+        model.online_detector.load_state_dict(tensors)
         model.update_momentum_detector(0.0)
         return model.train(detector.training)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> AlignDetForPreTraining:
-        """Loads a checkpoint as every transformers model does, and freezes again what training must not move."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        # transformers rebuilds every parameter on load, and with it `requires_grad=True`.
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
-        return loaded
 
     @property
     def backbone(self) -> nn.Module:
         """The image network of the online detector; the momentum detector's too, if it is frozen."""
         return get_backbone(self.online_detector)
 
-    def get_input_embeddings(self) -> None:
-        """None: the inputs are pixels."""
-
     def _freeze(self) -> None:
-        self.momentum_detector.requires_grad_(False)
-        self.momentum_projector.requires_grad_(False)
+        super()._freeze()
         # Always set, never trusted: transformers freezes backbones by patterns that miss.
         set_backbone_trainable(
             self.online_detector, not self.config.freeze_backbone, self.config.trainable_backbone_stages
@@ -194,11 +191,14 @@ class AlignDetForPreTraining(PreTrainedModel):
         Args:
             momentum (`float`): share of the old values that stays, see
                 [`~aligndet_hf.momentum.cosine_momentum`]; 0 copies.
-        """
-        copied = family_of(self.config.detector_config).query_embeddings
-        update_momentum(self.online_detector, self.momentum_detector, momentum, copied=copied)
-        update_momentum(self.projector, self.momentum_projector, momentum)
 
+        Raises:
+            `ValueError`: if modules of an online network were wrapped or replaced, as by adapters, and would not reach
+                their momentum copies.
+        """
+        self._update_momentum(momentum, copied=family_of(self.config.detector_config).query_embeddings)
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -207,6 +207,7 @@ class AlignDetForPreTraining(PreTrainedModel):
         momentum_pixel_values: Tensor | None = None,
         momentum_pixel_mask: Tensor | None = None,
         momentum_labels: list[dict[str, Tensor]] | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> AlignDetOutput:
         """
@@ -221,14 +222,23 @@ class AlignDetForPreTraining(PreTrainedModel):
                 unique in the batch.
             momentum_pixel_values, momentum_pixel_mask, momentum_labels (*optional*): the same of the second view. A
                 proposal has the same id in both; either view may lack it.
-            kwargs: further arguments for both detectors.
+            output_hidden_states (`bool`, *optional*, defaults to the config's): whether to return `hidden_states`.
+            kwargs: `return_dict`, which the config has as well: a tuple instead of the output if false; and further
+                arguments for both detectors.
 
         Raises:
             `ValueError`: if there are labels, but no second view with its own.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        decoder_features = family_of(self.config.detector_config).decoder_features
         if labels is None:
             online = self.online_detector(pixel_values=pixel_values, pixel_mask=pixel_mask, **kwargs)
-            return AlignDetOutput(logits=online.logits, pred_boxes=online.pred_boxes)
+            features = decoder_features(self.online_detector, online) if output_hidden_states else ()
+            return AlignDetOutput(
+                logits=online.logits, pred_boxes=online.pred_boxes, hidden_states=tuple(features) or None
+            )
         if momentum_pixel_values is None or momentum_labels is None:
             raise ValueError("pre-training needs two views: momentum_pixel_values and momentum_labels are missing")
 
@@ -238,15 +248,12 @@ class AlignDetForPreTraining(PreTrainedModel):
                 pixel_values=momentum_pixel_values,
                 pixel_mask=momentum_pixel_mask,
                 labels=momentum_labels,
-                output_hidden_states=True,
                 **kwargs,
             )
-        online = self.online_detector(
-            pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, output_hidden_states=True, **kwargs
-        )
+        online = self.online_detector(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
         # [layers, images, queries, width] and [layers, images, queries]; the criteria return their matching.
-        decoder_features = family_of(self.config.detector_config).decoder_features
-        online_features = self.projector(decoder_features(self.online_detector, online))
+        hidden_states = decoder_features(self.online_detector, online)
+        online_features = self.projector(hidden_states)
         online_ids = _query_ids(online, online.auxiliary_outputs, labels, online_features)
         with torch.no_grad():
             momentum_features = self.momentum_projector(decoder_features(self.momentum_detector, momentum))
@@ -274,6 +281,7 @@ class AlignDetForPreTraining(PreTrainedModel):
             metrics=metrics,
             logits=online.logits,
             pred_boxes=online.pred_boxes,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
 
     def export_detector(self, path: str | Path, image_processor: Any | None = None) -> None:

@@ -6,20 +6,20 @@ import copy
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import FeaturePyramidNetwork, roi_align
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import AutoBackbone
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from ..detectors.backbones import save_backbone, split_network, tensors_of
 from ..losses import box_similarity_loss, contrastive_diagnostics
-from ..momentum import update_momentum
 from .configuration_soco import SoCoConfig
+from .momentum_model import MomentumModel
 
 TORCHVISION = "torchvision.safetensors"
 
@@ -36,12 +36,15 @@ class SoCoOutput(ModelOutput):
             view, detached.
         embeddings (`list[torch.Tensor]`): for each view `[images, boxes, projection_dim]`, predictions of the online
             encoder.
+        hidden_states (`tuple[tuple[torch.Tensor]]`, only with `output_hidden_states=True`): for each view the feature
+            maps of the online encoder that boxes are pooled from, `[images, channels, height, width]`.
     """
 
     loss: torch.FloatTensor | None = None
     loss_dict: dict[str, Tensor] | None = None
     metrics: dict[str, Tensor] | None = None
     embeddings: list[Tensor] | None = None
+    hidden_states: tuple[tuple[Tensor, ...], ...] | None = None
 
 
 def _mlp(input_dim: int, hidden_dim: int, output_dim: int) -> nn.Sequential:
@@ -134,7 +137,7 @@ def _pool_levels(maps: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
     return pooled[order.argsort()]
 
 
-class SoCoForPreTraining(PreTrainedModel):
+class SoCoForPreTraining(MomentumModel):
     """
     Two encoders see views of the same images; the online one learns to predict the momentum one's embeddings of the
     same boxes in other views.
@@ -171,9 +174,7 @@ class SoCoForPreTraining(PreTrainedModel):
     """
 
     config_class = SoCoConfig
-    base_model_prefix = ""
-    main_input_name = "pixel_values"
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    momentum_networks = {"momentum_encoder": "encoder"}
 
     def __init__(self, config: SoCoConfig):
         super().__init__(config)
@@ -181,21 +182,22 @@ class SoCoForPreTraining(PreTrainedModel):
         self.predictor = _mlp(config.projection_dim, config.mlp_dim, config.projection_dim)
         self.momentum_encoder = copy.deepcopy(self.encoder)
         self.post_init()
+        self.update_momentum_encoder(0.0)
         self._freeze()
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> SoCoForPreTraining:
-        """Loads a checkpoint as every transformers model does, and freezes the momentum encoder again."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        # transformers rebuilds every parameter on load, and with it `requires_grad=True`.
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
-        return loaded
-
     def _init_weights(self, module: nn.Module) -> None:
-        """Everything is initialised where it is built, as timm, torchvision and PyTorch do."""
-
-    def _freeze(self) -> None:
-        self.momentum_encoder.requires_grad_(False)
+        """Starts pyramids and heads as torchvision does (He et al., ICCV 2015), norms and the rest as PyTorch does."""
+        convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+        if isinstance(module, FeaturePyramidNetwork):
+            for convolution in convolutions:
+                nn.init.kaiming_uniform_(convolution.weight, a=1)
+        elif isinstance(module, FastRCNNConvFCHead):
+            for convolution in convolutions:
+                nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            super()._init_weights(module)
 
     @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:
@@ -208,11 +210,20 @@ class SoCoForPreTraining(PreTrainedModel):
         Args:
             momentum (`float`): share of the old values that stays, see
                 [`~aligndet_hf.momentum.cosine_momentum`]; 0 copies.
-        """
-        update_momentum(self.encoder, self.momentum_encoder, momentum)
 
+        Raises:
+            `ValueError`: if modules of the online encoder were wrapped or replaced.
+        """
+        self._update_momentum(momentum)
+
+    @can_return_tuple
     def forward(
-        self, pixel_values: list[Tensor], boxes: list[Tensor], levels: list[Tensor], ids: list[Tensor]
+        self,
+        pixel_values: list[Tensor],
+        boxes: list[Tensor],
+        levels: list[Tensor],
+        ids: list[Tensor],
+        output_hidden_states: bool | None = None,
     ) -> SoCoOutput:
         """
         One step's losses. Each argument is a list over the views, the one of the whole images first.
@@ -224,6 +235,8 @@ class SoCoForPreTraining(PreTrainedModel):
             levels (`list[torch.LongTensor]` of shape `[images, boxes]`): the level of the pyramid to pool a box from;
                 boxes of level -1 correspond to none.
             ids (`list[torch.LongTensor]` of shape `[images, boxes]`): which proposal of its image a box shows.
+            output_hidden_states (`bool`, *optional*, defaults to the config's): whether to return `hidden_states`.
+            return_dict (`bool`, *optional*, defaults to the config's): a tuple instead of the output if false.
 
         Raises:
             `ValueError`: if there are not as many views, or boxes in the first, as the variant has.
@@ -236,10 +249,17 @@ class SoCoForPreTraining(PreTrainedModel):
                 f"{max(sets) + 1} others; got {len(pixel_values)} views with {[view.shape[1] for view in boxes]} boxes"
             )
         views = list(zip(pixel_values, boxes, levels, strict=True))
-        online = [self.predict(self.encoder(*view)) for view in views]
+        hidden_states = None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            hidden_states = tuple(tuple(self.encoder.feature_maps(view)) for view in pixel_values)
+            embeddings = [self.encoder.embed(*view) for view in zip(hidden_states, boxes, levels, strict=True)]
+        else:
+            embeddings = [self.encoder(*view) for view in views]
         with torch.no_grad():
             momentum = [self.momentum_encoder(*view) for view in views]
-        return self.compare(online, momentum, levels, ids)
+        outputs = self.compare([self.predict(view) for view in embeddings], momentum, levels, ids)
+        outputs.hidden_states = hidden_states
+        return outputs
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """What the momentum encoder is expected to say of these boxes: `[images, boxes, projection_dim]`, both."""

@@ -1,0 +1,69 @@
+"""What models share that train one network beside its moving average."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ..momentum import update_momentum
+
+
+class MomentumModel(PreTrainedModel):
+    """
+    A model with online networks that are trained, and a momentum copy of each.
+
+    However such a model is made, its momentum networks equal the online ones until they are updated: from a config,
+    and from a checkpoint whose tensors are missing or have other shapes.
+    """
+
+    # A name of a child here would be stripped from the keys of nested models on save, and lose them.
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    #: Of each momentum network the name, and that of the online network that it follows.
+    momentum_networks: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers initialises what a checkpoint lacks as in its own models, nested detectors included."""
+        return False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """
+        Loads a checkpoint as every transformers model does.
+
+        What the checkpoint lacks starts as in a new model, in the online and the momentum network alike. What training
+        must not move is frozen again.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if new := set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}:
+            model._start(new)
+        # transformers rebuilds every parameter on load, and with it `requires_grad=True`.
+        model._freeze()
+        return (model, info) if output_loading_info else model
+
+    def get_input_embeddings(self) -> None:
+        """None: the inputs are pixels."""
+
+    def _freeze(self) -> None:
+        """Freezes what training must not move; models freeze more."""
+        for name in self.momentum_networks:
+            self.get_submodule(name).requires_grad_(False)
+
+    @torch.no_grad()
+    def _start(self, names: set[str]) -> None:
+        """Gives tensors the values of a new model; pairs with a new tensor both get the online value."""
+        tensors, started = self.state_dict(), type(self)(self.config).state_dict()
+        for name in names:
+            tensors[name].copy_(started[name])
+        for momentum, online in self.momentum_networks.items():
+            for name, tensor in self.get_submodule(momentum).state_dict().items():
+                if not names.isdisjoint({twin := f"{online}.{name}", f"{momentum}.{name}"}):
+                    tensor.copy_(tensors[twin])
+
+    def _update_momentum(self, momentum: float, copied: tuple[str, ...] = ()) -> None:
+        for name, online in self.momentum_networks.items():
+            update_momentum(self.get_submodule(online), self.get_submodule(name), momentum, copied=copied)

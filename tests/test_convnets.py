@@ -1,0 +1,396 @@
+"""torchvision's four detectors as transformers models: the same networks, losses and detections."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from tiny_detectors import random_batch, timm_backbone
+from torch import nn
+from torchvision.models.detection import (
+    FCOS,
+    FasterRCNN,
+    MaskRCNN,
+    RetinaNet,
+    fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_v2,
+    fcos_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+)
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import box_convert
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from transformers import (
+    AutoModelForObjectDetection,
+    DeformableDetrImageProcessor,
+    TimmBackboneConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from aligndet_hf.convnets import modeling_torchvision
+from aligndet_hf.convnets.modeling_torchvision import (
+    MODELS,
+    DenseDetector,
+    FasterRcnnForObjectDetection,
+    FcosForObjectDetection,
+    MaskRcnnForObjectDetection,
+    RetinaNetForObjectDetection,
+    sample,
+    sampling_noise,
+)
+
+CLASSES, HEIGHT, WIDTH = 3, 96, 128
+NETWORKS = [(model, version) for model in MODELS for version in (1, 2) if (model, version) != (MODELS[1], 2)]
+each_network = pytest.mark.parametrize(
+    ("model", "version"), NETWORKS, ids=lambda value: getattr(value, "__name__", value)
+)
+each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+EVERY_ROW = {"rpn_batch_size": 10**6, "roi_batch_size": 10**6}
+# How we and torchvision call the terms.
+TERMS = {
+    "loss_ce": ("classification", "loss_classifier"),
+    "loss_bbox": ("bbox_regression", "loss_box_reg"),
+    "loss_giou": ("bbox_regression",),
+    "loss_centerness": ("bbox_ctrness",),
+    "loss_objectness": ("loss_objectness",),
+    "loss_rpn_bbox": ("loss_rpn_box_reg",),
+    "loss_mask": ("loss_mask",),
+}
+
+
+def small(model, version=1, width=64, **fields):
+    """A narrow network of a kind, with class and box layers that predict something."""
+    torch.manual_seed(0)
+    is_dense = issubclass(model, DenseDetector)
+    defaults = {} if is_dense else {"box_head_size": 64, "pre_nms_top_k": 100}
+    config = model.config_class(
+        backbone_config=timm_backbone("resnet10t", (2, 3, 4) if is_dense else (1, 2, 3, 4)),
+        hidden_size=width,
+        num_labels=CLASSES,
+        version=version,
+        **defaults | fields,
+    )
+    detector = model(config)
+    for name, parameter in detector.named_parameters():
+        if name.endswith(("cls_logits.weight", "bbox_reg.weight", "cls_score.weight", "bbox_pred.weight")):
+            parameter.data.mul_((30 if is_dense or "rpn" in name else 5) / version**4)  # norms make theirs larger
+        if name.endswith("cls_logits.bias"):
+            parameter.data.fill_(-1.0)
+    return detector
+
+
+def rectangle(seed=0, masks=False):
+    """A batch of two images that are not square, of which torchvision's own transform changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = random_batch((5, 3), seed=seed)
+    batch["pixel_values"] = torch.randn(2, 3, HEIGHT, WIDTH, generator=generator)
+    del batch["pixel_mask"]
+    if masks:
+        for label in batch["labels"]:
+            label["masks"] = torch.rand(len(label["boxes"]), HEIGHT, WIDTH, generator=generator) > 0.5
+    return batch
+
+
+def torchvisions(detector, batch):
+    """Our network as torchvision runs it, with its targets."""
+    reference = detector.detector
+    reference.transform = GeneralizedRCNNTransform(HEIGHT, WIDTH, [0.0] * 3, [1.0] * 3).train(detector.training)
+    reference.transform.torch_choice = lambda sizes: sizes[0]
+    scale, first = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT]), 0 if isinstance(detector, DenseDetector) else 1
+    targets = [
+        {
+            "boxes": box_convert(label["boxes"] * scale, "cxcywh", "xyxy"),
+            "labels": label["class_labels"] + first,
+            "masks": label.get("masks", torch.zeros(0)).to(torch.uint8),
+        }
+        for label in batch["labels"]
+    ]
+    return lambda with_targets: reference(list(batch["pixel_values"]), *([targets] if with_targets else []))
+
+
+def without_batch_statistics(detector):
+    for module in detector.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return detector
+
+
+@each_network
+def test_losses_are_torchvisions(model, version):
+    fields = {} if issubclass(model, DenseDetector) else EVERY_ROW
+    detector, batch = without_batch_statistics(small(model, version, **fields)), rectangle(masks=True)
+    ours = detector(**batch)
+    theirs = torchvisions(detector, batch)(True)
+    assert len(ours.loss_dict) == len(theirs)
+    for name, term in ours.loss_dict.items():
+        expected = next(theirs[key] for key in TERMS[name] if key in theirs)
+        torch.testing.assert_close(term, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.loss, sum(theirs.values()), rtol=1e-5, atol=1e-6)
+
+
+@each_network
+def test_detections_are_torchvisions(model, version):
+    detector, batch = small(model, version).eval(), rectangle()
+    with torch.no_grad():
+        outputs = detector(batch["pixel_values"], output_hidden_states=True)
+        theirs = torchvisions(detector, batch)(False)
+    processor = DeformableDetrImageProcessor()
+    sizes = [(HEIGHT, WIDTH)] * 2
+    for image, (ours, expected) in enumerate(
+        zip(processor.post_process_object_detection(outputs, 1e-6, sizes), theirs, strict=True)
+    ):
+        count, first = len(expected["scores"]), 0 if isinstance(detector, DenseDetector) else 1
+        assert count > 10 and len(ours["scores"]) == count
+        torch.testing.assert_close(ours["scores"], expected["scores"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours["boxes"], expected["boxes"], rtol=1e-4, atol=1e-3)
+        assert torch.equal(ours["labels"], expected["labels"] - first)
+        if model is MaskRcnnForObjectDetection:
+            masks = outputs.pred_masks[image, :count].sigmoid()[:, None]
+            pasted = paste_masks_in_image(masks, ours["boxes"], (HEIGHT, WIDTH))
+            torch.testing.assert_close(pasted, expected["masks"], rtol=1e-3, atol=1e-3)
+
+
+def with_resnet18(kind, levels, extra):
+    more = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)} if extra else {}
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, **more)
+    return kind(backbone, num_classes=CLASSES + (not extra))
+
+
+RESNET50 = {"weights": None, "weights_backbone": None}
+BUILDERS = {
+    ("resnet18", RetinaNetForObjectDetection, 1): partial(with_resnet18, RetinaNet, (2, 3, 4), True),
+    ("resnet18", FcosForObjectDetection, 1): partial(with_resnet18, FCOS, (2, 3, 4), True),
+    ("resnet18", FasterRcnnForObjectDetection, 1): partial(with_resnet18, FasterRCNN, (1, 2, 3, 4), False),
+    ("resnet18", MaskRcnnForObjectDetection, 1): partial(with_resnet18, MaskRCNN, (1, 2, 3, 4), False),
+    ("resnet50", RetinaNetForObjectDetection, 1): retinanet_resnet50_fpn,
+    ("resnet50", RetinaNetForObjectDetection, 2): retinanet_resnet50_fpn_v2,
+    ("resnet50", FcosForObjectDetection, 1): fcos_resnet50_fpn,
+    ("resnet50", FasterRcnnForObjectDetection, 1): fasterrcnn_resnet50_fpn,
+    ("resnet50", FasterRcnnForObjectDetection, 2): fasterrcnn_resnet50_fpn_v2,
+    ("resnet50", MaskRcnnForObjectDetection, 1): maskrcnn_resnet50_fpn,
+    ("resnet50", MaskRcnnForObjectDetection, 2): maskrcnn_resnet50_fpn_v2,
+}
+
+
+@pytest.mark.parametrize(("backbone", "model", "version"), BUILDERS, ids=str)
+def test_the_tensors_are_those_of_torchvisions_builders(backbone, model, version):
+    """Names and shapes, which is what `strict=True` looks at; nothing of this size needs to be computed."""
+    builder = BUILDERS[backbone, model, version]
+    with torch.device("meta"):
+        levels = model.config_class.levels
+        config = TimmBackboneConfig(backbone=backbone, out_indices=levels, freeze_batch_norm_2d=True)
+        ours = model(model.config_class(backbone_config=config, num_labels=CLASSES, version=version))
+        if backbone == "resnet18":
+            theirs = builder()
+        else:
+            theirs = builder(num_classes=CLASSES + (not issubclass(model, DenseDetector)), **RESNET50)
+    assert {n: t.shape for n, t in ours.torchvision_state_dict().items()} == {
+        n: t.shape for n, t in theirs.state_dict().items()
+    }
+
+
+def test_another_backbone_has_no_torchvision_names():
+    with pytest.raises(ValueError, match="ResNets; this one has 'resnet10t'"):
+        small(FcosForObjectDetection).torchvision_state_dict()
+
+
+@each_model
+def test_an_image_is_the_same_beside_a_larger_one(model):
+    """Padding is no image: the mask gives the sizes that boxes are normalised with, and detections are cut to."""
+    detector = small(model).eval()
+    pixels, label = torch.randn(1, 3, 64, 96), random_batch((4,))["labels"]
+    padded = torch.zeros(1, 3, 128, 128)
+    padded[..., :64, :96] = pixels
+    mask = torch.zeros(1, 128, 128, dtype=torch.long)
+    mask[:, :64, :96] = 1
+    with torch.no_grad():
+        outputs = detector(padded, mask, label)
+        boxes = box_convert(outputs.pred_boxes[0], "cxcywh", "xyxy")
+        assert boxes.min() > -1e-6 and boxes.max() < 1 + 1e-6 and boxes.max() > 0.9
+        # The same boxes in pixels give the same targets, whatever the size of the canvas.
+        targets = detector._targets(label, [(64, 96)])
+    expected = box_convert(label[0]["boxes"] * torch.tensor([96, 64, 96, 64]), "cxcywh", "xyxy")
+    torch.testing.assert_close(targets[0]["pixels"], expected)
+
+
+@each_model
+def test_sizes_that_are_no_multiples_of_32_are_padded(model):
+    detector = small(model).eval()
+    pixels = torch.randn(1, 3, 70, 101)
+    padded, mask = torch.zeros(1, 3, 96, 128), torch.zeros(1, 96, 128, dtype=torch.long)
+    padded[..., :70, :101], mask[:, :70, :101] = pixels, 1
+    with torch.no_grad():
+        ours, expected = detector(pixels), detector(padded, mask)
+    assert torch.equal(ours.logits, expected.logits) and torch.equal(ours.pred_boxes, expected.pred_boxes)
+
+
+@each_model
+def test_images_without_boxes_train(model):
+    detector = small(model).train()
+    for counts in ((0, 3), (0, 0)):
+        loss = detector(**random_batch(counts), output_hidden_states=True).loss
+        loss.backward()
+        assert loss.isfinite()
+        missing = [name for name, parameter in detector.named_parameters() if parameter.grad is None]
+        assert missing == []
+
+
+@each_model
+def test_rows_are_the_features_of_their_boxes(model):
+    """What enters the class layer: put through it, the features give the logits of the detections."""
+    detector = small(model).eval()
+    batch = random_batch((5, 3))
+    with torch.no_grad():
+        rows = detector(**batch, output_hidden_states=True)
+        found = detector(batch["pixel_values"], output_hidden_states=True)
+    assert len(rows.object_features) == len(rows.object_index) == len(rows.object_slots)
+    assert set(rows.object_index.tolist()) <= set(range(-1, 8)) and (rows.object_index >= 0).any()
+    assert rows.object_slots.max() < detector.config.num_anchors
+    count = int((found.logits[0].amax(-1) > -40).sum())
+    features = found.object_features.view(2, 100, -1)[0, :count]
+    if isinstance(detector, FasterRcnnForObjectDetection):
+        scores = detector.detector.roi_heads.box_predictor.cls_score(features).softmax(-1)[:, 1:]
+        best, label = found.logits[0, :count].max(-1)
+        torch.testing.assert_close(scores[range(count), label], best.sigmoid())
+    else:
+        assert features.abs().sum(1).min() > 0
+
+
+@each_model
+def test_only_rows_means_no_losses_and_the_same_rows(model):
+    detector, batch = small(model).train(), random_batch((5, 3))
+    full = detector(**batch, output_hidden_states=True)
+    detector.rows_only = True
+    rows = detector(**batch, output_hidden_states=True)
+    assert rows.loss is None and rows.logits is None
+    assert torch.equal(rows.object_features, full.object_features) and torch.equal(
+        rows.object_index, full.object_index
+    )
+
+
+def test_samples_are_objects_first_and_no_more_than_asked():
+    matched, noise = torch.tensor([0, 1, 2, -1, -1, -1, -2]), torch.tensor([0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 1.0])
+    assert sample(matched, noise, 100).tolist() == [1, 2, 0, 4, 5, 3]
+    assert sample(matched, noise, 4, max_objects=2).tolist() == [1, 2, 4, 5]
+    assert sample(matched, noise, 2).tolist() == [1, 2]
+
+
+def test_noise_follows_from_the_boxes_and_not_from_the_batch_or_the_generator():
+    labels = random_batch((5, 3, 0))["labels"]
+    noise = sampling_noise(labels, 1000)
+    torch.manual_seed(123)
+    assert torch.equal(sampling_noise(labels[1:2], 500)[0], noise[1, :500])
+    assert 0 <= noise.min() and noise.max() < 1 and noise[:2].std() > 0.28
+    assert abs(torch.corrcoef(noise[:2])[0, 1]) < 0.1
+    # In fine-tuning, where the same boxes come again, the generator has a say, too.
+    plain = [{"boxes": label["boxes"]} for label in labels]
+    torch.manual_seed(1)
+    first, second = sampling_noise(plain, 1000), sampling_noise(plain, 1000)
+    torch.manual_seed(1)
+    assert torch.equal(sampling_noise(plain, 1000), first) and not torch.equal(first, second)
+
+
+@each_model
+def test_half_precision_keeps_anchors_exact(model):
+    detector, batch = small(model).train(), random_batch((5, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = detector(**batch).loss
+    full = detector(**batch).loss
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0)
+
+
+def test_masks_are_trained_when_labels_have_them():
+    detector = small(MaskRcnnForObjectDetection).train()
+    assert detector(**random_batch((5, 3))).loss_dict["loss_mask"] == 0
+    batch = rectangle(masks=True)
+    detector(**batch).loss.backward()
+    assert detector.detector.roi_heads.mask_head[0][0].weight.grad.abs().sum() > 0
+
+
+@each_model
+def test_a_checkpoint_gets_other_classes_as_torchvision_starts_them(model, tmp_path):
+    detector = small(model)
+    detector.save_pretrained(tmp_path)
+    again = AutoModelForObjectDetection.from_pretrained(tmp_path)
+    assert type(again) is model
+    assert all(
+        torch.equal(a, b) for a, b in zip(detector.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    labels = {index: str(index) for index in range(7)}
+    other = AutoModelForObjectDetection.from_pretrained(tmp_path, id2label=labels, ignore_mismatched_sizes=True)
+    for name, parameter in other.named_parameters():
+        if name.endswith("classification_head.cls_logits.weight"):
+            assert parameter.std().item() == pytest.approx(0.01, rel=0.1)
+        if name.endswith("classification_head.cls_logits.bias"):
+            assert parameter.sigmoid().mean().item() == pytest.approx(0.01, rel=1e-4)
+        if name.endswith(("box_predictor.cls_score.weight", "bbox_pred.weight")) and "roi_heads" in name:
+            assert 0 < parameter.abs().max() <= 1 / 8 + 1e-6  # uniform, by the root of 64 inputs
+        assert parameter.isfinite().all()
+
+
+@each_model
+def test_the_stock_trainer_trains(model, tmp_path):
+    detector = small(model)
+    samples = [
+        {"pixel_values": torch.randn(3, 64, 64), "labels": random_batch((3,), seed=seed)["labels"][0]}
+        for seed in range(4)
+    ]
+
+    def collate(rows):
+        return {"pixel_values": torch.stack([r["pixel_values"] for r in rows]), "labels": [r["labels"] for r in rows]}
+
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        remove_unused_columns=False,
+        use_cpu=True,
+    )
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    result = Trainer(detector, arguments, train_dataset=samples, data_collator=collate).train()
+    assert result.training_loss > 0
+    assert any(not torch.equal(before[name], tensor) for name, tensor in detector.state_dict().items())
+
+
+PLAIN_PROCESS = """
+import json, sys
+import numpy as np
+from PIL import Image
+from transformers import pipeline
+found = {}
+for folder in sys.argv[1:]:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8))
+    detector = pipeline("object-detection", folder, trust_remote_code=True, device="cpu")
+    found[folder] = detector(image, threshold=0.01)
+assert "aligndet_hf" not in sys.modules
+print(json.dumps(found))
+"""
+
+
+def test_a_folder_runs_in_a_pipeline_without_this_package(tmp_path):
+    folders = {}
+    processor = DeformableDetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    for model in MODELS:
+        folders[model] = tmp_path / model.__name__
+        small(model).save_pretrained(folders[model])
+        processor.save_pretrained(folders[model])
+        config = json.loads((folders[model] / "config.json").read_text())
+        assert config["auto_map"]["AutoModelForObjectDetection"] == f"modeling_torchvision.{model.__name__}"
+        source = (folders[model] / "modeling_torchvision.py").read_text()
+        assert source == open(modeling_torchvision.__file__).read()
+    environment = {"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PLAIN_PROCESS, *map(str, folders.values())]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert all(found[str(folder)] for folder in folders.values())
