@@ -150,7 +150,8 @@ def test_order_and_hidden_files(root):
     for name in ("b/2.png", "a/deep/3.png", ".hidden/4.png", "b/.5.png"):
         write_image(root / name)
     assert names(door.walk(root), root) == ["0.png", "1.png", "a/deep/3.png", "b/2.png"]
-    assert names(door.walk(root, lambda name: name == "2.png"), root) == ["b/2.png"]
+    (root / "b" / "2.txt").write_text("x")
+    assert list(door.visit(root, lambda name: name.endswith(".txt"))) == [(str(root / "b" / "2.txt"), None)]
 
 
 def test_links(root, canary):

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import DataError, ImageError
-from .images import image_size
+from .pixels import ImageFacts, check_box_format, check_declared_sizes, inspect_images
 
 __all__ = [
     "BoxReport",
@@ -35,8 +35,7 @@ __all__ = [
 
 # Why a box cannot be used; index 0 is a sound box.
 FAULTS = ("", "not finite", "no area", "outside the image")
-# Rows whose boxes are compared with the size of their image, evenly spaced over the data set. Reading all headers of a
-# set with embedded images would read the set from disk once.
+# Rows whose boxes are looked at together, evenly spaced over the data set.
 SIZE_CHECKED_ROWS = 4096
 _LISTED_ROWS = 10
 RECORD_MARK = "Proposals: "  # starts what is appended to `info.description`
@@ -276,10 +275,10 @@ class BoxReport:
         boxes (`int`): Boxes stored.
         empty_rows (`int`): Rows without a stored box.
         crowds (`int`): Boxes around crowds, which are neither trained nor measured.
-        size_checked_rows (`int`): Rows whose boxes were compared with the size of their image.
-        dropped (`dict[str, int]`): Boxes that will not be used, by reason. `outside the image` counts the
-            `size_checked_rows` only.
+        dropped (`dict[str, int]`): Boxes that will not be used, by reason.
         listed (`dict[str, list[int]]`): The first rows concerned, by reason.
+        notes (`list[str]`): What looks odd but may be right.
+        images ([`ImageFacts`]): What the headers of the images say.
     """
 
     source: str
@@ -288,9 +287,10 @@ class BoxReport:
     boxes: int = 0
     empty_rows: int = 0
     crowds: int = 0
-    size_checked_rows: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     listed: dict[str, list[int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    images: ImageFacts | None = field(default=None, repr=False, compare=False)
 
     def add(self, faults: np.ndarray, rows: np.ndarray) -> None:
         """Counts the `faults` [N] of boxes that lie in `rows` [N]."""
@@ -303,7 +303,7 @@ class BoxReport:
 
     def to_dict(self) -> dict:
         """The report as plain types."""
-        return asdict(self)
+        return {name: value for name, value in vars(self).items() if name != "images"}
 
     def __str__(self) -> str:
         text = f"{self.source}: {self.rows} rows, {self.boxes} boxes in '{self.column}'"
@@ -312,6 +312,8 @@ class BoxReport:
         for reason, count in self.dropped.items():
             more = " ..." if len(self.listed[reason]) == _LISTED_ROWS else ""
             text += f"\n  dropped: {count} boxes, {reason} (rows {', '.join(map(str, self.listed[reason]))}{more})"
+        for note in self.notes:
+            text += f"\n  note: {note}"
         return text
 
 
@@ -326,7 +328,6 @@ def arrow_batches(dataset: datasets.Dataset, columns: list[str], batch_size: int
 def _validate_boxes(dataset: datasets.Dataset, column: str, source: str) -> BoxReport:
     """What `validate_proposals` and `validate_objects` share: everything about the boxes."""
     report = BoxReport(source, column, len(dataset))
-    largest = 0.0
     for start, table in arrow_batches(dataset, [column]):
         try:
             boxes, counts = read_boxes(table[column])
@@ -338,60 +339,65 @@ def _validate_boxes(dataset: datasets.Dataset, column: str, source: str) -> BoxR
         report.add(faults, np.repeat(np.arange(start, start + len(counts)), counts))
         report.boxes += len(boxes)
         report.empty_rows += int((counts == 0).sum())
-        finite = boxes[faults == 0]
-        largest = max(largest, float(finite.max())) if len(finite) else largest
     if report.boxes == 0:
         raise DataError(f"{source}: column '{column}' holds no box in any of its {report.rows} rows.")
-    _check_against_images(dataset, column, source, report, normalized=largest <= 1)
-    if report.boxes == sum(report.dropped.values()):
+    _check_against_images(dataset, column, source, report)
+    num_dropped = sum(report.dropped.values())
+    if report.boxes == num_dropped:
         raise DataError(f"{source}: column '{column}' holds no usable box.\n{report}")
+    if num_dropped > 0.5 * report.boxes:
+        raise DataError(
+            f"{source}: {num_dropped} of {report.boxes} boxes in '{column}' cannot be used. Were they made for other "
+            f"images, or in other units? Correct or remove them.\n{report}"
+        )
     return report
 
 
-def _check_against_images(dataset, column: str, source: str, report: BoxReport, normalized: bool) -> None:
-    """Compares boxes with the size of their images, on evenly spaced rows: boxes outside, and other box formats."""
-    sample = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), SIZE_CHECKED_ROWS)).round().astype(np.int64))
-    report.size_checked_rows = len(sample)
-    all_boxes, all_sizes, all_rows = [], [], []
-    for start, table in arrow_batches(dataset.select(sample), ["image", column]):
+def _check_against_images(dataset, column: str, source: str, report: BoxReport) -> None:
+    """Opens all images; compares their sizes with those in the labels, and with the boxes."""
+    batches = _Batches(dataset, "image")
+    report.images = inspect_images(batches, len(dataset))
+    report.images.require_readable(source)
+    check_declared_sizes(report.images, _declared_sizes(dataset), source)
+    report.notes += report.images.notes()
+    # Of proposals there may be many millions: other formats are looked for in evenly spaced rows.
+    chosen = np.zeros(len(dataset), dtype=bool)
+    chosen[np.linspace(0, len(dataset) - 1, min(len(dataset), SIZE_CHECKED_ROWS)).round().astype(np.int64)] = True
+    sound, sound_rows = [], []
+    for start, table in arrow_batches(dataset, [column]):
         boxes, counts = read_boxes(table[column])
-        rows = sample[start : start + len(counts)]
-        sizes = []
-        for row, image in zip(rows, table["image"], strict=True):
-            try:
-                sizes.append(image_size(image.as_py()))
-            except ImageError as error:
-                raise ImageError(f"{source}, row {row}, column 'image': {error}") from error
-        all_boxes.append(boxes)
-        all_sizes.append(np.repeat(np.array(sizes), counts, axis=0))
-        all_rows.append(np.repeat(rows, counts))
-    boxes, sizes, rows = np.concatenate(all_boxes), np.concatenate(all_sizes), np.concatenate(all_rows)
-    height, width = sizes.T
-    faults = find_faults(boxes, width, height)
-    sound = (faults == 0) | (faults == 3)
-    if not sound.any():
-        return
-    x, y, a, b = boxes[sound].T
-    height, width, sound_rows = height[sound], width[sound], rows[sound]
+        rows = np.repeat(np.arange(start, start + len(counts)), counts)
+        faults = find_faults(boxes, *report.images.sizes[rows, ::-1].T)
+        kept = chosen[rows] & ((faults == 0) | (faults == 3))
+        sound.append(boxes[kept])
+        sound_rows.append(rows[kept])
+        faults[faults < 3] = 0  # counted before
+        report.add(faults, rows)
+    boxes, rows = np.concatenate(sound), np.concatenate(sound_rows)
+    if len(boxes):
+        report.notes += check_box_format(boxes, report.images.sizes[rows], rows, column, source)
 
-    # Read as xywh, far too large; read as xyxy, all fit. Slips of annotators stay within the tolerance.
-    overflow = (x + a > 1.02 * width + 1) | (y + b > 1.02 * height + 1)
-    fits_xyxy = (a > x) & (b > y) & (a <= width + 1) & (b <= height + 1)
-    if overflow.mean() >= 0.2 and fits_xyxy.mean() >= 0.95:
-        row = sound_rows[overflow][0]
-        raise DataError(
-            f"{source}, row {row}, column '{column}': the boxes look like corners [x1, y1, x2, y2], expected [x, y, "
-            f"width, height]: {overflow.mean():.0%} of the boxes reach out of their image, e.g. "
-            f"{boxes[sound][overflow][0].tolist()} in an image {width[overflow][0]} pixels wide and "
-            f"{height[overflow][0]} high. Subtract x1 from x2 and y1 from y2."
-        )
-    if normalized and min(width.max(), height.max()) > 2:
-        raise DataError(
-            f"{source}, row {sound_rows[0]}, column '{column}': the boxes look relative to the image (none is above "
-            f"1), expected [x, y, width, height] in pixels. Multiply them by the image's width and height."
-        )
-    faults[faults < 3] = 0
-    report.add(faults, rows)
+
+class _Batches:
+    """A column, a few rows at a time, as often as it is iterated over."""
+
+    def __init__(self, dataset: datasets.Dataset, column: str):
+        self.dataset, self.column = dataset, column
+
+    def __iter__(self):
+        for _, table in arrow_batches(self.dataset, [self.column], batch_size=100):
+            yield table[self.column]
+
+
+def _declared_sizes(dataset: datasets.Dataset) -> np.ndarray:
+    """Height and width of the images as the labels have them, float [N, 2]; NaN where they do not."""
+    sizes = np.full((len(dataset), 2), np.nan)
+    for index, name in enumerate(("height", "width")):
+        if name in dataset.column_names:
+            table = dataset.select_columns([name]).with_format("arrow")[:]
+            if _is_number(table[name].type):
+                sizes[:, index] = table[name].cast(pa.float64()).to_numpy()
+    return sizes
 
 
 def validate_proposals(

@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from .errors import DataError
 
@@ -61,6 +62,12 @@ def listed(names: Iterable) -> str:
     return ", ".join(map(printable, names[:_LISTED])) + (" ..." if len(names) > _LISTED else "")
 
 
+def first(lines: list[str], count: int = 50) -> str:
+    """The first lines of many, and how many more there are."""
+    more = [f"... and {len(lines) - count} more"] if len(lines) > count else []
+    return "\n  ".join(lines[:count] + more)
+
+
 # ---- formats ----
 
 
@@ -74,7 +81,7 @@ def image_formats() -> tuple[str, ...]:
     except ImportError:
         pass
     PIL.Image.init()
-    return tuple(sorted(set(PIL.Image.OPEN) - _NOT_OPENED))
+    return tuple(name for name in PIL.Image.ID if name not in _NOT_OPENED)  # in the order that Pillow tries them in
 
 
 @functools.cache
@@ -244,16 +251,12 @@ class Found:
     files: list[Path] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
-    def skip(self, reason: str, root: str | Path, path: str | Path) -> None:
-        """Counts a file that is left out."""
-        self.skipped.setdefault(reason, []).append(printable(os.path.relpath(path, root)))
-
     def __str__(self) -> str:
         lines = (f"left out: {len(names)} ({reason}): {listed(names)}" for reason, names in self.skipped.items())
         return "\n".join(lines)
 
 
-def walk(root: str | Path, is_wanted=is_image_name) -> Found:
+def walk(root: str | Path) -> Found:
     """
     Finds the images of a folder and its folders, without hidden ones (`.ipynb_checkpoints` and the like).
 
@@ -261,36 +264,61 @@ def walk(root: str | Path, is_wanted=is_image_name) -> Found:
 
     Args:
         root (`str` or `Path`): The folder.
-        is_wanted (`Callable`, *optional*): Which files to find, by their names; images by default.
 
     Returns:
         [`Found`]
     """
     found = Found()
-    for folder, folders, names in os.walk(
-        root, onerror=lambda error: found.skip(error.strerror, root, error.filename)
-    ):
+    for path, reason in visit(root):
+        if reason is None:
+            found.files.append(Path(path))
+        else:
+            found.skipped.setdefault(reason, []).append(printable(os.path.relpath(path, root)))
+    return found
+
+
+def visit(root: str | Path, is_wanted: Callable[[str], bool] = is_image_name) -> Iterator[tuple[str, str | None]]:
+    """
+    Goes through a folder as [`walk`] does, one file at a time.
+
+    Args:
+        root (`str` or `Path`): The folder.
+        is_wanted (`Callable`, *optional*): Which files are meant, by their names; images by default.
+
+    Yields:
+        `tuple`: a path, and why it is left out, or `None` for a file to read.
+    """
+    failed = []
+    for folder, folders, names in os.walk(root, onerror=failed.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (os.path.join(folder, name) for name in folders):
             if os.path.islink(path) and not is_inside(path, root):
-                found.skip("a link to a folder outside: give that folder itself", root, path)
+                yield path, "a link to a folder outside: give that folder itself"
         for name in sorted(name for name in names if not name.startswith(".")):
             path = os.path.join(folder, name)
-            reason = None
             if is_wanted(name):
                 reason = problem(path)
                 if reason is None and os.path.islink(path) and not is_inside(path, root):
                     reason = "a link to a file outside the folder"
-                if reason is None:
-                    found.files.append(Path(path))
-            elif is_wanted is is_image_name:
-                reason = _FIXES.get(os.path.splitext(name)[1].lower())
-            if reason is not None:
-                found.skip(reason, root, path)
-    return found
+                yield path, reason
+            elif is_wanted is is_image_name and (fix := _FIXES.get(os.path.splitext(name)[1].lower())):
+                yield path, fix
+    yield from ((error.filename, error.strerror) for error in failed)
 
 
 # ---- a data set that names files ----
+
+
+def hub_roots(source: str | Path) -> list[str | Path]:
+    """
+    Where the images of a data set may lie that `load_dataset` has loaded or streams: in its own folder or repository,
+    and in what `datasets` has downloaded and unpacked.
+    """
+    cache = [Path(datasets.config.DOWNLOADED_DATASETS_PATH), Path(datasets.config.EXTRACTED_DATASETS_PATH)]
+    if os.path.exists(os.path.expanduser(source)):
+        return [Path(source).expanduser(), *cache]
+    repository = Path(HF_HUB_CACHE, "datasets--" + str(source).replace("/", "--"))
+    return [repository, *cache, f"hf://datasets/{source}@", f"hf://datasets/{source}/"]
 
 
 def require_inside(dataset: datasets.Dataset, roots: list[str | Path], source: str) -> None:

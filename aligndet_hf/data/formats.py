@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 
+from . import door
 from .columns import arrow_batches, read_values, require_columns
 from .errors import DataError
 from .readers import find_reader, saved
@@ -46,9 +47,11 @@ def load_dataset_source(
     """
     path = Path(source).expanduser()
     reader = find_reader(path) if path.exists() else None
+    roots = None  # the readers of files have looked themselves
     if reader is saved:
         splits = saved.load(path)
         dataset = datasets.concatenate_datasets([splits[name] for name in _choose_splits(list(splits), split, path)])
+        roots = [path]
     elif reader is not None:
         names = reader.split_names(path)
         chosen = names if path.is_file() else _choose_splits(names, split, path)
@@ -58,8 +61,12 @@ def load_dataset_source(
         raise DataError(f"{path}: expected a folder or a COCO file ending in .json.")
     else:
         dataset = _load_hub(str(source), split)
+        roots = door.hub_roots(source)
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
-    return dataset.cast_column("image", datasets.Image(decode=False))
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    if roots is not None:
+        door.require_inside(dataset, roots, str(source))
+    return dataset
 
 
 def is_local_images(source: str | Path) -> bool:

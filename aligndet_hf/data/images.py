@@ -1,18 +1,21 @@
 """Decoding images to RGB uint8, and reading their size without decoding them."""
 
 import contextlib
+import io
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import pyarrow as pa
 
 from . import door
 from .errors import ImageError
 
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 exchange height and width
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what a whole file ends with
 
 
 def image_name(value) -> str:
@@ -23,7 +26,32 @@ def image_name(value) -> str:
         return door.printable(value)
     if isinstance(value, PIL.Image.Image):
         return getattr(value, "filename", "") or "<PIL image>"
+    if isinstance(value, pa.Buffer):
+        return "<bytes>"
     return f"<{type(value).__name__}>" if value is not None else "<no image>"
+
+
+class _Buffer(io.RawIOBase):
+    """A buffer as a file, of which only those pages are read from disk that somebody reads from the file."""
+
+    def __init__(self, buffer: pa.Buffer):
+        self.view, self.place = memoryview(buffer).cast("B"), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = max(0, offset + (0, self.place, len(self.view))[whence])
+        return self.place
+
+    def readinto(self, target) -> int:
+        part = self.view[self.place : self.place + len(target)]
+        target[: len(part)] = part
+        self.place += len(part)
+        return len(part)
 
 
 @contextlib.contextmanager
@@ -44,7 +72,9 @@ def _opened(value) -> Iterator[PIL.Image.Image]:
         if isinstance(value, str) and "://" in value:
             raise ValueError("it is an address, and nothing is fetched: a data set must hold its images")
         if isinstance(value, (bytes, bytearray)):
-            file = BytesIO(value)
+            file = io.BytesIO(value)
+        elif isinstance(value, pa.Buffer):
+            file = io.BufferedReader(_Buffer(value))
         elif isinstance(value, (str, Path)):
             file = door.open_file(value)
         else:
@@ -131,7 +161,69 @@ def image_size(value) -> tuple[int, int]:
 
 
 def _size(image: PIL.Image.Image) -> tuple[int, int]:
+    return (image.width, image.height) if _is_rotated(image) else (image.height, image.width)
+
+
+def _is_rotated(image: PIL.Image.Image) -> bool:
+    """Whether the EXIF rotation exchanges height and width."""
     # For a PNG without EXIF at its head, `getexif` would decode the pixels to look behind them.
     has_exif = image.format != "PNG" or "exif" in image.info
-    rotated = has_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    return (image.width, image.height) if rotated else (image.height, image.width)
+    return has_exif and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+
+
+class ImageHeader(NamedTuple):
+    """
+    What is known of an image before it is decoded.
+
+    Attributes:
+        height, width (`int`): In pixels, after the EXIF rotation.
+        is_rotated (`bool`): Whether that rotation exchanges height and width.
+        format, mode (`str`): As Pillow names them.
+        is_deep (`bool`): Whether it is grey with more than 8 bits (or floating-point).
+        has_wide_colors (`bool`): Whether it has more than 8 bits for each of several channels.
+        has_alpha (`bool`): Whether it has a fourth channel.
+        ends_well (`bool`): Whether the file ends as its format does; `False` where that says nothing.
+    """
+
+    height: int
+    width: int
+    is_rotated: bool
+    format: str
+    mode: str
+    is_deep: bool
+    has_wide_colors: bool
+    has_alpha: bool
+    ends_well: bool
+
+
+def read_header(value) -> ImageHeader:
+    """
+    Reads what a file says of its image, without decoding the pixels.
+
+    Args:
+        value: as in [`decode_image`], but no array.
+
+    Raises:
+        [`ImageError`]: if the header cannot be read.
+    """
+    with _opened(value) as image:
+        raw_mode = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
+        return ImageHeader(
+            *_size(image),
+            _is_rotated(image),
+            image.format or "",
+            image.mode,
+            is_deep=image.mode[0] in "IF",
+            has_wide_colors=";16" in raw_mode and image.mode[0] not in "IF",
+            has_alpha=image.mode in ("RGBA", "RGBa", "RGBX"),
+            ends_well=_ends_well(image),
+        )
+
+
+def _ends_well(image: PIL.Image.Image) -> bool:
+    end = _ENDS.get(image.format)
+    if end is None or getattr(image, "fp", None) is None:
+        return False
+    size = image.fp.seek(0, 2)
+    image.fp.seek(max(0, size - len(end)))
+    return image.fp.read(len(end)) == end

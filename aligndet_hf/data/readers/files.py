@@ -1,16 +1,13 @@
 """What all readers of label files need: listing a folder, reading text, JSON and XML, names of splits and of files."""
 
 import json
-import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
+from .. import door
 from ..errors import DataError
-
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-MAX_LABEL_BYTES = 4 * 2**30  # of one label file; those of COCO's largest sets have less than 1 GB
 
 # Usual names of splits, in folder and file names such as `val2017` or `instances_val2017.json`.
 _SPLITS = {
@@ -55,20 +52,21 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def list_files(folder: Path) -> Iterator[Path]:
-    """All files below a folder in a fixed order, without hidden ones (`.ipynb_checkpoints` and the like)."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+    """
+    The files below a folder in a fixed order, without hidden ones and those that are not opened: see
+    [`~aligndet_hf.data.door.visit`].
+    """
+    return (Path(path) for path, reason in door.visit(folder, lambda name: True) if reason is None)
 
 
 def is_image(path: Path) -> bool:
     """Whether the name of a file is one of an image."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    return door.is_image_name(path)
 
 
 def has_images(folder: Path) -> bool:
     """Whether there is an image in a folder, at any depth."""
-    return any(is_image(path) for path in list_files(folder))
+    return any(reason is None for _, reason in door.visit(folder))
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
@@ -77,11 +75,8 @@ def find_file(folder: Path, *names: str) -> Path | None:
 
 
 def is_file(path: Path) -> bool:
-    """`path.is_file()`; `False` as well for a name that the file system refuses, too long a one for instance."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+    """Whether there is a regular file that can be opened."""
+    return door.problem(path, limit=door.MAX_TEXT_BYTES) is None
 
 
 def inside(root: Path, name: str, where: str, base: Path | None = None) -> Path:
@@ -95,15 +90,12 @@ def inside(root: Path, name: str, where: str, base: Path | None = None) -> Path:
         base (`Path`, *optional*): A folder in `root`, which is the default.
 
     Raises:
-        [`DataError`]: if the name leads out of `root`.
+        [`DataError`]: if the name leads out of `root`, by itself or through links.
     """
-    base = base or root
-    name_of_path = name.replace("\\", "/")
-    relative = os.path.normpath(os.path.join(os.path.relpath(base, root), name_of_path))
-    absolute = os.path.isabs(name_of_path) or re.match(r"[A-Za-z]:", name_of_path) or "://" in name
-    if absolute or relative.split("/")[0] == ".." or "\0" in name:
-        raise DataError(f"{where}: the file name {name!r} leads out of {root}; expected a relative path inside it.")
-    return root / relative
+    try:
+        return door.inside(root, name, base)
+    except DataError as error:
+        raise DataError(f"{where}: {error}.") from None
 
 
 def read_text(path: Path) -> str:
@@ -113,16 +105,7 @@ def read_text(path: Path) -> str:
     Raises:
         [`DataError`]: if it is no regular file, too large or no text in UTF-8.
     """
-    try:
-        if not path.is_file():
-            raise DataError(f"{path}: expected a regular file.")
-        if path.stat().st_size > MAX_LABEL_BYTES:
-            raise DataError(f"{path}: {path.stat().st_size:,} bytes are too many for a label file.")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text in UTF-8 ({error}).") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    return door.read_text(path)
 
 
 def parse_json(text: str, where: str):

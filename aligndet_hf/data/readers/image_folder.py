@@ -11,12 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .. import door
 from ..errors import DataError
 from .files import (
     find_file,
     has_images,
     inside,
-    is_image,
     list_files,
     parse_json,
     read_json,
@@ -106,7 +106,10 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
 
 def _read_folder(folder: Path) -> list[LabelledImage]:
-    paths = [path for path in list_files(folder) if is_image(path)]
+    found = door.walk(folder)
+    if found.skipped:
+        logger.warning("%s: %s", folder, found)
+    paths = found.files
     images = _read_metadata(folder)
     if not images:
         return [LabelledImage(path=path, where=str(folder)) for path in paths]

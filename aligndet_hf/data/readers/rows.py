@@ -1,5 +1,6 @@
 """What every reader makes of its files: labelled images and the categories, and the data set that is built of them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import NamedTuple
 import datasets
 import pyarrow as pa
 
+from .. import door
 from ..columns import objects_feature
 from ..errors import DataError
-from .files import is_file
+from ..pixels import inspect_images
 
 
 class Categories(NamedTuple):
@@ -81,11 +83,8 @@ def build_dataset(labels: Labels, source: str) -> datasets.Dataset:
         [`DataError`]: for what does not fit; it names the place in the label file.
     """
     images, categories = labels
-    for image in images:
-        if not is_file(image.path):
-            raise DataError(f"{image.where}: there is no file {image.path}.")
     features = {"image": datasets.Image(decode=False)}
-    columns = {"image": _images(images)}
+    columns = {"image": _images(images, source)}
     _add_ids(images, features, columns)
     if any(image.objects is not None for image in images):
         _add_column("file_name", "string", images, features, columns)
@@ -112,22 +111,20 @@ def build_dataset(labels: Labels, source: str) -> datasets.Dataset:
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def _images(images: list[LabelledImage]) -> pa.Array:
-    structs = [{"bytes": None, "path": str(image.path.absolute())} for image in images]
-    try:
-        return pa.array(structs, datasets.Image.pa_type)
-    except UnicodeEncodeError:  # a name in another encoding; its bytes cannot be held as text
-        for image in images:
-            if not str(image.path).isprintable() and not _is_text(str(image.path)):
-                raise DataError(f"{str(image.path)!a}: the name of the file is not in UTF-8. Rename it.") from None
-        raise
-
-
-def _is_text(name: str) -> bool:
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:
-        return False
+def _images(images: list[LabelledImage], source: str) -> pa.Array:
+    """The column `image`; if a file is not there, an error that lists what is wrong with this and all other files."""
+    if not any(door.problem(image.path) for image in images):
+        return pa.array([door.image_value(image.path) for image in images], datasets.Image.pa_type)
+    structs = [{"bytes": None, "path": door.printable(image.path.absolute())} for image in images]
+    faults = inspect_images([pa.array(structs, datasets.Image.pa_type)], len(images)).faults
+    lines = []
+    for row, reason in faults.items():
+        is_there = os.path.lexists(images[row].path)
+        reason = reason if is_there else f"there is no file {door.printable(images[row].path)}."
+        lines.append(f"{images[row].where}: {reason}")
+    if len(lines) == 1:
+        raise DataError(lines[0])
+    raise DataError(f"{source}: {len(lines)} of {len(images)} images cannot be read:\n  {door.first(lines)}")
 
 
 def _add_ids(images: list[LabelledImage], features: dict, columns: dict) -> None:
