@@ -1,5 +1,6 @@
 """The door: what is opened, what is refused, and how it is told."""
 
+import json
 import os
 import socket
 
@@ -11,7 +12,9 @@ import pytest
 
 from aligndet_hf.data import door
 from aligndet_hf.data.errors import DataError, ImageError
+from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image, image_size
+from aligndet_hf.data.streaming import load_stream
 
 
 def write_image(path, value=0):
@@ -230,7 +233,9 @@ def test_names_that_stay_inside(root):
 
 
 def image_rows(values):
-    return datasets.Dataset(pa.table({"image": pa.array(values, datasets.Image.pa_type)}))
+    return pa.chunked_array(
+        [pa.array(values[:4], datasets.Image.pa_type), pa.array(values[4:], datasets.Image.pa_type)]
+    )
 
 
 def test_rows_that_name_files_elsewhere_are_refused(root, canary, monkeypatch):
@@ -246,7 +251,7 @@ def test_rows_that_name_files_elsewhere_are_refused(root, canary, monkeypatch):
         dataset = image_rows([*own, {"bytes": None, "path": path}])
         with pytest.raises(DataError, match="set: 1 images .*row 6: "):
             door.require_inside(dataset, roots, "set")
-        door.require_inside(dataset.select(range(6)), roots, "set")
+        door.require_inside(dataset.slice(0, 6), roots, "set")
     with pytest.raises(DataError, match=r"2 images"):
         door.require_inside(image_rows([own[1], own[1]]), ["/nowhere"], "set")
 
@@ -255,3 +260,61 @@ def test_slices_of_a_table_are_read_in_their_place(root, canary):
     images = pa.array([{"bytes": None, "path": str(canary)}, {"bytes": np.zeros(3).tobytes(), "path": None}] * 2)
     assert [row for row, _ in door.strange_paths(images, [root])] == [0, 2]
     assert [row for row, _ in door.strange_paths(images.slice(1), [root])] == [1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "saved"])
+def test_a_downloaded_data_set_cannot_name_files_of_this_machine(root, canary, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def read(folder):
+        return list(load_stream(folder, "train")[0]) if kind == "stream" else load_dataset_source(folder)
+
+    values = [{"bytes": (root / "0.png").read_bytes(), "path": "0.png"}, {"bytes": None, "path": str(canary)}]
+    for number, rows in enumerate((values[:1], values)):
+        folder = tmp_path / f"downloaded{number}"
+        table = pa.table({"image": pa.array(rows, datasets.Image.pa_type)})
+        dataset = datasets.Dataset(
+            table, info=datasets.DatasetInfo(features=datasets.Features(image=datasets.Image()))
+        )
+        folder.mkdir()
+        if kind == "saved":
+            # As `save_to_disk`, which would embed the file.
+            with pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+            dataset.info.write_to_directory(str(folder))
+            state = {"_data_files": [{"filename": "data.arrow"}], "_fingerprint": "x", "_split": "train"}
+            state |= {
+                "_format_columns": None,
+                "_format_kwargs": {},
+                "_format_type": None,
+                "_output_all_columns": False,
+            }
+            (folder / "state.json").write_text(json.dumps(state))
+        else:
+            dataset.cast_column("image", datasets.Image(decode=False)).to_parquet(folder / "train.parquet")
+        if number == 0:
+            assert len(read(folder)) == 1
+        else:
+            with pytest.raises(DataError, match=r"1 images are not in the data set.*row 1: '.*passport\.png'"):
+                read(folder)
+
+
+def test_an_image_folder_tells_what_it_leaves_out(root, canary, caplog):
+    os.symlink(canary, root / "x.png")
+    (root / "y.heic").write_bytes(b"x")
+    assert len(load_dataset_source(root)) == 2
+    if ".heic" not in door.image_suffixes():
+        assert "left out: 1 (HEIC needs a plug-in of Pillow: pip install pillow-heif): y.heic" in caplog.text
+    assert "left out: 1 (a link to a file outside the folder): x.png" in caplog.text
+
+
+def test_missing_and_damaged_files_of_a_label_file_are_listed_together(root):
+    (root / "cut.png").write_bytes(write_image(root / "0.png").read_bytes()[:45])
+    names = ["0.png", "gone.png", "cut.png", "1.png", "away.png"]
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    (root / "labels.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    with pytest.raises(DataError) as error:
+        load_dataset_source(root / "labels.json")
+    lines = str(error.value).splitlines()
+    assert "3 of 5 images cannot be read" in lines[0] and "there is no file" in lines[1] and "there is no" in lines[3]
+    assert "image 2: " in lines[2] and "cut.png" in lines[2]

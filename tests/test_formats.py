@@ -8,6 +8,7 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.table import embed_table_storage
 
 from aligndet_hf.data.columns import DataError, category_ids, validate_objects
 from aligndet_hf.data.formats import category_names, load_dataset_source, split_names
@@ -416,6 +417,11 @@ def test_folder_of_parquet_files(tmp_path, labelled_folder, monkeypatch):
     dataset = load_dataset_source(labelled_folder, "train", labels=True)
     (tmp_path / "copy" / "data").mkdir(parents=True)
     dataset.to_parquet(tmp_path / "copy" / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match="3 images are not in the data set but name files outside"):
+        load_dataset_source(tmp_path / "copy", labels=True)
+    dataset.cast_column("image", datasets.Image()).with_format("arrow").map(
+        embed_table_storage, batched=True, batch_size=2
+    ).to_parquet(tmp_path / "copy" / "data" / "train-00000-of-00001.parquet")
     copy = load_dataset_source(tmp_path / "copy", labels=True)
     assert [row["objects"] for row in copy] == [row["objects"] for row in dataset]
     assert split_names(tmp_path / "copy") == ["train"]

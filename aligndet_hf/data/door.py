@@ -321,13 +321,13 @@ def hub_roots(source: str | Path) -> list[str | Path]:
     return [repository, *cache, f"hf://datasets/{source}@", f"hf://datasets/{source}/"]
 
 
-def require_inside(dataset: datasets.Dataset, roots: list[str | Path], source: str) -> None:
+def require_inside(images: pa.ChunkedArray, roots: list[str | Path], source: str) -> None:
     """
     Refuses a data set whose images are files elsewhere: what somebody else made may name any file of this machine,
     or an address.
 
     Args:
-        dataset (`datasets.Dataset`): With the column `image`, not decoded.
+        images (`pa.ChunkedArray`): The column `image`, not decoded.
         roots (`list`): The folders that its files may lie in, or beginnings of addresses (`hf://datasets/...`).
         source (`str`): How to call it in messages.
 
@@ -335,7 +335,7 @@ def require_inside(dataset: datasets.Dataset, roots: list[str | Path], source: s
         [`DataError`]: lists the rows.
     """
     strangers, start = [], 0
-    for chunk in dataset.data.column("image").chunks:  # also of rows that are not selected
+    for chunk in images.chunks:
         strangers += [(start + row, path) for row, path in strange_paths(chunk, roots)]
         start += len(chunk)
     if strangers:

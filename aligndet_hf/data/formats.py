@@ -65,7 +65,7 @@ def load_dataset_source(
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     if roots is not None:
-        door.require_inside(dataset, roots, str(source))
+        door.require_inside(dataset.data.column("image"), roots, str(source))  # those that are not selected as well
     return dataset
 
 

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 
 from .columns import require_columns
+from .door import hub_roots, require_inside
 from .errors import DataError
 from .formats import is_local_images, load_dataset_source
 
@@ -46,7 +48,17 @@ def load_stream(source: str | Path, split: str) -> tuple[datasets.IterableDatase
         raise DataError(f"{source}: its columns are not known before it is read; convert it to parquet.")
     require_columns(stream, ["image"], str(source))
     digest = hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
-    return stream.cast_column("image", datasets.Image(decode=False)), digest
+    stream = stream.cast_column("image", datasets.Image(decode=False))
+    if not is_local_images(source):
+        own = partial(_own_images, roots=hub_roots(source), source=str(source))
+        stream = stream.with_format("arrow").map(own, batched=True, batch_size=_ROWS_AT_ONCE, features=stream.features)
+    return stream, digest
+
+
+def _own_images(table: pa.Table, roots: list, source: str) -> pa.Table:
+    """Rows of a stream as they are, if their images are in the data set: see [`~aligndet_hf.data.door`]."""
+    require_inside(table["image"], roots, source)
+    return table
 
 
 def stream_splits(source: str | Path) -> list[str]:
