@@ -9,9 +9,9 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import IntervalStrategy
 
-from aligndet_hf import cli
 from aligndet_hf.cards import BEGIN, END, citations, command_line, merge_card, told, told_settings, write_card
 from aligndet_hf.detectors.families import FAMILIES
+from aligndet_hf.parser import parse_arguments
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
 from aligndet_hf.training.pretrain_arguments import PretrainArguments
 
@@ -125,7 +125,7 @@ def test_the_command_line_gives_the_arguments_again(cls, command, tmp_path):
     given = {"image_sizes": [64, 96], "crop_scale": [0.5, 1.0], "learning_rate": 3e-4, "use_cpu": True}
     arguments = cls(dataset="a/b", detector="c/d", output_dir=str(tmp_path), **given)
     words = shlex.split(command_line(command, arguments))
-    again = cli.parse_arguments(cls, [*words[2:], "--output_dir", str(tmp_path)])
+    again = parse_arguments(cls, [*words[2:], "--output_dir", str(tmp_path)])
     assert {name: getattr(again, name) for name in given} == given
     assert command_line(command, again) == command_line(command, arguments)
 

@@ -176,7 +176,7 @@ def test_an_interrupted_chain_goes_on_where_it_was(argv, proposal_folder, detect
     log, console = tmp_path / "out" / "pretrain" / "log.jsonl", tmp_path / "console"
     with open(console, "w") as output:
         chain = subprocess.Popen(
-            [sys.executable, "-m", "aligndet_hf.cli", *(word for word in argv if word != "--in_this_process")],
+            [sys.executable, "-m", "aligndet_hf", *(word for word in argv if word != "--in_this_process")],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=output,
             stderr=output,

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from aligndet_hf import cli
 from aligndet_hf.data.errors import DataError
+from aligndet_hf.parser import parse_arguments
 
 
 @dataclass
@@ -47,7 +48,7 @@ def recipe(tmp_path):
 
 
 def parse(*argv):
-    return cli.parse_arguments(DemoArguments, list(argv))
+    return parse_arguments(DemoArguments, list(argv))
 
 
 def test_flags():
@@ -128,7 +129,7 @@ def test_a_missing_recipe_is_an_error_that_names_it():
 
 def help_of(cls, capsys, *argv):
     with pytest.raises(SystemExit) as ended:
-        cli.parse_arguments(cls, [*argv, "--help"])
+        parse_arguments(cls, [*argv, "--help"])
     assert ended.value.code == 0
     return capsys.readouterr().out
 
@@ -156,7 +157,7 @@ def test_inherited_flags_are_folded(capsys):
 
 def test_inherited_flags_are_accepted(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--adam_beta1", "0.8", "--head_rate", "2", "--debug", "underflow_overflow"]
-    arguments = cli.parse_arguments(TrainerArguments, flags)
+    arguments = parse_arguments(TrainerArguments, flags)
     assert (arguments.adam_beta1, arguments.head_rate) == (0.8, 2.0)
 
 

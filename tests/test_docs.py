@@ -13,9 +13,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 import aligndet_hf
-from aligndet_hf.cli import COMMANDS, parse_arguments
+from aligndet_hf.cli import COMMANDS
 from aligndet_hf.commands.chain import plan_chain
 from aligndet_hf.commands.compare import CompareArguments, plan_jobs
+from aligndet_hf.parser import parse_arguments
 from aligndet_hf.reporting.comparison import summary
 
 ROOT = Path(__file__).parents[1]

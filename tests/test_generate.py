@@ -337,7 +337,7 @@ def test_killed_twice_and_started_again(tmp_path, counted):
     run = arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100)
     names = ["dataset", "output_dir", "source", "mode", "short_side", "shard_size"]
     flags = [f"--{name}={getattr(run, name)}" for name in names]
-    command = [sys.executable, "-m", "aligndet_hf.cli", "proposals", *flags]
+    command = [sys.executable, "-m", "aligndet_hf", "proposals", *flags]
     work, finished = tmp_path / "out.partial", {}
     for kill, workers in ((1, 2), (2, 0)):
         process = subprocess.Popen(

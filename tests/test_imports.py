@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+import aligndet_hf
+from aligndet_hf.cli import COMMANDS
+
 PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
 
 # Low to high. A room may import the rooms below it and its own modules.
 HOUSE = [
-    {"boxes", "convnets", "files"},
-    {"cards", "runs"},
+    {"boxes", "convnets", "files", "flags"},
+    {"cards", "parser", "runs"},
     {"hub", "losses", "matching", "momentum", "processes"},
     {"proposals"},
     {"data"},
@@ -24,6 +27,7 @@ HOUSE = [
     {"cli"},
     {"pipelines"},
     {"commands"},
+    {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
 STRANGERS = [("data", "detectors"), ("data", "models"), ("detectors", "data"), ("models", "data")]
@@ -92,16 +96,25 @@ HEAVY = {"datasets", "cv2", "numba", "pycocotools", "matplotlib", "timm"}
 
 
 def test_import_leaves_heavy_packages_alone():
-    loaded = loaded_by("import aligndet_hf")
-    assert "aligndet_hf" in loaded and not HEAVY & loaded
+    loaded = loaded_by("import aligndet_hf, aligndet_hf.cli")
+    assert "aligndet_hf" in loaded and not (HEAVY | {"transformers", "torch", "numpy"}) & loaded
 
 
 def test_the_overview_of_the_commands_loads_none_of_them():
     loaded = loaded_by("from aligndet_hf.cli import main; main(['--help'])")
-    assert "transformers" in loaded and not HEAVY & loaded
+    assert "aligndet_hf" in loaded and not (HEAVY | {"transformers", "torch", "numpy"}) & loaded
 
 
 def test_scikit_learn_is_left_alone():
     # Older versions of transformers load it themselves.
     loaded = loaded_by("import aligndet_hf.proposals.clusters")
     assert "aligndet_hf" in loaded and "sklearn" not in loaded - loaded_by("from transformers import AutoModel")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_a_function_of_the_python_face(command):
+    row = COMMANDS[command]
+    face = aligndet_hf._FACE.get(row.module.removeprefix("aligndet_hf."), [])
+    stub = (PACKAGE / "__init__.pyi").read_text()
+    for name in (row.arguments, row.function):
+        assert name in face and f"{name} as {name}" in stub, f"add {name} to __init__.py and __init__.pyi"

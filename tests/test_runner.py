@@ -165,8 +165,8 @@ def test_training_is_started_with_the_launcher():
         stage = Stage(command, command, {"output_dir": "out/s"})
         words[command] = runner._command(stage, "accelerate launch --num_processes 2")
     rest = ["--config", "out/s.yaml"]
-    assert words["finetune"] == "accelerate launch --num_processes 2 -m aligndet_hf.cli finetune".split() + rest
-    assert words["clusters"] == [sys.executable, "-m", "aligndet_hf.cli", "clusters", *rest]
+    assert words["finetune"] == "accelerate launch --num_processes 2 -m aligndet_hf finetune".split() + rest
+    assert words["clusters"] == [sys.executable, "-m", "aligndet_hf", "clusters", *rest]
 
 
 def test_a_broken_record_counts_as_none(make):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from aligndet_hf import cli
 from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
+from aligndet_hf.parser import ArgumentParser, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -45,7 +46,7 @@ def one_process(recipe, tmp_path_factory):
     """A run of one process with micro-batches of 2, two a step."""
     output = tmp_path_factory.mktemp("one_process")
     argv = ["--config", str(recipe), "--gradient_accumulation_steps", "2", "--output_dir", str(output)]
-    pretrain(cli.parse_arguments(PretrainArguments, argv))
+    pretrain(parse_arguments(PretrainArguments, argv))
     return output
 
 
@@ -147,7 +148,7 @@ def test_every_recipe_is_valid_for_a_command(path):
     for row in cli.COMMANDS.values():
         arguments = getattr(importlib.import_module(row.module), row.arguments)
         try:
-            cli.ArgumentParser(arguments).set_defaults_from(str(path))
+            ArgumentParser(arguments).set_defaults_from(str(path))
             return
         except ValueError as error:
             problems.append(str(error))

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ..cli import nearest
+from ..flags import nearest
 from ..pipelines.runner import is_finished, only_one, run_stages
 from ..pipelines.stages import Stage, merged, resolve_stages
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from ..cli import nearest
 from ..data.formats import load_dataset_source
 from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.splits import nested_subsets
 from ..files import write_json
+from ..flags import nearest
 from ..pipelines.runner import is_finished, only_one, record_of, run_stages
 from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
 from ..reporting.comparison import environment, write_report

@@ -183,7 +183,7 @@ class _Signals:
 def _command(stage: Stage, launcher: str) -> list[str]:
     prefix = shlex.split(launcher) if stage.command in LAUNCHED else []
     prefix = prefix or [sys.executable]
-    return [*prefix, "-m", "aligndet_hf.cli", stage.command, "--config", str(stage.beside(".yaml"))]
+    return [*prefix, "-m", "aligndet_hf", stage.command, "--config", str(stage.beside(".yaml"))]
 
 
 def _devices() -> list[str]:

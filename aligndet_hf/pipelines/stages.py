@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
-from ..cli import COMMANDS, nearest, parse_arguments
+from ..cli import COMMANDS
+from ..flags import nearest
+from ..parser import parse_arguments
 
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 # Not commands that run others, nor the one that writes into the folder of another.

@@ -36,7 +36,7 @@ def require_one_gpu_per_process(arguments: TrainingArguments) -> None:
     if arguments.n_gpu > 1:
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible, but this is a single process. Use them all with\n"
-            f"  accelerate launch --num_processes {arguments.n_gpu} -m aligndet_hf.cli finetune ...\n"
+            f"  accelerate launch --num_processes {arguments.n_gpu} -m aligndet_hf finetune ...\n"
             "and the same flags, or one of them with CUDA_VISIBLE_DEVICES=0 before the command."
         )
 

@@ -47,7 +47,7 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
     if devices > 1 and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
         raise ValueError(
             f"{devices} GPUs are visible, but one process was started. To use all: accelerate launch --num_processes "
-            f"{devices} -m aligndet_hf.cli pretrain ...; to use one: CUDA_VISIBLE_DEVICES=0 aligndet pretrain ..."
+            f"{devices} -m aligndet_hf pretrain ...; to use one: CUDA_VISIBLE_DEVICES=0 aligndet pretrain ..."
         )
     accelerator = Accelerator(
         cpu=arguments.use_cpu,

@@ -1,0 +1,176 @@
+"""Flags and YAML recipes made of a dataclass: one field is a flag, a key of the recipe and an argument in Python."""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import typing
+
+import yaml
+from transformers import HfArgumentParser
+
+from .flags import nearest
+
+
+def parse_arguments(cls: type, argv: list[str], prog: str = "aligndet", description: str | None = None):
+    """
+    Build the dataclass `cls` from flags and an optional `--config` YAML file.
+
+    The recipe's values become the defaults of the flags, so a flag on the command line wins. Values of the recipe go
+    through the same conversion as flags (`1e-4`, which YAML reads as text, is a float where a float is due). Fields of
+    type `dict` take JSON on the command line and a mapping in YAML.
+
+    Args:
+        cls (`type`): A dataclass; the metadata of a field holds its `help`.
+        argv (`list[str]`): The flags.
+        prog (`str`): What `--help` calls the command.
+        description (`str`, *optional*): The first line of `--help`.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ValueError: an unknown flag or key (the nearest valid one is named), a value of the wrong type, or a required
+            one that is missing.
+    """
+    parser = ArgumentParser(cls, show_all="--help-all" in argv, prog=prog, description=description)
+    argv = ["--help" if arg == "--help-all" else arg for arg in argv]
+    config, argv = _split_config(argv)
+    if config is not None:
+        parser.set_defaults_from(config)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise ValueError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
+    return cls(**vars(namespace))
+
+
+class ArgumentParser(HfArgumentParser):
+    """
+    `HfArgumentParser` that raises instead of exiting, reads `dict` fields as JSON, and prints a help one can read.
+
+    A dataclass names the sections of its help in the class attribute `help_groups`, a dictionary from the first field
+    of a section to its title. Fields inherited from another package (`transformers.TrainingArguments`) are accepted as
+    well, but listed only with `--help-all`.
+    """
+
+    usage_line = "%(prog)s [--config recipe.yaml] [--flag value ...]"
+
+    def __init__(self, cls: type, show_all: bool = False, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, usage=self.usage_line, **kwargs)
+        self.fields = {field.name for field in dataclasses.fields(cls) if field.init}
+        self.titles = _help_titles(cls)
+        titles = sorted(dict.fromkeys(self.titles.values()), key="Hub".__eq__)  # which comes last
+        self.sections = {title: self.add_argument_group(title) for title in titles}
+        self.inherited = self.add_argument_group("Inherited")
+        self.show_all = show_all
+        common = self.add_argument_group("Common")
+        common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML recipe of these flags")
+        common.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="for a bug report")
+        self._add_dataclass_arguments(cls)
+        if self.inherited._group_actions and not show_all:
+            self.epilog = "The flags of transformers.TrainingArguments are accepted as well; --help-all lists them."
+
+    def _parse_dataclass_field(self, parser, field: dataclasses.Field):
+        section = self.sections[self.titles[field.name]] if field.name in self.titles else self.inherited
+        known = len(self._actions)
+        is_dict = dict in {typing.get_origin(hint) or hint for hint in (field.type, *typing.get_args(field.type))}
+        HfArgumentParser._parse_dataclass_field(section, field)
+        for action in self._actions[known:]:
+            if is_dict and section is not self.inherited:
+                action.type, action.metavar = _json_mapping, "JSON"
+            is_complement = action.option_strings[0] == f"--no_{field.name}"
+            if is_complement or (section is self.inherited and not self.show_all):
+                action.help = argparse.SUPPRESS
+
+    def set_defaults_from(self, config: str):
+        """Make the values of a YAML file the defaults, as if they had been given as flags."""
+        with open(config, encoding="utf-8") as file:
+            try:
+                values = yaml.safe_load(file) or {}
+            except yaml.YAMLError as error:
+                raise ValueError(f"{config} is not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{config} must be a mapping of `flag: value` lines, not a {type(values).__name__}")
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False  # While only the recipe is parsed.
+        for key, value in values.items():
+            if key not in self.fields:
+                raise ValueError(f"{config}: unknown key {key!r}{nearest(str(key), self.fields)}")
+            if value is not None and value != []:
+                try:
+                    value = getattr(self.parse_args(_as_flags(key, value)), key)
+                except ValueError as error:
+                    raise ValueError(f"{config}: {error}") from error
+            self.set_defaults(**{key: value})
+        for action in required:
+            action.required = action.dest not in values
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """One spelling of each flag, the type of its value, and its default where it has one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{action.option_strings[0]} {value}"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        names = {"string_to_bool": "true|false", "str": "TEXT"}
+        name = getattr(action.type, "__name__", "value")
+        return names.get(name, name.upper())
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} (required)"
+        if action.default is argparse.SUPPRESS or action.default in (None, [], {}, "") or action.nargs == 0:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def _help_titles(cls: type) -> dict[str, str]:
+    """The section title of every field that one of our classes declares, in the order in which help lists them."""
+    titles = {}
+    for base in reversed(cls.__mro__):
+        if not base.__module__.startswith("transformers"):
+            title = base.__name__.removesuffix("Arguments")
+            for name in vars(base).get("__annotations__", ()):
+                title = vars(base).get("help_groups", {}).get(name, title)
+                titles[name] = title
+    return titles
+
+
+def _as_flags(key: str, value) -> list[str]:
+    if isinstance(value, dict):
+        return [f"--{key}={json.dumps(value)}"]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
+
+
+def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    return found.config, rest
+
+
+def _json_mapping(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON mapping is due, such as '{{\"num_queries\": 100}}', not: {text}")
+    return value
