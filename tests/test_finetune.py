@@ -42,6 +42,8 @@ from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.evaluation.detections import EvaluationImages
 from aligndet_hf.training.detection_trainer import DetectionTrainer
+from aligndet_hf.training.parameter_groups import layer_depths, parameter_groups
+from aligndet_hf.training.weight_average import WEIGHTS
 
 SIZES = [64, 96]
 
@@ -124,6 +126,109 @@ def interrupt(monkeypatch):
 
 
 # ---- runs ----
+
+
+# What keeps a state of its own beside the weights.
+OF_TODAY = {
+    "ema_decay": 0.9,
+    "augmentations": ["mosaic", "copy_paste", "photometric"],
+    "layer_decay": 0.8,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "early_stopping_patience": 2,
+    "metric_for_best_model": "AR1",
+}
+
+
+def test_average_augmentations_and_early_stopping_resume_exactly(folder, tmp_path, interrupt):
+    changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8, **OF_TODAY}
+    whole = finetune(arguments_for(folder, tmp_path / "whole", **changes))
+    steps = json.loads((tmp_path / "whole" / "results.json").read_text())["steps"]
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(arguments_for(folder, tmp_path / "parts", **changes))
+    interrupt(None)
+    assert finetune(arguments_for(folder, tmp_path / "parts", **changes)).metrics == whole.metrics
+    results = json.loads((tmp_path / "parts" / "results.json").read_text())
+    assert results["steps"] == steps and results["weights"]["kept"] in ("average", "last")
+    assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+    average = [load_file(tmp_path / run / f"checkpoint-{steps}" / WEIGHTS) for run in ("whole", "parts")]
+    assert same(*average) and not same(average[0], weights_of(tmp_path / "whole" / f"checkpoint-{steps}"))
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(folder, tmp_path):
+    changes = {"max_steps": 8, "learning_rate": 1e-12, "eval_strategy": "steps", "eval_steps": 1}
+    finetune(arguments_for(folder, tmp_path, **changes, early_stopping_patience=2, save_strategy="no"))
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == 3
+    with pytest.raises(ValueError, match="early_stopping_patience needs measurements"):
+        arguments_for(folder, tmp_path, early_stopping_patience=2, eval_strategy="no")
+
+
+def test_the_average_is_the_formula(tmp_path):
+    trainer = make_trainer("detr", tmp_path, max_steps=3, ema_decay=0.3, learning_rate=1e-2)
+    name = next(name for name, tensor in trainer.model.named_parameters() if tensor.requires_grad and tensor.ndim > 1)
+    expected, seen = trainer.model.get_parameter(name).detach().clone(), []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model.get_parameter(name).detach().clone())
+
+    trainer.add_callback(Record())
+    trainer.train()
+    for weights, momentum in zip(seen, [2 / 11, 3 / 12, 0.3], strict=True):  # (1 + t) / (10 + t), at most 0.3
+        expected = momentum * expected + (1 - momentum) * weights
+    torch.testing.assert_close(trainer.average.detector.get_parameter(name), expected)
+    assert not torch.equal(expected, seen[-1])
+    frozen = make_trainer("detr", tmp_path, freeze=True, ema_decay=0.3)
+    for own, averaged in zip(
+        frozen.backbone.parameters(), get_backbone(frozen.average.detector).parameters(), strict=True
+    ):
+        assert own is averaged
+    for decay in (0.0, 1.0, 2):
+        with pytest.raises(ValueError, match="ema_decay must lie between 0 and 1"):
+            make_trainer("detr", tmp_path, ema_decay=decay)
+
+
+def test_the_better_weights_are_kept(tmp_path):
+    for kept, better in (("average", 0.2), ("last", 0.6)):
+        trainer = make_trainer("detr", tmp_path, max_steps=2, ema_decay=0.9, learning_rate=1e-2)
+        trainer.train()
+        average = trainer.average.detector
+        measured = {id(trainer.model): better, id(average): 0.4}
+
+        def evaluate(self=trainer, measured=measured):
+            of = self.model if self.average is None else self.average.detector
+            self.results = {"AP": measured[id(of)]}
+            return {"eval_AP": measured[id(of)]}
+
+        trainer.evaluate = evaluate
+        last = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        assert trainer.choose_weights() == {"kept": kept, "AP_last": better, "AP_average": 0.4}
+        assert trainer.results == {"AP": max(better, 0.4)}
+        assert same(trainer.model.state_dict(), average.state_dict() if kept == "average" else last)
+
+
+def test_rates_of_parts():
+    detector = tiny_detector("detr")
+    backbone = get_backbone(detector)
+    kept = [name for name, _ in detector.named_parameters() if ".encoder." in name]
+    options = {"learning_rate": 1.0, "weight_decay": 0.1, "backbone_learning_rate": 0.1}
+    groups = parameter_groups(detector, backbone, **options, transferred=kept, transferred_learning_rate=0.5)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    in_backbone = {id(parameter) for parameter in backbone.parameters()}
+    assert len(rates) == sum(parameter.requires_grad for parameter in detector.parameters())
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            expected = 0.1 if id(parameter) in in_backbone else 0.5 if name in kept else 1.0
+            assert rates[id(parameter)] == expected, name
+    depths = layer_depths([name for name, _ in detector.named_parameters()])
+    groups = parameter_groups(detector, backbone, learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in detector.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == 0.5 ** (max(depths.values()) - depths[name])
+    first = {part: min(depths[name] for name in depths if f".{part}." in name) for part in ("encoder", "decoder")}
+    assert 1 == min(depths.values()) < first["encoder"] < first["decoder"]
 
 
 def test_an_interrupted_run_ends_bit_identical_in_a_fresh_process(folder, tmp_path, interrupt):

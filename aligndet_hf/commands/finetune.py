@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from ..cards import command_line, told, versions
@@ -142,17 +142,26 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     trainer = DetectionTrainer(
         detector,
         arguments,
-        train_dataset=LabelledImages(dataset, view, seed=arguments.seed),
+        train_dataset=LabelledImages(
+            dataset,
+            view,
+            seed=arguments.seed,
+            augmentations=arguments.augmentations,
+            augmentation_probability=arguments.augmentation_probability,
+        ),
         eval_dataset=EvaluationImages(truth, categories, image_processor) if truth else None,
         processing_class=image_processor,
+        transferred=report.kept if isinstance(report, TransferReport) else (),
     )
+    if arguments.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
     processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
     if report is not None:
         processes.print(report)
         if processes.is_main_process:
             write_json(output_dir / report.file_name, report.to_dict())
     trainer.fit(checkpoint)
-    metrics = {}
+    choice, metrics = trainer.choose_weights(), {}
     if truth is not None:
         if trainer.measured_at != trainer.state.global_step or arguments.load_best_model_at_end:
             trainer.evaluate()
@@ -175,6 +184,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
             "steps": trainer.state.global_step,
             "images": len(dataset),
             "evaluation": evaluation if metrics else {},
+            **({"weights": choice} if choice else {}),
             "card_license": arguments.card_license,
             "command": command_line("finetune", arguments),
             "versions": versions(),

@@ -1,5 +1,7 @@
 """PyTorch data sets over a `datasets.Dataset` of undecoded images: views with proposals, and labelled images."""
 
+from collections.abc import Callable, Sequence
+
 import cv2
 import datasets
 import numpy as np
@@ -7,6 +9,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
+from .augmentations import AUGMENTATIONS, Augmentation, Sample, apply_transform
 from .columns import clean_boxes, read_boxes, read_crowds, read_values, require_columns
 from .errors import ImageError
 from .images import decode_image
@@ -269,48 +272,83 @@ class LabelledImages(Dataset):
             How to draw the view.
         seed (`int`, *optional*, defaults to 0):
             Seed of all draws. An item depends on nothing but the seed and its [`SampleKey`].
+        augmentations (`Sequence[str | Callable]`, *optional*):
+            What is done before the view is drawn, in this order: names of
+            [`~aligndet_hf.data.augmentations.AUGMENTATIONS`], or callables of the form of
+            `torchvision.transforms.v2` ([`~aligndet_hf.data.augmentations.apply_transform`]).
+        augmentation_probability (`float`, *optional*, defaults to 0.5):
+            Probability of each of the named ones. A callable is always applied: it draws by itself.
 
     Raises:
         [`DataError`]: if a column is missing. Items raise [`ImageError`] for an image that cannot be decoded, and
             `TypeError` if a random view is asked for by a bare row number, which would be the same in each epoch.
+        `ValueError`: for an augmentation that does not exist.
     """
 
-    def __init__(self, dataset: datasets.Dataset, view: ViewConfig, *, seed: int = 0):
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        view: ViewConfig,
+        *,
+        seed: int = 0,
+        augmentations: Sequence[str | Callable] = (),
+        augmentation_probability: float = 0.5,
+    ):
         require_columns(dataset, ["image", "objects"])
         columns = [name for name in ("image", "objects", "image_id") if name in dataset.column_names]
+        if unknown := [name for name in augmentations if isinstance(name, str) and name not in AUGMENTATIONS]:
+            raise ValueError(f"there is no augmentation {unknown[0]!r}: choose from {', '.join(AUGMENTATIONS)}")
         self.rows = dataset.select_columns(columns).with_format("arrow")
         self.view = view
         self.seed = seed
+        self.augmentations = list(augmentations)
+        self.augmentation_probability = augmentation_probability
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: SampleKey | int) -> dict:
-        if not isinstance(key, SampleKey):
-            if self.view.is_random:
-                raise TypeError("Random views need a SampleKey: use EpochBatchSampler as the loader's batch_sampler.")
-            key = SampleKey(int(key), 0, 0)
-        rng = _sample_rng(self.seed, key)
-        row = self.rows[key.index]
-        image = _read_image(row, key.index)
+    def read(self, index: int) -> Sample:
+        """The image of a row and its objects, as they are stored; what cannot be used of the boxes is left out."""
+        row = self.rows[index]
+        image = _read_image(row, index)
         height, width = image.shape[:2]
         objects = np.flatnonzero(~read_crowds(row["objects"]))
         boxes, kept = clean_boxes(read_boxes(row["objects"])[0][objects], width, height)
-        classes = read_values(row["objects"], "category")[0].astype(np.int64)[objects[kept]]
+        return Sample(image, boxes, read_values(row["objects"], "category")[0].astype(np.int64)[objects[kept]])
 
+    def _augmented(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        for chosen in self.augmentations:
+            if isinstance(chosen, str):
+                augmentation: Augmentation = AUGMENTATIONS[chosen]
+                if rng.random() < self.augmentation_probability:
+                    rows = rng.integers(len(self), size=augmentation.others).tolist()
+                    sample = augmentation.function(sample, [self.read(row) for row in rows], rng)
+            else:
+                sample = apply_transform(chosen, sample, rng)
+        return sample
+
+    def __getitem__(self, key: SampleKey | int) -> dict:
+        if not isinstance(key, SampleKey):
+            if self.view.is_random or self.augmentations:
+                raise TypeError("Random views need a SampleKey: use EpochBatchSampler as the loader's batch_sampler.")
+            key = SampleKey(int(key), 0, 0)
+        rng = _sample_rng(self.seed, key)
+        stored = self.read(key.index)
+        sample = self._augmented(stored, rng)
         crop = None
         if self.view.crop_scale is not None:
-            crop = draw_crop(height, width, rng, self.view.crop_scale)
+            crop = draw_crop(*sample.image.shape[:2], rng, self.view.crop_scale)
         (size,) = _draw_sizes(1, self.view, self.seed, key, rng)
-        view, boxes, kept = make_view(image, boxes, rng, self.view, size, crop)
+        view, boxes, kept = make_view(sample.image, sample.boxes, rng, self.view, size, crop)
+        row = self.rows[key.index]
         image_id = row["image_id"][0].as_py() if "image_id" in row.column_names else key.index
         image_id = image_id if isinstance(image_id, int) else key.index  # a text cannot be in a tensor
         return {
             "image": _to_tensor(view),
             "labels": {
                 "boxes": _normalized_cxcywh(boxes, view),
-                "class_labels": torch.from_numpy(classes[kept]),
+                "class_labels": torch.from_numpy(sample.classes[kept]),
                 "image_id": torch.tensor([image_id]),
-                "orig_size": torch.tensor([height, width]),
+                "orig_size": torch.tensor(stored.image.shape[:2]),
             },
         }

@@ -20,8 +20,10 @@ from ..evaluation.detections import EvaluationImages, normalization_of, predict_
 from .checkpointing import (
     clear_write_errors,
 )
+from .parameter_groups import parameter_groups
 from .schedules import learning_rate, milestone_steps
 from .sharding import whole
+from .weight_average import WeightAverage
 
 logger = logging.get_logger(__name__)
 
@@ -82,13 +84,18 @@ class DetectionTrainer(Trainer):
         model (`PreTrainedModel`): A detector. Whether its backbone is trained is up to its `requires_grad`, and which
             loss it computes up to its `loss_function`: see `set_backbone_trainable` and `use_correct_loss`.
         args (`TrainingArguments`): Of `FinetuneArguments` also `backbone_learning_rate` and `lr_milestones` count.
+            With `ema_decay` the average of the weights ([`WeightAverage`]) is what is measured during training.
         train_dataset ([`LabelledImages`], *optional*): A dataset of [`SampleKey`]s.
         eval_dataset ([`EvaluationImages`], *optional*): What to measure on.
         processing_class (`BaseImageProcessor`): The image processor to normalise with and to save.
+        transferred (`Collection[str]`, *optional*): Names of the tensors that a checkpoint passed on, for
+            `transferred_learning_rate`.
         kwargs: Further arguments of `Trainer`.
     """
 
-    def __init__(self, model, args, *, train_dataset=None, eval_dataset=None, processing_class, **kwargs):
+    def __init__(
+        self, model, args, *, train_dataset=None, eval_dataset=None, processing_class, transferred=(), **kwargs
+    ):
         require_one_gpu_per_process(args)
         kwargs.setdefault("data_collator", collate_labelled)
         super().__init__(
@@ -102,6 +109,11 @@ class DetectionTrainer(Trainer):
         self.add_callback(FiniteGradients)
         self.normalization = normalization_of(processing_class)
         self.backbone = get_backbone(model)
+        self.transferred = transferred
+        decay = getattr(args, "ema_decay", None)
+        self.average = None if decay is None else WeightAverage(model, decay)
+        if self.average is not None:
+            self.add_callback(self.average)
         self.results, self.measured_at = {}, None  # the last evaluation and its step
         self._terms, self._terms_count = {}, 0
 
@@ -172,6 +184,30 @@ class DetectionTrainer(Trainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
 
+    def choose_weights(self) -> dict:
+        """
+        Ends training with the average of the weights, if there is one and it is not worse than the weights themselves.
+
+        Without an `eval_dataset` the average is kept unseen.
+
+        Returns:
+            `dict`: `kept` ("average" or "last") and, if measured, the AP of both; empty without an average.
+        """
+        if self.average is None:
+            return {}
+        choice = {"kept": "average"}
+        if self.eval_dataset is not None:
+            average, self.average = self.average, None
+            choice |= {"AP_last": self.evaluate()["eval_AP"]}
+            last, self.average = (self.results, self.measured_at), average
+            choice |= {"AP_average": self.evaluate()["eval_AP"]}
+            if choice["AP_last"] > choice["AP_average"]:
+                choice["kept"] = "last"
+                self.results, self.measured_at = last
+        if choice["kept"] == "average":
+            self.model.load_state_dict(self.average.detector.state_dict())
+        return choice
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         eval_frozen(self.backbone)  # `Trainer` has just put all of the model in training mode
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -193,21 +229,17 @@ class DetectionTrainer(Trainer):
         """What `optim` says, with groups: the backbone apart, no decay of norms and biases, nothing frozen."""
         if self.optimizer is None:
             args = self.args
-            backbone = {id(parameter) for parameter in self.backbone.parameters()}
-            rates = {False: args.learning_rate, True: getattr(args, "backbone_learning_rate", args.learning_rate)}
-            groups = {}
-            for parameter in (model or self.model).parameters():
-                if parameter.requires_grad:
-                    key = (id(parameter) in backbone, parameter.ndim > 1)
-                    groups.setdefault(key, []).append(parameter)
             cls, kwargs = self.get_optimizer_cls_and_kwargs(args, self.model)
-            self.optimizer = cls(
-                [
-                    {"params": params, "lr": rates[of_backbone], "weight_decay": args.weight_decay if decays else 0.0}
-                    for (of_backbone, decays), params in sorted(groups.items(), key=lambda item: item[0])
-                ],
-                **kwargs,
+            own = ("backbone_learning_rate", "transferred_learning_rate", "layer_decay")
+            groups = parameter_groups(
+                model or self.model,
+                self.backbone,
+                learning_rate=args.learning_rate,
+                weight_decay=args.weight_decay,
+                transferred=self.transferred,
+                **{name: getattr(args, name) for name in own if hasattr(args, name)},
             )
+            self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -244,6 +276,18 @@ class DetectionTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model)
             model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
             self.processing_class.save_pretrained(folder)
+            if self.average is not None:
+                self.average.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load(self.state.best_model_checkpoint)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Where `Trainer` warns that tensors of a checkpoint were missing or unknown, refuse it."""
@@ -267,8 +311,9 @@ class DetectionTrainer(Trainer):
         images: EvaluationImages = dataloader.dataset
         self.callback_handler.eval_dataloader = dataloader  # the progress bar counts its batches
         metrics = images.metrics()
+        detector = self.model if self.average is None else self.average.detector
         with self.accelerator.autocast():
-            for ids, predictions in predict_batches(self.model, dataloader, self.processing_class):
+            for ids, predictions in predict_batches(detector, dataloader, self.processing_class):
                 metrics.update(predictions, ids)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics.gather()

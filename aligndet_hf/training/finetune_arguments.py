@@ -5,6 +5,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
+from ..data.augmentations import AUGMENTATIONS
 from ..detectors.build import DetectorArguments
 
 
@@ -55,7 +56,18 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
     color: bool = field(default=False, metadata={"help": "apply one random colour operation to each image"})
     crop_scale: list[float] | None = field(
-        default=None, metadata={"help": "smallest and largest area of a random crop; no crop if not given"}
+        default_factory=lambda: [0.3, 1.0],
+        metadata={"help": "smallest and largest area of a random crop, as shares of the image; `1 1` for no crop"},
+    )
+    augmentations: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "apply these before the view is drawn, in this order: mosaic, mixup, copy_paste, zoom_out, rotate "
+            "(by up to 10 degrees), quarter_turn, photometric"
+        },
+    )
+    augmentation_probability: float = field(
+        default=0.5, metadata={"help": "apply each of the augmentations with this probability"}
     )
 
     transfer: Literal["keep-boxes", "paper", "encoder-only", "everything"] = field(
@@ -81,6 +93,18 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of all but the backbone"})
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "peak learning rate of the backbone; a tenth of the other if not given"}
+    )
+    transferred_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "peak learning rate of what the checkpoint passed on, the backbone apart; learning_rate"},
+    )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={"help": "multiply the learning rate by this factor from each layer to the one before it; 1: do not"},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "average the weights over the steps with this momentum, such as 0.999; keep the average"},
     )
     weight_decay: float = field(default=1e-4, metadata={"help": "weight decay; never of norms and biases"})
     max_grad_norm: float = field(default=0.1, metadata={"help": "gradients are clipped to this norm"})
@@ -108,6 +132,10 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "when to measure: epoch, steps, or no (at the end)"})
     metric_for_best_model: str | None = field(
         default="AP", metadata={"help": "what load_best_model_at_end goes by, e.g. AP50 or APs"}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "stop after this many measurements in a row without a better metric_for_best_model"},
     )
     load_best_model_at_end: bool = field(
         default=False,
@@ -155,4 +183,12 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
             raise ValueError("freeze_backbone keeps all of the backbone: give it or trainable_backbone_stages")
         if self.crop_scale is not None and len(self.crop_scale) != 2:
             raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
+        if self.crop_scale is not None and min(self.crop_scale) == 1:
+            self.crop_scale = None
+        if unknown := sorted(set(self.augmentations) - set(AUGMENTATIONS)):
+            raise ValueError(f"augmentations: there is no {unknown[0]!r}, choose from {', '.join(AUGMENTATIONS)}")
+        if self.early_stopping_patience is not None:
+            if self.eval_strategy == "no":
+                raise ValueError("early_stopping_patience needs measurements during training: set eval_strategy")
+            self.restore_callback_states_from_checkpoint = True  # a resumed run must not count anew
         super().__post_init__()
