@@ -8,7 +8,9 @@ written before all else in the folder and removed after all else, so that it nev
 import contextlib
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -22,6 +24,14 @@ except ImportError:  # Windows, where nothing keeps a second process out
     fcntl = None
 
 RECORD, LOCK = "run.json", ".lock"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run that can go on: the message says from where. `signal` is its number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.signal = signal_number
 
 
 class RunFolder:
@@ -56,6 +66,7 @@ class RunFolder:
 
     Raises:
         ValueError: when entered, another process works there. The message names it.
+        Interrupted: SIGTERM or SIGINT, where nothing else handles them.
     """
 
     def __init__(
@@ -84,21 +95,39 @@ class RunFolder:
         self._on_main = on_main
         self._descriptor: int | None = None
         self._hindrance: OSError | None = None  # why nothing can be written, if nothing can
+        self._is_main = False
         self._is_claimed = False
         self._parts: dict[str, Any] = {}
 
     def __enter__(self) -> "RunFolder":
         self._on_main(self._enter)
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        self._handles = is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._stop)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None = None, *_) -> None:
+        if self._handles:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._leave()
+        if kind is KeyboardInterrupt:
+            self._stop(signal.SIGINT)
+
+    def _stop(self, number: int, frame=None) -> None:
+        raise Interrupted(
+            f"{signal.Signals(number).name}: stopped. What is finished is kept: run the same command again to go on.",
+            number,
+        )
+
+    def _leave(self) -> None:
         if self._descriptor in _held:  # not in another than the main process, nor in a fork of it
             try:
                 if self._is_claimed or os.fstat(self._descriptor).st_size == 0:  # else it tells of a killed run
                     (self.work / LOCK).unlink(missing_ok=True)
             finally:
                 _release(self._descriptor)
-        if self.aside:
+        if self.aside and self._is_main:
             with contextlib.suppress(OSError):  # not empty: something to go on from
                 self.work.rmdir()
 
@@ -149,6 +178,7 @@ class RunFolder:
     # ---- in the main process ----
 
     def _enter(self) -> None:
+        self._is_main = True
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self._descriptor = _acquire(self.work / LOCK)
@@ -169,7 +199,7 @@ class RunFolder:
         else:
             changes = _differences(record, parts)
             refused = {key: values for key, values in changes.items() if key not in may_change}
-            if self.overwrite and not self._is_claimed and (refused or not self.aside):
+            if self.overwrite and (refused if self.aside else not self._is_claimed):
                 record = None
             elif refused and not any(self._found(self.kept)):
                 record = None

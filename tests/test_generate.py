@@ -242,7 +242,7 @@ def test_second_run_does_nothing(tmp_path, counted, capsys):
     generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
     assert len(counted) == 5
     paths[0].write_bytes(paths[2].read_bytes())
-    with pytest.raises(DataError, match="input_train: .* then, .* now.*--overwrite"):
+    with pytest.raises(ValueError, match="input_train: .* there, .* now.*--overwrite"):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
 
 
@@ -250,7 +250,9 @@ def test_other_settings_need_overwrite(tmp_path, counted):
     write_images(tmp_path / "images", 3)
     before = rows_of(generate_proposals(arguments(tmp_path / "images", tmp_path / "out")))
     changed = {"max_boxes": 3, "nms_threshold": 0.5}
-    with pytest.raises(DataError, match="max_boxes: 300 then, 3 now, nms_threshold: 0.7 then, 0.5 now.*--overwrite"):
+    with pytest.raises(
+        ValueError, match="max_boxes: 300 there, 3 now, nms_threshold: 0.7 there, 0.5 now.*--overwrite"
+    ):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "out", **changed))
     assert rows_of(datasets.load_from_disk(str(tmp_path / "out"))) == before and len(counted) == 3
     after = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", overwrite=True, **changed))
@@ -263,7 +265,7 @@ def test_folders_of_others_are_never_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     for overwrite in (False, True):
-        with pytest.raises(DataError, match="was not written by this command"):
+        with pytest.raises(ValueError, match="holds thesis.tex.*was not written by `aligndet proposals`"):
             generate_proposals(arguments(tmp_path / "images", tmp_path / "out", overwrite=overwrite))
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
     (tmp_path / "empty").mkdir()
@@ -320,15 +322,67 @@ def test_unfinished_run_of_other_settings_is_not_mixed_in(tmp_path, counted, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shards, "_with_proposals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         generate_proposals(run)
-    with pytest.raises(
-        DataError, match="unfinished run with other settings .short_side: 48 then, 50 now.*--overwrite"
-    ):
+    with pytest.raises(ValueError, match="another configuration.*.short_side: 48 there, 50 now.*--overwrite"):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "out", short_side=50))
-    with pytest.raises(DataError, match="shard_size: 2 then, 3 now"):
+    with pytest.raises(ValueError, match="shard_size: 2 there, 3 now"):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "out", shard_size=3))
     assert len(counted) == 4
     generate_proposals(arguments(tmp_path / "images", tmp_path / "out", short_side=50, overwrite=True))
     assert len(counted) == 8
+
+
+def test_shards_of_other_settings_are_never_delivered(tmp_path, counted, monkeypatch):
+    """Whatever a killed run leaves: the names of the files say what they were made with."""
+    write_images(tmp_path / "images", 4)
+    work = tmp_path / "out.partial"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "_with_proposals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", max_boxes=7))
+    record = json.loads((work / "run.json").read_text())
+    record["settings"]["max_boxes"] = 2  # the worst that can be
+    (work / "run.json").write_text(json.dumps(record))
+    found = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", max_boxes=2))
+    assert len(counted) == 8 and [len(row["score"]) for row in found["proposals"]] == [2] * 4
+    (work).mkdir()
+    (work / "train-000000000.arrow").touch()
+    with pytest.raises(ValueError, match="out.partial holds train-000000000.arrow, but no run.json"):
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", max_boxes=3, overwrite=True))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_says_where_it_stopped(tmp_path, counted, monkeypatch, number, capsys):
+    write_images(tmp_path / "images", 7)
+    search = sources.opencv_selective_search
+
+    def signalled(*args, **kwargs):
+        if len(counted) == 4:
+            os.kill(os.getpid(), number)
+        return search(*args, **kwargs)
+
+    flags = [f"--dataset={tmp_path / 'images'}", f"--output_dir={tmp_path / 'out'}", "--shard_size=2"]
+    flags += ["--source=opencv", "--short_side=48", "--num_workers=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "opencv_selective_search", signalled)
+        assert cli.main(["proposals", *flags]) == 128 + number
+    told = capsys.readouterr().err
+    assert "Stopped after 4 of 7 images, which are kept. Run the same command again to go on." in told
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert cli.main(["proposals", *flags]) == 0 and len(counted) == 7
+
+
+def test_two_at_the_same_time_one_is_refused(tmp_path, counted, monkeypatch):
+    write_images(tmp_path / "images", 3)
+    search = sources.opencv_selective_search
+
+    def second(*args, **kwargs):
+        for change in ({}, {"max_boxes": 3, "overwrite": True}):
+            with pytest.raises(ValueError, match=f"in use by process {os.getpid()} .*aligndet proposals"):
+                generate_proposals(arguments(tmp_path / "images", tmp_path / "out", **change))
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(sources, "opencv_selective_search", second)
+    generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
+    assert len(counted) == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
 
 
 def test_killed_twice_and_started_again(tmp_path, counted):
@@ -427,9 +481,9 @@ def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
 def test_unwritable_output(tmp_path):
     write_images(tmp_path / "images", 1)
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="Cannot write to .*file"):
+    with pytest.raises(OSError, match="cannot write to the output folder .*file"):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "file" / "out"))
-    with pytest.raises(DataError, match="was not written by this command"):
+    with pytest.raises(ValueError, match="file is a file"):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "file"))
 
 

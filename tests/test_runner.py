@@ -12,7 +12,7 @@ import pytest
 from aligndet_hf.pipelines import runner
 from aligndet_hf.pipelines.runner import is_finished, only_one, record_of, run_stages
 from aligndet_hf.pipelines.stages import Stage
-from aligndet_hf.training.interrupts import TrainingInterrupted
+from aligndet_hf.runs import Interrupted
 
 # A stage that writes when it started, works for a while, and makes its folder.
 SCRIPT = """
@@ -125,7 +125,7 @@ def test_a_signal_ends_the_stage_and_nothing_more_starts(make, tmp_path, number)
     process = subprocess.Popen([sys.executable, "-c", helper])
     before = signal.getsignal(number)
     started = time.monotonic()
-    with pytest.raises(TrainingInterrupted, match="same command again") as interrupted:
+    with pytest.raises(Interrupted, match="same command again") as interrupted:
         run_stages([first, make("second")], logs=True)
     assert time.monotonic() - started < 30 and interrupted.value.signal == number
     assert process.wait() == 0 and order(tmp_path) == ["first"] and not is_finished(first)
@@ -155,7 +155,7 @@ def test_a_bug_in_this_process_is_a_failed_stage(make, monkeypatch):
     stage = make("stage")
     assert "RuntimeError: out of memory" in run_stages([stage], num_parallel=0, logs=True)[stage]
     monkeypatch.setattr(runner.cli, "run", lambda command, argv: 130)
-    with pytest.raises(TrainingInterrupted):
+    with pytest.raises(Interrupted):
         run_stages([stage], num_parallel=0)
 
 

@@ -409,3 +409,15 @@ def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", windows_sync)
     files.write_json(tmp_path / "x.json", {"a": 1})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1} and flags
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_word_on_how_to_go_on(tmp_path, number):
+    with pytest.raises(runs.Interrupted, match="same command again to go on") as error, training(tmp_path) as run:
+        run.claim(settings=SETTINGS)
+        os.kill(os.getpid(), number)
+    assert error.value.signal == number and names(tmp_path) == [RECORD]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -110,7 +110,7 @@ def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
     Raises:
         ValueError: a stage has settings that its command does not accept. Nothing was run.
         ChildProcessError: a stage failed; the message names it.
-        TrainingInterrupted: SIGTERM or SIGINT; the stage that was running got it too.
+        Interrupted: SIGTERM or SIGINT; the stage that was running got it too.
     """
     with only_one(arguments.output_dir) as lock:
         stages = plan_chain(arguments)

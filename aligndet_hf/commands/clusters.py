@@ -26,21 +26,24 @@ from ..data.images import decode_image
 from ..data.shards import (
     Shard,
     content_hash,
-    is_finished,
+    data_folder,
     join_proposals,
     make_shards,
-    open_work_folder,
     put_in_place,
     read_report,
+    settings_hash,
+    telling_progress,
     write_shard,
     writing_to,
 )
 from ..detectors.backbones import check_backbone
 from ..detectors.build import build_detector, find_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
+from ..files import sync
 from ..hub import HubArguments
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
 from ..reporting.pictures import new_figure, plot_crops
+from ..runs import RunFolder
 from .proposals import open_dataset_repository
 
 PICTURE = "clusters.png"
@@ -159,8 +162,10 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
         `datasets.Dataset`, or `datasets.DatasetDict` if the input has several splits and none was chosen.
 
     Raises:
-        DataError: the input is missing, broken or has fewer boxes than clusters, or `output_dir` is in use.
-        ValueError: the backbone has no feature maps of these strides, or the weights do not fit.
+        DataError: the input is missing, broken or has fewer boxes than clusters.
+        Interrupted: SIGTERM or SIGINT; what is finished is kept.
+        ValueError: the backbone has no feature maps of these strides, the weights do not fit, or `output_dir` is in
+            use or holds something else.
         OSError: there is no such file of weights or detector.
     """
     output = Path(arguments.output_dir).expanduser().absolute()
@@ -168,10 +173,30 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
         raise DataError(f"{output} holds the input. Choose another output_dir.")
     if arguments.num_pictures:
         new_figure(1, 1)  # says now, not after the clustering, that matplotlib is missing
-    repo_id = open_dataset_repository(arguments, output)
-    sources = _load_sources(arguments)
-    features = load_features(arguments)
+    with data_folder(arguments, "clusters", ["clustering-*.npz"]) as folder:
+        repo_id = open_dataset_repository(arguments, output)
+        sources = _load_sources(arguments)
+        features = load_features(arguments)
+        report = _new_report(arguments, sources, features)
+        folder.claim(settings=report["settings"])
+        if folder.is_finished:
+            print(f"{output} is complete: these proposals have been clustered with these settings. Nothing to do.")
+        else:
+            known = len(report["skipped"])
+            with writing_to(output.parent):
+                _cluster(sources, features, report, folder, arguments)
+            _print_report(report, known, output)
+        result = datasets.load_from_disk(str(output))
+        if arguments.num_pictures:
+            splits = result if isinstance(result, datasets.DatasetDict) else {"": result}
+            print(f"Pictures in {draw_clusters(splits, output / PICTURE, arguments.num_pictures, arguments.seed)}")
+        if repo_id is not None:
+            push_dataset(result, read_report(output), repo_id, arguments)
+    return result
 
+
+def _new_report(arguments: ClustersArguments, sources: dict[str, datasets.Dataset], features: BoxFeatures) -> dict:
+    """The report of the input with the settings of the clusters: all that decides which clusters come out."""
     own = {
         "backbone": arguments.detector or arguments.backbone,
         "backbone_weights": features.weights_hash(),
@@ -179,26 +204,13 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
         **{f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()},
     }
     before = read_report(Path(arguments.dataset).expanduser())
-    report = {
+    return {
         "dataset": before.get("dataset", arguments.dataset),
         "settings": before.get("settings", {}) | {"clusters": own},
         "versions": before.get("versions", {}) | {"clusters": _versions()},
         "statistics": {},
         "skipped": list(before.get("skipped", [])),
     }
-    if is_finished(output, report["settings"], arguments.overwrite):
-        print(f"{output} is complete: these proposals have been clustered with these settings. Nothing to do.")
-    else:
-        with writing_to(output.parent):
-            _cluster(sources, features, report, output, arguments)
-        _print_report(report, len(before.get("skipped", [])), output)
-    result = datasets.load_from_disk(str(output))
-    if arguments.num_pictures:
-        splits = result if isinstance(result, datasets.DatasetDict) else {"": result}
-        print(f"Pictures in {draw_clusters(splits, output / PICTURE, arguments.num_pictures, arguments.seed)}")
-    if repo_id is not None:
-        push_dataset(result, read_report(output), repo_id, arguments)
-    return result
 
 
 def load_features(arguments: ClustersArguments) -> BoxFeatures:
@@ -236,20 +248,21 @@ def _cluster(
     sources: dict[str, datasets.Dataset],
     features: BoxFeatures,
     report: dict,
-    output: Path,
+    folder: RunFolder,
     arguments: ClustersArguments,
 ) -> None:
     """Does the work of [`cluster_proposals`] in a folder beside the output, and puts it in place."""
-    work = output.with_name(output.name + ".partial")
-    open_work_folder(work, report["settings"] | {"versions": report["versions"]}, arguments.overwrite)
-    clustering = _fit(sources, features, work, arguments)
-    shards = make_shards(sources, work, _SHARD_SIZE)
-    _assign(shards, sources, features, clustering, arguments)
+    work, state = folder.work, report["settings"] | {"versions": report["versions"]}
+    folder.claim(shards={"versions": report["versions"]})
+    clustering = _fit(sources, features, work / f"clustering-{settings_hash(state)}.npz", arguments)
+    shards = make_shards(sources, work, _SHARD_SIZE, state)
+    with telling_progress(shards):
+        _assign(shards, sources, features, clustering, arguments)
 
     bare = {name: source.remove_columns("proposals") for name, source in sources.items()}
     results = join_proposals(bare, shards, work, report, with_clusters=True)
     report["clusters"] = cluster_report(results, clustering, arguments.seed)
-    put_in_place(results, report, work, output)
+    put_in_place(results, report, folder)
 
 
 # ---- fitting and assigning ----
@@ -262,10 +275,9 @@ def _load_items(sources, rows: list[tuple[str, int]], arguments: ClustersArgumen
 
 
 def _fit(
-    sources: dict[str, datasets.Dataset], features: BoxFeatures, work: Path, arguments: ClustersArguments
+    sources: dict[str, datasets.Dataset], features: BoxFeatures, path: Path, arguments: ClustersArguments
 ) -> Clustering:
-    """Fits PCA and k-means to the boxes of random images; takes up what an interrupted run has fitted."""
-    path = work / "clustering.npz"
+    """Fits PCA and k-means to the boxes of random images, into a file; takes up what an interrupted run has fitted."""
     if path.is_file():
         with np.load(path) as stored:
             return Clustering(**{name: stored[name] for name in stored.files})
@@ -276,7 +288,7 @@ def _fit(
             f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {total} boxes (of each image "
             f"the best {arguments.fit_boxes_per_image}). Choose fewer num_clusters."
         )
-    scratch_file = work / "features.f16"
+    scratch_file = path.with_name("features.f16")
     scratch = np.memmap(scratch_file, dtype=np.float16, mode="w+", shape=(total, features.size))
     filled = 0
     for item in tqdm(
@@ -293,8 +305,9 @@ def _fit(
             f"all that can be used in {len(rows)} images. Choose fewer num_clusters, or mend the images."
         )
     clustering = fit_clusters(scratch[:filled], arguments.num_clusters, arguments.pca_dim, arguments.seed)
-    part = work / "clustering.part.npz"
+    part = path.with_name("part.npz")
     np.savez(part, **dataclasses.asdict(clustering))
+    sync(part)
     os.replace(part, path)
     del scratch
     scratch_file.unlink()

@@ -152,7 +152,7 @@ def compare(arguments: CompareArguments) -> dict:
         ValueError: a stage has settings that its command does not accept, or (unless it is allowed) evaluation images
             are among the training images. Nothing was run.
         ChildProcessError: some runs failed, the others are done and reported. The message lists them.
-        TrainingInterrupted: SIGTERM or SIGINT, which the running stages got too.
+        Interrupted: SIGTERM or SIGINT, which the running stages got too.
     """
     output_dir = Path(arguments.output_dir)
     new_figure(1, 1)  # says now, not after days, that matplotlib is missing

@@ -71,7 +71,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         ValueError: a configuration that cannot run, or that differs from that of the run in `output_dir`.
         OSError: `output_dir` cannot be written to, or the disk is full. The last checkpoint stays.
         FloatingPointError: the gradients stay infinite or NaN.
-        TrainingInterrupted: SIGTERM or SIGINT; a checkpoint was written.
+        Interrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
     method = METHODS[arguments.method]
     accelerator = build_accelerator(arguments)

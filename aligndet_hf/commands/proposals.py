@@ -27,13 +27,13 @@ from ..data.shards import (
     REPORT,
     Shard,
     content_hash,
-    is_finished,
+    data_folder,
     join_proposals,
     make_shards,
-    open_work_folder,
     put_in_place,
     read_report,
     reopened,
+    telling_progress,
     write_arrow,
     write_shard,
     writing_to,
@@ -45,6 +45,7 @@ from ..hub import HubArguments, open_repository
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
 from ..proposals.selective_search import PRESETS
+from ..runs import RunFolder
 
 _LISTED_IMAGES = 10
 
@@ -218,25 +219,29 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
         `datasets.Dataset`, or `datasets.DatasetDict` if the input has several splits and none was chosen.
 
     Raises:
-        DataError: the input is missing or has no readable image, or `output_dir` is in use.
+        DataError: the input is missing or has no readable image.
+        ValueError: `output_dir` is in use, or holds something else.
+        Interrupted: SIGTERM or SIGINT; what is finished is kept.
         OSError: the output cannot be written or uploaded, or there is no such detector.
     """
-    output = Path(arguments.output_dir).expanduser().absolute()
-    with Launch() as launch:
-        repo_id = launch.on_main(open_dataset_repository, arguments, output)
+    with Launch() as launch, data_folder(arguments, "proposals", ["*.rows"], launch.on_main) as folder:
+        repo_id = launch.on_main(open_dataset_repository, arguments, folder.path)
         sources = _load_sources(arguments, launch)
         settings = launch.on_main(_settings, sources, arguments)
-        if launch.on_main(is_finished, output, settings, arguments.overwrite):
+        folder.claim(settings=settings)
+        if folder.is_finished:
             if launch.is_main:
-                print(f"{output} is complete: these images have been searched with these settings. Nothing to do.")
+                print(
+                    f"{folder.path} is complete: these images have been searched with these settings. Nothing to do."
+                )
         else:
-            with writing_to(output.parent):
-                _generate(sources, settings, output, arguments, launch)
-        result = datasets.load_from_disk(str(output))
+            with writing_to(folder.path.parent):
+                _generate(sources, settings, folder, arguments, launch)
+        result = datasets.load_from_disk(str(folder.path))
         if arguments.export_json is not None:
             launch.on_main(_export, result, Path(arguments.export_json))
         if repo_id is not None:
-            launch.on_main(push_dataset, result, read_report(output), repo_id, arguments)
+            launch.on_main(push_dataset, result, read_report(folder.path), repo_id, arguments)
     return result
 
 
@@ -268,7 +273,11 @@ def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArgument
 
 
 def _generate(
-    sources: dict[str, datasets.Dataset], settings: dict, output: Path, arguments: ProposalsArguments, launch: Launch
+    sources: dict[str, datasets.Dataset],
+    settings: dict,
+    folder: RunFolder,
+    arguments: ProposalsArguments,
+    launch: Launch,
 ) -> None:
     """Does the work of [`generate_proposals`] in a folder beside the output, and puts it in place."""
     versions = {
@@ -277,9 +286,9 @@ def _generate(
         "datasets": datasets.__version__,
         **SOURCES[arguments.source].versions(),
     }
-    work = output.with_name(output.name + ".partial")
-    state = settings | versions | {"shard_size": arguments.shard_size}
-    launch.on_main(open_work_folder, work, state, arguments.overwrite)
+    work, shards_of = folder.work, {"versions": versions, "shard_size": arguments.shard_size}
+    folder.claim(shards=shards_of)
+    state = settings | shards_of
     if not arguments.streaming:
         launch.on_main(_write_inputs, sources, work, arguments)
         sources = _mapped_inputs(sources, work, arguments)
@@ -288,17 +297,18 @@ def _generate(
 
     shards = []
     if arguments.streaming:
-        stored = read_streams(sources, work, arguments.shard_size, launch)
+        stored = read_streams(sources, work, arguments.shard_size, state, launch)
         _search_shards(stored, None, with_clusters, arguments, launch)
     else:
-        shards = make_shards(sources, work, arguments.shard_size)
-        _search_shards(shards[launch.rank :: launch.size], sources, with_clusters, arguments, launch)
+        shards = make_shards(sources, work, arguments.shard_size, state)
+        with telling_progress(shards):
+            _search_shards(shards[launch.rank :: launch.size], sources, with_clusters, arguments, launch)
     launch.wait()
 
     def finish():
         nonlocal sources, shards
         if arguments.streaming:
-            sources, shards = read_rows(sources, work)
+            sources, shards = read_rows(sources, work, state)
         missing = [shard.path for shard in shards if not os.path.exists(shard.path)]
         if missing:
             raise DataError(
@@ -313,8 +323,8 @@ def _generate(
             "skipped": [],
         }
         plain = {name: _without_proposals(source) for name, source in sources.items()}
-        put_in_place(join_proposals(plain, shards, work, report, with_clusters), report, work, output)
-        _print_report(report, output)
+        put_in_place(join_proposals(plain, shards, work, report, with_clusters), report, folder)
+        _print_report(report, folder.path)
 
     launch.on_main(finish)
 

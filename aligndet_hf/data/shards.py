@@ -9,7 +9,8 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ import pyarrow.compute as pc
 from datasets.table import embed_table_storage, table_cast
 from tqdm.auto import tqdm
 
-from ..files import write_json
+from ..files import sync, write_json
+from ..runs import Interrupted, RunFolder
 from .columns import RECORD_MARK, proposals_feature
 from .door import read_bytes
 from .errors import DataError
@@ -45,13 +47,23 @@ class Shard(NamedTuple):
     path: str
 
 
-def make_shards(sources: dict[str, datasets.Dataset], work: Path, shard_size: int) -> list[Shard]:
-    """Cuts the splits into shards of at most `shard_size` rows, with files in the folder `work`."""
+def make_shards(sources: dict[str, datasets.Dataset], work: Path, shard_size: int, settings: dict) -> list[Shard]:
+    """
+    Cuts the splits into shards of at most `shard_size` rows, with files in the folder `work`.
+
+    The names of the files have a hash of the settings, so that no other run's shard is ever taken for one of these.
+    """
+    key = settings_hash(settings)
     return [
-        Shard(name, start, min(start + shard_size, len(source)), str(work / f"{name}-{start:09d}.arrow"))
+        Shard(name, start, min(start + shard_size, len(source)), str(work / f"{name}-{start:09d}-{key}.arrow"))
         for name, source in sources.items()
         for start in range(0, len(source), shard_size)
     ]
+
+
+def settings_hash(settings: dict) -> str:
+    """What tells settings from others: 12 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def write_shard(shard: Shard, rows: list[dict], with_clusters: bool = False) -> None:
@@ -69,6 +81,7 @@ def write_shard(shard: Shard, rows: list[dict], with_clusters: bool = False) -> 
     table = pa.Table.from_pylist(rows, schema=schema)
     with pa.OSFile(part, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
+    sync(Path(part))
     os.replace(part, shard.path)
 
 
@@ -162,19 +175,16 @@ def _with_proposals(
     )
 
 
-def put_in_place(results: dict[str, datasets.Dataset], report: dict, work: Path, output: Path) -> None:
-    """Saves the splits and the report in the folder `work`, moves them to `output` at once, and removes `work`."""
-    complete = work / "dataset"
+def put_in_place(results: dict[str, datasets.Dataset], report: dict, folder: RunFolder) -> None:
+    """Saves the splits and the report in a folder of work, and makes it the output at once."""
+    complete = folder.work / "dataset"
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was killed just here
     for name, result in results.items():
         save_split(result, complete / name if len(results) > 1 else complete)
     if len(results) > 1:
         write_json(complete / "dataset_dict.json", {"splits": list(results)})
     write_json(complete / REPORT, report)
-    if output.exists():
-        os.replace(output, work / "replaced")
-    os.replace(complete, output)
-    shutil.rmtree(work)
+    folder.put_in_place(complete)
 
 
 def save_split(dataset: datasets.Dataset, folder: Path) -> None:
@@ -232,37 +242,41 @@ def _merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 # ---- the folders ----
 
 
-def is_finished(output: Path, settings: dict, overwrite: bool) -> bool:
-    """Whether the output is there and right; raises if something else is there."""
-    if (output / REPORT).is_file():
-        differences = _differences(read_report(output)["settings"], settings)
-        if differences and not overwrite:
-            raise DataError(
-                f"{output} holds proposals of other settings ({differences}). Replace them with --overwrite, or "
-                "choose another output_dir."
-            )
-        return not differences
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise DataError(f"{output} exists and was not written by this command. Choose another output_dir.")
-    return False
+def data_folder(
+    arguments, command: str, kept: Iterable[str] = (), on_main: Callable = lambda function, *args: function(*args)
+) -> RunFolder:
+    """
+    The folder of a command that makes a data set: the work is done in `<output_dir>.partial`.
+
+    Args:
+        arguments: With `output_dir` and `overwrite`.
+        command (`str`): The command.
+        kept (`Iterable[str]`, *optional*): What it goes on from, beside shards.
+        on_main (`Callable`, *optional*): See [`RunFolder`].
+    """
+    return RunFolder(
+        arguments.output_dir,
+        command,
+        kept=["*-[0-9]*.arrow", *kept],
+        overwrite=arguments.overwrite,
+        overwrite_flag="--overwrite",
+        aside=True,
+        on_main=on_main,
+    )
 
 
-def open_work_folder(work: Path, state: dict, overwrite: bool) -> None:
-    """Makes the folder of unfinished work, or continues that of a former run with the same settings."""
-    record = work / "run.json"
-    if record.is_file():
-        differences = _differences(json.loads(record.read_text(encoding="utf-8")), state)
-        if not differences:
-            return
-        finished = any(work.glob("*-" + "[0-9]" * 9 + ".arrow"))  # see `make_shards`
-        if finished and not overwrite:
-            raise DataError(
-                f"{work} holds an unfinished run with other settings ({differences}). Continue it with those, or "
-                "start anew with --overwrite."
-            )
-        shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(record, state)
+@contextlib.contextmanager
+def telling_progress(shards: list[Shard]):
+    """Context in which a signal is told with the number of images that are done."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        done = sum(shard.stop - shard.start for shard in shards if os.path.exists(shard.path))
+        raise Interrupted(
+            f"Stopped after {done} of {sum(shard.stop - shard.start for shard in shards)} images, which are kept. Run "
+            "the same command again to go on.",
+            getattr(stop, "signal", signal.SIGINT),
+        ) from None
 
 
 @contextlib.contextmanager
@@ -284,22 +298,6 @@ def read_report(folder: Path) -> dict:
     """The content of `proposals.json`; nothing if there is none."""
     path = folder / REPORT
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _differences(before: dict, now: dict) -> str:
-    """What differs, for a message; empty if nothing does."""
-    before, now = _flat(before), _flat(json.loads(json.dumps(now)))
-    keys = [key for key in before | now if before.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {before.get(key)} then, {now.get(key)} now" for key in keys)
-
-
-def _flat(settings: dict) -> dict:
-    """Settings without nesting: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    flat = {}
-    for key, value in settings.items():
-        inner = _flat(value) if isinstance(value, dict) else None
-        flat |= {key: value} if inner is None else {f"{key}.{name}": entry for name, entry in inner.items()}
-    return flat
 
 
 # ---- files ----

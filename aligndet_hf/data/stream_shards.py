@@ -13,20 +13,21 @@ from datasets.table import embed_table_storage, table_cast
 from ..files import write_json
 from .errors import DataError
 from .launch import Launch
-from .shards import Shard, write_arrow
+from .shards import Shard, settings_hash, write_arrow
 from .streaming import read_shard
 
 
 def read_streams(
-    streams: dict[str, datasets.IterableDataset], work: Path, shard_size: int, launch: Launch
+    streams: dict[str, datasets.IterableDataset], work: Path, shard_size: int, settings: dict, launch: Launch
 ) -> Iterator[Shard]:
     """Stores the rows of the shards that this process has to search and that are not searched yet, and yields them."""
+    key = settings_hash(settings)
     for name, stream in streams.items():
         for part in range(stream.num_shards):
             # A part of the stream is read by one process or, where there are not enough of them, by all.
             is_shared = stream.num_shards < launch.size
             if is_shared or part % launch.size == launch.rank:
-                yield from _read_part(stream, name, part, work, shard_size, launch, is_shared)
+                yield from _read_part(stream, name, part, work, shard_size, key, launch, is_shared)
 
 
 def _read_part(
@@ -35,16 +36,17 @@ def _read_part(
     part: int,
     work: Path,
     shard_size: int,
+    key: str,
     launch: Launch,
     is_shared: bool,
 ) -> Iterator[Shard]:
-    number = next(number for number in itertools.count() if not _shard_path(work, name, part, number).exists())
-    end = work / f"{name}-{part:05d}.json"
+    number = next(number for number in itertools.count() if not _shard_path(work, name, part, number, key).exists())
+    end = work / f"{name}-{part:05d}-{key}.json"
     if end.is_file() and number >= json.loads(end.read_text())["shards"]:
         return
     rows = (table for _, table in read_shard(stream, part, number * shard_size))
     while tables := list(itertools.islice(rows, shard_size)):
-        path = _shard_path(work, name, part, number)
+        path = _shard_path(work, name, part, number, key)
         if not path.exists() and (not is_shared or number % launch.size == launch.rank):
             table = table_cast(pa.concat_tables(tables), stream.features.arrow_schema)
             unfinished = path.with_suffix(".part")
@@ -56,22 +58,22 @@ def _read_part(
         write_json(end, {"shards": number})
 
 
-def _shard_path(work: Path, name: str, part: int, number: int) -> Path:
-    return work / f"{name}-{part:05d}-{number:09d}.arrow"
+def _shard_path(work: Path, name: str, part: int, number: int, key: str) -> Path:
+    return work / f"{name}-{part:05d}-{number:09d}-{key}.arrow"
 
 
 def read_rows(
-    streams: dict[str, datasets.IterableDataset], work: Path
+    streams: dict[str, datasets.IterableDataset], work: Path, settings: dict
 ) -> tuple[dict[str, datasets.Dataset], list[Shard]]:
     """The stored rows of all shards, in the order of the streams, and the shards with the numbers of these rows."""
-    sources, shards = {}, []
+    sources, shards, key = {}, [], settings_hash(settings)
     for name, stream in streams.items():
         start, path = 0, work / f"{name}-input.arrow"
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, stream.features.arrow_schema) as writer:
             for part in range(stream.num_shards):
-                end = work / f"{name}-{part:05d}.json"
+                end = work / f"{name}-{part:05d}-{key}.json"
                 for number in range(json.loads(end.read_text())["shards"] if end.is_file() else 1):
-                    shard = _shard_path(work, name, part, number)
+                    shard = _shard_path(work, name, part, number, key)
                     rows = 0
                     if shard.exists():
                         with pa.memory_map(str(shard.with_suffix(".rows"))) as stored:

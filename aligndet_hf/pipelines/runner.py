@@ -18,7 +18,7 @@ import torch
 
 from .. import cli
 from ..files import write_json
-from ..training.interrupts import TrainingInterrupted
+from ..runs import Interrupted
 from .stages import Stage
 
 # What a launcher such as `accelerate launch` makes sense for.
@@ -55,7 +55,7 @@ def run_stages(
 
     Raises:
         ValueError: a stage builds on output that is gone. Nothing was run.
-        TrainingInterrupted: SIGTERM or SIGINT, which the running stages got as well.
+        Interrupted: SIGTERM or SIGINT, which the running stages got as well.
     """
     stages = list(stages)
     waiting, failures = [stage for stage in stages if not is_finished(stage)], {}
@@ -101,7 +101,7 @@ def run_stages(
                 if not signals.number:
                     on_end(stage, failure)
             if signals.number and not running:
-                raise TrainingInterrupted("Interrupted. Run the same command again to go on.", signals.number)
+                raise Interrupted("Interrupted. Run the same command again to go on.", signals.number)
             if failures and not keep_going:
                 waiting = []
     return failures

@@ -7,14 +7,6 @@ import torch
 from accelerate import Accelerator
 
 
-class TrainingInterrupted(KeyboardInterrupt):
-    """A signal ended a run after a clean save. `signal` is its number."""
-
-    def __init__(self, message: str, signal_number: int):
-        super().__init__(message)
-        self.signal = signal_number
-
-
 class StopSignals:
     """
     Context in which SIGTERM and the first SIGINT (Ctrl-C) are noted instead of ending the process.

@@ -24,6 +24,7 @@ from ..files import write_json
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..momentum import cosine_momentum
 from ..reporting.run_record import SUMMARY
+from ..runs import Interrupted
 from . import sharding
 from .checkpointing import (
     clear_write_errors,
@@ -31,7 +32,7 @@ from .checkpointing import (
     require_same_run,
     save_checkpoint,
 )
-from .interrupts import StopSignals, TrainingInterrupted
+from .interrupts import StopSignals
 from .pretrain_methods import METHODS
 from .run_log import RunLog
 from .schedules import learning_rate, milestone_steps
@@ -177,7 +178,7 @@ def train(run: Run) -> None:
             if run.step % arguments.save_steps == 0 or is_over or signal_number:
                 run.save()
             if signal_number and not is_over:
-                raise TrainingInterrupted(
+                raise Interrupted(
                     f"{signal.Signals(signal_number).name}: stopped after step {run.step} of {run.total_steps}, saved "
                     f"in {arguments.output_dir}/checkpoint-{run.step}. Run the same command again to resume.",
                     signal_number,
