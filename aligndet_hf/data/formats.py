@@ -54,7 +54,7 @@ def load_dataset_source(
         roots = [path]
     elif reader is not None:
         names = reader.split_names(path)
-        chosen = names if path.is_file() else _choose_splits(names, split, path)
+        chosen = names if path.is_file() and len(names) == 1 else _choose_splits(names, split, path)
         logger.info("%s: %s, %s.", path, reader.NAME, f"splits {', '.join(names)}" if len(names) > 1 else "one split")
         dataset = build_dataset(reader.read(path, chosen, Path(image_dir) if image_dir else None), str(path))
     elif path.is_file():

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from ..errors import DataError
-from .files import inside, is_file, parse_json, read_text, split_of_file, split_of_folder
+from .files import inside, is_file, list_files, parse_json, read_start, read_text, split_of_file, split_of_folder
 from .rows import Categories, LabelledImage, Labels, is_box
 
 logger = logging.getLogger(__name__)
@@ -71,17 +71,14 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
 
 
 def _looks_like_coco(path: Path) -> bool:
-    if not is_file(path):
-        return False
-    with open(path, "rb") as file:
-        start = file.read(_SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    start = read_start(path, _SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     return start.startswith(b"{") and bool(_LIST.search(start))
 
 
 def _find_files(folder: Path) -> list[Path]:
     """The COCO files of a folder and of its sub-folders; of those of COCO itself the `instances`."""
-    places = [folder, *(part for part in sorted(folder.iterdir()) if part.is_dir() and part.name[0] != ".")]
-    found = [path for place in places for path in sorted(place.glob("*.json")) if _looks_like_coco(path)]
+    files = [path for path in list_files(folder, ".json") if folder in (path.parent, path.parent.parent)]
+    found = list(filter(_looks_like_coco, files))
     return [path for path in found if path.stem.startswith("instances_")] or found
 
 

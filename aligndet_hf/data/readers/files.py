@@ -1,6 +1,7 @@
 """What all readers of label files need: listing a folder, reading text, JSON and XML, names of splits and of files."""
 
 import json
+import logging
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from .. import door
 from ..errors import DataError
+
+logger = logging.getLogger(__name__)
 
 # Usual names of splits, in folder and file names such as `val2017` or `instances_val2017.json`.
 _SPLITS = {
@@ -51,17 +54,32 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return splits
 
 
-def list_files(folder: Path) -> Iterator[Path]:
+def list_files(folder: Path, *endings: str) -> Iterator[Path]:
     """
-    The files below a folder in a fixed order, without hidden ones and those that are not opened: see
-    [`~aligndet_hf.data.door.visit`].
+    The files below a folder whose names end so, in a fixed order, without hidden ones and those that are not opened:
+    see [`~aligndet_hf.data.door.visit`].
     """
-    return (Path(path) for path, reason in door.visit(folder, lambda name: True) if reason is None)
+    return (
+        Path(path) for path, reason in door.visit(folder, lambda name: name.lower().endswith(endings)) if not reason
+    )
+
+
+def list_images(folder: Path) -> Iterator[Path]:
+    """The images below a folder, as [`list_files`] finds files."""
+    return (Path(path) for path, reason in door.visit(folder) if not reason)
 
 
 def is_image(path: Path) -> bool:
     """Whether the name of a file is one of an image."""
     return door.is_image_name(path)
+
+
+def tell_unlisted(folder: Path, listed: set, reason: str) -> None:
+    """Warns of the images of a folder that are left out: all but those `listed`, by path or by name without suffix."""
+    unlisted = [path for path in list_images(folder) if not {path, path.stem} & listed]
+    if unlisted:
+        message = "%s: %d images are left out, they %s (e.g. %s)."
+        logger.warning(message, folder, len(unlisted), reason, unlisted[0].name)
 
 
 def has_images(folder: Path) -> bool:
@@ -98,14 +116,29 @@ def inside(root: Path, name: str, where: str, base: Path | None = None) -> Path:
         raise DataError(f"{where}: {error}.") from None
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, root: Path | None = None) -> str:
     """
     The text of a label file, with or without the mark that some editors write at its start.
 
+    Args:
+        path (`Path`): The file.
+        root (`Path`, *optional*): The folder that it must be in, with all links resolved.
+
     Raises:
-        [`DataError`]: if it is no regular file, too large or no text in UTF-8.
+        [`DataError`]: if it is no regular file, elsewhere, too large or no text in UTF-8.
     """
+    if root is not None and not door.is_inside(path, root):
+        raise DataError(f"{door.printable(path)}: a link that leads out of {door.printable(root)}, which is not read.")
     return door.read_text(path)
+
+
+def read_start(path: Path, count: int) -> bytes:
+    """The first bytes of a file, to recognise it by; none if it cannot be opened."""
+    try:
+        with door.open_file(path, door.MAX_TEXT_BYTES) as file:
+            return file.read(count)
+    except OSError:
+        return b""
 
 
 def parse_json(text: str, where: str):

@@ -23,6 +23,7 @@ from .files import (
     read_text,
     split_folders,
     split_of_folder,
+    tell_unlisted,
 )
 from .rows import Categories, LabelledImage, Labels
 from .spellings import COLUMNS, find_spelling, lists_of
@@ -109,31 +110,26 @@ def _read_folder(folder: Path) -> list[LabelledImage]:
     found = door.walk(folder)
     if found.skipped:
         logger.warning("%s: %s", folder, found)
-    paths = found.files
     images = _read_metadata(folder)
     if not images:
-        return [LabelledImage(path=path, where=str(folder)) for path in paths]
-    unlisted = set(paths) - {image.path for image in images}
-    if unlisted:
-        logger.warning(
-            "%s: %d images are left out, they are not in %s (e.g. %s).",
-            folder,
-            len(unlisted),
-            next(name for name in METADATA if any(path.name == name for path in list_files(folder))),
-            min(unlisted).name,
-        )
+        return [LabelledImage(path=path, where=str(folder)) for path in found.files]
+    tell_unlisted(folder, {image.path for image in images}, f"are not in {_metadata_files(folder)[0].name}")
     return images
 
 
 def _read_metadata(folder: Path) -> list[LabelledImage]:
     """The images that the metadata of a folder and its sub-folders list; none if there are no metadata."""
     images, spelling = [], {}
-    files = [path for path in list_files(folder) if path == find_file(path.parent, *METADATA)]
+    files = _metadata_files(folder)
     for path in files:
         images += [_read_row(path, where, row, spelling) for where, row in _rows(path)]
     if files and not images:
         raise DataError(f"{files[0]}: it lists no image.")
     return images
+
+
+def _metadata_files(folder: Path) -> list[Path]:
+    return [path for path in list_files(folder, *METADATA) if path == find_file(path.parent, *METADATA)]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:

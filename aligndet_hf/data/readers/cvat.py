@@ -1,0 +1,172 @@
+"""CVAT: one XML file, "CVAT for images 1.1", with the images beside it or in `images`."""
+
+import logging
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from ..errors import DataError
+from .files import inside, is_file, list_files, number, read_start, read_xml, split_of_folder
+from .rows import Categories, LabelledImage, Labels
+
+logger = logging.getLogger(__name__)
+
+NAME = "CVAT"
+
+_SNIFFED_BYTES = 4096
+_SHAPES = ("box", "polygon", "polyline", "ellipse", "mask")
+_OTHER_SHAPES = ("points", "cuboid", "skeleton", "tag")
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is an XML file of CVAT, or a folder with one at its top."""
+    return _looks_like_cvat(path) if path.is_file() else bool(_find_files(path))
+
+
+def split_names(path: Path) -> list[str]:
+    """The subsets of the images, or one."""
+    return list(
+        dict.fromkeys(_subset(path, image) for file in _find_files(path) for image in _read_root(file).iter("image"))
+    )
+
+
+def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+    """
+    Reads these subsets. The box of a polygon, polyline, ellipse, mask or turned box is what is around it; points,
+    cuboids, skeletons and tags are counted and left out.
+
+    Args:
+        path (`Path`): The folder, or its XML file.
+        splits (`list[str]`): As [`split_names`] has them.
+        image_dir (`Path`, *optional*): Folder that the names of the images start from. By default looked for.
+
+    Returns:
+        [`Labels`]: categories are the labels of the project, or those in use, in alphabetical order.
+
+    Raises:
+        [`DataError`]: for a file that is not as it should be; it names the file, the image and the shape.
+    """
+    images, names = [], None
+    for file in _find_files(path):
+        root = _read_root(file)
+        names = names or _label_names(root)
+        for number_, element in enumerate(root.iter("image")):
+            if _subset(path, element) in splits:
+                where = f"{file}, image {element.get('name', number_)!r}"
+                images.append(_read_image(path, file, element, names, image_dir, where))
+        skipped = {name: len(root.findall(f"image/{name}")) for name in _OTHER_SHAPES}
+        if any(skipped.values()):
+            told = ", ".join(f"{count} {name}" for name, count in skipped.items() if count)
+            logger.warning("%s: left out, for they have no box: %s.", file, told)
+    _require_unique(images)
+    return Labels(images, Categories(names) if names else None)
+
+
+def _looks_like_cvat(file: Path) -> bool:
+    return file.suffix.lower() == ".xml" and b"<annotations" in read_start(file, _SNIFFED_BYTES)
+
+
+def _find_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    files = [file for file in list_files(path, ".xml") if file.parent in (path, path / "annotations")]
+    return list(filter(_looks_like_cvat, files))
+
+
+def _read_root(file: Path) -> ElementTree.Element:
+    root = read_xml(file)
+    if root.find("track") is not None:
+        raise DataError(f"{file}: tracks of a video. Export it from CVAT as 'CVAT for images' or 'COCO'.")
+    if root.find("image") is None:
+        raise DataError(f"{file}: it lists no image.")
+    return root
+
+
+def _subset(path: Path, image: ElementTree.Element) -> str:
+    own = (image.get("subset") or "").lower()
+    folder = path if path.is_dir() else path.parent
+    return split_of_folder(own) or (own if own not in ("", "default") else split_of_folder(folder.name) or "train")
+
+
+def _label_names(root: ElementTree.Element) -> list[str]:
+    """The labels of the task, job or project, in their order; without them those in use."""
+    named = [(label.findtext("name") or "").strip() for label in root.iterfind("meta//labels/label")]
+    used = {shape.get("label", "") for image in root.iter("image") for shape in image if shape.tag in _SHAPES}
+    return [name for name in dict.fromkeys(named) if name] or sorted(used)
+
+
+def _read_image(
+    path: Path, file: Path, element: ElementTree.Element, names: list[str], image_dir: Path | None, where: str
+) -> LabelledImage:
+    name = element.get("name")
+    if not name:
+        raise DataError(f"{where}: expected a 'name'.")
+    image = LabelledImage(
+        path=_find_image(path if path.is_dir() else file.parent, element, name, image_dir, where),
+        where=where,
+        file_name=name,
+        image_id=_integer(element, "id", where),
+        width=_integer(element, "width", where),
+        height=_integer(element, "height", where),
+        objects={"bbox": [], "category": []},
+    )
+    for position, shape in enumerate(child for child in element if child.tag in _SHAPES):
+        place = f"{where}, {shape.tag} {position}"
+        if shape.get("label") not in names:
+            raise DataError(f"{place}: unknown label {shape.get('label')!r}, expected one of {', '.join(names[:10])}.")
+        image.add(_box(shape, place), names.index(shape.get("label")))
+    return image
+
+
+def _integer(element: ElementTree.Element, name: str, where: str) -> int | None:
+    text = element.get(name)
+    if text is not None and not text.isdecimal():
+        raise DataError(f"{where}: '{name}' must be an integer, got {text!r}.")
+    return None if text is None else int(text)
+
+
+def _box(shape: ElementTree.Element, where: str) -> list[float]:
+    def attribute(name: str) -> float:
+        return number(shape.get(name), where, f"'{name}'")
+
+    if shape.tag == "mask":
+        return [attribute(name) for name in ("left", "top", "width", "height")]
+    if shape.tag == "ellipse":
+        centre = attribute("cx"), attribute("cy")
+        half = attribute("rx"), attribute("ry")
+        return [centre[0] - half[0], centre[1] - half[1], 2 * half[0], 2 * half[1]]
+    if shape.tag == "box":
+        left, top, right, bottom = (attribute(name) for name in ("xtl", "ytl", "xbr", "ybr"))
+        return _around_turned(left, top, right, bottom, float(shape.get("rotation") or 0))
+    points = [point.split(",") for point in (shape.get("points") or "").split(";") if point]
+    if not points or any(len(point) != 2 for point in points):
+        raise DataError(f"{where}: 'points' must be pairs of numbers, got {(shape.get('points') or '')[:80]!r}.")
+    xs, ys = zip(*[[number(part, where, "each point") for part in point] for point in points], strict=True)
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def _around_turned(left: float, top: float, right: float, bottom: float, degrees: float) -> list[float]:
+    """xywh of what is around a box that is turned about its centre."""
+    if not degrees:
+        return [left, top, right - left, bottom - top]
+    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    width, height = right - left, bottom - top
+    around = width * cosine + height * sine, width * sine + height * cosine
+    return [(left + right - around[0]) / 2, (top + bottom - around[1]) / 2, *around]
+
+
+def _find_image(folder: Path, element: ElementTree.Element, name: str, image_dir: Path | None, where: str) -> Path:
+    subset = element.get("subset") or "default"
+    places = [image_dir] if image_dir else [folder, folder / "images", folder / "images" / subset, folder / subset]
+    for place in places:
+        path = inside(image_dir or folder, name, where, place)
+        if is_file(path):
+            return path
+    raise DataError(f"{where}: there is no such file in {', '.join(map(str, places))}. Give the folder as image_dir.")
+
+
+def _require_unique(images: list[LabelledImage]) -> None:
+    """Several files, each of a task of its own, number their images alike."""
+    if len({image.image_id for image in images}) != len(images):
+        for number_, image in enumerate(images):
+            image.image_id = number_

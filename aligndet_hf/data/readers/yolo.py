@@ -1,0 +1,274 @@
+"""YOLO: a text file for an image, with classes and centres relative to its size, in the layouts of Ultralytics,
+Roboflow and Darknet."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import yaml
+
+from ..errors import DataError
+from ..images import image_size
+from .files import (
+    find_file,
+    inside,
+    is_file,
+    list_images,
+    number,
+    read_start,
+    read_text,
+    split_folders,
+    split_of_folder,
+)
+from .rows import Categories, LabelledImage, Labels
+
+NAME = "YOLO"
+
+_CONFIGS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
+_NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.names", "predefined_classes.txt")
+_SPLIT_KEYS = {
+    "train": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+_NO_LABELS = {"readme", "classes", "train", "val", "valid", "test", "requirements", "notes", "license"}
+_SNIFFED_BYTES = 200
+_LINE = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is a `data.yaml`, or a folder with one, with `labels` beside `images`, or with label files."""
+    if path.is_file():
+        return path.suffix.lower() in (".yaml", ".yml") and bool(_read_config(path))
+    return bool(_find_config(path)) or any(_has_labels(folder) for folder in _layout(path).values())
+
+
+def split_names(path: Path) -> list[str]:
+    """The splits of `data.yaml`, or else of the folders."""
+    return list(_splits(path))
+
+
+def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+    """
+    Reads these splits. An image without a label file has no objects. Polygons count as the boxes around them.
+
+    Args:
+        path (`Path`): The folder, or its `data.yaml`.
+        splits (`list[str]`): As [`split_names`] has them; all of a `data.yaml` that is given as the source.
+        image_dir (`Path`, *optional*): Of no use here.
+
+    Returns:
+        [`Labels`]: boxes in pixels of the images, whose headers are read for their sizes.
+
+    Raises:
+        [`DataError`]: for a line that is not as it should be; it names file and line.
+        [`ImageError`]: for an image whose size cannot be read.
+    """
+    root, config = _root(path), _config(path)
+    keypoints = bool(config.get("kpt_shape"))
+    folders = _splits(path)
+    images = [_read_image(*pair, root, keypoints) for split in splits for pair in _pairs(root, folders[split])]
+    names = _names(root, config)
+    if names is None:
+        files = [file for places in folders.values() for _, file in _pairs(root, places)]
+        labels = [label for file in files for _, label, _ in _lines(file, root)]
+        names = [str(label) for label in range(max(labels, default=0) + 1)]
+    for image in images:
+        for label in image.objects["category"]:
+            if label >= len(names):
+                raise DataError(
+                    f"{image.where}: unknown class {label}, expected 0 to {len(names) - 1} ({', '.join(names[:10])})."
+                )
+    return Labels(images, Categories(names))
+
+
+# ---- the layout ----
+
+
+def _root(path: Path) -> Path:
+    return path.parent if path.is_file() else path
+
+
+def _find_config(folder: Path) -> Path | None:
+    """The `data.yaml` of a folder: the only YAML file with splits or names."""
+    files = [folder / name for name in _CONFIGS] + sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    return next((file for file in files if is_file(file) and _read_config(file)), None)
+
+
+def _read_config(path: Path) -> dict | None:
+    """What a YAML file says of a data set; `None` if it is about something else."""
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
+        if path.name in _CONFIGS:
+            raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
+        return None
+    if not isinstance(content, dict) or "names" not in content or not set(_SPLIT_KEYS) & set(content):
+        return None
+    return content | {"": path}
+
+
+def _config(path: Path) -> dict:
+    file = path if path.is_file() else _find_config(path)
+    return (_read_config(file) if file else None) or {}
+
+
+def _layout(folder: Path) -> dict[str, Path]:
+    """The folders of images by split, without a `data.yaml`: `images/train`, `train/images`, or one folder."""
+    images = folder / "images"
+    if images.is_dir() and split_folders(images):
+        return split_folders(images)
+    parts = split_folders(folder)
+    if parts:
+        return {name: part / "images" if (part / "images").is_dir() else part for name, part in parts.items()}
+    return {split_of_folder(folder.name) or "train": images if images.is_dir() else folder}
+
+
+def _has_labels(folder: Path) -> bool:
+    """Whether there is a label file for one of the images of a folder, and it looks like one."""
+    starts = (read_start(_label_file(image), _SNIFFED_BYTES) for image in list_images(folder))
+    return any(_LINE.match(start.decode("utf-8", "replace").split("\n")[0]) for start in starts)
+
+
+def _splits(path: Path) -> dict[str, list[Path]]:
+    """For each split its places: folders of images, or lists of their names."""
+    root, config = _root(path), _config(path)
+    splits = {}
+    for key, split in _SPLIT_KEYS.items():
+        if not config.get(key):
+            continue
+        given = config[key] if isinstance(config[key], list) else [config[key]]
+        places = [_place(root, config, str(place), key) for place in given]
+        found = [place for place in places if place.exists()]
+        if found:
+            splits[split] = found
+        elif key == "train":
+            raise DataError(
+                f"{config['']}: '{key}' is {config[key]!r}, but there is no {places[0]}. Correct it, or put the file "
+                "into the folder of the data."
+            )
+    return splits or {split: [place] for split, place in _layout(root).items()}
+
+
+def _place(root: Path, config: dict, name: str, key: str) -> Path:
+    """
+    Where a split is. Ultralytics starts from `path`, Roboflow writes `../train/images` and means `train/images`, and
+    both write places of the machine on which the file was made.
+    """
+    where, base = f"{config['']}, '{key}'", str(config.get("path") or ".").replace("\\", "/")
+    plain = name.replace("\\", "/")
+    tries = [plain] if base in (".", "") else [str(PurePosixPath(base) / plain), plain]
+    tries += [re.sub(r"^(\.\./)+", "", plain)]
+    parts = [part for part in PurePosixPath(plain).parts if part not in ("/", "..", ".")]
+    tries += ["/".join(parts[start:]) for start in range(len(parts))]
+    for relative in tries:
+        try:
+            place = inside(root, relative, where)
+        except DataError:
+            continue
+        if place.exists() and place != root:
+            return place
+    return inside(root, re.sub(r"^(\.\./)+|^/+", "", plain), where)
+
+
+def _pairs(root: Path, places: list[Path]) -> Iterator[tuple[Path, Path]]:
+    """The images of a split with their label files, which need not exist."""
+    for place in places:
+        if place.is_file():  # a list of images
+            for row, line in enumerate(read_text(place, root).splitlines(), start=1):
+                if line.strip():
+                    image = _listed(root, place, line.strip(), row)
+                    yield image, _label_file(image)
+        else:
+            yield from ((image, _label_file(image)) for image in list_images(place))
+
+
+def _listed(root: Path, place: Path, name: str, row: int) -> Path:
+    where = f"{place}, line {row}"
+    plain = name.replace("\\", "/")
+    parts = [part for part in PurePosixPath(plain).parts if part not in ("/", ".")]
+    for relative in [plain, *("/".join(parts[start:]) for start in range(len(parts)))]:
+        try:
+            image = inside(root, relative, where)
+        except DataError:
+            continue
+        if is_file(image):
+            return image
+    raise DataError(f"{where}: there is no file {name!r} in {root}.")
+
+
+def _label_file(image: Path) -> Path:
+    """`images/train/1.jpg` -> `labels/train/1.txt`; without a folder `images` the file beside the image."""
+    parts = list(image.parent.parts)
+    if "images" in parts:
+        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
+        beside = Path(*parts) / f"{image.stem}.txt"
+        if is_file(beside) or not is_file(image.with_suffix(".txt")):
+            return beside
+    return image.with_suffix(".txt")
+
+
+# ---- names and boxes ----
+
+
+def _names(root: Path, config: dict) -> list[str] | None:
+    names = config.get("names")
+    if isinstance(names, dict):
+        if sorted(names) != list(range(len(names))):
+            raise DataError(f"{config['']}: 'names' must have the keys 0 to {len(names) - 1}, got {list(names)[:10]}.")
+        names = [names[label] for label in range(len(names))]
+    if names is not None:
+        if not isinstance(names, list) or not names or len({str(name) for name in names}) != len(names):
+            raise DataError(f"{config['']}: 'names' must be a list of different names, got {str(names)[:80]}.")
+        return [str(name) for name in names]
+    places = [root, root / "labels", *split_folders(root).values()]
+    file = next((found for place in places if (found := find_file(place, *_NAME_FILES))), None)
+    return [line.strip() for line in read_text(file, root).splitlines() if line.strip()] if file else None
+
+
+def _lines(file: Path, root: Path) -> Iterator[tuple[str, int, list[float]]]:
+    """The place, class and numbers of each object of a label file; of a file that does not exist none."""
+    if not file.exists():
+        return
+    for row, line in enumerate(read_text(file, root).splitlines(), start=1):
+        where, values = f"{file}, line {row}", line.split()
+        if not values:
+            continue
+        numbers = [number(value, where, "each value") for value in values]
+        if len(values) < 5 or numbers[0] < 0 or not numbers[0].is_integer():
+            raise DataError(f"{where}: expected 'class centre_x centre_y width height', got {line.strip()[:80]!r}.")
+        yield where, int(numbers[0]), numbers[1:]
+
+
+def _read_image(path: Path, file: Path, root: Path, keypoints: bool) -> LabelledImage:
+    image = LabelledImage(path=path, where=str(file if file.exists() else path), objects={"bbox": [], "category": []})
+    lines = list(_lines(file, root))
+    if not lines:
+        return image
+    image.height, image.width = image_size(path)
+    for where, label, values in lines:
+        corners = _corners(values, keypoints, where)
+        if max(map(abs, corners)) > 2:
+            raise DataError(
+                f"{where}: the numbers must be relative to the size of the image, from 0 to 1, got "
+                f"{' '.join(f'{value:g}' for value in values[:4])}."
+            )
+        left, top, right, bottom = (
+            corner * side for corner, side in zip(corners, (image.width, image.height) * 2, strict=True)
+        )
+        image.add([left, top, right - left, bottom - top], label)
+    return image
+
+
+def _corners(values: list[float], keypoints: bool, where: str) -> tuple[float, float, float, float]:
+    """The relative corners of a box, of a box with its key points, or of what is around a polygon."""
+    if len(values) == 4 or keypoints:
+        x, y, width, height = values[:4]
+        return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+    if len(values) == 5:
+        raise DataError(f"{where}: six values, a detection with its score; expected a label without one.")
+    if len(values) % 2:
+        raise DataError(f"{where}: a polygon must have two numbers for each point, got {len(values)} numbers.")
+    return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])

@@ -1,0 +1,560 @@
+"""Every layout of labelled images that people have reads as it is: the same images, boxes, names and splits."""
+
+import json
+import logging
+from xml.sax.saxutils import quoteattr
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from aligndet_hf.data.columns import category_ids, validate_objects
+from aligndet_hf.data.errors import DataError
+from aligndet_hf.data.formats import category_names, load_dataset_source, split_names
+from aligndet_hf.data.images import decode_image
+from aligndet_hf.data.readers import find_reader
+
+NAMES = ["cat", "dog", "owl"]
+# By split: the size of each image, and its objects (xywh in pixels, category). No owl is in the validation split.
+SCENES = {
+    "train": [
+        ((40, 30), [([4, 3, 10, 12], 0), ([20, 6, 8, 9], 2)]),
+        ((30, 50), [([6, 5, 12, 20], 1)]),
+        ((40, 30), []),
+    ],
+    "validation": [((40, 30), [([8, 6, 16, 15], 1)]), ((30, 50), [([3, 10, 9, 5], 0)])],
+}
+
+
+def write_image(path, size, number):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new("RGB", size, (number, 0, 0)).save(path)
+
+
+def scenes(split):
+    """(name without suffix, size, objects) of each image; the names of the splits differ."""
+    return [(f"{split[0]}{number}", size, objects) for number, (size, objects) in enumerate(SCENES[split])]
+
+
+def write_images(folder, split):
+    for number, (name, size, _) in enumerate(scenes(split)):
+        write_image(folder / f"{name}.png", size, number)
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text if isinstance(text, str) else json.dumps(text), encoding="utf-8")
+
+
+def coco_content(split, name=lambda name: f"{name}.png", group=False):
+    images, annotations = [], []
+    for number, (stem, size, objects) in enumerate(scenes(split)):
+        images.append({"id": 100 + number, "file_name": name(stem), "width": size[0], "height": size[1]})
+        for box, category in objects:
+            annotation = {"id": len(annotations) + 1, "image_id": 100 + number, "category_id": 10 * category + 5}
+            annotations.append(annotation | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+    categories = [{"id": 10 * number + 5, "name": n, "supercategory": "animals"} for number, n in enumerate(NAMES)]
+    if group:
+        categories.insert(0, {"id": 0, "name": "animals", "supercategory": "none"})
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+# ---- one writer for each layout: as the tools write it, not as we export it ----
+
+
+def coco_original(root):
+    for split, name in (("train", "train2017"), ("validation", "val2017")):
+        write_images(root / name, split)
+        write_text(root / "annotations" / f"instances_{name}.json", coco_content(split))
+        write_text(root / "annotations" / f"captions_{name}.json", {"images": [], "annotations": []})
+
+
+def coco_roboflow(root):
+    for split, name in (("train", "train"), ("validation", "valid")):
+        write_images(root / name, split)
+        write_text(root / name / "_annotations.coco.json", coco_content(split, group=True))
+
+
+def coco_fiftyone(root):
+    for split, name in (("train", "train"), ("validation", "validation")):
+        write_images(root / name / "data", split)
+        write_text(root / name / "labels.json", coco_content(split))
+
+
+def coco_cvat(root):
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / "images" / name, split)
+        write_text(root / "annotations" / f"instances_{name}.json", coco_content(split))
+
+
+def coco_up_and_over(root):
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / "pictures" / name, split)
+        content = coco_content(split, lambda stem, name=name: f"../pictures/{name}/{stem}.png")
+        write_text(root / "annotations" / f"{name}.json", content)
+
+
+def coco_backslashes(root):
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name / "images", split)
+        write_text(root / name / "result.json", coco_content(split, lambda stem: f"images\\{stem}.png"))
+
+
+def yolo_lines(size, objects, polygons=False):
+    lines = []
+    for (x, y, w, h), category in objects:
+        numbers = [(x + w / 2) / size[0], (y + h / 2) / size[1], w / size[0], h / size[1]]
+        if polygons:
+            points = [(x, y + h / 2), (x + w / 2, y), (x + w, y + h / 2), (x + w / 2, y + h)]
+            numbers = [value for px, py in points for value in (px / size[0], py / size[1])]
+        lines.append(" ".join([str(category), *(f"{number:.8f}" for number in numbers)]))
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def write_yolo(images, labels, split, polygons=False):
+    write_images(images, split)
+    for stem, size, objects in scenes(split):
+        if objects or stem == "t2":
+            write_text(labels / f"{stem}.txt", yolo_lines(size, objects, polygons))
+
+
+def yolo_ultralytics(root):
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_yolo(root / "images" / name, root / "labels" / name, split)
+    names = "\n".join(f"  {number}: {name}" for number, name in enumerate(NAMES))
+    write_text(
+        root / "dataset.yaml", f"path: ../datasets/mine\ntrain: images/train\nval: images/val\nnames:\n{names}\n"
+    )
+
+
+def yolo_roboflow(root):
+    for split, name in (("train", "train"), ("validation", "valid")):
+        write_yolo(root / name / "images", root / name / "labels", split, polygons=True)
+    text = f"train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 3\nnames: {NAMES}\n"
+    write_text(root / "data.yaml", text)
+    write_text(root / "README.roboflow.txt", "Exported by somebody")
+
+
+def yolo_lists(root):
+    """`train.txt` with the paths of another machine, as Darknet and Ultralytics take it."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_yolo(root / "images", root / "labels", split)
+        write_text(
+            root / f"{name}.txt", "".join(f"/home/bob/mine/images/{stem}.png\n" for stem, _, _ in scenes(split))
+        )
+    write_text(root / "data.yaml", f"train: /home/bob/mine/train.txt\nval: /home/bob/mine/val.txt\nnames: {NAMES}\n")
+
+
+def yolo_beside(root):
+    """Darknet: the text files beside the images, names in `classes.txt`."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_yolo(root / name, root / name, split)
+    write_text(root / "classes.txt", "\n".join(NAMES))
+
+
+def voc_xml(stem, size, objects, source="", shift=0):
+    boxes = "".join(
+        f"<object><name>{NAMES[category]}</name><difficult>0</difficult><bndbox><xmin>{x + shift}</xmin>"
+        f"<ymin>{y + shift}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
+        for (x, y, w, h), category in objects
+    )
+    size = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    return f"<annotation>{source}<folder>x</folder><filename>{stem}.png</filename>{size}{boxes}</annotation>"
+
+
+def voc_challenge(root):
+    """As the challenge has it: corners count from 1, and the last pixel is inside."""
+    source = "<source><database>The VOC2007 Database</database><annotation>PASCAL VOC2007</annotation></source>"
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / "JPEGImages", split)
+        for scene in scenes(split):
+            write_text(root / "Annotations" / f"{scene[0]}.xml", voc_xml(*scene, source, shift=1))
+        write_text(root / "ImageSets/Main" / f"{name}.txt", "".join(f"{stem}\n" for stem, _, _ in scenes(split)))
+        write_text(root / "ImageSets/Main" / f"cat_{name}.txt", "".join(f"{s} -1\n" for s, _, _ in scenes(split)))
+    write_text(root / "ImageSets/Main/trainval.txt", "t0\nt1\nt2\nv0\nv1\n")
+
+
+def voc_labelimg(root):
+    """LabelImg and Roboflow: XML files beside the images of each split."""
+    for split, name in (("train", "train"), ("validation", "valid")):
+        write_images(root / name, split)
+        for scene in scenes(split):
+            write_text(root / name / f"{scene[0]}.xml", voc_xml(*scene))
+
+
+def labelme(root):
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name, split)
+        for stem, size, objects in scenes(split):
+            shapes = [
+                {"label": NAMES[category], "shape_type": "polygon", "points": [[x, y + 1], [x + w, y], [x + 2, y + h]]}
+                if category
+                else {"label": NAMES[category], "shape_type": "rectangle", "points": [[x + w, y + h], [x, y]]}
+                for (x, y, w, h), category in objects
+            ]
+            content = {"version": "5.2", "flags": {}, "shapes": shapes, "imagePath": f"..\\elsewhere\\{stem}.png"}
+            write_text(
+                root / name / f"{stem}.json",
+                content | {"imageData": "x" * 10**5, "imageHeight": size[1], "imageWidth": size[0]},
+            )
+
+
+def cvat(root):
+    images, number = "", 0
+    for split, name in (("train", "Train"), ("validation", "Validation")):
+        write_images(root / "images" / name, split)
+        for stem, size, objects in scenes(split):
+            shapes = "".join(
+                f'<box label="{NAMES[category]}" xtl="{x}" ytl="{y}" xbr="{x + w}" ybr="{y + h}" occluded="0"/>'
+                if category
+                else f'<polygon label="cat" points="{x},{y};{x + w},{y};{x + w / 2},{y + h}"/>'
+                for (x, y, w, h), category in objects
+            )
+            attributes = f'id="{number}" name={quoteattr(stem + ".png")} subset="{name}" width="{size[0]}"'
+            images += f'<image {attributes} height="{size[1]}">{shapes}</image>'
+            number += 1
+    labels = "".join(f"<label><name>{name}</name></label>" for name in NAMES)
+    meta = f"<meta><project><labels>{labels}</labels></project></meta>"
+    write_text(root / "annotations.xml", f"<?xml version='1.0'?><annotations>{meta}{images}</annotations>")
+
+
+def metadata(objects_of):
+    def write(root):
+        for split, name in (("train", "training"), ("validation", "val")):
+            write_images(root / name, split)
+            rows = [{"file_name": f"{stem}.png", **objects_of(objects)} for stem, _, objects in scenes(split)]
+            write_text(root / name / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+        write_text(root / "labels.json", NAMES)
+
+    return write
+
+
+def boxes_of(objects):
+    return [box for box, _ in objects]
+
+
+def labels_of(objects):
+    return [category for _, category in objects]
+
+
+def names_of(objects):
+    return [NAMES[category] for _, category in objects]
+
+
+LAYOUTS = {
+    "coco, original": coco_original,
+    "coco, Roboflow": coco_roboflow,
+    "coco, FiftyOne": coco_fiftyone,
+    "coco, CVAT": coco_cvat,
+    "coco, ../": coco_up_and_over,
+    "coco, backslashes": coco_backslashes,
+    "yolo, Ultralytics": yolo_ultralytics,
+    "yolo, Roboflow": yolo_roboflow,
+    "yolo, lists": yolo_lists,
+    "yolo, beside": yolo_beside,
+    "voc, challenge": voc_challenge,
+    "voc, beside": voc_labelimg,
+    "labelme": labelme,
+    "cvat": cvat,
+    "metadata, documentation": metadata(lambda o: {"objects": {"bbox": boxes_of(o), "categories": labels_of(o)}}),
+    "metadata, names": metadata(lambda o: {"objects": {"bbox": boxes_of(o), "category": names_of(o)}}),
+    "metadata, labels": metadata(lambda o: {"objects": {"bboxes": boxes_of(o), "labels": names_of(o)}}),
+    "metadata, dictionaries": metadata(
+        lambda o: {"annotations": [{"bbox": box, "label": category} for box, category in o]}
+    ),
+}  # fmt: skip
+READER_OF = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC", "labelme": "labelme", "cvat": "CVAT"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout):
+    root = tmp_path / "mine"
+    LAYOUTS[layout](root)
+    assert find_reader(root).NAME == READER_OF.get(layout.split(",")[0], "image folder")
+    assert sorted(split_names(root)) == ["train", "validation"]
+    for split, expected in SCENES.items():
+        dataset = load_dataset_source(root, split, labels=True)
+        assert category_names(dataset, root) == NAMES  # of the whole data set, also without an owl
+        assert [decode_image(row["image"]).shape[:2] for row in dataset] == [size[::-1] for size, _ in expected]
+        assert [int(decode_image(row["image"])[0, 0, 0]) for row in dataset] == list(range(len(expected)))
+        for row, (_, objects) in zip(dataset, expected, strict=True):
+            assert row["objects"]["category"] == labels_of(objects)
+            np.testing.assert_allclose(
+                np.reshape(row["objects"]["bbox"], (-1, 4)), np.reshape(boxes_of(objects), (-1, 4)), atol=1e-5
+            )
+            np.testing.assert_allclose(row["objects"]["area"], [w * h for _, _, w, h in boxes_of(objects)], rtol=1e-5)
+        assert validate_objects(dataset, NAMES).boxes == sum(len(objects) for _, objects in expected)
+    assert len(load_dataset_source(root, "train+validation", labels=True)) == 5
+
+
+def test_the_group_of_roboflow_is_left_out_and_told(tmp_path, caplog):
+    coco_roboflow(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset_source(tmp_path / "train" / "_annotations.coco.json", labels=True)
+    assert category_names(dataset) == NAMES and category_ids(dataset, NAMES) == [5, 15, 25]
+    assert "the category 'animals' (id 0) is left out" in caplog.text
+    # A group that is used in another split is a category.
+    path = tmp_path / "valid" / "_annotations.coco.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["category_id"] = 0
+    write_text(path, content)
+    for split in SCENES:
+        assert category_names(load_dataset_source(tmp_path, split, labels=True)) == ["animals", *NAMES]
+
+
+def small_coco(tmp_path, **changes):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    write_image(tmp_path / "b.png", (40, 30), 1)
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [{"id": 9, "image_id": 2, "category_id": 2, "bbox": [1, 2, 3, 4], "area": None}],
+    }
+    write_text(tmp_path / "labels.json", content | changes)
+    return tmp_path / "labels.json"
+
+
+def annotation(**changes):
+    return [{"id": 9, "image_id": 2, "category_id": 2, "bbox": [1, 2, 3, 4], "area": None} | changes]
+
+
+UUIDS = ["6fa459ea-ee8a-3ca4-894e-db77e160355e", "16fd2706-8baf-433b-82eb-8c7fada847da"]
+
+
+@pytest.mark.parametrize(
+    "changes, image_ids, label_ids, own",
+    [
+        ({}, [1, 2], [1, 2], [9]),
+        ({"annotations": annotation(image_id="2", category_id="2")}, [1, 2], [1, 2], [9]),
+        ({"annotations": annotation(image_id=2.0, category_id=2.0, id=9.0)}, [1, 2], [1, 2], [9]),
+        ({"images": [{"id": "1", "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}]}, [1, 2], [1, 2], [9]),
+        ({"categories": [{"id": "1", "name": "cat"}, {"id": 2, "name": "dog"}]}, [1, 2], ["1", 2], [9]),
+        (
+            {
+                "images": [{"id": own, "file_name": f"{name}.png"} for own, name in zip(UUIDS, "ab", strict=True)],
+                "annotations": annotation(image_id=UUIDS[1], id=UUIDS[0]),
+            },
+            UUIDS,
+            [1, 2],
+            [UUIDS[0]],
+        ),
+        (
+            {
+                "categories": [{"id": "c", "name": "cat"}, {"id": "d", "name": "dog"}],
+                "annotations": annotation(category_id="d"),
+            },
+            [1, 2],
+            ["c", "d"],
+            [9],
+        ),
+    ],
+    ids=["integers", "texts of integers", "floats", "mixed images", "mixed categories", "uuids", "texts"],
+)
+def test_ids_of_every_type_are_kept(tmp_path, changes, image_ids, label_ids, own):
+    dataset = load_dataset_source(small_coco(tmp_path, **changes), labels=True)
+    assert list(dataset["image_id"]) == image_ids and category_ids(dataset, ["cat", "dog"]) == label_ids
+    assert dataset[0]["objects"]["bbox"] == []
+    assert dataset[1]["objects"] == {
+        "bbox": [[1, 2, 3, 4]], "category": [1], "area": [12], "iscrowd": [0], "id": own,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"annotations": annotation(image_id="two")}, r"annotation 9: no image has the id 'two' \(str\)"),
+        ({"annotations": annotation(category_id=None)}, "annotation 9: no category has the id None"),
+        ({"annotations": annotation(area="big")}, "annotation 9: 'area' must be a number or null, got 'big'"),
+        ({"annotations": annotation(iscrowd=2)}, "annotation 9: 'iscrowd' must be 0 or 1, got 2"),
+        ({"annotations": None}, r"'annotations' must be a list, got None \(NoneType\)"),
+        ({"images": [{"id": [1], "file_name": "a.png"}]}, r"entry 0 of 'images': an id .* got \[1\] of the type list"),
+        ({"images": [{"id": True, "file_name": "a.png"}]}, "got True of the type bool"),
+        ({"images": [{"id": 1, "file_name": None}]}, "image 1: 'file_name' must be a text, got None"),
+        (
+            {"images": [{"id": 1, "file_name": "a.png", "width": "40"}]},
+            "'width' must be an integer, got '40'",
+        ),
+        ({"categories": [{"id": 1, "name": "cat"}, {"id": "1", "name": "dog"}]}, "must be unique, got 1: 'cat', '1'"),
+    ],
+)
+def test_wrong_types_are_named_with_place_and_value(tmp_path, changes, message):
+    with pytest.raises(DataError, match=f"labels.json.*{message}"):
+        load_dataset_source(small_coco(tmp_path, **changes), labels=True)
+
+
+def test_splits_that_disagree_about_a_category(tmp_path):
+    coco_original(tmp_path)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    write_text(path, path.read_text().replace('"dog"', '"wolf"'))
+    with pytest.raises(DataError, match="instances_val2017.json: the category 15 is 'wolf', but 'dog' in .*train2017"):
+        load_dataset_source(tmp_path, "train")
+
+
+def test_a_folder_whose_name_holds_the_word_test_is_no_split(tmp_path):
+    write_image(tmp_path / "field_test_images" / "a.png", (40, 30), 0)
+    write_image(tmp_path / "test2017" / "a.png", (40, 30), 0)
+    assert split_names(tmp_path / "field_test_images") == ["train"]
+    assert split_names(tmp_path / "test2017") == ["test"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("0 0.5 0.5 0.2", "expected 'class centre_x centre_y width height', got '0 0.5 0.5 0.2'"),
+        ("cat 0.5 0.5 0.2 0.2", "each value must be a number, got 'cat'"),
+        ("0 20 15 8 6", "must be relative to the size of the image, from 0 to 1, got 20 15 8 6"),
+        ("3 0.5 0.5 0.2 0.2", r"unknown class 3, expected 0 to 2 \(cat, dog, owl\)"),
+        ("0 0.5 0.5 0.2 0.2 0.9", "six values, a detection with its score"),
+        ("0 0.5 0.5 0.2 nan", "each value must be a number, got 'nan'"),
+    ],
+)
+def test_wrong_lines_of_yolo(tmp_path, line, message):
+    yolo_ultralytics(tmp_path)
+    write_text(tmp_path / "labels" / "train" / "t1.txt", f"0 0.5 0.5 0.1 0.1\n{line}\n")
+    where = "t1.txt" if "unknown class" in message else "t1.txt, line 2"
+    with pytest.raises(DataError, match=f"{where}: .*{message}"):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
+def test_key_points_of_yolo_follow_the_box(tmp_path):
+    yolo_ultralytics(tmp_path)
+    with open(tmp_path / "dataset.yaml", "a") as file:
+        file.write("kpt_shape: [2, 3]\n")
+    write_text(tmp_path / "labels" / "train" / "t0.txt", "1 0.5 0.5 0.5 0.2 0.1 0.1 2 0.9 0.9 2\n")
+    assert load_dataset_source(tmp_path, "train")[0]["objects"]["bbox"] == [[10, 12, 20, 6]]
+
+
+def test_a_yaml_file_is_a_source(tmp_path):
+    yolo_ultralytics(tmp_path)
+    assert len(load_dataset_source(tmp_path / "dataset.yaml", "validation", labels=True)) == 2
+
+
+def test_images_without_names_or_labels_of_yolo(tmp_path):
+    """Without `data.yaml`: numbers for names, as far as those of all splits; no label file means no object."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_yolo(tmp_path / "images" / name, tmp_path / "labels" / name, split)
+    dataset = load_dataset_source(tmp_path, "validation", labels=True)
+    assert category_names(dataset) == ["0", "1", "2"]
+    (tmp_path / "labels" / "val" / "v0.txt").unlink()
+    assert load_dataset_source(tmp_path, "validation", labels=True)[0]["objects"]["bbox"] == []
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("<xmin>5</xmin>", "", "t0.xml, object 0: expected a 'xmin' in 'bndbox'"),
+        ("<xmin>5</xmin>", "<xmin>five</xmin>", "t0.xml, object 0: 'xmin' must be a number, got 'five'"),
+        ("<name>cat</name>", "<name/>", "t0.xml: expected a 'name' in 'object'"),
+        ("</annotation>", "", "t0.xml: not valid XML"),
+        ("<annotation>", '<!DOCTYPE x [<!ENTITY a "b">]><annotation>', "t0.xml: it defines XML entities"),
+    ],
+)
+def test_wrong_files_of_voc(tmp_path, old, new, message):
+    voc_challenge(tmp_path)
+    path = tmp_path / "Annotations" / "t0.xml"
+    write_text(path, path.read_text().replace(old, new))
+    with pytest.raises(DataError, match=message):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
+def test_difficult_objects_and_images_without_labels_are_told(tmp_path, caplog):
+    voc_labelimg(tmp_path)
+    path = tmp_path / "train" / "t0.xml"
+    write_text(path, path.read_text().replace("<difficult>0", "<difficult>1"))
+    (tmp_path / "train" / "t2.xml").unlink()
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset_source(tmp_path, "train", labels=True)
+    assert len(dataset) == 2 and len(dataset[0]["objects"]["bbox"]) == 2
+    assert "2 objects are marked as difficult" in caplog.text
+    assert "1 images are left out, they have no XML file (e.g. t2.png)" in caplog.text
+
+
+def test_circles_and_points_of_labelme(tmp_path, caplog):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    shapes = [
+        {"label": "ball", "shape_type": "circle", "points": [[20, 15], [23, 19]]},
+        {"label": "spot", "shape_type": "point", "points": [[1, 1]]},
+    ]
+    write_text(tmp_path / "a.json", {"shapes": shapes, "imagePath": "a.png", "imageData": None})
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset_source(tmp_path, labels=True)
+    assert category_names(dataset) == ["ball"] and dataset[0]["objects"]["bbox"] == [[15, 10, 10, 10]]
+    assert "1 points and lines are left out" in caplog.text
+
+
+def test_turned_boxes_and_other_shapes_of_cvat(tmp_path, caplog):
+    write_image(tmp_path / "images" / "a.png", (40, 30), 0)
+    shapes = '<box label="cat" xtl="10" ytl="12" xbr="20" ybr="16" rotation="90"/><points label="cat" points="1,1"/>'
+    shapes += '<ellipse label="dog" cx="20" cy="15" rx="6" ry="4"/>'
+    shapes += '<mask label="dog" left="1" top="2" width="3" height="4"/>'
+    write_text(tmp_path / "annotations.xml", f'<annotations><image id="7" name="a.png">{shapes}</image></annotations>')
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset_source(tmp_path, labels=True)
+    boxes = [[13, 9, 4, 10], [14, 11, 12, 8], [1, 2, 3, 4]]
+    np.testing.assert_allclose(dataset[0]["objects"]["bbox"], boxes, atol=1e-9)
+    assert list(dataset["image_id"]) == [7] and category_names(dataset) == ["cat", "dog"]
+    assert "left out, for they have no box: 1 points" in caplog.text
+    write_text(tmp_path / "annotations.xml", '<annotations><track id="0" label="cat"/></annotations>')
+    with pytest.raises(DataError, match="tracks of a video"):
+        load_dataset_source(tmp_path, labels=True)
+
+
+# ---- spellings of data sets that are saved or on the Hub ----
+
+
+def saved(folder, **splits):
+    data = {}
+    for split, objects in splits.items():
+        column = next(iter(objects))
+        images = [PIL.Image.new("RGB", (40, 30))] * len(objects[column])
+        data[split] = datasets.Dataset.from_dict({"image": images} | objects)
+    datasets.DatasetDict(data).save_to_disk(folder)
+    return folder
+
+
+BOXES = [[[1, 2, 3, 4], [5, 6, 7, 8]], [], [[2, 2, 9, 9]]]
+
+
+@pytest.mark.parametrize(
+    "column, objects, names",
+    [
+        ("objects", lambda labels: {"bbox": BOXES, "categories": labels}, ["0", "1", "2"]),
+        ("annotations", lambda labels: {"bboxes": BOXES, "label": labels}, ["0", "1", "2"]),
+        ("objects", lambda labels: {"boxes": BOXES, "labels": [[f"c{k}" for k in one] for one in labels]}, None),
+        ("objects", None, ["0", "1", "2"]),
+    ],
+    ids=["categories", "annotations", "names", "list of dictionaries"],
+)
+def test_spellings_of_objects(tmp_path, column, objects, names):
+    """Of two splits, the second without the last class: the names are those of both."""
+    splits = {}
+    for split, labels in (("train", [[2, 0], [], [1]]), ("validation", [[0, 1], [], [1]])):
+        if objects is None:
+            rows = [
+                [{"bbox": box, "category": label} for box, label in zip(boxes, own, strict=True)]
+                for boxes, own in zip(BOXES, labels, strict=True)
+            ]
+        else:
+            fields = objects(labels)
+            rows = [dict(zip(fields, one, strict=True)) for one in zip(*fields.values(), strict=True)]
+        splits[split] = {column: rows}
+    folder = saved(tmp_path / "saved", **splits)
+    for split, expected in (("train", [[2, 0], [], [1]]), ("validation", [[0, 1], [], [1]])):
+        dataset = load_dataset_source(folder, split, labels=True)
+        assert category_names(dataset) == (names or ["c0", "c1", "c2"])
+        assert [row["objects"]["category"] for row in dataset] == expected
+        assert [row["objects"]["bbox"] for row in dataset] == BOXES
+        assert validate_objects(dataset, category_names(dataset)).boxes == 3
+
+
+def test_selected_rows_keep_their_objects(tmp_path):
+    """The lists of a slice do not start where the values do."""
+    rows = [[{"bbox": box, "label": f"c{number}"} for box in boxes] for number, boxes in enumerate(BOXES)]
+    images = [PIL.Image.new("RGB", (40, 30))] * 3
+    dataset = datasets.Dataset.from_dict({"image": images, "annotations": rows}).select([2, 0])
+    dataset.save_to_disk(tmp_path / "saved")
+    loaded = load_dataset_source(tmp_path / "saved", labels=True)
+    assert [row["objects"] for row in loaded] == [
+        {"bbox": BOXES[2], "category": [1]}, {"bbox": BOXES[0], "category": [0, 0]},
+    ]  # fmt: skip
