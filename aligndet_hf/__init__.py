@@ -15,6 +15,7 @@ _FACE = {
     "commands.chain": ["ChainArguments", "run_chain"],
     "commands.clusters": ["ClustersArguments", "cluster_proposals"],
     "commands.compare": ["CompareArguments", "compare"],
+    "commands.convert": ["ConvertArguments", "convert"],
     "commands.embeddings": ["EmbeddingsArguments", "compare_embeddings"],
     "commands.evaluate": ["EvaluateArguments", "evaluate"],
     "commands.finetune": ["FinetuneArguments", "FinetuneResult", "finetune"],

@@ -18,6 +18,12 @@ from .commands.compare import (
 from .commands.compare import (
     compare as compare,
 )
+from .commands.convert import (
+    ConvertArguments as ConvertArguments,
+)
+from .commands.convert import (
+    convert as convert,
+)
 from .commands.embeddings import (
     EmbeddingsArguments as EmbeddingsArguments,
 )

@@ -70,6 +70,12 @@ COMMANDS = {
         "predict",
         "find objects in new images and videos: pictures, COCO and YOLO labels, a data set",
     ),
+    "convert": Command(
+        "aligndet_hf.commands.convert",
+        "ConvertArguments",
+        "convert",
+        "read a published checkpoint as a detector of transformers; write a detector for mmdet or torchvision",
+    ),
     "chain": Command(
         "aligndet_hf.commands.chain",
         "ChainArguments",
@@ -112,6 +118,9 @@ from unlabelled images to a fine-tuned detector:
 a backbone of your own instead of ImageNet's, from random weights (docs/soco.md):
   aligndet pretrain  --method soco --dataset outputs/proposals --backbone resnet50 --output_dir outputs/soco
   aligndet knn       --dataset labelled/ --backbone outputs/soco/backbone --output_dir outputs/knn  # what it knows
+
+what others published, and back (docs/checkpoints.md):
+  aligndet convert   --from detr-r50.pth --output_dir outputs/detr  # or at once as --detector detr-r50.pth
 
 all of that from one file, or several variants of it compared on your labels with several seeds (docs/compare.md):
   aligndet chain   --config chain.yaml   --output_dir outputs/chain

@@ -154,12 +154,12 @@ def test_a_tensor_too_few_or_too_many_is_refused_unless_told_otherwise(published
         convert(published)
     assert str(error.value) == (
         "published.pth is DETR of facebookresearch/detr, but has 1 unknown tensors, such as stranger.weight and lacks "
-        "1 tensors, such as transformer.decoder.norm.bias: it is another model, or was cut. Give --partial true to "
-        "take what fits"
+        "1 tensors, such as transformer.decoder.norm.bias: it is another model, or was cut. `aligndet convert "
+        "--partial` takes what fits"
     )
     detector, report = convert(published, partial=True)
     assert report.missing == {"model.decoder.layernorm.bias": "the file lacks transformer.decoder.norm.bias"}
-    assert report.dropped["stranger.weight"] == "unknown, and --partial was given"
+    assert report.dropped["stranger.weight"] == "unknown, and left out as `partial` asks"
     assert torch.equal(detector.model.decoder.layernorm.bias, torch.zeros(64))
 
 

@@ -37,7 +37,6 @@ def test_a_folder_that_is_not_there_is_told(name):
 
 
 def test_what_is_there_instead_is_told(tmp_path):
-    (tmp_path / "weights.pth").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("[")
@@ -46,7 +45,6 @@ def test_what_is_there_instead_is_told(tmp_path):
     write_config(tmp_path / "soco" / "backbone", "resnet")
     write_config(tmp_path / "unfinished" / "checkpoint-3" / "detector", "detr")
     for name, told in {
-        "weights.pth": "it is a file. Give the folder with",
         "empty": "it has no config.json of one",
         "broken": "it has no config.json of one",
         "bert": "it holds a model of the type 'bert'",

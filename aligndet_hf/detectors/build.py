@@ -263,10 +263,12 @@ def find_detector(source: str | Path) -> str:
 
     Args:
         source (`str` or `Path`): the folder of a detector, of a run of `aligndet pretrain` or `aligndet finetune`, or
-            of one of its checkpoints (`checkpoint-<step>`); or a Hub id.
+            of one of its checkpoints (`checkpoint-<step>`); a published checkpoint, see
+            [`~aligndet_hf.detectors.converters.read_detector`]; or a Hub id.
 
     Returns:
-        `str`: the folder of the detector, or the Hub id.
+        `str`: the folder of the detector, for a published checkpoint one that lasts as long as the process; or the Hub
+        id.
 
     Raises:
         `ValueError`: there is no detector. The message says what is there instead.
@@ -274,6 +276,10 @@ def find_detector(source: str | Path) -> str:
     folder = Path(source).expanduser()
     if not folder.exists() and len(Path(source).parts) <= 2 and not str(source).startswith((".", "/", "~")):
         return str(source)  # a Hub id
+    if folder.is_file():
+        from .converters.folder import detector_folder  # which builds detectors
+
+        return str(detector_folder(folder))
     found = {place: _model_type(place) for place in (folder / "detector", folder)}
     for place, model_type in found.items():
         if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in AutoModelForObjectDetection._model_mapping:
@@ -292,8 +298,6 @@ def _what_is_there(folder: Path, model_type: str | None) -> str:
     """What a folder without a detector is, and what to take instead."""
     if not folder.exists():
         return "there is no such folder"
-    if folder.is_file():
-        return "it is a file. Give the folder with the config.json and the model.safetensors"
     if _model_type(folder / "backbone"):
         return f"it holds a backbone. A detector gets it by --backbone {folder / 'backbone'}"
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)

@@ -20,25 +20,13 @@ from .mmdet_detr import MMDET_2, MMDET_3
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# By the name that `--layout` takes; the more special ones first, as a file is taken for the first that it fits.
-LAYOUTS: dict[str, Layout] = {
-    "dab_detr": DAB_DETR,
-    "conditional_detr": CONDITIONAL_DETR,
-    "deformable_detr": DEFORMABLE_DETR,
-    "detr": DETR,
-    "mmdet2_detr": MMDET_2,
-    "mmdet3_detr": MMDET_3,
-}
-
-
-def is_weight_file(source: object) -> bool:
-    """Whether a detector is named by a file of weights rather than by a folder, a Hub id or a family."""
-    return isinstance(source, str | Path) and Path(source).is_file()
+# The more special ones first: a file is taken for the first that it fits.
+LAYOUTS: tuple[Layout, ...] = (DAB_DETR, CONDITIONAL_DETR, DEFORMABLE_DETR, DETR, MMDET_2, MMDET_3)
 
 
 def read_detector(
     path: str | Path,
-    layout: str | None = None,
+    family: str | None = None,
     fields: Mapping[str, Any] | None = None,
     partial: bool = False,
 ) -> tuple[PreTrainedModel, ConversionReport]:
@@ -47,8 +35,8 @@ def read_detector(
 
     Args:
         path (`str` or `Path`): a file that [`~aligndet_hf.detectors.weight_files.read_checkpoint`] reads.
-        layout (`str`, *optional*): a name of `LAYOUTS`, for a file that several could fit. By default the layout is
-            recognised by the names of the tensors.
+        family (`str`, *optional*): the family that it shall become, where the names of its tensors leave a choice: a
+            Faster R-CNN is also the first part of a Mask R-CNN.
         fields (`Mapping[str, Any]`, *optional*): fields of the detector's config that a file does not tell: the
             number of attention heads if it is not 8, for instance.
         partial (`bool`, *optional*, defaults to `False`): accept a file that lacks tensors, or has unknown ones.
@@ -72,8 +60,9 @@ def read_detector(
 
     ```
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
-    layouts = LAYOUTS if layout is None else {layout: LAYOUTS[layout]}
+    layouts = [layout for layout in LAYOUTS if family in (None, layout.family)]
+    if not layouts:
+        families = ", ".join(dict.fromkeys(layout.family for layout in LAYOUTS))
+        raise ValueError(f"no published layout becomes a detector of family {family!r}; known are {families}")
     name = Path(path).name
     return convert_tensors(find_detector_in(read_checkpoint(path), layouts, name), name, fields, partial)

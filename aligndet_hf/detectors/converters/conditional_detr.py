@@ -41,6 +41,7 @@ DECODER = (
 )
 CONDITIONAL_DETR = Layout(
     name="Conditional DETR of Atten4Vis/ConditionalDETR",
+    repository="Atten4Vis/ConditionalDETR",
     family="conditional_detr",
     marks=("transformer.decoder.ref_point_head.layers.0.weight", "input_proj.weight", "query_embed.weight"),
     names=(*AROUND, *DECODER, *TRANSFORMER),

@@ -26,6 +26,7 @@ def _config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
 
 DAB_DETR = Layout(
     name="DAB-DETR of IDEA-Research/DAB-DETR",
+    repository="IDEA-Research/DAB-DETR",
     family="dab-detr",
     marks=("transformer.decoder.ref_anchor_head.layers.0.weight", "refpoint_embed.weight", "input_proj.weight"),
     names=(

@@ -58,6 +58,7 @@ DEFORMABLE = (
 )
 DEFORMABLE_DETR = Layout(
     name="Deformable DETR of fundamentalvision/Deformable-DETR",
+    repository="fundamentalvision/Deformable-DETR",
     family="deformable_detr",
     marks=("transformer.level_embed", "transformer.decoder.layers.0.cross_attn.sampling_offsets.weight",
            "input_proj.0.0.weight", "class_embed.0.bias", "backbone.0.body.conv1.weight"),

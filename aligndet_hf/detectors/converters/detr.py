@@ -106,6 +106,7 @@ def _config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
 
 DETR = Layout(
     name="DETR of facebookresearch/detr",
+    repository="facebookresearch/detr",
     family="detr",
     marks=("transformer.decoder.layers.0.multihead_attn.in_proj_weight", "input_proj.weight", "query_embed.weight"),
     names=(*AROUND, *TRANSFORMER),

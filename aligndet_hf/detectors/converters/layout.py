@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -39,7 +39,8 @@ class Layout:
         dropped (`tuple[tuple[str, str], ...]`): which of their tensors have no place in the detector, and why.
         absent (`tuple[tuple[str, str], ...]`): which of our tensors a file may lack, and why.
         refused (`tuple[tuple[str, str], ...]`): tensors of an architecture that the family does not have, and which.
-        papers (`tuple[str, ...]`): keys of `citations.bib` beside the family's.
+        repository (`str`): where the code base is, on GitHub.
+        license (`str`): the licence of its code.
         note (`str`): what differs from the published detector although every tensor fits.
     """
 
@@ -51,7 +52,8 @@ class Layout:
     dropped: tuple[tuple[str, str], ...] = ()
     absent: tuple[tuple[str, str], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
-    papers: tuple[str, ...] = ()
+    repository: str = ""
+    license: str = "apache-2.0"
     note: str = ""
 
     def sources(self, name: str) -> list[Source]:
@@ -109,7 +111,8 @@ class ConversionReport:
         dropped (`dict[str, str]`): tensors of the file that were left out, and why.
         missing (`dict[str, str]`): tensors of the detector that were initialised anew, and why.
         note (`str`): what differs from the published detector although every tensor fits.
-        papers (`list[str]`): keys of `citations.bib`.
+        repository (`str`): where the code base of the layout is, on GitHub.
+        license (`str`): the licence of its code.
     """
 
     file_name: ClassVar[str] = "conversion_report.json"
@@ -122,7 +125,8 @@ class ConversionReport:
     dropped: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     note: str = ""
-    papers: list[str] = field(default_factory=list)
+    repository: str = ""
+    license: str = ""
 
     def to_dict(self) -> dict:
         """The report as plain JSON types."""
@@ -151,20 +155,20 @@ class Found(NamedTuple):
     options: dict[str, Any]
 
 
-def find_detector_in(content: Mapping, layouts: Mapping[str, Layout], source: str) -> Found:
+def find_detector_in(content: Mapping, layouts: Iterable[Layout], source: str) -> Found:
     """
     Finds a detector in what a file holds, by the names of its tensors.
 
     Args:
         content (`Mapping`): see [`~aligndet_hf.detectors.weight_files.read_checkpoint`].
-        layouts (`Mapping[str, Layout]`): the layouts to look for, the more special ones first.
+        layouts (`Iterable[Layout]`): the layouts to look for, the more special ones first.
         source (`str`): the file's name, for messages.
 
     Raises:
         `ValueError`: if there is none.
     """
     for tensors in _state_dicts(content):
-        for layout in layouts.values():
+        for layout in layouts:
             first = layout.marks[0]
             found = {name.removesuffix(first) for name in tensors if name.endswith(first)}
             prefixes = sorted(
@@ -181,7 +185,7 @@ def find_detector_in(content: Mapping, layouts: Mapping[str, Layout], source: st
         f"{source} is no layout of a detector that is known here: "
         + (f"it has {count} tensors, such as {names}" if count else "it has no tensors")
         + ". Known are: "
-        + "; ".join(dict.fromkeys(layout.name for layout in layouts.values()))
+        + "; ".join(dict.fromkeys(layout.name for layout in layouts))
         + ". A trunk alone is given as --backbone_weights"
     )
 
@@ -233,7 +237,7 @@ def convert_tensors(
     config = _config(layout, found, source, fields or {})
     blank = detector_from_config(config)
     report = ConversionReport(
-        source, layout.name, layout.family, note=layout.note, papers=[layout.family, *layout.papers]
+        source, layout.name, layout.family, note=layout.note, repository=layout.repository, license=layout.license
     )
     state, used = {}, set()
     for name, expected in blank.state_dict().items():
@@ -284,11 +288,11 @@ def _refuse(report: ConversionReport, layout: Layout, source: str, partial: bool
     unknown = [name for name, why in report.dropped.items() if not why]
     lost = [name for name in report.missing if _reason(layout.absent, name) is None]
     if partial:
-        report.dropped |= dict.fromkeys(unknown, "unknown, and --partial was given")
+        report.dropped |= dict.fromkeys(unknown, "unknown, and left out as `partial` asks")
     elif unknown or lost:
         problems = [f"has {len(unknown)} unknown tensors, such as {unknown[0]}"] if unknown else []
         problems += [f"lacks {len(lost)} tensors, such as {report.missing[lost[0]].split()[-1]}"] if lost else []
         raise ValueError(
             f"{source} is {layout.name}, but " + " and ".join(problems) + ": it is another model, or was cut. "
-            "Give --partial true to take what fits"
+            "`aligndet convert --partial` takes what fits"
         )

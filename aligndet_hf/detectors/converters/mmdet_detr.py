@@ -79,6 +79,7 @@ HEADS = (r"(class_labels_classifier|bbox_predictor\.layers\.2)\.", "AlignDet's e
 
 MMDET_2 = Layout(
     name="DETR of mmdet 2",
+    repository="open-mmlab/mmdetection",
     family="detr",
     marks=("bbox_head.transformer.decoder.post_norm.weight", "bbox_head.query_embedding.weight"),
     names=(
@@ -95,6 +96,7 @@ MMDET_2 = Layout(
 )
 MMDET_3 = Layout(
     name="DETR of mmdet 3",
+    repository="open-mmlab/mmdetection",
     family="detr",
     marks=("decoder.post_norm.weight", "query_embedding.weight", "bbox_head.reg_ffn.layers.0.0.weight"),
     names=(

@@ -1,0 +1,154 @@
+"""`aligndet convert`: a published checkpoint as a detector of transformers, and a detector for other code bases."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoModelForObjectDetection
+
+from ..cards import BEGIN, END, citations, describe_versions, write_card
+from ..detectors.build import find_detector
+from ..detectors.converters import read_detector
+from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
+from ..detectors.converters.layout import ConversionReport
+from ..files import write_json
+from ..runs import RunFolder
+
+FILES = {"mmdet": "mmdet.pth", "torchvision": "torchvision.safetensors"}
+
+
+@dataclass(kw_only=True)
+class ConvertArguments:
+    """Arguments of [`convert`]: the flags of `aligndet convert` and the keys of its recipes."""
+
+    help_groups = {"source": "Converted", "output_dir": "Output"}
+
+    source: str = field(
+        metadata={
+            "aliases": ["--from"],
+            "help": "the published file: .pth, .pkl or .safetensors; with --to, folder or Hub id of a detector. The "
+            "flag can be written --from",
+        }
+    )
+    family: str | None = field(
+        default=None,
+        metadata={"help": "the family that it becomes, where its tensors leave a choice; recognised if not given"},
+    )
+    detector_config: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "help": "fields of the detector's config that the file does not tell, such as "
+            "'{\"encoder_attention_heads\": 4}'; 8 heads are the default"
+        },
+    )
+    partial: bool = field(
+        default=False, metadata={"help": "accept a file that lacks tensors, or has unknown ones, and take what fits"}
+    )
+    to: Literal["transformers", "mmdet", "torchvision"] = field(
+        default="transformers",
+        metadata={"help": "write the detector for this library: transformers, mmdet 3 or torchvision"},
+    )
+
+    output_dir: str = field(metadata={"help": "folder for the detector, its card and conversion_report.json"})
+    overwrite: bool = field(default=False, metadata={"help": "replace another conversion in output_dir"})
+    image_size: int = field(
+        default=PUBLISHED_SIZE, metadata={"help": "shorter side in pixels to which the image processor resizes images"}
+    )
+    card_license: str | None = field(
+        default=None, metadata={"help": "licence of the weights, for the card, by its Hub name, e.g. apache-2.0"}
+    )
+
+    def __post_init__(self):
+        if self.to != "transformers" and (self.family or self.detector_config or self.partial):
+            raise ValueError(f"family, detector_config and partial are for reading a file, not for --to {self.to}")
+
+
+def convert(arguments: ConvertArguments) -> Path:
+    """
+    Converts a published checkpoint to a detector of transformers, or a detector to a file of another library.
+
+    Args:
+        arguments ([`ConvertArguments`]): The configuration.
+
+    Returns:
+        `Path`: the folder of the detector; with `to`, the file.
+
+    Raises:
+        ValueError: the file is damaged, holds more than tensors, is of no known layout, or lacks a tensor or has an
+            unknown one; with `to`, the other library has no such detector.
+        OSError: there is no such file, or the output cannot be written.
+    """
+    to_other = arguments.to != "transformers"
+    folder = RunFolder(
+        arguments.output_dir,
+        "convert",
+        written=["config.json", "model*.safetensors", "preprocessor_config.json", *FILES.values()],
+        result=FILES.get(arguments.to, ConversionReport.file_name),
+        overwrite=arguments.overwrite,
+        overwrite_flag="--overwrite",
+    )
+    with folder:
+        return (_write_for_other if to_other else _write_detector)(arguments, folder)
+
+
+def _write_detector(arguments: ConvertArguments, folder: RunFolder) -> Path:
+    detector, report = read_detector(arguments.source, arguments.family, arguments.detector_config, arguments.partial)
+    folder.claim(settings={"source": report.source, "to": arguments.to})
+    save_detector(detector, folder.path, arguments.image_size)
+    write_card(folder.path / "README.md", conversion_card(report, arguments.card_license))
+    write_json(folder.path / report.file_name, report.to_dict())
+    print(report)
+    print(f"{folder.path}: the detector, its card, and every tensor in {report.file_name}")
+    return folder.path
+
+
+def _write_for_other(arguments: ConvertArguments, folder: RunFolder) -> Path:
+    detector = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.source))
+    path = folder.path / FILES[arguments.to]
+    folder.claim(settings={"source": Path(arguments.source).name, "to": arguments.to})
+    export_detector(detector, arguments.to, path)
+    print(f"{path}: a {detector.config.model_type} for {arguments.to}")
+    return path
+
+
+def conversion_card(report: ConversionReport, license: str | None = None) -> str:
+    """
+    The card of a converted detector.
+
+    Args:
+        report ([`~aligndet_hf.detectors.converters.layout.ConversionReport`]): what became of the tensors.
+        license (`str`, *optional*): the licence of the weights.
+    """
+    metadata = [
+        "library_name: transformers",
+        "pipeline_tag: object-detection",
+        "tags: [object-detection, aligndet-hf]",
+    ]
+    metadata += [f"license: {license}"] if license else []
+    made = [
+        f"`{report.source}`, a checkpoint in the layout of {report.layout}, converted to a `{report.family}` of "
+        "transformers by `aligndet convert`. Nothing was trained.",
+        "| tensors | number |\n|---|---|\n"
+        + "\n".join(
+            f"| {kind} | {len(getattr(report, kind))} |" for kind in ("kept", "reshaped", "dropped", "missing")
+        )
+        + f"\n\n`{report.file_name}` names each of them, and why it was dropped or is missing.",
+    ]
+    if report.missing:
+        made.append("What is missing was initialised anew: **fine-tune it before use.**")
+    if report.note:
+        made.append(f"What differs although every tensor fits: {report.note}.")
+    made.append(
+        f"The code of [{report.repository}](https://github.com/{report.repository}), whose layout it is, has the "
+        f"licence {report.license}. Whoever published the file says which licence its weights have, and what to cite."
+    )
+    papers = [f"```bibtex\n{entry}\n```" for entry in citations(report.family)]
+    parts = [
+        BEGIN,
+        f"# {report.source}",
+        *made,
+        describe_versions(),
+        *(["## Citation", *papers] if papers else []),
+        END,
+    ]
+    return "\n".join(["---", *metadata, "---", ""]) + "\n" + "\n\n".join(parts) + "\n"
