@@ -13,7 +13,7 @@ import PIL.Image
 import pyarrow.compute as pc
 
 from .columns import arrow_batches, image_ids
-from .door import image_value, is_image_name, printable, walk
+from .door import image_value, is_image_name, printable, visit
 from .errors import DataError, ImageError
 from .formats import load_dataset_source, split_names
 from .images import decode_image
@@ -224,10 +224,14 @@ def _parts_of(source, split: str | None, faults: list[dict]) -> list:
         raise DataError(f"expected images as paths, arrays, PIL images or a datasets.Dataset, got {type(source)}.")
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        found = walk(path, _is_wanted)
-        for reason, names in found.skipped.items():
-            faults += [{"file": name, "reason": f"{os.path.join(path, name)}: {reason}."} for name in names]
-        return list(_file_parts(found.files, path, faults)) if found.files else _dataset_parts(path, split)
+        found = list(visit(path, _is_wanted))
+        files = [name for name, reason in found if reason is None]
+        faults += [
+            {"file": printable(os.path.relpath(name, path)), "reason": f"{printable(name)}: {reason}."}
+            for name, reason in found
+            if reason is not None
+        ]
+        return list(_file_parts(files, path, faults)) if files else _dataset_parts(path, split)
     if os.path.isfile(path):
         if path.lower().endswith(".json"):
             return _dataset_parts(path, split)
@@ -256,7 +260,7 @@ def _fixed_part(pattern: str) -> str:
     return os.path.dirname(fixed)
 
 
-def _file_parts(files: Iterable[str | Path], root: str, faults: list[dict]) -> Iterator:
+def _file_parts(files: Iterable[str], root: str, faults: list[dict]) -> Iterator:
     """Images between two videos are one part, a video is one of its own."""
     images = ImageFiles([], [])
     for path in files:
