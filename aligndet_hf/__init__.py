@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Where the names of the Python face live. `__init__.pyi` tells type checkers and editors the same.
 _FACE = {
     "commands.chain": ["ChainArguments", "run_chain"],
+    "commands.check": ["CheckArguments", "CheckReport", "check"],
     "commands.clusters": ["ClustersArguments", "cluster_proposals"],
     "commands.compare": ["CompareArguments", "compare"],
     "commands.convert": ["ConvertArguments", "convert"],

@@ -6,6 +6,15 @@ from .commands.chain import (
 from .commands.chain import (
     run_chain as run_chain,
 )
+from .commands.check import (
+    CheckArguments as CheckArguments,
+)
+from .commands.check import (
+    CheckReport as CheckReport,
+)
+from .commands.check import (
+    check as check,
+)
 from .commands.clusters import (
     ClustersArguments as ClustersArguments,
 )

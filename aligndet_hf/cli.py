@@ -22,6 +22,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "check": Command(
+        "aligndet_hf.commands.check",
+        "CheckArguments",
+        "check",
+        "look at a data set before a training: what is in it, and everything that is wrong with it",
+    ),
     "proposals": Command(
         "aligndet_hf.commands.proposals",
         "ProposalsArguments",
@@ -173,7 +179,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
 
         module = importlib.import_module(row.module)
         arguments = parse_arguments(getattr(module, row.arguments), argv, f"aligndet {command}", row.summary)
-        getattr(module, row.function)(arguments)
+        result = getattr(module, row.function)(arguments)
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if show_traceback:
             raise
@@ -186,7 +192,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
         # `pretrain` raises a subclass after its clean save: which signal it was, and how to resume.
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return 128 + getattr(interrupt, "signal", 2)
-    return 0
+    return getattr(result, "exit_code", 0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from ..cards import command_line, told, versions
+from ..data.checks import leak_note, metric_note, objects_per_image, query_note
 from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages
 from ..data.errors import DataError
@@ -20,7 +21,7 @@ from ..data.views import ViewConfig
 from ..detectors.backbones import freeze_batch_norms, get_backbone, set_backbone_trainable
 from ..detectors.build import DetectorArguments, build_image_processor, is_new, load_detector
 from ..detectors.criterion import use_correct_loss
-from ..detectors.families import family_of, require_fitting_sizes
+from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import TransferReport, transfer_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages
@@ -126,6 +127,10 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
                 raise DataError(f"{error} ({choices}.)") from error
     rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     dataset = dataset.select(rows)
+    if truth is not None and processes.is_main_process:
+        notes = [leak_note(dataset, truth, arguments.eval_dataset), metric_note(objects_per_image(truth)[1])]
+        for note in filter(None, notes):
+            print(f"note: {note}")
 
     set_seed(arguments.seed)
     detector, report = _start(arguments, categories)
@@ -155,6 +160,8 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     )
     if arguments.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
+    if note := query_note(objects_per_image(dataset)[0], num_queries(detector.config)):
+        processes.print(f"note: {note}")
     processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
     if report is not None:
         processes.print(report)

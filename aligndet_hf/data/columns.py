@@ -325,7 +325,7 @@ def arrow_batches(dataset: datasets.Dataset, columns: list[str], batch_size: int
         start += len(table)
 
 
-def _validate_boxes(dataset: datasets.Dataset, column: str, source: str) -> BoxReport:
+def _validate_boxes(dataset: datasets.Dataset, column: str, source: str, images: ImageFacts | None) -> BoxReport:
     """What `validate_proposals` and `validate_objects` share: everything about the boxes."""
     report = BoxReport(source, column, len(dataset))
     for start, table in arrow_batches(dataset, [column]):
@@ -341,7 +341,7 @@ def _validate_boxes(dataset: datasets.Dataset, column: str, source: str) -> BoxR
         report.empty_rows += int((counts == 0).sum())
     if report.boxes == 0:
         raise DataError(f"{source}: column '{column}' holds no box in any of its {report.rows} rows.")
-    _check_against_images(dataset, column, source, report)
+    _check_against_images(dataset, column, source, report, images)
     num_dropped = sum(report.dropped.values())
     if report.boxes == num_dropped:
         raise DataError(f"{source}: column '{column}' holds no usable box.\n{report}")
@@ -353,11 +353,12 @@ def _validate_boxes(dataset: datasets.Dataset, column: str, source: str) -> BoxR
     return report
 
 
-def _check_against_images(dataset, column: str, source: str, report: BoxReport) -> None:
+def _check_against_images(dataset, column: str, source: str, report: BoxReport, images: ImageFacts | None) -> None:
     """Opens all images; compares their sizes with those in the labels, and with the boxes."""
-    batches = _Batches(dataset, "image")
-    report.images = inspect_images(batches, len(dataset))
-    report.images.require_readable(source)
+    report.images = images
+    if images is None:
+        report.images = inspect_images(_Batches(dataset, "image"), len(dataset))
+        report.images.require_readable(source)
     check_declared_sizes(report.images, _declared_sizes(dataset), source)
     report.notes += report.images.notes()
     # Of proposals there may be many millions: other formats are looked for in evenly spaced rows.
@@ -368,7 +369,8 @@ def _check_against_images(dataset, column: str, source: str, report: BoxReport) 
         boxes, counts = read_boxes(table[column])
         rows = np.repeat(np.arange(start, start + len(counts)), counts)
         faults = find_faults(boxes, *report.images.sizes[rows, ::-1].T)
-        kept = chosen[rows] & ((faults == 0) | (faults == 3))
+        faults[(report.images.sizes[rows] == 0).any(axis=1)] = 0
+        kept = chosen[rows] & ((faults == 0) | (faults == 3)) & (report.images.sizes[rows] > 0).all(axis=1)
         sound.append(boxes[kept])
         sound_rows.append(rows[kept])
         faults[faults < 3] = 0  # counted before
@@ -401,7 +403,10 @@ def _declared_sizes(dataset: datasets.Dataset) -> np.ndarray:
 
 
 def validate_proposals(
-    dataset: datasets.Dataset, source: str = "the data set", with_clusters: bool = False
+    dataset: datasets.Dataset,
+    source: str = "the data set",
+    with_clusters: bool = False,
+    images: ImageFacts | None = None,
 ) -> BoxReport:
     """
     Checks the `proposals` column of all rows.
@@ -410,13 +415,15 @@ def validate_proposals(
         dataset (`datasets.Dataset`): With the columns `image` and `proposals`.
         source (`str`, *optional*): How to call the data set in messages.
         with_clusters (`bool`, *optional*, defaults to `False`): Whether the field `cluster` is needed.
+        images ([`ImageFacts`], *optional*): What is known of the images: they are not opened again, and those that
+            cannot be read are no error.
 
     Returns:
         [`BoxReport`]: the boxes that will be dropped, by reason. Boxes that reach out of the image are clipped.
 
     Raises:
-        [`DataError`]: for a missing column or field, lists of different lengths, scores out of order, xyxy or relative
-            boxes, no usable box.
+        [`DataError`]: for a missing column or field, lists of different lengths, scores out of order, images that
+            cannot be read, boxes in another format, more unusable boxes than usable ones.
     """
     _require_fields(dataset, "proposals", ["bbox", "score"] + (["cluster"] if with_clusters else []), source)
     for start, table in arrow_batches(dataset, ["proposals"]):
@@ -430,10 +437,15 @@ def validate_proposals(
                 f"{source}, row {rows[wrong[0]]}, column 'proposals', field 'score': expected the highest score "
                 f"first, got {scores[wrong[0]]} before {scores[wrong[0] + 1]}. Sort the proposals of each image."
             )
-    return _validate_boxes(dataset, "proposals", source)
+    return _validate_boxes(dataset, "proposals", source, images)
 
 
-def validate_objects(dataset: datasets.Dataset, categories: list[str], source: str = "the data set") -> BoxReport:
+def validate_objects(
+    dataset: datasets.Dataset,
+    categories: list[str],
+    source: str = "the data set",
+    images: ImageFacts | None = None,
+) -> BoxReport:
     """
     Checks the `objects` column of all rows, and `image_id` if there is one.
 
@@ -441,13 +453,15 @@ def validate_objects(dataset: datasets.Dataset, categories: list[str], source: s
         dataset (`datasets.Dataset`): With the columns `image` and `objects`.
         categories (`list[str]`): Names of the categories 0..C-1.
         source (`str`, *optional*): How to call the data set in messages.
+        images ([`ImageFacts`], *optional*): As for [`validate_proposals`].
 
     Returns:
         [`BoxReport`]: the boxes that will be dropped, by reason. Boxes that reach out of the image are clipped.
 
     Raises:
         [`DataError`]: for a missing column or field, lists of different lengths, an unknown category, a repeated image
-            id, xyxy or relative boxes, no usable box.
+            id, images that cannot be read, sizes in the labels that are not those of the images, boxes in another
+            format, more unusable boxes than usable ones.
     """
     _require_fields(dataset, "objects", ["bbox", "category"], source)
     image_ids(dataset, source)
@@ -460,7 +474,7 @@ def validate_objects(dataset: datasets.Dataset, categories: list[str], source: s
                 f"{source}, row {row}, column 'objects', field 'category': {values[wrong[0]]} is not one of the "
                 f"{len(categories)} categories, expected 0 to {len(categories) - 1}."
             )
-    report = _validate_boxes(dataset, "objects", source)
+    report = _validate_boxes(dataset, "objects", source, images)
     report.crowds = sum(int(crowds.sum()) for crowds in _crowds(dataset, source))
     if report.crowds == report.boxes:
         raise DataError(

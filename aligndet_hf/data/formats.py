@@ -75,6 +75,13 @@ def is_local_images(source: str | Path) -> bool:
     return path.exists() and find_reader(path) is not None
 
 
+def recognised(source: str | Path) -> str:
+    """What a source is taken for, in words."""
+    path = Path(source).expanduser()
+    reader = find_reader(path) if path.exists() else None
+    return "a data set of the Hub" if reader is None else reader.NAME
+
+
 def split_names(source: str | Path) -> list[str]:
     """
     The splits of a source, as [`load_dataset_source`] calls them.

@@ -3,20 +3,19 @@
 import contextlib
 import io
 import json
-import logging
+from collections import Counter
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from transformers.utils import logging
 
+from ..data.checks import COCO_DETECTIONS, metric_note
 from ..data.columns import image_numbers, read_boxes, read_values
 
-logger = logging.getLogger(__name__)
-
-# pycocotools looks at no more than so many detections of one category in one image.
-MAX_DETECTIONS = 100
+logger = logging.get_logger(__name__)
 
 # Each number: precision or recall, IoU threshold (None: the mean of .50:.05:.95), object area, detections per image.
 SUMMARY = {
@@ -87,7 +86,22 @@ class CocoMetrics:
                     "iscrowd": int(annotation.get("iscrowd") == 1),
                 }
             )
+        if note := metric_note(self._most_objects()):
+            logger.warning_once(note)
         self.reset()
+
+    def _most_objects(self) -> np.ndarray:
+        """The objects of the commonest category of each image, without crowds."""
+        counts = Counter(
+            (category, annotation["image_id"])
+            for category, annotations in self.truth.items()
+            for annotation in annotations
+            if not annotation["iscrowd"]
+        )
+        most = dict.fromkeys(self._known, 0)
+        for (_, image_id), count in counts.items():
+            most[image_id] = max(most[image_id], count)
+        return np.array(list(most.values()), dtype=np.int64)
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset, categories: list[str]) -> "CocoMetrics":
@@ -262,11 +276,11 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _best_of_each(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Indices of the `MAX_DETECTIONS` best of each label; the earlier of equals first, as pycocotools has it."""
+    """Indices of the `COCO_DETECTIONS` best of each label; the earlier of equals first, as pycocotools has it."""
     order = np.lexsort((-scores, labels))
     labels = labels[order]
     rank = np.arange(len(order)) - np.searchsorted(labels, labels)
-    return order[rank < MAX_DETECTIONS]
+    return order[rank < COCO_DETECTIONS]
 
 
 def _to_numpy(values) -> np.ndarray:

@@ -1,0 +1,114 @@
+"""What one should know of labelled images before a training: how many objects they have, and which are there twice."""
+
+import hashlib
+import os
+
+import datasets
+import numpy as np
+
+from .columns import arrow_batches, image_ids, read_boxes, read_crowds, read_values
+from .door import read_bytes
+
+COCO_DETECTIONS = 100  # of one category in one image that COCO's metrics count, the best first
+
+
+def objects_per_image(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """
+    How many objects each image has, without crowds: all of them, and those of its commonest category.
+
+    Returns:
+        `tuple`: two arrays, int64 `[rows]`.
+    """
+    counts, commonest = np.zeros((2, len(dataset)), dtype=np.int64)
+    for start, table in arrow_batches(dataset, ["objects"]):
+        lengths = read_boxes(table["objects"])[1]
+        kept = ~read_crowds(table["objects"])
+        rows = np.repeat(np.arange(start, start + len(lengths)), lengths)[kept]
+        categories = read_values(table["objects"], "category")[0].astype(np.int64)[kept]
+        np.add.at(counts, rows, 1)
+        pairs, of_pair = np.unique(np.stack([rows, categories]), axis=1, return_counts=True)
+        np.maximum.at(commonest, pairs[0], of_pair)
+    return counts, commonest
+
+
+def query_note(counts: np.ndarray, num_queries: int) -> str | None:
+    """
+    A line on images with more objects than a detector can find; `None` if there are none.
+
+    Args:
+        counts (`np.ndarray`): Objects of each image.
+        num_queries (`int`): Object queries of the detector: it finds no more objects in an image.
+    """
+    if (most := int(counts.max(initial=0))) <= num_queries:
+        return None
+    return (
+        f"{(counts > num_queries).sum()} of {len(counts)} images have more objects, up to {most}, than the detector "
+        f"has queries ({num_queries}), and it cannot find more: raise num_queries in --detector_config, or cut the "
+        "images into tiles."
+    )
+
+
+def metric_note(counts: np.ndarray) -> str | None:
+    """
+    A line on images with more objects than COCO's metrics look at; `None` if there are none.
+
+    Args:
+        counts (`np.ndarray`): Objects of the commonest category of each image.
+    """
+    if (most := int(counts.max(initial=0))) <= COCO_DETECTIONS:
+        return None
+    return (
+        f"{(counts > COCO_DETECTIONS).sum()} of {len(counts)} images have more than {COCO_DETECTIONS} objects of one "
+        f"category, up to {most}: COCO's metrics count the best {COCO_DETECTIONS} detections of each category in an "
+        "image, so that a perfect detector gets less than 1. Compare such numbers only with one another, or measure "
+        "on tiles."
+    )
+
+
+def same_images(dataset: datasets.Dataset, other: datasets.Dataset) -> list[tuple[int, int]]:
+    """
+    The images of one data set that another one has as well, byte for byte.
+
+    Files are read only if one of the other data set has the same length.
+
+    Returns:
+        `list[tuple[int, int]]`: pairs of rows.
+    """
+    lengths, of_other = _lengths(dataset), _lengths(other)
+    shared = set(lengths) & set(of_other)
+    contents = {}
+    for length in shared:
+        for row in of_other[length]:
+            contents.setdefault(_content(other, row), row)
+    hashed = ((row, _content(dataset, row)) for length in shared for row in lengths[length])
+    return sorted((row, contents[content]) for row, content in hashed if content in contents)
+
+
+def _lengths(dataset: datasets.Dataset) -> dict[int, list[int]]:
+    """Rows by the length of their files."""
+    rows = {}
+    for start, table in arrow_batches(dataset, ["image"], batch_size=100):
+        for row, value in enumerate(table["image"], start):
+            content, path = value["bytes"], value["path"].as_py()
+            length = content.as_buffer().size if content.is_valid else os.path.getsize(path)
+            rows.setdefault(length, []).append(row)
+    return rows
+
+
+def _content(dataset: datasets.Dataset, row: int) -> bytes:
+    value = dataset[row]["image"]
+    content = read_bytes(value["path"]) if value["bytes"] is None else value["bytes"]
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def leak_note(dataset: datasets.Dataset, held_out: datasets.Dataset, source: str) -> str | None:
+    """A line on the images that are in the training and in the evaluation data; `None` if there are none."""
+    pairs = same_images(dataset, held_out)
+    if not pairs:
+        return None
+    ids, rows = image_ids(held_out), [row for _, row in pairs]
+    some = ", ".join(str(ids[row]) for row in sorted(set(rows))[:10]) + (" ..." if len(set(rows)) > 10 else "")
+    return (
+        f"{len(set(rows))} of the {len(held_out)} images to measure on ({source}; ids {some}) are also in the "
+        "training data, so that the numbers say too much: remove them from one of the two."
+    )
