@@ -1,6 +1,7 @@
 """Flags and YAML recipes made of a dataclass: one field is a flag, a key of the recipe and an argument in Python."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import shutil
@@ -75,6 +76,9 @@ class ArgumentParser(HfArgumentParser):
         section = self.sections[self.titles[field.name]] if field.name in self.titles else self.inherited
         known = len(self._actions)
         is_dict = dict in {typing.get_origin(hint) or hint for hint in (field.type, *typing.get_args(field.type))}
+        field = copy.copy(field)
+        # What argparse knows; the rest of what a field says of itself is for others.
+        field.metadata = {key: value for key, value in field.metadata.items() if key in ("help", "aliases", "choices")}
         HfArgumentParser._parse_dataclass_field(section, field)
         for action in self._actions[known:]:
             if is_dict and section is not self.inherited:

@@ -146,7 +146,7 @@ def test_checkpoints_and_chains_are_arms(settings, tmp_path):
         ({"arms": {"a": 1}}, "arm 'a' must be a mapping"),
         ({"baseline": "plan"}, "no arm 'plan'; did you mean 'plain'"),
         ({"seeds": [1, 1]}, "seeds must be different"),
-        ({"fractions": []}, "fractions must be different"),
+        ({"fractions": []}, "fractions must not be empty"),
         ({"checkpoints": ["x"]}, "NAME=DETECTOR"),
         ({"num_parallel": -1}, "num_parallel"),
         ({"arms": {"a": {"finetune": None}}}, "arm 'a': stage 'finetune' is what is measured"),

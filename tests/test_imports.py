@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
 
 # Low to high. A room may import the rooms below it and its own modules.
 HOUSE = [
-    {"boxes", "convnets", "files", "flags"},
+    {"boxes", "convnets", "files", "flags", "ranges"},
     {"cards", "parser", "runs"},
     {"hub", "losses", "matching", "momentum", "processes"},
     {"proposals"},

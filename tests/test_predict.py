@@ -244,10 +244,10 @@ def test_the_command_takes_a_folder_of_a_detector(photos, tmp_path, capsys):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"tile_overlap": 1.0}, "tile_overlap must be 0 or more and less than 1, got 1.0"),
+        ({"tile_overlap": 1.0}, "tile_overlap must be 0 or more and below 1, got 1.0"),
         ({"formats": ["coco", "voc"]}, "formats must be among .*, got voc"),
-        ({"score_threshold": 2.0}, "score_threshold must be between 0 and 1"),
-        ({"tile_size": 3}, "tile_size must be at least 16 pixels"),
+        ({"score_threshold": 2.0}, "score_threshold must be from 0 to 1"),
+        ({"tile_size": 3}, "tile_size must be 16 or more"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):

@@ -8,6 +8,7 @@ import yaml
 from ..flags import nearest
 from ..pipelines.runner import is_finished, only_one, run_stages
 from ..pipelines.stages import Stage, merged, resolve_stages
+from ..ranges import check_values
 
 
 @dataclass(kw_only=True)
@@ -43,6 +44,7 @@ class PipelineArguments:
     )
 
     def __post_init__(self):
+        check_values(self)
         if not self.stages:
             raise ValueError("there are no stages: give a file with `stages:` by --config")
         for assignment in self.set:

@@ -42,6 +42,7 @@ from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import sync
 from ..hub import HubArguments
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
+from ..ranges import COUNT, SEED, check_values
 from ..reporting.pictures import new_figure, plot_crops
 from ..runs import RunFolder
 from .proposals import open_dataset_repository
@@ -89,25 +90,31 @@ class ClustersArguments(HubArguments):
     # strides are best for the cells, coarse ones for the photographs, and both together lose little on either.
     strides: list[int] = field(
         default_factory=lambda: [16, 32],
-        metadata={"help": "feature maps to use, by stride in pixels: fine ones tell small objects apart"},
+        metadata={
+            "help": "feature maps to use, by stride in pixels: fine ones tell small objects apart",
+            "range": COUNT,
+        },
     )
     short_side: int = field(
-        default=448, metadata={"help": "shorter side in pixels of the images that the backbone sees"}
+        default=448, metadata={"help": "shorter side in pixels of the images that the backbone sees", "range": COUNT}
     )
     normalize: bool = field(
         default=True, metadata={"help": "scale the features of a box to length 1, those of each stride by themselves"}
     )
 
-    num_clusters: int = field(default=256, metadata={"help": "pseudo-classes; AlignDet has 256"})
-    pca_dim: int = field(default=128, metadata={"help": "numbers per box that PCA leaves for k-means"})
+    num_clusters: int = field(default=256, metadata={"help": "pseudo-classes; AlignDet has 256", "range": COUNT})
+    pca_dim: int = field(default=128, metadata={"help": "numbers per box that PCA leaves for k-means", "range": COUNT})
     fit_boxes: int = field(
         default=50_000,
-        metadata={"help": "boxes that PCA and k-means are fitted to, of random images; all get a cluster"},
+        metadata={
+            "help": "boxes that PCA and k-means are fitted to, of random images; all get a cluster",
+            "range": COUNT,
+        },
     )
     fit_boxes_per_image: int = field(
-        default=50, metadata={"help": "of each of these images the best boxes, at most so many"}
+        default=50, metadata={"help": "of each of these images the best boxes, at most so many", "range": COUNT}
     )
-    seed: int = field(default=0, metadata={"help": "seed of the choice of images and of k-means"})
+    seed: int = field(default=0, metadata={"help": "seed of the choice of images and of k-means", "range": SEED})
 
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
@@ -123,11 +130,7 @@ class ClustersArguments(HubArguments):
     )
 
     def __post_init__(self):
-        for name in ("short_side", "num_clusters", "pca_dim", "fit_boxes", "fit_boxes_per_image"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.strides or min(self.strides) < 1:
-            raise ValueError(f"strides must be positive numbers, got {self.strides}")
+        check_values(self)
         if self.fit_boxes < self.num_clusters:
             raise ValueError(
                 f"{self.num_clusters} clusters cannot be fitted to {self.fit_boxes} boxes: raise fit_boxes"

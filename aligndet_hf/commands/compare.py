@@ -17,6 +17,7 @@ from ..files import write_json
 from ..flags import nearest
 from ..pipelines.runner import is_finished, only_one, record_of, run_stages
 from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
+from ..ranges import PART, SEED, SHARE
 from ..reporting.comparison import environment, write_report
 from ..reporting.paired import Run, compare_runs
 from ..reporting.pictures import new_figure
@@ -66,14 +67,18 @@ class CompareArguments(PipelineArguments):
     )
     fractions: list[float] = field(
         default_factory=lambda: [0.01, 0.05, 0.1, 0.2, 1.0],
-        metadata={"help": "shares of the labels to fine-tune with"},
+        metadata={"help": "shares of the labels to fine-tune with", "range": PART},
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2],
-        metadata={"help": "each draws its labels and trains all arms; a stage with `seed` of its own is run once"},
+        metadata={
+            "help": "each draws its labels and trains all arms; a stage with `seed` of its own is run once",
+            "range": SEED,
+        },
     )
     target_ap: list[float] = field(
-        default_factory=list, metadata={"help": "AP values (0 to 1) to count the steps to, beside the baseline's last"}
+        default_factory=list,
+        metadata={"help": "AP values (0 to 1) to count the steps to, beside the baseline's last", "range": SHARE},
     )
     allow_leakage: bool = field(
         default=False, metadata={"help": "run although evaluation images are among the training images"}
@@ -112,8 +117,6 @@ class CompareArguments(PipelineArguments):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be different values, at least one, got {values}")
-        if self.num_parallel < 0:
-            raise ValueError(f"num_parallel must be 0 or more, got {self.num_parallel}")
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
 from ..matching import match_queries
+from ..ranges import COUNT, SEED, check_values
 from ..reporting.pictures import PALETTE, new_figure, plain_axes, save_figure
 from .knn import knn_accuracy
 
@@ -52,19 +53,23 @@ class EmbeddingsArguments:
         metadata={"help": "also the first detector as it was before pre-training: random but for its backbone"},
     )
 
-    max_objects: int = field(default=2000, metadata={"help": "objects that are drawn, of all a random choice"})
-    neighbors: int = field(default=10, metadata={"help": "neighbours that vote for the class of an object"})
-    seed: int = field(default=0, metadata={"help": "seed of the choice, of t-SNE, and of the untrained detector"})
+    max_objects: int = field(
+        default=2000, metadata={"help": "objects that are drawn, of all a random choice", "range": COUNT}
+    )
+    neighbors: int = field(
+        default=10, metadata={"help": "neighbours that vote for the class of an object", "range": COUNT}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "seed of the choice, of t-SNE, and of the untrained detector", "range": SEED}
+    )
 
-    batch_size: int = field(default=8, metadata={"help": "images per forward pass"})
+    batch_size: int = field(default=8, metadata={"help": "images per forward pass", "range": COUNT})
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     def __post_init__(self):
-        for name in ("max_objects", "neighbors", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_values(self)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ..detectors.build import find_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
 from ..files import write_json
+from ..ranges import COUNT, SHARE, check_values
 from ..reporting.pictures import draw_detections, new_figure
 
 
@@ -33,7 +34,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
     )
 
-    batch_size: int = field(default=8, metadata={"help": "images per forward pass"})
+    batch_size: int = field(default=8, metadata={"help": "images per forward pass", "range": COUNT})
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
@@ -45,13 +46,14 @@ class EvaluateArguments:
     num_pictures: int = field(
         default=0, metadata={"help": "draw predictions beside ground truth for so many images: predictions.png"}
     )
-    score_threshold: float = field(default=0.3, metadata={"help": "lowest score that is drawn; no effect on AP"})
+    score_threshold: float = field(
+        default=0.3, metadata={"help": "lowest score that is drawn; no effect on AP", "range": SHARE}
+    )
 
     def __post_init__(self):
+        check_values(self)
         if self.output_dir is None and (self.save_predictions or self.num_pictures):
             raise ValueError("save_predictions and num_pictures need an output_dir to write to")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {self.batch_size}")
 
 
 def evaluate(arguments: EvaluateArguments) -> dict:

@@ -13,6 +13,7 @@ from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import build_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import write_json
+from ..ranges import COUNT, SEED, check_values
 
 
 def knn_accuracy(
@@ -77,24 +78,24 @@ class KnnArguments:
     )
     backbone_weights: str | None = field(default=None, metadata={"help": "its weights, if it does not come with any"})
     strides: list[int] = field(
-        default_factory=lambda: [16, 32], metadata={"help": "feature maps to use, by stride in pixels"}
+        default_factory=lambda: [16, 32], metadata={"help": "feature maps to use, by stride in pixels", "range": COUNT}
     )
     short_side: int = field(
-        default=448, metadata={"help": "shorter side in pixels of the images that the backbone sees"}
+        default=448, metadata={"help": "shorter side in pixels of the images that the backbone sees", "range": COUNT}
     )
 
-    k: int = field(default=10, metadata={"help": "neighbours that vote"})
-    max_objects: int = field(default=5000, metadata={"help": "of more objects, so many are drawn"})
-    seed: int = field(default=0, metadata={"help": "seed of that, of the five parts, and of the random weights"})
+    k: int = field(default=10, metadata={"help": "neighbours that vote", "range": COUNT})
+    max_objects: int = field(default=5000, metadata={"help": "of more objects, so many are drawn", "range": COUNT})
+    seed: int = field(
+        default=0, metadata={"help": "seed of that, of the five parts, and of the random weights", "range": SEED}
+    )
 
     output_dir: str | None = field(default=None, metadata={"help": "folder for knn.json"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     def __post_init__(self):
-        for name in ("short_side", "k", "max_objects"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_values(self)
 
 
 def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:

@@ -30,6 +30,7 @@ from ..evaluation.predicted_rows import (
 )
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import write_json
+from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes, jpeg_bytes
 from ..runs import RunFolder
 
@@ -61,18 +62,24 @@ class PredictArguments:
     )
     split: str | None = field(default=None, metadata={"help": "split of the data sets; all of them if not given"})
 
-    score_threshold: float = field(default=0.3, metadata={"help": "keep boxes with at least this score"})
+    score_threshold: float = field(
+        default=0.3, metadata={"help": "keep boxes with at least this score", "range": SHARE}
+    )
 
     tile_size: int | None = field(
-        default=None, metadata={"help": "look at square tiles with sides of this many pixels as well"}
+        default=None,
+        metadata={"help": "look at square tiles with sides of this many pixels as well", "range": Range(16)},
     )
-    tile_overlap: float = field(default=0.2, metadata={"help": "let neighbouring tiles share this part of a side"})
+    tile_overlap: float = field(
+        default=0.2, metadata={"help": "let neighbouring tiles share this part of a side", "range": BELOW_ONE}
+    )
     whole_image: bool = field(default=True, metadata={"help": "look at the whole image beside its tiles"})
     nms_threshold: float = field(
-        default=0.5, metadata={"help": "drop a box of another tile that overlaps a better one by more (IoU)"}
+        default=0.5,
+        metadata={"help": "drop a box of another tile that overlaps a better one by more (IoU)", "range": SHARE},
     )
 
-    batch_size: int = field(default=8, metadata={"help": "images, or tiles, per forward pass"})
+    batch_size: int = field(default=8, metadata={"help": "images, or tiles, per forward pass", "range": COUNT})
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that decode and resize images"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
@@ -86,21 +93,14 @@ class PredictArguments:
             "pictures: each image with its boxes; sheet: some of them on one page"
         },
     )
-    num_pictures: int = field(default=24, metadata={"help": "put this many images on the sheet, evenly spaced"})
-    picture_size: int = field(default=1600, metadata={"help": "longest side of a picture in pixels"})
+    num_pictures: int = field(
+        default=24, metadata={"help": "put this many images on the sheet, evenly spaced", "range": COUNT}
+    )
+    picture_size: int = field(default=1600, metadata={"help": "longest side of a picture in pixels", "range": COUNT})
     overwrite: bool = field(default=False, metadata={"help": "replace the predictions of another run in output_dir"})
 
     def __post_init__(self):
-        for name in ("batch_size", "num_pictures", "picture_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.tile_size is not None and self.tile_size < 16:
-            raise ValueError(f"tile_size must be at least 16 pixels, got {self.tile_size}")
-        if not 0 <= self.tile_overlap < 1:
-            raise ValueError(f"tile_overlap must be 0 or more and less than 1, got {self.tile_overlap}")
-        for name in ("score_threshold", "nms_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        check_values(self)
         if unknown := sorted(set(self.formats) - set(FORMATS)):
             raise ValueError(f"formats must be among {', '.join(FORMATS)}, got {', '.join(unknown)}")
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,7 @@ from ..hub import HubArguments, open_repository
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
 from ..proposals.selective_search import PRESETS
+from ..ranges import COUNT, POSITIVE, SHARE, Range, check_values
 from ..runs import RunFolder
 
 _LISTED_IMAGES = 10
@@ -94,17 +96,20 @@ class ProposalsArguments(HubArguments):
     )
     short_side: int | None = field(
         default=None,
-        metadata={"help": "opencv: search on a copy with this shorter side in pixels, 200 if not given"},
+        metadata={
+            "help": "opencv: search on a copy with this shorter side in pixels, 200 if not given",
+            "range": COUNT,
+        },
     )
     detector: str | None = field(
         default=None,
         metadata={"help": "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM"},
     )
     score_threshold: float | None = field(
-        default=None, metadata={"help": "detector: lowest score of a box, 0.05 if not given"}
+        default=None, metadata={"help": "detector: lowest score of a box, 0.05 if not given", "range": SHARE}
     )
     batch_size: int | None = field(
-        default=None, metadata={"help": "detector: images per forward pass, 8 if not given"}
+        default=None, metadata={"help": "detector: images per forward pass, 8 if not given", "range": COUNT}
     )
     column: str | None = field(
         default=None, metadata={"help": "column: its name, proposals if not given; objects for the labels"}
@@ -113,16 +118,24 @@ class ProposalsArguments(HubArguments):
         default=None, metadata={"help": "json: the file, in COCO format; every annotation is a proposal"}
     )
 
-    max_boxes: int = field(default=300, metadata={"help": "boxes stored per image, the best first"})
+    max_boxes: int = field(default=300, metadata={"help": "boxes stored per image, the best first", "range": COUNT})
     nms_threshold: float = field(
-        default=0.7, metadata={"help": "of boxes with a larger IoU only the best stays; less variety, more objects"}
+        default=0.7,
+        metadata={
+            "help": "of boxes with a larger IoU only the best stays; less variety, more objects",
+            "range": SHARE,
+        },
     )
-    max_aspect_ratio: float = field(default=3.0, metadata={"help": "longer side over shorter side"})
+    max_aspect_ratio: float = field(
+        default=3.0, metadata={"help": "longer side over shorter side", "range": Range(1, also=math.inf)}
+    )
     min_side: float = field(default=0, metadata={"help": "smallest width and height in pixels of the image"})
     min_relative_size: float = field(
         default=0.04, metadata={"help": "smallest sqrt(box area / image area); large values lose small objects"}
     )
-    max_relative_size: float = field(default=1.0, metadata={"help": "largest sqrt(box area / image area)"})
+    max_relative_size: float = field(
+        default=1.0, metadata={"help": "largest sqrt(box area / image area)", "range": POSITIVE}
+    )
     relax_if_empty: bool = field(
         default=True, metadata={"help": "for an image left without boxes drop the size bounds, then the aspect ratio"}
     )
@@ -137,7 +150,9 @@ class ProposalsArguments(HubArguments):
             "help": "processes that search; 0: this one; by default one per core, but 0 for the source detector"
         },
     )
-    shard_size: int = field(default=32, metadata={"help": "images between two saves; a killed run loses no more"})
+    shard_size: int = field(
+        default=32, metadata={"help": "images between two saves; a killed run loses no more", "range": COUNT}
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "replace proposals in output_dir that were made with other settings"}
     )
@@ -150,6 +165,7 @@ class ProposalsArguments(HubArguments):
     )
 
     def __post_init__(self):
+        check_values(self)
         if self.source is None:
             owners = (
                 name for name, row in SOURCES.items() if any(getattr(self, key) is not None for key in row.settings)
@@ -171,11 +187,11 @@ class ProposalsArguments(HubArguments):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.streaming and (self.source == "json" or self.image_dir):
             raise ValueError("streaming does not go with --source json and image_dir: leave it out")
-        for name in ("short_side", "batch_size", "max_boxes", "shard_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or more, got {self.num_workers}")
+        if self.min_relative_size > self.max_relative_size:
+            raise ValueError(
+                f"no box has a relative size from {self.min_relative_size:g} (min_relative_size) to "
+                f"{self.max_relative_size:g} (max_relative_size)"
+            )
         if self.strategy is not None:
             parse_strategy(self.strategy)
 

@@ -15,6 +15,7 @@ from ..data.images import decode_image, image_size
 from ..files import write_json
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
+from ..ranges import COUNT, SEED, check_values
 from ..reporting.pictures import new_figure, plot_proposals, plot_recall
 
 # pycocotools' thresholds: .50:.05:.95
@@ -42,15 +43,18 @@ class RecallArguments:
     )
     split: str | None = field(default=None, metadata={"help": "split of the dataset, if there are several"})
 
-    seed: int = field(default=0, metadata={"help": "seed of the random boxes beside the proposals"})
+    seed: int = field(default=0, metadata={"help": "seed of the random boxes beside the proposals", "range": SEED})
 
     output_dir: str | None = field(default=None, metadata={"help": "folder for recall.json and the pictures"})
     plot: bool = field(default=True, metadata={"help": "draw the recall over the number of boxes: recall.png"})
     num_pictures: int = field(default=0, metadata={"help": "draw the first boxes of so many images: proposals.png"})
-    num_boxes: int = field(default=10, metadata={"help": "how many boxes a picture shows, the best ones"})
+    num_boxes: int = field(
+        default=10, metadata={"help": "how many boxes a picture shows, the best ones", "range": COUNT}
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     def __post_init__(self):
+        check_values(self)
         if self.num_pictures and self.output_dir is None:
             raise ValueError("num_pictures needs an output_dir to write to")
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..ranges import check_values
 from ..reporting.html_report import REPORT, write_report
 
 
@@ -12,6 +13,9 @@ class ReportArguments:
 
     run: str = field(metadata={"help": "folder that an aligndet command has written"})
     output: str | None = field(default=None, metadata={"help": f"the HTML file; {REPORT} in the folder if not given"})
+
+    def __post_init__(self):
+        check_values(self)
 
 
 def report(arguments: ReportArguments) -> Path:

@@ -5,6 +5,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, require
+
 
 @strict
 class AlignDetConfig(PreTrainedConfig):
@@ -43,7 +45,7 @@ class AlignDetConfig(PreTrainedConfig):
 
     Raises:
         `StrictDataclassFieldValidationError`: for a value of another type.
-        `ValueError`: for a temperature that is not positive.
+        `ValueError`: for a number out of its range, such as a temperature that is not positive.
     """
 
     model_type = "aligndet"
@@ -61,8 +63,13 @@ class AlignDetConfig(PreTrainedConfig):
     normalize_class_loss_by: Literal["weights", "boxes"] = "weights"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not self.contrastive_temperature > 0:
-            raise ValueError(f"contrastive_temperature must be positive, got {self.contrastive_temperature}")
+        require("projection_dim", self.projection_dim, COUNT)
+        require("contrastive_temperature", self.contrastive_temperature, POSITIVE)
+        require("contrastive_loss_coefficient", self.contrastive_loss_coefficient, NOT_NEGATIVE)
+        require("base_momentum", self.base_momentum, SHARE)
+        require("end_momentum", self.end_momentum, SHARE)
+        if self.trainable_backbone_stages is not None:
+            require("trainable_backbone_stages", self.trainable_backbone_stages, COUNT)
         if not isinstance(self.detector_config, PreTrainedConfig):
             fields = dict(self.detector_config or {})
             self.detector_config = AutoConfig.for_model(fields.pop("model_type", "detr"), **fields)

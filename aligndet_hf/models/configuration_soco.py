@@ -5,6 +5,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..ranges import COUNT, SHARE, require
+
 # Of each variant, which crop and set of boxes every view but the first shows; the first is the whole image.
 BOX_SETS = {"fpn": (0, 1), "star": (0, 1, 0), "c4": (0,)}
 
@@ -37,7 +39,7 @@ class SoCoConfig(PreTrainedConfig):
 
     Raises:
         `StrictDataclassFieldValidationError`: for a value of another type, or an unknown variant.
-        `ValueError`: for level sizes that do not ascend.
+        `ValueError`: for a number out of its range, or level sizes that do not ascend.
     """
 
     model_type = "soco"
@@ -59,6 +61,12 @@ class SoCoConfig(PreTrainedConfig):
             fields = dict(self.backbone_config or {"backbone": "resnet50", "out_indices": levels})
             self.backbone_config = AutoConfig.for_model(fields.pop("model_type", "timm_backbone"), **fields)
         self.level_sizes = [48, 96, 192, 224] if self.level_sizes is None else list(self.level_sizes)
+        for name in ("fpn_channels", "head_dim", "mlp_dim", "projection_dim"):
+            require(name, getattr(self, name), COUNT)
+        require("base_momentum", self.base_momentum, SHARE)
+        require("end_momentum", self.end_momentum, SHARE)
+        for size in self.level_sizes:
+            require("level_sizes", size, COUNT)
         if sorted(set(self.level_sizes)) != self.level_sizes:
             raise ValueError(f"level_sizes must ascend, got {self.level_sizes}")
         super().__post_init__(**kwargs)

@@ -131,7 +131,7 @@ class AlignDetForPreTraining(MomentumModel):
             self.momentum_detector.set_submodule(path, SharedBackbone(self.backbone))
         normalize_in_one_pass(self)
         self.post_init()
-        self.update_momentum_detector(0.0)
+        self._update_momentum(0.0)
         self._freeze()
 
     @classmethod

@@ -182,7 +182,7 @@ class SoCoForPreTraining(MomentumModel):
         self.predictor = _mlp(config.projection_dim, config.mlp_dim, config.projection_dim)
         self.momentum_encoder = copy.deepcopy(self.encoder)
         self.post_init()
-        self.update_momentum_encoder(0.0)
+        self._update_momentum(0.0)
         self._freeze()
 
     def _init_weights(self, module: nn.Module) -> None:

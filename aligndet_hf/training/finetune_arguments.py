@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from ..data.augmentations import AUGMENTATIONS
 from ..detectors.build import DetectorArguments
+from ..ranges import ANY, BELOW_ONE, COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, check_values
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,22 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         "do_eval": "Measuring",
         "output_dir": "Run",
     }
+    # Of numbers that transformers declares; others of them are finite and not negative.
+    inherited_ranges = {
+        "adam_beta1": BELOW_ONE,
+        "adam_beta2": BELOW_ONE,
+        "adam_epsilon": POSITIVE,
+        "torch_empty_cache_steps": COUNT,
+        "eval_steps": POSITIVE,
+        "per_device_eval_batch_size": COUNT,
+        "eval_accumulation_steps": COUNT,
+        "save_steps": POSITIVE,
+        "data_seed": SEED,
+        "dataloader_prefetch_factor": COUNT,
+        "ddp_bucket_cap_mb": COUNT,
+        "ddp_timeout": COUNT,
+        "local_rank": ANY,
+    }
 
     dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
     split: str = field(default="train", metadata={"help": "split of the dataset"})
@@ -32,9 +49,10 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
     )
     label_fraction: float = field(
-        default=1.0, metadata={"help": "share of the training images to use; smaller ones lie inside larger ones"}
+        default=1.0,
+        metadata={"help": "share of the training images to use; smaller ones lie inside larger ones", "range": PART},
     )
-    label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images"})
+    label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images", "range": SEED})
     dataloader_num_workers: int = field(default=2, metadata={"help": "data loading processes per training process"})
     dataloader_persistent_workers: bool = field(
         default=True, metadata={"help": "keep these processes from one epoch to the next"}
@@ -45,19 +63,29 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
 
     image_sizes: list[int] = field(
         default_factory=lambda: list(range(480, 801, 32)),
-        metadata={"help": "sizes in pixels that images are resized to at random: the shorter side, or both sides"},
+        metadata={
+            "help": "sizes in pixels that images are resized to at random: the shorter side, or both sides",
+            "range": COUNT,
+        },
     )
     max_size: int | None = field(
-        default=None, metadata={"help": "longest side in pixels; 5/3 of the drawn size if not given"}
+        default=None, metadata={"help": "longest side in pixels; 5/3 of the drawn size if not given", "range": COUNT}
     )
     eval_size: int | None = field(
-        default=None, metadata={"help": "size to measure and to deploy with; the largest of image_sizes if not given"}
+        default=None,
+        metadata={
+            "help": "size to measure and to deploy with; the largest of image_sizes if not given",
+            "range": COUNT,
+        },
     )
-    flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
+    flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip", "range": SHARE})
     color: bool = field(default=False, metadata={"help": "apply one random colour operation to each image"})
     crop_scale: list[float] | None = field(
         default_factory=lambda: [0.3, 1.0],
-        metadata={"help": "smallest and largest area of a random crop, as shares of the image; `1 1` for no crop"},
+        metadata={
+            "help": "smallest and largest area of a random crop, as shares of the image; `1 1` for no crop",
+            "range": PART,
+        },
     )
     augmentations: list[str] = field(
         default_factory=list,
@@ -67,7 +95,7 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         },
     )
     augmentation_probability: float = field(
-        default=0.5, metadata={"help": "apply each of the augmentations with this probability"}
+        default=0.5, metadata={"help": "apply each of the augmentations with this probability", "range": SHARE}
     )
 
     transfer: Literal["keep-boxes", "paper", "encoder-only", "everything"] = field(
@@ -79,17 +107,24 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
     freeze_backbone: bool = field(default=False, metadata={"help": "keep the backbone as it is"})
     trainable_backbone_stages: int | None = field(
-        default=None, metadata={"help": "train only so many of the backbone's stages, counted from the last"}
+        default=None,
+        metadata={"help": "train only so many of the backbone's stages, counted from the last", "range": COUNT},
     )
     freeze_backbone_norms: bool = field(
         default=False,
         metadata={"help": "keep weights and statistics of the backbone's batch norms, also those of a checkpoint"},
     )
 
-    num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
-    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs"})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "images per process and forward pass"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimizer step"})
+    num_train_epochs: float = field(default=50, metadata={"help": "epochs", "range": POSITIVE})
+    max_steps: int = field(
+        default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs", "range": LIMIT}
+    )
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "images per process and forward pass", "range": COUNT}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "forward passes per optimizer step", "range": COUNT}
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of all but the backbone"})
     backbone_learning_rate: float | None = field(
         default=None, metadata={"help": "peak learning rate of the backbone; a tenth of the other if not given"}
@@ -114,14 +149,17 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
     lr_milestones: list[float] = field(
         default_factory=list,
-        metadata={"help": "fractions of the run (below 1) or epochs at which the rate falls to a tenth, instead"},
+        metadata={
+            "help": "fractions of the run (below 1) or epochs at which the rate falls to a tenth, instead",
+            "range": POSITIVE,
+        },
     )
     warmup_steps: float = field(default=0, metadata={"help": "steps of linear warm-up, or below 1 a share of the run"})
 
     bf16: bool = field(
         default=False, metadata={"help": "forward passes in bfloat16 (autocast); fp16 is there as well"}
     )
-    seed: int = field(default=0, metadata={"help": "seed of new layers, the data and all noise"})
+    seed: int = field(default=0, metadata={"help": "seed of new layers, the data and all noise", "range": SEED})
 
     do_eval: bool = field(default=True, metadata={"help": "measure on eval_dataset, at the end at least"})
     eval_dataset: str | None = field(default=None, metadata={"help": "what to measure on; `dataset` if not given"})
@@ -147,8 +185,10 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     save_strategy: str = field(
         default="epoch", metadata={"help": "when to save a checkpoint: epoch, steps, best or no"}
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep, besides the best"})
-    logging_steps: float = field(default=20, metadata={"help": "steps between entries of the log"})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "checkpoints to keep, besides the best", "range": COUNT}
+    )
+    logging_steps: float = field(default=20, metadata={"help": "steps between entries of the log", "range": POSITIVE})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "not for detectors: there are no columns"})
     write_report: bool = field(
@@ -169,6 +209,7 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
 
     def __post_init__(self):
+        check_values(self)
         if not self.do_eval:
             self.eval_strategy = "no"
         if self.backbone_learning_rate is None:
@@ -181,7 +222,7 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
             self.eval_dataset = self.dataset
         if self.freeze_backbone and self.trainable_backbone_stages is not None:
             raise ValueError("freeze_backbone keeps all of the backbone: give it or trainable_backbone_stages")
-        if self.crop_scale is not None and len(self.crop_scale) != 2:
+        if self.crop_scale is not None and (len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]):
             raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
         if self.crop_scale is not None and min(self.crop_scale) == 1:
             self.crop_scale = None

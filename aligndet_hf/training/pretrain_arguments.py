@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..detectors.build import DetectorArguments
 from ..hub import HubArguments
 from ..models import AlignDetConfig, SoCoConfig
+from ..ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, check_values
 
 # What is not given depends on the method.
 DEFAULTS = {
@@ -47,15 +48,22 @@ class PretrainArguments(DetectorArguments, HubArguments):
         metadata={"help": "read the dataset as a stream instead of downloading it; needs max_steps"},
     )
     stream_buffer: int = field(
-        default=256, metadata={"help": "streaming: images that are shuffled together, of each data loading process"}
+        default=256,
+        metadata={
+            "help": "streaming: images that are shuffled together, of each data loading process",
+            "range": COUNT,
+        },
     )
     num_clusters: int | None = field(
-        default=None, metadata={"help": "streaming: clusters of the proposals, which are counted otherwise"}
+        default=None,
+        metadata={"help": "streaming: clusters of the proposals, which are counted otherwise", "range": COUNT},
     )
     max_proposals: int | None = field(
         default=None,
         metadata={
-            "help": "proposals per image, never more than the detector has queries; 50 if not given. SoCo: per crop; 4"
+            "help": "proposals per image, never more than the detector has queries; 50 if not given. SoCo: per crop; "
+            "4",
+            "range": COUNT,
         },
     )
     proposal_sampling: Literal["top", "random"] | None = field(
@@ -73,17 +81,22 @@ class PretrainArguments(DetectorArguments, HubArguments):
         default=None,
         metadata={
             "help": "sizes in pixels that views are resized to at random: the shorter side, or both sides; 640 672 "
-            "... 800 if not given. SoCo: both sides of each view, that of the whole image first; 224 224 112"
+            "... 800 if not given. SoCo: both sides of each view, that of the whole image first; 224 224 112",
+            "range": COUNT,
         },
     )
     max_size: int | None = field(
-        default=None, metadata={"help": "longest side of a view in pixels; 5/3 of the drawn size if not given"}
+        default=None,
+        metadata={"help": "longest side of a view in pixels; 5/3 of the drawn size if not given", "range": COUNT},
     )
-    flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
+    flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip", "range": SHARE})
     color: bool = field(default=True, metadata={"help": "apply one random colour operation to each view"})
     crop_scale: list[float] | None = field(
         default=None,
-        metadata={"help": "smallest and largest area of a random crop; no crop if not given. SoCo: 0.5 1.0"},
+        metadata={
+            "help": "smallest and largest area of a random crop; no crop if not given. SoCo: 0.5 1.0",
+            "range": PART,
+        },
     )
 
     method: Literal["aligndet", "soco"] = field(
@@ -101,22 +114,31 @@ class PretrainArguments(DetectorArguments, HubArguments):
         default_factory=dict, metadata={"help": "fields of SoCoConfig to set, e.g. variant, level_sizes, mlp_dim"}
     )
 
-    num_train_epochs: float = field(default=50, metadata={"help": "epochs"})
-    max_steps: int = field(default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs"})
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "images per process and forward pass"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per optimizer step"})
+    num_train_epochs: float = field(default=50, metadata={"help": "epochs", "range": POSITIVE})
+    max_steps: int = field(
+        default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs", "range": LIMIT}
+    )
+    per_device_train_batch_size: int = field(
+        default=2, metadata={"help": "images per process and forward pass", "range": COUNT}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "forward passes per optimizer step", "range": COUNT}
+    )
     optimizer: Literal["adamw", "lars"] = field(
         default="adamw", metadata={"help": "`lars` is for large batches: SGD with a rate for each layer"}
     )
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate", "range": POSITIVE})
     weight_decay: float = field(default=1e-4, metadata={"help": "weight decay"})
     decay_norms_and_biases: bool = field(default=True, metadata={"help": "decay one-dimensional parameters too"})
-    max_grad_norm: float = field(default=0.1, metadata={"help": "gradients are clipped to this norm"})
+    max_grad_norm: float = field(
+        default=0.1, metadata={"help": "gradients are clipped to this norm", "range": POSITIVE}
+    )
     lr_scheduler_type: Literal["constant", "step", "cosine"] = field(
         default="step", metadata={"help": "learning rate after the warm-up; `step` divides it by 10 at each milestone"}
     )
     lr_milestones: list[float] = field(
-        default_factory=lambda: [0.8], metadata={"help": "fractions of the run (below 1) or epochs, for `step`"}
+        default_factory=lambda: [0.8],
+        metadata={"help": "fractions of the run (below 1) or epochs, for `step`", "range": POSITIVE},
     )
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
     gradient_checkpointing: bool = field(
@@ -132,13 +154,15 @@ class PretrainArguments(DetectorArguments, HubArguments):
             "for faster steps; a network that cannot be compiled runs without"
         },
     )
-    seed: int = field(default=0, metadata={"help": "seed of the weights, the data and all noise"})
+    seed: int = field(default=0, metadata={"help": "seed of the weights, the data and all noise", "range": SEED})
 
     output_dir: str = field(metadata={"help": "folder of the run; the same command again resumes it"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "start anew, and remove the old checkpoints"})
-    save_steps: int = field(default=500, metadata={"help": "steps between checkpoints"})
-    save_total_limit: int = field(default=2, metadata={"help": "checkpoints to keep"})
-    logging_steps: int = field(default=50, metadata={"help": "steps between entries of the log (log.jsonl, trackers)"})
+    save_steps: int = field(default=500, metadata={"help": "steps between checkpoints", "range": COUNT})
+    save_total_limit: int = field(default=2, metadata={"help": "checkpoints to keep", "range": COUNT})
+    logging_steps: int = field(
+        default=50, metadata={"help": "steps between entries of the log (log.jsonl, trackers)", "range": COUNT}
+    )
     report_to: list[str] = field(
         default_factory=list, metadata={"help": "trackers of Accelerate: tensorboard, wandb, ... (or none)"}
     )
@@ -153,17 +177,11 @@ class PretrainArguments(DetectorArguments, HubArguments):
     )
 
     def __post_init__(self):
+        check_values(self)
         for name, value in DEFAULTS[self.method].items():
             if getattr(self, name) is None:
                 by_variant = isinstance(value, dict)
                 setattr(self, name, value.get(self.soco_config.get("variant", "fpn")) if by_variant else value)
-        for name in (
-            "max_proposals", "per_device_train_batch_size", "gradient_accumulation_steps", "save_steps",
-            "save_total_limit", "logging_steps", "num_train_epochs", "learning_rate", "max_grad_norm",
-            "stream_buffer",
-        ):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("streaming", "gradient_checkpointing"):
             if getattr(self, name) and self.method != "aligndet":
                 raise ValueError(f"{name} is for --method aligndet, this is {self.method}")
@@ -171,7 +189,7 @@ class PretrainArguments(DetectorArguments, HubArguments):
             raise ValueError("streaming needs max_steps: the length of a stream is not known")
         if self.streaming and self.use_clusters and self.num_clusters is None:
             raise ValueError("streaming with use_clusters needs num_clusters: a stream is not read to count them")
-        if self.crop_scale is not None and len(self.crop_scale) != 2:
+        if self.crop_scale is not None and (len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]):
             raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
         if self.optimizer == "lars" and not self.weight_decay > 0:
             raise ValueError("LARS adapts the rates of the layers that decay: weight_decay must be positive")

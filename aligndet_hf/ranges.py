@@ -1,0 +1,105 @@
+"""The values that arguments may have. Every field of a command's arguments that is a number has a range."""
+
+import dataclasses
+import functools
+import math
+import numbers
+import typing
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """
+    An interval of finite numbers; `value in Range(0, 1)` and `f"must be {Range(0, 1)}"` work.
+
+    Attributes:
+        low, high (`float`): the bounds, which belong to it.
+        above (`bool`): whether the lower bound does not.
+        below (`bool`): whether the upper bound does not.
+        also (`float`, *optional*): a number outside that has a meaning of its own.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    also: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        if value == self.also:
+            return True
+        is_above = value > self.low if self.above else value >= self.low
+        is_below = value < self.high if self.below else value <= self.high
+        return math.isfinite(value) and is_above and is_below
+
+    def __str__(self) -> str:
+        low, high = (f"{bound:.12g}" for bound in (self.low, self.high))
+        if self.high == math.inf and (self.low == 1 or (self.low == 0 and self.above)):
+            text = "positive"
+        elif not self.above and not self.below and math.isfinite(self.high):
+            text = f"from {low} to {high}"
+        else:
+            words = [f"above {low}" if self.above else f"{low} or more"] * math.isfinite(self.low)
+            words += [f"below {high}" if self.below else f"at most {high}"] * math.isfinite(self.high)
+            text = " and ".join(words) or "finite"
+        return text if self.also is None else f"{text}, or {self.also:g}"
+
+
+ANY = Range()
+NOT_NEGATIVE = Range(0)  # that of a number whose field says nothing else
+COUNT = Range(1)
+POSITIVE = Range(0, above=True)
+SHARE = Range(0, 1)
+PART = Range(0, 1, above=True)
+BELOW_ONE = Range(0, 1, below=True)
+LIMIT = Range(1, also=-1)  # for `max_steps` and the like, with -1 for none
+SEED = Range(0, 2**32 - 1)
+
+
+def check_values(arguments) -> None:
+    """
+    Refuses numbers out of their ranges, and text that is empty.
+
+    To be called first in `__post_init__` of a command's arguments: neither the console nor Python gets past it.
+
+    Args:
+        arguments: a dataclass. `metadata={"range": ...}` of a field holds the [`Range`] of a number, or of each in a
+            list; without one it is finite and not negative. Fields inherited from another package have theirs in the
+            class attribute `inherited_ranges`, by name.
+
+    Raises:
+        `ValueError`: for the first such field, with what it takes.
+    """
+    inherited = getattr(arguments, "inherited_ranges", {})
+    for field in dataclasses.fields(arguments):
+        value, kinds = getattr(arguments, field.name, None), _kinds(type(arguments))[field.name]
+        allowed = field.metadata.get("range") or inherited.get(field.name, NOT_NEGATIVE)
+        if isinstance(value, str) and not value.strip() and field.default != value:
+            raise ValueError(f"{field.name} must not be empty" + (": leave it out" if field.default is None else ""))
+        if value is None or kinds.isdisjoint({int, float}) or (isinstance(value, str) and str in kinds):
+            continue
+        is_list = isinstance(value, list | tuple)
+        if is_list and not value and field.default_factory is not dataclasses.MISSING and field.default_factory():
+            raise ValueError(f"{field.name} must not be empty")
+        kind, word = (numbers.Real, "") if float in kinds else (numbers.Integral, "whole ")
+        for number in value if is_list else [value]:
+            if not isinstance(number, kind) or isinstance(number, bool):
+                raise ValueError(f"{field.name} must be a {word}number, got {number!r}")
+            require(field.name, number, allowed)
+
+
+def require(name: str, number: float, allowed: Range) -> None:
+    """Raises a `ValueError` that names the number if it is out of its range."""
+    if number not in allowed:
+        raise ValueError(f"{name} must be {allowed}, got {number}")
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, set[type]]:
+    """The plain types in the annotation of every field: those of `list[int] | None` are int and NoneType."""
+
+    def plain(hint) -> set[type]:
+        parts = typing.get_args(hint)
+        return {hint} if not parts or typing.get_origin(hint) is dict else set().union(*map(plain, parts))
+
+    return {name: plain(hint) for name, hint in typing.get_type_hints(cls).items()}
