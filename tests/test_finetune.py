@@ -185,7 +185,7 @@ def test_the_average_is_the_formula(tmp_path):
     ):
         assert own is averaged
     for decay in (0.0, 1.0, 2):
-        with pytest.raises(ValueError, match="ema_decay must lie between 0 and 1"):
+        with pytest.raises(ValueError, match="ema_decay must"):
             make_trainer("detr", tmp_path, ema_decay=decay)
 
 

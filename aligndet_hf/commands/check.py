@@ -18,6 +18,7 @@ from ..data.pixels import ImageFacts, inspect_images
 from ..data.sampling import SampleKey
 from ..data.views import ViewConfig, view_shape
 from ..files import write_json
+from ..ranges import COUNT, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
 
 _SIDES = (8, 16, 32)  # pixels of a view; the finest feature map of most detectors has a cell for 8
@@ -40,17 +41,24 @@ class CheckArguments:
 
     image_sizes: list[int] = field(
         default_factory=lambda: list(range(480, 801, 32)),
-        metadata={"help": "sizes in pixels that images will be resized to: the shorter side, or both sides"},
+        metadata={
+            "help": "sizes in pixels that images will be resized to: the shorter side, or both sides",
+            "range": COUNT,
+        },
     )
     max_size: int | None = field(
-        default=None, metadata={"help": "longest side in pixels; 5/3 of the drawn size if not given"}
+        default=None, metadata={"help": "longest side in pixels; 5/3 of the drawn size if not given", "range": COUNT}
     )
     resize: str = field(
         default="shortest_edge",
         metadata={"help": "shortest_edge, as DETR does; or square, as RT-DETR, D-FINE and YOLOS do"},
     )
     num_queries: int | None = field(
-        default=None, metadata={"help": "object queries of the detector: 100 of DETR, 300 of RT-DETR and most others"}
+        default=None,
+        metadata={
+            "help": "object queries of the detector: 100 of DETR, 300 of RT-DETR and most others",
+            "range": COUNT,
+        },
     )
     find_copies: bool = field(
         default=True, metadata={"help": "decode all images, to find copies that look the same as well"}
@@ -63,9 +71,8 @@ class CheckArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     def __post_init__(self):
+        check_values(self)
         ViewConfig(self.image_sizes, self.max_size, self.resize)  # raises what is wrong with them
-        if self.num_queries is not None and self.num_queries < 1:
-            raise ValueError(f"num_queries must be positive, got {self.num_queries}")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
 from ..files import write_json
+from ..ranges import COUNT, check_values
 from ..runs import RunFolder
 
 FILES = {"mmdet": "mmdet.pth", "torchvision": "torchvision.safetensors"}
@@ -52,13 +53,15 @@ class ConvertArguments:
     output_dir: str = field(metadata={"help": "folder for the detector, its card and conversion_report.json"})
     overwrite: bool = field(default=False, metadata={"help": "replace another conversion in output_dir"})
     image_size: int = field(
-        default=PUBLISHED_SIZE, metadata={"help": "shorter side in pixels to which the image processor resizes images"}
+        default=PUBLISHED_SIZE,
+        metadata={"help": "shorter side in pixels to which the image processor resizes images", "range": COUNT},
     )
     card_license: str | None = field(
         default=None, metadata={"help": "licence of the weights, for the card, by its Hub name, e.g. apache-2.0"}
     )
 
     def __post_init__(self):
+        check_values(self)
         if self.to != "transformers" and (self.family or self.detector_config or self.partial):
             raise ValueError(f"family, detector_config and partial are for reading a file, not for --to {self.to}")
 

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from ..data.augmentations import AUGMENTATIONS
 from ..detectors.build import DetectorArguments
-from ..ranges import ANY, BELOW_ONE, COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, check_values
+from ..ranges import ANY, BELOW_ONE, COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, Range, check_values
 
 
 @dataclass(kw_only=True)
@@ -135,11 +135,17 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
     layer_decay: float = field(
         default=1.0,
-        metadata={"help": "multiply the learning rate by this factor from each layer to the one before it; 1: do not"},
+        metadata={
+            "help": "multiply the learning rate by this factor from each layer to the one before it; 1: do not",
+            "range": PART,
+        },
     )
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "average the weights over the steps with this momentum, such as 0.999; keep the average"},
+        metadata={
+            "help": "average the weights over the steps with this momentum, such as 0.999; keep the average",
+            "range": Range(0, 1, above=True, below=True),
+        },
     )
     weight_decay: float = field(default=1e-4, metadata={"help": "weight decay; never of norms and biases"})
     max_grad_norm: float = field(default=0.1, metadata={"help": "gradients are clipped to this norm"})
@@ -173,7 +179,10 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "stop after this many measurements in a row without a better metric_for_best_model"},
+        metadata={
+            "help": "stop after this many measurements in a row without a better metric_for_best_model",
+            "range": COUNT,
+        },
     )
     load_best_model_at_end: bool = field(
         default=False,
