@@ -238,6 +238,16 @@ def test_images_without_predictions_are_mentioned(caplog):
     assert "1 of 2 images have no predictions" in caplog.text
 
 
+def test_ids_may_be_texts():
+    """Also with equal scores, of which the order of the ids decides: "10" comes before "9"."""
+    truth, predictions = random_case(3, 8, 3, 20)
+    texts = {image["id"]: str(image["id"]) for image in truth["images"]}
+    truth["images"] = [{"id": texts[image["id"]]} for image in truth["images"]]
+    truth["annotations"] = [one | {"image_id": texts[one["image_id"]]} for one in truth["annotations"]]
+    predictions = {texts[image_id]: found for image_id, found in predictions.items()}
+    assert_same(measured(truth, predictions), pycocotools_results(truth, predictions))
+
+
 def test_pycocotools_is_silent(capfd):
     measured(TRUTH, perfect(TRUTH))
     assert capfd.readouterr() == ("", "")

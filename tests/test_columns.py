@@ -267,9 +267,9 @@ def test_image_ids():
 
 
 def test_image_ids_that_are_texts():
-    texts = labelled([[[1, 1, 5, 5]]] * 3, image_id=["0001", "0002", "0003"])
-    assert columns.image_ids(texts) == ["0001", "0002", "0003"]
-    assert columns.image_numbers(texts) == [0, 1, 2]
+    texts = labelled([[[1, 1, 5, 5]]] * 3, image_id=["b2", "a", "b10"])
+    assert columns.image_ids(texts) == ["b2", "a", "b10"]
+    assert columns.image_numbers(texts) == [2, 0, 1]
     assert validate_objects(texts, ["a"]).boxes == 3
 
 

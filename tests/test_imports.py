@@ -92,7 +92,7 @@ def loaded_by(code: str) -> set[str]:
     return set(run.stdout.splitlines()[-1].split())
 
 
-HEAVY = {"datasets", "cv2", "numba", "pycocotools", "matplotlib", "timm"}
+HEAVY = {"datasets", "cv2", "numba", "faster_coco_eval", "pycocotools", "matplotlib", "timm"}
 
 
 def test_import_leaves_heavy_packages_alone():

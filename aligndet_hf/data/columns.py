@@ -533,6 +533,9 @@ def image_ids(dataset: datasets.Dataset, source: str = "the data set") -> list[i
 
 
 def image_numbers(dataset: datasets.Dataset) -> list[int]:
-    """The ids of the images if all are integers, or else the numbers of the rows: for tensors, which hold no text."""
+    """The ids of the images if all are integers, or else their numbers in order: for tensors, which hold no text."""
     ids = image_ids(dataset)
-    return ids if all(isinstance(own, int) for own in ids) else list(range(len(ids)))
+    if all(isinstance(own, int) for own in ids):
+        return ids
+    numbers = {own: number for number, own in enumerate(sorted(ids))}
+    return [numbers[own] for own in ids]
