@@ -3,12 +3,14 @@
 import hashlib
 import multiprocessing
 import time
+from pathlib import Path
+from types import ModuleType
 
 import cv2
 import numpy as np
 import pytest
 
-from aligndet_hf.proposals import opencv_selective_search
+from aligndet_hf.proposals import opencv, opencv_selective_search
 from aligndet_hf.proposals.filters import box_iou, unique_boxes
 from aligndet_hf.proposals.opencv import agreement_scores
 
@@ -157,7 +159,21 @@ def test_unknown_mode_is_refused():
         opencv_selective_search(scene(), mode="slow")
 
 
-def test_opencv_without_contrib_is_named(monkeypatch):
-    monkeypatch.delattr(cv2, "ximgproc")
-    with pytest.raises(ImportError, match="opencv-contrib-python-headless"):
+@pytest.mark.parametrize("left", ["nothing", "an empty module", "a module without the function"])
+def test_opencv_without_contrib_is_named(monkeypatch, left):
+    """Where another package of OpenCV has overwritten the files, some of contrib may be left."""
+    if left == "nothing":
+        monkeypatch.delattr(cv2, "ximgproc")
+    elif left == "an empty module":
+        monkeypatch.setattr(cv2, "ximgproc", ModuleType("cv2.ximgproc"))
+    else:
+        monkeypatch.delattr(cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation")
+    with pytest.raises(ImportError, match=r"aligndet-hf\[opencv\].*opencv-contrib-python-headless.*selective_search"):
         opencv_selective_search(scene())
+
+
+def test_no_other_module_needs_contrib():
+    """The core has plain OpenCV: only this module, and the script that compares with it, may use what is not in it."""
+    package = Path(opencv.__file__).parents[1]
+    users = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if "ximgproc" in path.read_text()]
+    assert users == ["proposals/opencv.py"]

@@ -117,14 +117,17 @@ def import_opencv():
     Imports OpenCV with its contrib modules.
 
     Raises:
-        `ImportError`: If OpenCV is missing or has no `ximgproc`; it says how to install the right one.
+        `ImportError`: If OpenCV has no selective search; it says how to install one that has it.
     """
     import cv2
 
-    if not hasattr(cv2, "ximgproc"):
+    # The function itself: where another package has overwritten the files of contrib, empty modules may be left.
+    segmentation = getattr(getattr(cv2, "ximgproc", None), "segmentation", None)
+    if not hasattr(segmentation, "createSelectiveSearchSegmentation"):
         raise ImportError(
-            "This OpenCV has no `ximgproc` module, which holds selective search. OpenCV's packages overwrite each "
-            "other; leave one: pip uninstall -y opencv-python opencv-python-headless opencv-contrib-python && "
-            "pip install --force-reinstall opencv-contrib-python-headless"
+            f"This OpenCV ({cv2.__version__}) has no selective search, which is in its contrib modules: pip install "
+            "'aligndet-hf[opencv]'. OpenCV's packages overwrite each other; if it is there already, put its files "
+            "back: pip install --force-reinstall --no-deps opencv-contrib-python-headless. The selective search of "
+            "this package, --source selective_search, needs none of them."
         )
     return cv2
