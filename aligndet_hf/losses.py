@@ -272,7 +272,9 @@ def _masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor
     return (values * mask).sum(dim) / mask.sum(dim)
 
 
-def softmax_class_loss(logits: Tensor, classes: Tensor, background_weight: float) -> tuple[Tensor, Tensor]:
+def softmax_class_loss(
+    logits: Tensor, classes: Tensor, background_weight: float, query_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """
     Cross-entropy over the classes and "no object" (DETR, Carion et al., ECCV 2020).
 
@@ -280,6 +282,7 @@ def softmax_class_loss(logits: Tensor, classes: Tensor, background_weight: float
         logits (`torch.Tensor` of shape `[..., queries, classes + 1]`): the last class is "no object".
         classes (`torch.Tensor` of shape `[..., queries]`): target class, `classes` for unmatched queries.
         background_weight (`float`): weight of the unmatched queries.
+        query_weights (`torch.Tensor` of the shape of `classes`, *optional*): a further weight of each query.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the weighted sum and the sum of the weights, each of the leading shape
@@ -287,11 +290,14 @@ def softmax_class_loss(logits: Tensor, classes: Tensor, background_weight: float
     """
     background = logits.shape[-1] - 1
     weight = torch.ones_like(classes, dtype=logits.dtype).masked_fill(classes == background, background_weight)
+    weight = weight if query_weights is None else weight * query_weights
     loss = F.cross_entropy(logits.flatten(0, -2), classes.flatten(), reduction="none").view_as(classes)
     return (loss * weight).flatten(1).sum(1), weight.flatten(1).sum(1)
 
 
-def focal_class_loss(logits: Tensor, classes: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def focal_class_loss(
+    logits: Tensor, classes: Tensor, alpha: float = 0.25, gamma: float = 2.0, query_weights: Tensor | None = None
+) -> Tensor:
     """
     Sigmoid focal loss (Lin et al., ICCV 2017), summed over images, queries and classes.
 
@@ -299,6 +305,7 @@ def focal_class_loss(logits: Tensor, classes: Tensor, alpha: float = 0.25, gamma
         logits (`torch.Tensor` of shape `[sets, images, queries, classes]`): class scores.
         classes (`torch.Tensor` of shape `[sets, images, queries]`): target class, `classes` for unmatched queries.
         alpha, gamma (`float`, *optional*): balance of positives, and focus.
+        query_weights (`torch.Tensor` of shape `[sets, images, queries]`, *optional*): weight of each query's loss.
 
     Returns:
         `torch.Tensor` of shape `[sets]`.
@@ -307,12 +314,16 @@ def focal_class_loss(logits: Tensor, classes: Tensor, alpha: float = 0.25, gamma
     prob = logits.sigmoid()
     loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     error = prob * (1 - target) + (1 - prob) * target
-    loss = loss * error**gamma * (alpha * target + (1 - alpha) * (1 - target))
-    return loss.flatten(1).sum(1)
+    return _sum_of_sets(loss * error**gamma * (alpha * target + (1 - alpha) * (1 - target)), query_weights)
 
 
 def varifocal_class_loss(
-    logits: Tensor, classes: Tensor, quality: Tensor, alpha: float = 0.75, gamma: float = 2.0
+    logits: Tensor,
+    classes: Tensor,
+    quality: Tensor,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    query_weights: Tensor | None = None,
 ) -> Tensor:
     """
     Varifocal loss (Zhang et al., CVPR 2021): the score of a matched query learns the IoU of its box.
@@ -322,6 +333,7 @@ def varifocal_class_loss(
         classes (`torch.Tensor` of shape `[sets, images, queries]`): target class, `classes` for unmatched queries.
         quality (`torch.Tensor` of shape `[sets, images, queries]`): detached IoU of matched queries, 0 elsewhere.
         alpha, gamma (`float`, *optional*): weight and focus of the negatives.
+        query_weights (`torch.Tensor` of shape `[sets, images, queries]`, *optional*): weight of each query's loss.
 
     Returns:
         `torch.Tensor` of shape `[sets]`: the sum over images, queries and classes.
@@ -329,11 +341,17 @@ def varifocal_class_loss(
     is_class = F.one_hot(classes, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
     target = is_class * quality[..., None]
     weight = alpha * logits.detach().sigmoid() ** gamma * (1 - is_class) + target
-    return F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none").flatten(1).sum(1)
+    loss = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none")
+    return _sum_of_sets(loss, query_weights)
 
 
 def matchability_class_loss(
-    logits: Tensor, classes: Tensor, quality: Tensor, alpha: float | None = None, gamma: float = 2.0
+    logits: Tensor,
+    classes: Tensor,
+    quality: Tensor,
+    alpha: float | None = None,
+    gamma: float = 2.0,
+    query_weights: Tensor | None = None,
 ) -> Tensor:
     """
     Matchability-aware loss (DEIM, Huang et al., CVPR 2025): like varifocal, but badly placed matches weigh in full.
@@ -344,6 +362,7 @@ def matchability_class_loss(
         quality (`torch.Tensor` of shape `[sets, images, queries]`): detached IoU of matched queries, 0 elsewhere.
         alpha (`float`, *optional*): weight of the negatives; `None` for 1.
         gamma (`float`, *optional*): focus of the negatives, and power of the IoU in the target.
+        query_weights (`torch.Tensor` of shape `[sets, images, queries]`, *optional*): weight of each query's loss.
 
     Returns:
         `torch.Tensor` of shape `[sets]`: the sum over images, queries and classes.
@@ -351,10 +370,13 @@ def matchability_class_loss(
     is_class = F.one_hot(classes, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
     target = (is_class * quality[..., None]) ** gamma
     weight = (1.0 if alpha is None else alpha) * logits.detach().sigmoid() ** gamma * (1 - is_class) + is_class
-    return F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none").flatten(1).sum(1)
+    loss = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none")
+    return _sum_of_sets(loss, query_weights)
 
 
-def iou_aware_class_loss(logits: Tensor, classes: Tensor, quality: Tensor, alpha: float = 0.25) -> Tensor:
+def iou_aware_class_loss(
+    logits: Tensor, classes: Tensor, quality: Tensor, alpha: float = 0.25, query_weights: Tensor | None = None
+) -> Tensor:
     """
     IoU-aware binary cross-entropy (Align-DETR, Cai et al., 2023; used by LW-DETR and RF-DETR).
 
@@ -366,6 +388,7 @@ def iou_aware_class_loss(logits: Tensor, classes: Tensor, quality: Tensor, alpha
         classes (`torch.Tensor` of shape `[sets, images, queries]`): target class, `classes` for unmatched queries.
         quality (`torch.Tensor` of shape `[sets, images, queries]`): detached IoU of matched queries, 0 elsewhere.
         alpha (`float`, *optional*, defaults to 0.25): share of the score in the target.
+        query_weights (`torch.Tensor` of shape `[sets, images, queries]`, *optional*): weight of each query's loss.
 
     Returns:
         `torch.Tensor` of shape `[sets]`: the sum over images, queries and classes.
@@ -376,7 +399,12 @@ def iou_aware_class_loss(logits: Tensor, classes: Tensor, quality: Tensor, alpha
     negative_weight = torch.where(is_class, 1 - target, prob**2)
     # The logarithms from the logits: those of a rounded probability are infinite at its ends.
     loss = -target * F.logsigmoid(logits) - negative_weight * F.logsigmoid(-logits)
-    return loss.flatten(1).sum(1)
+    return _sum_of_sets(loss, query_weights)
+
+
+def _sum_of_sets(loss: Tensor, query_weights: Tensor | None) -> Tensor:
+    """The sum over all but the first dimension of `[sets, images, queries, classes]`, weighted by query."""
+    return (loss if query_weights is None else loss * query_weights[..., None]).flatten(1).sum(1)
 
 
 def box_losses(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

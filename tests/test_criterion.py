@@ -316,3 +316,31 @@ def test_nothing_but_the_matching_waits_for_the_device(name, monkeypatch):
         for loss_function in (loss_and_matching, matching_only):
             loss_function(*inputs["args"], **inputs["kwargs"])
     assert not waits.found
+
+
+@pytest.mark.parametrize("name", ["detr", "deformable_detr", "rt_detr", "d_fine", "deimv2", "lw_detr"])
+def test_boxes_weigh_and_ignored_ones_are_not_background(name):
+    """One of each class loss. Weights of one change nothing, those of zero take a box out of every sum."""
+    detector = use_correct_loss(tiny_detector(name)).eval()
+    batch = random_batch()
+    ones = [label | {"weights": torch.ones(len(label["boxes"]))} for label in batch["labels"]]
+    plain, weighted = (detector(**batch | {"labels": labels}) for labels in (batch["labels"], ones))
+    torch.testing.assert_close(weighted.loss, plain.loss)
+
+    def terms(labels):
+        return {key: float(value) for key, value in detector(**batch | {"labels": labels}).loss_dict.items()}
+
+    halves = terms([label | {"weights": torch.full((len(label["boxes"]),), 0.5)} for label in batch["labels"]])
+    nothing = terms([label | {"weights": torch.zeros(len(label["boxes"]))} for label in batch["labels"]])
+    whole = terms(batch["labels"])
+    for term in ("loss_bbox", "loss_giou"):
+        assert halves[term] == pytest.approx(whole[term] / 2, rel=1e-5) and nothing[term] == 0
+    class_term = next(term for term in ("loss_ce", "loss_vfl", "loss_mal") if term in whole)
+    if name != "detr":  # whose class loss is a mean by weights
+        assert halves[class_term] == pytest.approx((whole[class_term] + nothing[class_term]) / 2, rel=1e-5)
+
+    # Where the detector sees something, ignore just that: its queries there learn nothing any more.
+    seen = detector(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
+    empty = [{"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}] * 2
+    ignored = [label | {"ignored_boxes": boxes.detach()} for label, boxes in zip(empty, seen.pred_boxes, strict=True)]
+    assert terms(empty)[class_term] > 0 and terms(ignored)[class_term] == 0

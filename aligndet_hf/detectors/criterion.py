@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..boxes import cxcywh_to_xyxy, iou_and_giou
 from ..losses import (
     box_losses,
     edge_bins,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 # Added to every normaliser by mmdetection (float32 machine epsilon): the recorded values depend on it.
 NORMALIZER_EPSILON = 1.1920929e-07
 NUM_COUNTS = 4
+# A query whose box overlaps an ignored one by this much is not taught that it sees background.
+IGNORED_IOU = 0.5
 
 CLASS_TERMS = {
     "softmax": "loss_ce",
@@ -176,6 +179,8 @@ class _Supervised(NamedTuple):
     box_matching: Matching
     num_boxes: int
     num_box_pairs: int
+    box_weights: Tensor | None = None
+    query_weights: Tensor | None = None
 
 
 class _Predictions:
@@ -210,6 +215,7 @@ class _Predictions:
         self.settings: LossSettings = family.losses(config)
         self.labels = labels
         self.classes = torch.cat([label["class_labels"] for label in labels])
+        self.box_weights = _box_weights(labels)
         self.denoising_meta = denoising_meta_values
         split = None if denoising_meta_values is None else denoising_meta_values["dn_num_split"]
 
@@ -331,7 +337,25 @@ class _Predictions:
             matching = self._start_matching(*self.tokens[:2], labels, [label["boxes"] for label in self.labels])()
             matching = matching.to(device)
             groups.append(_Supervised(self.tokens, classes, matching, matching, num_boxes, num_boxes))
+        if self.box_weights is not None:
+            groups = [group._replace(**self._weights(group)) for group in groups]
         return groups
+
+    def _weights(self, group: _Supervised) -> dict[str, Tensor]:
+        """
+        The weights of the boxes, and those of the queries' class losses `[sets, images, queries]`: a matched query has
+        the weight of its box, and an unmatched one that lies on an ignored box has none. It is not background.
+        """
+        weights = group.sets.logits.new_ones(group.sets.logits.shape[:3])
+        for image, label in enumerate(self.labels):
+            ignored = label.get("ignored_boxes")
+            if ignored is not None and len(ignored):
+                found = cxcywh_to_xyxy(group.sets.boxes[:, image].detach().unsqueeze(2))
+                iou, _ = iou_and_giou(found, cxcywh_to_xyxy(ignored.to(found.dtype)))
+                weights[:, image] = (iou.amax(2) < IGNORED_IOU).to(weights.dtype)
+        matching, boxes = group.class_matching, self.box_weights.to(weights.dtype)
+        weights[matching.queries] = boxes[matching.target]
+        return {"box_weights": boxes, "query_weights": weights}
 
     def _denoising_matching(self) -> Matching:
         """The boxes that the positive denoising queries were made from; the same in every layer."""
@@ -348,6 +372,13 @@ class _Predictions:
             if suffix not in ("", "_enc")
         ]
         return outputs or None
+
+
+def _box_weights(labels: list[dict[str, Tensor]]) -> Tensor | None:
+    """The weights of all boxes, or `None` if no label has any, and nothing is to be ignored."""
+    if not any("weights" in label or "ignored_boxes" in label for label in labels):
+        return None
+    return torch.cat([label.get("weights", torch.ones_like(label["boxes"][:, 0])) for label in labels])
 
 
 def _edges(logits: Tensor | None, references: Tensor | None, class_logits: Tensor, num_sets: int) -> _Edges | None:
@@ -445,6 +476,8 @@ def _sums(settings: LossSettings, group: _Supervised, target_boxes: Tensor) -> d
     (logits, boxes, _, edges), pairs = group.sets, group.box_matching
     num_sets = len(logits)
     l1, giou, iou = box_losses(boxes[pairs.queries], target_boxes[pairs.target])
+    if group.box_weights is not None:
+        l1, giou = l1 * group.box_weights[pairs.target], giou * group.box_weights[pairs.target]
     # Every set has the same number of matches, and they are ordered by set.
     sums = {"l1": l1.view(num_sets, -1).sum(1), "giou": giou.view(num_sets, -1).sum(1)}
 
@@ -453,26 +486,35 @@ def _sums(settings: LossSettings, group: _Supervised, target_boxes: Tensor) -> d
     classes = matching.scatter(group.classes, logits.shape[:3], background)
     class_weights = logits.new_zeros(0)
     if settings.class_loss == "softmax":
-        sums["class"], class_weights = softmax_class_loss(logits, classes, settings.background_weight)
+        sums["class"], class_weights = softmax_class_loss(
+            logits, classes, settings.background_weight, group.query_weights
+        )
     elif settings.class_loss == "focal":
-        sums["class"] = focal_class_loss(logits, classes, settings.alpha, settings.gamma)
+        sums["class"] = focal_class_loss(logits, classes, settings.alpha, settings.gamma, group.query_weights)
     else:
         own = pairs is matching
         own_iou = iou if own else box_losses(boxes[matching.queries], target_boxes[matching.target])[2]
         quality = logits.new_zeros(logits.shape[:3])
         quality[matching.queries] = own_iou.to(quality.dtype)
+        of_query = {"quality": quality, "query_weights": group.query_weights}
         if settings.class_loss == "varifocal":
-            sums["class"] = varifocal_class_loss(logits, classes, quality, settings.alpha, settings.gamma)
+            sums["class"] = varifocal_class_loss(
+                logits, classes, alpha=settings.alpha, gamma=settings.gamma, **of_query
+            )
         elif settings.class_loss == "matchability":
-            sums["class"] = matchability_class_loss(logits, classes, quality, settings.alpha, settings.gamma)
+            sums["class"] = matchability_class_loss(
+                logits, classes, alpha=settings.alpha, gamma=settings.gamma, **of_query
+            )
         else:
-            sums["class"] = iou_aware_class_loss(logits, classes, quality, settings.alpha)
+            sums["class"] = iou_aware_class_loss(logits, classes, alpha=settings.alpha, **of_query)
 
     if edges is not None:
         num_layers = len(edges.logits)
         first = pairs.layers(0, num_layers, of=num_sets)
         bins = edge_bins(settings.num_bins, settings.bins_up, settings.bins_scale, logits.device)
         weight = iou[: len(first.query)]
+        if group.box_weights is not None:
+            weight = weight * group.box_weights[first.target]
         fgl = fine_grained_localization_loss(
             edges.logits[first.queries],
             edges.references[first.queries],
