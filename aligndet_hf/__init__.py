@@ -22,6 +22,7 @@ _FACE = {
     "commands.finetune": ["FinetuneArguments", "FinetuneResult", "finetune"],
     "commands.knn": ["KnnArguments", "measure_knn"],
     "commands.predict": ["PredictArguments", "predict"],
+    "commands.pseudolabel": ["PseudolabelArguments", "pseudolabel"],
     "commands.pretrain": ["PretrainArguments", "PretrainResult", "pretrain"],
     "commands.proposals": ["ProposalsArguments", "generate_proposals"],
     "commands.recall": ["RecallArguments", "measure_recall"],

@@ -76,6 +76,12 @@ COMMANDS = {
         "predict",
         "find objects in new images and videos: pictures, COCO and YOLO labels, a data set",
     ),
+    "pseudolabel": Command(
+        "aligndet_hf.commands.pseudolabel",
+        "PseudolabelArguments",
+        "pseudolabel",
+        "label unlabelled images with the boxes of a fine-tuned detector, and check their classes",
+    ),
     "convert": Command(
         "aligndet_hf.commands.convert",
         "ConvertArguments",

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..cards import command_line, told, versions
 from ..data.checks import leak_note, metric_note, objects_per_image, query_note
 from ..data.columns import validate_objects
-from ..data.dataset import LabelledImages
+from ..data.dataset import LabelledImages, MixedImages
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source
 from ..data.splits import nested_subsets
@@ -147,13 +147,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     trainer = DetectionTrainer(
         detector,
         arguments,
-        train_dataset=LabelledImages(
-            dataset,
-            view,
-            seed=arguments.seed,
-            augmentations=arguments.augmentations,
-            augmentation_probability=arguments.augmentation_probability,
-        ),
+        train_dataset=_train_images(arguments, dataset, categories, view),
         eval_dataset=EvaluationImages(truth, categories, image_processor) if truth else None,
         processing_class=image_processor,
         transferred=report.kept if isinstance(report, TransferReport) else (),
@@ -262,6 +256,32 @@ def _load_labelled(source: str, split: str | None, image_dir: str | None, catego
         )
     PartialState().print(validate_objects(dataset, names, source))
     return dataset, names
+
+
+def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], view: ViewConfig):
+    """The labelled images, or these and the pseudo-labelled ones."""
+    options = {
+        "seed": arguments.seed,
+        "augmentations": arguments.augmentations,
+        "augmentation_probability": arguments.augmentation_probability,
+    }
+    labelled = LabelledImages(dataset, view, **options)
+    if arguments.pseudo_dataset is None:
+        return labelled
+    source = arguments.pseudo_dataset
+    pseudo = load_dataset_source(source, arguments.pseudo_split, labels=True)
+    if missing := {"score", "ignore"} - set(pseudo.features["objects"]):
+        raise DataError(
+            f"{source}: column 'objects' has no field {sorted(missing)[0]!r}. Expected what `aligndet pseudolabel` "
+            "writes; images with labels of people belong into --dataset."
+        )
+    if (names := category_names(pseudo, source)) != categories:
+        raise DataError(
+            f"{source} has the categories {', '.join(names)}, the labelled images have {', '.join(categories)}. Give "
+            "the pseudo-labels that a teacher of the same categories made."
+        )
+    PartialState().print(validate_objects(pseudo, names, source))
+    return MixedImages(labelled, LabelledImages(pseudo, view, **options, pseudo=True), arguments.labelled_share)
 
 
 def _start(arguments: FinetuneArguments, categories: list[str]):

@@ -20,7 +20,7 @@ class Sample:
     Attributes:
         image (`np.ndarray`): RGB uint8 [height, width, 3].
         boxes (`np.ndarray`): float32 [n, 4], xywh in pixels of the image.
-        classes (`np.ndarray`): int64 [n].
+        classes (`np.ndarray`): [n], what each box is: int64 classes, or rows of whatever else belongs to a box.
     """
 
     image: np.ndarray
@@ -103,9 +103,9 @@ def copy_paste(sample: Sample, others: Sequence[Sample], rng: np.random.Generato
     Labels of detection have no masks, so that whole rectangles are pasted, with blurred edges.
     """
     (other,) = others
-    image, boxes, classes = sample.image.copy(), list(sample.boxes), list(sample.classes)
+    image, boxes, rows = sample.image.copy(), list(sample.boxes), []
     height, width = image.shape[:2]
-    for box, label in zip(other.boxes, other.classes, strict=True):
+    for row, box in enumerate(other.boxes):
         x, y, w, h = (int(round(value)) for value in box)
         x, y = max(x, 0), max(y, 0)
         patch = other.image[y : y + h, x : x + w]
@@ -122,8 +122,9 @@ def copy_paste(sample: Sample, others: Sequence[Sample], rng: np.random.Generato
         window = image[top : top + h, left : left + w]
         window[:] = np.rint(soft * patch + (1 - soft) * window).astype(np.uint8)
         boxes.append(place)
-        classes.append(label)
-    return Sample(image, np.array(boxes, np.float32).reshape(-1, 4), np.array(classes, np.int64))
+        rows.append(row)
+    classes = np.concatenate([sample.classes, other.classes[rows]])
+    return Sample(image, np.array(boxes, np.float32).reshape(-1, 4), classes)
 
 
 def rotate(sample: Sample, others: Sequence[Sample], rng: np.random.Generator, degrees: float = 10.0) -> Sample:
@@ -203,7 +204,8 @@ def apply_transform(transform: Callable, sample: Sample, rng: np.random.Generato
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**62)))
-        result = transform(image, {"boxes": boxes, "labels": torch.from_numpy(sample.classes)})
+        # The labels are row numbers here: a transform may drop boxes, but does not care what labels say.
+        result = transform(image, {"boxes": boxes, "labels": torch.arange(len(boxes))})
     try:
         image, target = result
         boxes = convert_bounding_box_format(target["boxes"], new_format="XYWH")
@@ -217,7 +219,7 @@ def apply_transform(transform: Callable, sample: Sample, rng: np.random.Generato
         ) from error
     image = np.ascontiguousarray(torch.as_tensor(image).permute(1, 2, 0).numpy())
     boxes, kept = _clipped(torch.as_tensor(boxes).numpy().astype(np.float32), (0, 0, *image.shape[:2]))
-    return Sample(image, boxes, labels.numpy().astype(np.int64)[kept])
+    return Sample(image, boxes, sample.classes[labels.numpy()[kept]])
 
 
 def _canvas(height: int, width: int) -> np.ndarray:

@@ -256,6 +256,10 @@ class SoCoViews(Dataset):
         return item
 
 
+# What belongs to a box of a labelled image.
+_OBJECT = np.dtype([("category", np.int64), ("score", np.float32), ("ignore", np.bool_)])
+
+
 class LabelledImages(Dataset):
     """
     Images with their objects, for fine-tuning and evaluation.
@@ -278,6 +282,10 @@ class LabelledImages(Dataset):
             `torchvision.transforms.v2` ([`~aligndet_hf.data.augmentations.apply_transform`]).
         augmentation_probability (`float`, *optional*, defaults to 0.5):
             Probability of each of the named ones. A callable is always applied: it draws by itself.
+        pseudo (`bool`, *optional*, defaults to `False`):
+            Whether the labels are a teacher's, as `aligndet pseudolabel` writes them. The labels of an item then have
+            `weights` (float32 [n], the scores of the boxes) and `ignored_boxes` (float32 [m, 4], as `boxes`), which
+            are neither objects nor background.
 
     Raises:
         [`DataError`]: if a column is missing. Items raise [`ImageError`] for an image that cannot be decoded, and
@@ -293,6 +301,7 @@ class LabelledImages(Dataset):
         seed: int = 0,
         augmentations: Sequence[str | Callable] = (),
         augmentation_probability: float = 0.5,
+        pseudo: bool = False,
     ):
         require_columns(dataset, ["image", "objects"])
         columns = [name for name in ("image", "objects", "image_id") if name in dataset.column_names]
@@ -303,6 +312,7 @@ class LabelledImages(Dataset):
         self.seed = seed
         self.augmentations = list(augmentations)
         self.augmentation_probability = augmentation_probability
+        self.pseudo = pseudo
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -314,7 +324,10 @@ class LabelledImages(Dataset):
         height, width = image.shape[:2]
         objects = np.flatnonzero(~read_crowds(row["objects"]))
         boxes, kept = clean_boxes(read_boxes(row["objects"])[0][objects], width, height)
-        return Sample(image, boxes, read_values(row["objects"], "category")[0].astype(np.int64)[objects[kept]])
+        what = np.zeros(len(kept), _OBJECT)
+        for name in ("category", "score", "ignore") if self.pseudo else ("category",):
+            what[name] = read_values(row["objects"], name)[0][objects[kept]]
+        return Sample(image, boxes, what)
 
     def _augmented(self, sample: Sample, rng: np.random.Generator) -> Sample:
         for chosen in self.augmentations:
@@ -343,12 +356,36 @@ class LabelledImages(Dataset):
         row = self.rows[key.index]
         image_id = row["image_id"][0].as_py() if "image_id" in row.column_names else key.index
         image_id = image_id if isinstance(image_id, int) else key.index  # a text cannot be in a tensor
-        return {
-            "image": _to_tensor(view),
-            "labels": {
-                "boxes": _normalized_cxcywh(boxes, view),
-                "class_labels": torch.from_numpy(sample.classes[kept]),
-                "image_id": torch.tensor([image_id]),
-                "orig_size": torch.tensor(stored.image.shape[:2]),
-            },
-        }
+        what, boxes = sample.classes[kept], _normalized_cxcywh(boxes, view)
+        labels = {"image_id": torch.tensor([image_id]), "orig_size": torch.tensor(stored.image.shape[:2])}
+        if self.pseudo:
+            ignored = torch.from_numpy(what["ignore"])
+            labels["ignored_boxes"] = boxes[ignored]
+            what, boxes = what[~what["ignore"]], boxes[~ignored]
+            labels["weights"] = torch.from_numpy(what["score"].copy())
+        labels |= {"boxes": boxes, "class_labels": torch.from_numpy(what["category"].copy())}
+        return {"image": _to_tensor(view), "labels": labels}
+
+
+class MixedImages(Dataset):
+    """
+    Labelled and pseudo-labelled images as one data set, the labelled ones first.
+
+    Which of them form a batch is up to [`~aligndet_hf.data.sampling.MixedBatchSampler`].
+
+    Args:
+        labelled ([`LabelledImages`]): Images with labels.
+        pseudo ([`LabelledImages`]): Images with the labels of a teacher.
+        labelled_share (`float`): Share of labelled images in a batch, between 0 and 1.
+    """
+
+    def __init__(self, labelled: LabelledImages, pseudo: LabelledImages, labelled_share: float):
+        self.labelled, self.pseudo, self.labelled_share = labelled, pseudo, labelled_share
+
+    def __len__(self) -> int:
+        return len(self.labelled) + len(self.pseudo)
+
+    def __getitem__(self, key: SampleKey) -> dict:
+        if key.index < len(self.labelled):
+            return self.labelled[key]
+        return self.pseudo[key._replace(index=key.index - len(self.labelled))]

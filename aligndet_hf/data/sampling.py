@@ -103,3 +103,64 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
             rows = order[np.arange(start, stop) % self.num_samples]
             rows = np.array_split(rows, self.world_size)[self.rank]
             yield [SampleKey(int(row), self.epoch, self.epoch * len(self) + k) for row in rows]
+
+
+class MixedBatchSampler(EpochBatchSampler):
+    """
+    Batches of which a fixed share is labelled and the rest pseudo-labelled.
+
+    Of both kinds all rows are seen equally often, in an order drawn anew for each pass over them. An epoch is one pass
+    over the kind that needs more batches. As with [`EpochBatchSampler`], a batch follows from the seed and its number.
+
+    Args:
+        num_labelled, num_pseudo (`int`): Rows of both kinds; the labelled ones come first in the data set.
+        labelled_share (`float`): Share of labelled rows in a batch; there is at least one row of each kind.
+        batch_size (`int`): Rows per batch and process.
+        seed, rank, world_size: See [`EpochBatchSampler`].
+
+    Raises:
+        `ValueError`: a batch over all processes has less than two rows.
+    """
+
+    def __init__(
+        self,
+        num_labelled: int,
+        num_pseudo: int,
+        labelled_share: float,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        total = num_labelled + num_pseudo
+        super().__init__(total, batch_size, seed=seed, drop_last=True, rank=rank, world_size=world_size)
+        if self.global_batch_size < 2:
+            raise ValueError("a batch of labelled and pseudo-labelled images has at least 2 of them, got 1")
+        of_labelled = min(max(1, round(labelled_share * self.global_batch_size)), self.global_batch_size - 1)
+        # For each kind: its first row, its rows, and how many of a batch.
+        self.kinds = [(0, num_labelled, of_labelled), (num_labelled, num_pseudo, self.global_batch_size - of_labelled)]
+
+    def __len__(self) -> int:
+        """Batches per epoch (and process)."""
+        return max(-(-rows // share) for _, rows, share in self.kinds)
+
+    def _rows(self, kind: int, batch: int) -> np.ndarray:
+        """The rows of one kind in a batch, counted from the start of training."""
+        first, count, share = self.kinds[kind]
+        places = np.arange(batch * share, (batch + 1) * share)
+        orders = {
+            number: np.random.default_rng((self.seed, kind, number)).permutation(count)
+            for number in np.unique(places // count).tolist()
+        }
+        return np.array([first + orders[place // count][place % count] for place in places.tolist()])
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for k in range(self.start_batch, len(self)):
+            batch = self.epoch * len(self) + k
+            labelled, pseudo = self._rows(0, batch), self._rows(1, batch)
+            rows = np.concatenate([labelled, pseudo])
+            # Each process gets its share of both kinds.
+            rows = rows[np.argsort(np.arange(len(rows)) % self.world_size, kind="stable")]
+            rows = np.array_split(rows, self.world_size)[self.rank]
+            yield [SampleKey(int(row), self.epoch, batch) for row in rows]

@@ -44,7 +44,7 @@ class BoxFeatures:
         self.mean, self.std = image_statistics(detector.config)
         self.normalize, self.device = normalize, device
         side = 256
-        maps = self._feature_maps(torch.zeros(1, 3, side, side, device=device))
+        maps = self.feature_maps(torch.zeros(1, 3, side, side, device=device))
         found = {round(side / feature_map.shape[-1]): level for level, feature_map in enumerate(maps)}
         if missing := [stride for stride in strides if stride not in found]:
             raise ValueError(
@@ -54,7 +54,8 @@ class BoxFeatures:
         self.size = sum(maps[level].shape[1] for level in self.levels)
 
     @torch.inference_mode()
-    def _feature_maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    def feature_maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """All feature maps [B, C, h, w] of normalised images [B, 3, H, W]; `levels` are the ones of the strides."""
         maps = self.backbone(pixel_values)
         return list(getattr(maps, "feature_maps", maps))  # transformers' wrapper, or timm's own network
 
@@ -71,7 +72,7 @@ class BoxFeatures:
             `np.ndarray` float32 [N, D].
         """
         pixel_values, mask = (tensor.to(self.device) for tensor in pad_images([image], _MULTIPLE))
-        maps = self._feature_maps(normalize_images(pixel_values, mask, self.mean, self.std))
+        maps = self.feature_maps(normalize_images(pixel_values, mask, self.mean, self.std))
         size = torch.tensor([image.shape[2], image.shape[1]] * 2, device=self.device)
         padded = torch.tensor([mask.shape[2], mask.shape[1]] * 2, device=self.device)
         levels = []

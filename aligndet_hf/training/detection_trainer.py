@@ -13,8 +13,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data.collate import collate_labelled, normalize_images
-from ..data.dataset import init_worker
-from ..data.sampling import EpochBatchSampler
+from ..data.dataset import MixedImages, init_worker
+from ..data.sampling import EpochBatchSampler, MixedBatchSampler
 from ..detectors.backbones import eval_frozen, get_backbone
 from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
 from .checkpointing import (
@@ -139,14 +139,17 @@ class DetectionTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
         args = self.args
-        sampler = EpochBatchSampler(
-            len(self.train_dataset),
-            self._train_batch_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            drop_last=args.dataloader_drop_last,
-            rank=args.process_index,
-            world_size=args.world_size,
-        )
+        own = {
+            "seed": args.seed if args.data_seed is None else args.data_seed,
+            "rank": args.process_index,
+            "world_size": args.world_size,
+        }
+        images, batch_size = self.train_dataset, self._train_batch_size
+        if isinstance(images, MixedImages):
+            counts = len(images.labelled), len(images.pseudo)
+            sampler = MixedBatchSampler(*counts, images.labelled_share, batch_size, **own)
+        else:
+            sampler = EpochBatchSampler(len(images), batch_size, drop_last=args.dataloader_drop_last, **own)
         return self._loader(
             EpochLoader,
             self.train_dataset,

@@ -53,6 +53,18 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         metadata={"help": "share of the training images to use; smaller ones lie inside larger ones", "range": PART},
     )
     label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images", "range": SEED})
+    pseudo_dataset: str | None = field(
+        default=None,
+        metadata={"help": "learn from the images that `aligndet pseudolabel` has labelled as well: its output folder"},
+    )
+    pseudo_split: str | None = field(default=None, metadata={"help": "its split, if there are several"})
+    labelled_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "share of labelled images in each batch, beside pseudo-labelled ones",
+            "range": Range(0, 1, above=True, below=True),
+        },
+    )
     dataloader_num_workers: int = field(default=2, metadata={"help": "data loading processes per training process"})
     dataloader_persistent_workers: bool = field(
         default=True, metadata={"help": "keep these processes from one epoch to the next"}
@@ -235,6 +247,8 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
             raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
         if self.crop_scale is not None and min(self.crop_scale) == 1:
             self.crop_scale = None
+        if not 0 < self.labelled_share < 1:
+            raise ValueError(f"labelled_share must lie between 0 and 1, got {self.labelled_share}")
         if unknown := sorted(set(self.augmentations) - set(AUGMENTATIONS)):
             raise ValueError(f"augmentations: there is no {unknown[0]!r}, choose from {', '.join(AUGMENTATIONS)}")
         if self.early_stopping_patience is not None:

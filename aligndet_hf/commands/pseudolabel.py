@@ -1,0 +1,374 @@
+"""`aligndet pseudolabel`: what a teacher finds in unlabelled images, as labels for a student."""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForObjectDetection
+
+from ..boxes import iou_and_giou
+from ..data.columns import clean_boxes, read_boxes, read_crowds, read_values, validate_objects
+from ..data.errors import DataError
+from ..data.formats import category_names, load_dataset_source
+from ..data.images import decode_image
+from ..data.shards import content_hash, save_split
+from ..data.splits import nested_subsets
+from ..detectors.build import build_detector, find_detector
+from ..evaluation.box_features import BoxFeatures
+from ..evaluation.detections import match_categories
+from ..evaluation.pseudo_labels import CheckedClasses, check_classes, crop_features, suppress
+from ..files import write_json
+from ..reporting.drawing import contact_sheet, draw_boxes
+from ..runs import RunFolder
+from .predict import PredictArguments, _identity, predict
+
+REPORT, SHEET = "pseudolabel.json", "pseudolabel.jpg"
+_CORRECT_IOU = 0.5
+
+
+@dataclass(kw_only=True)
+class PseudolabelArguments:
+    """Arguments of [`pseudolabel`]: the flags of `aligndet pseudolabel` and the keys of its recipes."""
+
+    help_groups = {
+        "detector": "Data",
+        "score_threshold": "Which boxes to keep",
+        "class_check": "Are their classes right?",
+        "batch_size": "Run",
+        "output_dir": "Output",
+    }
+
+    detector: str = field(metadata={"help": "the teacher: folder of a fine-tuned detector, or its Hub id"})
+    dataset: str = field(metadata={"help": "unlabelled images: a folder, COCO JSON or Hub id; labels are not used"})
+    split: str = field(default="train", metadata={"help": "split of the dataset"})
+    labelled_dataset: str | None = field(
+        default=None, metadata={"help": "what the teacher learned from; `dataset` if not given"}
+    )
+    labelled_split: str = field(default="train", metadata={"help": "its split"})
+    label_fraction: float = field(
+        default=1.0, metadata={"help": "share of labelled_dataset that the teacher learned from, as for finetune"}
+    )
+    label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images, as for finetune"})
+
+    score_threshold: float = field(default=0.5, metadata={"help": "make labels of boxes with at least this score"})
+    ignore_threshold: float = field(
+        default=0.2,
+        metadata={"help": "leave boxes from this score on out of account: they are neither object nor background"},
+    )
+    nms_threshold: float = field(
+        default=0.6, metadata={"help": "drop a box that overlaps a better one by more (IoU), whatever their classes"}
+    )
+
+    class_check: Literal["neighbours", "none"] = field(
+        default="neighbours",
+        metadata={
+            "help": "`neighbours`: keep a box only where the nearest labelled object and label spreading agree on its "
+            "class, in features of a frozen backbone; `none`: believe the teacher"
+        },
+    )
+    backbone: str | None = field(
+        default=None, metadata={"help": "that backbone: a timm name or a folder; the teacher's own if not given"}
+    )
+    backbone_weights: str | None = field(default=None, metadata={"help": "its weights"})
+
+    batch_size: int = field(default=8, metadata={"help": "images per forward pass"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that decode and resize images"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+
+    output_dir: str = field(metadata={"help": "folder for the data set of images with pseudo-labels, and the report"})
+    num_pictures: int = field(default=24, metadata={"help": "images on the sheet of pictures"})
+    overwrite: bool = field(default=False, metadata={"help": "replace what another run wrote to output_dir"})
+
+    def __post_init__(self):
+        if not 0 <= self.ignore_threshold <= self.score_threshold <= 1:
+            raise ValueError(
+                "0 <= ignore_threshold <= score_threshold <= 1 must hold, got ignore_threshold "
+                f"{self.ignore_threshold} and score_threshold {self.score_threshold}"
+            )
+        if not 0 < self.label_fraction <= 1:
+            raise ValueError(f"label_fraction must be above 0 and at most 1, got {self.label_fraction}")
+        if self.labelled_dataset is None:
+            self.labelled_dataset, self.labelled_split = self.dataset, self.split
+
+
+def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
+    """
+    Labels images with the boxes of a teacher, for `aligndet finetune --pseudo_dataset`.
+
+    Images that the teacher learned from are left out: their labels are better than its boxes. An image without any
+    label is left out too. A killed run continues with the same command.
+
+    Args:
+        arguments ([`PseudolabelArguments`]): The configuration.
+
+    Returns:
+        `datasets.Dataset`: the images with `objects`: `bbox` (absolute xywh), `category`, `score`, `ignore` (1 for
+        boxes that are neither objects nor background) and `source` ("teacher", or "neighbours" where the class is
+        theirs). It is saved in `output_dir`, beside a report and a sheet of pictures.
+
+    Raises:
+        DataError: a dataset is broken, every image is a labelled one, or no box is left.
+        ValueError: the folder is in use, or holds something else.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("pseudolabel runs as one process: start it without a launcher")
+    labelled = load_dataset_source(arguments.labelled_dataset, arguments.labelled_split, labels=True)
+    names = category_names(labelled, arguments.labelled_dataset)
+    print(validate_objects(labelled, names, arguments.labelled_dataset))
+    rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
+    images = load_dataset_source(arguments.dataset, arguments.split)
+    unseen = _unseen(images, labelled, rows, arguments)
+    folder = RunFolder(
+        arguments.output_dir,
+        "pseudolabel",
+        aside=True,
+        overwrite=arguments.overwrite,
+        overwrite_flag="--overwrite",
+    )
+    with folder:
+        settings = {
+            name: getattr(arguments, name)
+            for name in ("score_threshold", "ignore_threshold", "nms_threshold", "class_check", "backbone")
+        }
+        settings |= {"detector": _identity(arguments.detector), "num_pictures": arguments.num_pictures}
+        data = {"images": content_hash(images), "labelled": content_hash(labelled), "rows": list(rows)}
+        folder.claim(settings=settings, data=data)
+        if folder.is_finished:
+            print(f"{folder.path} is complete: nothing to do.")
+            return datasets.load_from_disk(str(folder.path))
+        _label(arguments, images.select(unseen), labelled.select(rows), names, folder)
+    return datasets.load_from_disk(str(Path(arguments.output_dir)))
+
+
+def _unseen(images, labelled, rows, arguments: PseudolabelArguments) -> list[int]:
+    """The rows of images that the teacher did not learn from: it is told them by their content."""
+    seen = {_content(value) for value in _values(labelled.select(rows))}
+    unseen = [row for row, value in enumerate(_values(images)) if _content(value) not in seen]
+    if not unseen:
+        raise DataError(
+            f"{arguments.dataset} (split {arguments.split}): all {len(images)} images are among the labelled ones. "
+            "Lower --label_fraction to the share that the teacher learned from, or give other images."
+        )
+    print(f"{len(unseen)} images to label; {len(images) - len(unseen)} are among the {len(rows)} labelled ones.")
+    return unseen
+
+
+def _values(dataset: datasets.Dataset) -> Iterator[dict]:
+    for row in dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False)):
+        yield row["image"]
+
+
+def _content(value: dict) -> bytes:
+    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+
+
+def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], folder: RunFolder) -> None:
+    """Predict, suppress, check the classes, and write data set, report and sheet at once."""
+    teacher = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.detector))
+    classes = np.array(match_categories(teacher.config.id2label, names))
+    found = predict(
+        PredictArguments(
+            detector=arguments.detector,
+            images=images,
+            score_threshold=arguments.ignore_threshold,
+            batch_size=arguments.batch_size,
+            dataloader_num_workers=arguments.dataloader_num_workers,
+            device=arguments.device,
+            disable_tqdm=arguments.disable_tqdm,
+            formats=[],
+            output_dir=str(folder.work / "predictions"),
+        )
+    )
+    boxes = [_boxes_of(row["objects"], classes, arguments) for row in found.remove_columns(["image"])]
+    report = {"images": len(images), "skipped": len(images) - len(found), "boxes": sum(map(len, boxes))}
+    checked = None
+    if arguments.class_check == "neighbours":
+        checked = _check(arguments, teacher, found, boxes, labelled)
+        _believe_neighbours(boxes, checked)
+        report["classes_agree"] = round(float(np.mean(checked.agree)), 4) if len(checked.agree) else None
+    kept = [row for row, rows_boxes in enumerate(boxes) if any(not box["ignore"] for box in rows_boxes)]
+    if not kept:
+        raise DataError(
+            f"no box is left of {report['boxes']}: lower --score_threshold ({arguments.score_threshold}), give "
+            "--class_check none, or train the teacher for longer."
+        )
+    report |= _count(boxes, labelled, names) | _truth(arguments, images, found, boxes, names)
+    dataset = _dataset(found, boxes, kept, names)
+    complete = folder.work / "dataset"
+    shutil.rmtree(complete, ignore_errors=True)  # of a run that was killed just here
+    save_split(dataset, complete)
+    write_json(complete / REPORT, report)
+    _draw(dataset, names, complete / SHEET, arguments.num_pictures)
+    folder.put_in_place(complete)
+    _tell(report, folder.path)
+
+
+def _boxes_of(objects: dict, classes: np.ndarray, arguments: PseudolabelArguments) -> list[dict]:
+    """The boxes of one image that stay, best first."""
+    boxes, scores = np.array(objects["bbox"], float).reshape(-1, 4), np.array(objects["score"], float)
+    labels = classes[np.array(objects["category"], int)] if len(boxes) else np.zeros(0, int)
+    return [
+        {
+            "bbox": boxes[index].tolist(),
+            "category": int(labels[index]),
+            "score": float(scores[index]),
+            "ignore": int(scores[index] < arguments.score_threshold),
+            "source": "teacher",
+        }
+        for index in suppress(boxes, scores, arguments.nms_threshold)
+        if labels[index] >= 0
+    ]
+
+
+def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> CheckedClasses:
+    """What neighbours say of all boxes that are to be labels, in their order."""
+    source = teacher
+    if arguments.backbone is not None:
+        source = build_detector("detr", backbone=arguments.backbone, backbone_weights=arguments.backbone_weights)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    features = BoxFeatures(source, _last_strides(source), device=device)
+    objects = labelled.select_columns(["objects"]).with_format("arrow")
+    vectors, classes = [], []
+    for row, value in enumerate(tqdm(_values(labelled), "labelled", len(labelled), disable=arguments.disable_tqdm)):
+        image, column = decode_image(value), objects[row]["objects"]
+        usable = np.flatnonzero(~read_crowds(column))
+        true_boxes, rows_kept = clean_boxes(read_boxes(column)[0][usable], image.shape[1], image.shape[0])
+        vectors.append(crop_features(features, image, true_boxes))
+        classes.append(read_values(column, "category")[0].astype(int)[usable[rows_kept]])
+    unlabelled = [np.zeros((0, features.size), np.float32)]
+    for value, row in zip(
+        tqdm(_values(found), "boxes", len(found), disable=arguments.disable_tqdm), boxes, strict=True
+    ):
+        chosen = [box["bbox"] for box in row if not box["ignore"]]
+        if chosen:
+            unlabelled.append(crop_features(features, decode_image(value), np.array(chosen)))
+    return check_classes(np.concatenate(vectors), np.concatenate(classes), np.concatenate(unlabelled))
+
+
+def _last_strides(detector) -> list[int]:
+    """The strides of the last two feature maps of a detector's backbone."""
+    for strides in ([16, 32], [8, 16], [32], [16]):
+        try:
+            BoxFeatures(detector, strides)
+        except ValueError:
+            continue
+        return strides
+    return BoxFeatures(detector, [8]) and [8]
+
+
+def _believe_neighbours(boxes: list[list[dict]], checked: CheckedClasses) -> None:
+    """Gives boxes the class that both ways agree on; where they do not, a box is neither object nor background."""
+    chosen = (box for row in boxes for box in row if not box["ignore"])
+    for box, nearest, agree in zip(list(chosen), checked.nearest.tolist(), checked.agree.tolist(), strict=True):
+        if not agree:
+            box["ignore"] = 1
+        elif nearest != box["category"]:
+            box |= {"category": nearest, "source": "neighbours"}
+
+
+def _count(boxes, labelled, names: list[str]) -> dict:
+    """Boxes kept, and the share of each class beside its share of the labels: a student learns that imbalance."""
+    kept = Counter(box["category"] for row in boxes for box in row if not box["ignore"])
+    column = labelled.select_columns(["objects"]).with_format("arrow")[:]["objects"]
+    true = Counter(read_values(column, "category")[0].astype(int).tolist())
+    total, labels = max(sum(kept.values()), 1), max(sum(true.values()), 1)
+    return {
+        "kept": sum(kept.values()),
+        "ignored": sum(box["ignore"] for row in boxes for box in row),
+        "class_by_neighbours": sum(box["source"] == "neighbours" for row in boxes for box in row),
+        "classes": {
+            name: {"boxes": kept[index], "share": kept[index] / total, "share_of_labels": true[index] / labels}
+            for index, name in enumerate(names)
+        },
+    }
+
+
+def _truth(arguments: PseudolabelArguments, images, found, boxes, names: list[str]) -> dict:
+    """Where the images have labels after all: the share of kept boxes that are right, and right but for the class."""
+    if "objects" not in images.column_names:
+        return {}
+    try:
+        labels = load_dataset_source(arguments.dataset, arguments.split, labels=True)
+        if category_names(labels, arguments.dataset) != names:
+            return {}
+    except DataError:
+        return {}
+    by_content = {_content(value): row for row, value in enumerate(_values(labels))}
+    column = labels.select_columns(["objects"]).with_format("arrow")
+    kept = placed = right = 0
+    for value, row in zip(_values(found), boxes, strict=True):
+        chosen = [box for box in row if not box["ignore"]]
+        kept += len(chosen)
+        truth = column[by_content[_content(value)]]["objects"] if _content(value) in by_content else None
+        if truth is None or not chosen or not len(true := read_boxes(truth)[0]):
+            continue
+        classes = read_values(truth, "category")[0].astype(int)
+        corners = [torch.from_numpy(_corners(b)) for b in (np.array([box["bbox"] for box in chosen]), true)]
+        iou, _ = iou_and_giou(corners[0][:, None], corners[1][None])
+        best, which = iou.max(1)
+        is_placed = (best >= _CORRECT_IOU).tolist()
+        placed += sum(is_placed)
+        right += sum(
+            hit and classes[index] == box["category"]
+            for hit, index, box in zip(is_placed, which.tolist(), chosen, strict=True)
+        )
+    return {"precision": right / max(kept, 1), "precision_without_class": placed / max(kept, 1)}
+
+
+def _corners(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float64)
+
+
+def _dataset(found, boxes, kept: list[int], names: list[str]) -> datasets.Dataset:
+    feature = {
+        "bbox": datasets.List(datasets.List(datasets.Value("float64"), length=4)),
+        "category": datasets.List(datasets.ClassLabel(names=names)),
+        "score": datasets.List(datasets.Value("float32")),
+        "ignore": datasets.List(datasets.Value("int64")),
+        "source": datasets.List(datasets.Value("string")),
+    }
+    chosen = found.select(kept).remove_columns(["objects"])
+    objects = [{name: [box[name] for box in boxes[row]] for name in feature} for row in kept]
+    return chosen.add_column("objects", objects, feature=feature)
+
+
+def _draw(dataset: datasets.Dataset, names: list[str], path: Path, number: int) -> None:
+    """Some images with their labels on one sheet; ignored boxes have a question mark."""
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int))
+    pictures, titles = [], []
+    for value, row in zip(_values(dataset.select(rows)), dataset.select(rows).remove_columns("image"), strict=True):
+        objects = row["objects"]
+        tags = [
+            "?" if ignore else f"{names[label]} {score:.2f}"
+            for label, score, ignore in zip(objects["category"], objects["score"], objects["ignore"], strict=True)
+        ]
+        pictures.append(draw_boxes(decode_image(value), np.array(objects["bbox"]), objects["category"], tags, 400))
+        titles.append(str(row.get("file_name") or row.get("image_id") or ""))
+    contact_sheet(pictures, titles).save(path, quality=88)
+
+
+def _tell(report: dict, folder: Path) -> None:
+    print(
+        f"{report['kept']} boxes of {report['boxes']} are labels, {report['ignored']} are left out of account, "
+        f"{report['class_by_neighbours']} have the class of their neighbours."
+    )
+    if "precision" in report:
+        print(
+            f"The images have labels: {100 * report['precision']:.1f} % of the boxes are right, "
+            f"{100 * report['precision_without_class']:.1f} % but for the class."
+        )
+    for name, row in report["classes"].items():
+        if row["share_of_labels"] > 0.02 and row["share"] < 0.2 * row["share_of_labels"]:
+            print(
+                f"Few boxes of {name}: {100 * row['share']:.1f} %, of the labels {100 * row['share_of_labels']:.1f} %."
+            )
+    print(f"Look at {folder / SHEET} before you train on {folder}.")
