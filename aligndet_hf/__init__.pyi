@@ -63,6 +63,9 @@ from .commands.knn import (
 from .commands.predict import (
     PredictArguments as PredictArguments,
 )
+from .commands.pseudolabel import (
+    PseudolabelArguments as PseudolabelArguments,
+)
 from .commands.predict import (
     predict as predict,
 )
