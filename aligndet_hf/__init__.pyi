@@ -63,9 +63,6 @@ from .commands.knn import (
 from .commands.predict import (
     PredictArguments as PredictArguments,
 )
-from .commands.pseudolabel import (
-    PseudolabelArguments as PseudolabelArguments,
-)
 from .commands.predict import (
     predict as predict,
 )
@@ -83,6 +80,12 @@ from .commands.proposals import (
 )
 from .commands.proposals import (
     generate_proposals as generate_proposals,
+)
+from .commands.pseudolabel import (
+    PseudolabelArguments as PseudolabelArguments,
+)
+from .commands.pseudolabel import (
+    pseudolabel as pseudolabel,
 )
 from .commands.recall import (
     RecallArguments as RecallArguments,
