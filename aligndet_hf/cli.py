@@ -125,6 +125,8 @@ from unlabelled images to a fine-tuned detector:
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
   aligndet predict   --images photos/ --detector outputs/finetuned --output_dir outputs/predictions
+  aligndet pseudolabel --dataset images/ --labelled_dataset labelled/ --detector outputs/finetuned \\
+      --output_dir outputs/pseudo
   aligndet embeddings --dataset labelled/ --detector outputs/pretrained --output_dir outputs/embeddings  # a look
   aligndet report    --run outputs/finetuned  # one HTML file; both trainings write theirs
 

@@ -119,7 +119,7 @@ def test_labels_of_people_are_no_pseudo_labels(folder, tmp_path):
                               pseudo_split="train", dataloader_num_workers=0)  # fmt: skip
     with pytest.raises(DataError, match="no field 'ignore'. Expected what `aligndet pseudolabel` writes"):
         finetune(wrong)
-    with pytest.raises(ValueError, match="labelled_share must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="labelled_share must be above 0 and below 1"):
         FinetuneArguments(dataset="x", labelled_share=1.0, **student)
 
 

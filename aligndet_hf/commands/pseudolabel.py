@@ -26,6 +26,7 @@ from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import CheckedClasses, check_classes, crop_features, suppress
 from ..files import write_json
+from ..ranges import COUNT, PART, SEED, SHARE, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
 from ..runs import RunFolder
 from .predict import PredictArguments, _identity, predict
@@ -54,17 +55,40 @@ class PseudolabelArguments:
     )
     labelled_split: str = field(default="train", metadata={"help": "its split"})
     label_fraction: float = field(
-        default=1.0, metadata={"help": "share of labelled_dataset that the teacher learned from, as for finetune"}
+        default=1.0,
+        metadata={
+            "help": "share of labelled_dataset that the teacher learned from, as for finetune",
+            "range": PART,
+        },
     )
-    label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images, as for finetune"})
+    label_seed: int = field(
+        default=0,
+        metadata={
+            "help": "seed of the choice of these images, as for finetune",
+            "range": SEED,
+        },
+    )
 
-    score_threshold: float = field(default=0.5, metadata={"help": "make labels of boxes with at least this score"})
+    score_threshold: float = field(
+        default=0.5,
+        metadata={
+            "help": "make labels of boxes with at least this score",
+            "range": SHARE,
+        },
+    )
     ignore_threshold: float = field(
         default=0.2,
-        metadata={"help": "leave boxes from this score on out of account: they are neither object nor background"},
+        metadata={
+            "help": "leave boxes from this score on out of account: they are neither object nor background",
+            "range": SHARE,
+        },
     )
     nms_threshold: float = field(
-        default=0.6, metadata={"help": "drop a box that overlaps a better one by more (IoU), whatever their classes"}
+        default=0.6,
+        metadata={
+            "help": "drop a box that overlaps a better one by more (IoU), whatever their classes",
+            "range": SHARE,
+        },
     )
 
     class_check: Literal["neighbours", "none"] = field(
@@ -79,23 +103,34 @@ class PseudolabelArguments:
     )
     backbone_weights: str | None = field(default=None, metadata={"help": "its weights"})
 
-    batch_size: int = field(default=8, metadata={"help": "images per forward pass"})
+    batch_size: int = field(
+        default=8,
+        metadata={
+            "help": "images per forward pass",
+            "range": COUNT,
+        },
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that decode and resize images"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
 
     output_dir: str = field(metadata={"help": "folder for the data set of images with pseudo-labels, and the report"})
-    num_pictures: int = field(default=24, metadata={"help": "images on the sheet of pictures"})
+    num_pictures: int = field(
+        default=24,
+        metadata={
+            "help": "images on the sheet of pictures",
+            "range": COUNT,
+        },
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace what another run wrote to output_dir"})
 
     def __post_init__(self):
-        if not 0 <= self.ignore_threshold <= self.score_threshold <= 1:
+        check_values(self)
+        if self.ignore_threshold > self.score_threshold:
             raise ValueError(
-                "0 <= ignore_threshold <= score_threshold <= 1 must hold, got ignore_threshold "
-                f"{self.ignore_threshold} and score_threshold {self.score_threshold}"
+                f"ignore_threshold must be at most score_threshold, got {self.ignore_threshold} and "
+                f"{self.score_threshold}"
             )
-        if not 0 < self.label_fraction <= 1:
-            raise ValueError(f"label_fraction must be above 0 and at most 1, got {self.label_fraction}")
         if self.labelled_dataset is None:
             self.labelled_dataset, self.labelled_split = self.dataset, self.split
 

@@ -247,8 +247,6 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
             raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
         if self.crop_scale is not None and min(self.crop_scale) == 1:
             self.crop_scale = None
-        if not 0 < self.labelled_share < 1:
-            raise ValueError(f"labelled_share must lie between 0 and 1, got {self.labelled_share}")
         if unknown := sorted(set(self.augmentations) - set(AUGMENTATIONS)):
             raise ValueError(f"augmentations: there is no {unknown[0]!r}, choose from {', '.join(AUGMENTATIONS)}")
         if self.early_stopping_patience is not None:
