@@ -16,18 +16,12 @@ from pathlib import Path
 import yaml
 
 from .files import write_text
+from .flags import NOT_TOLD, names_of
 
 BEGIN = "<!-- aligndet: from here to the last such line generated anew by every run; what else you write stays -->"
 END = "<!-- aligndet: end of the generated part -->"
 CITATIONS = Path(__file__).with_name("citations.bib")
 PACKAGES = ("aligndet-hf", "transformers", "torch", "torchvision", "timm", "datasets", "accelerate", "huggingface-hub")
-
-# Not part of how a model came to be, or nobody else's business.
-UNTOLD = {
-    "output_dir", "overwrite_output_dir", "overwrite", "run_name", "project", "logging_dir", "local_rank", "report_to",
-    "disable_tqdm", "save_total_limit", "write_report", "num_pictures", "push_to_hub", "hub_token", "hub_model_id",
-    "hub_dataset_id", "hub_private_repo", "hub_revision", "hub_strategy", "card_license",
-}  # fmt: skip
 
 
 # ---- the generated part, and the rest ----
@@ -145,11 +139,7 @@ def hub_ids(source) -> list[str]:
 
 def told_settings(settings: Mapping) -> dict:
     """The settings of a run as others may read them: plain values, no secrets, and of paths only the last part."""
-    return {
-        key: _plain(value)
-        for key, value in settings.items()
-        if key not in UNTOLD and not key.endswith("token") and value is not None
-    }
+    return {key: _plain(value) for key, value in settings.items() if not key.endswith("token") and value is not None}
 
 
 def _plain(value):
@@ -174,6 +164,7 @@ def command_line(command: str, arguments) -> str:
         arguments: The dataclass.
     """
     words = ["aligndet", command]
+    hidden = names_of(type(arguments), *NOT_TOLD)
     for item in dataclasses.fields(arguments):
         default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
         value = getattr(arguments, item.name)
@@ -182,7 +173,7 @@ def command_line(command: str, arguments) -> str:
         # Empty lists and mappings are what `__post_init__` makes of values that were not given.
         if not item.init or not is_plain or value in ([], {}) or value == getattr(default, "value", default):
             continue
-        if item.name in told_settings({item.name: value}):
+        if item.name not in hidden and item.name in told_settings({item.name: value}):
             value = _plain(value)
             many = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
             words += [f"--{item.name}", *(str(one) if not isinstance(one, bool) else str(one).lower() for one in many)]

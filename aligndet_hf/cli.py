@@ -13,12 +13,16 @@ from .flags import nearest
 
 
 class Command(NamedTuple):
-    """One row of the command table: where its arguments and its function live, and one line for `--help`."""
+    """One row of the command table: where its arguments and its function live, and one line for `--help`.
+
+    `is_launched` says whether `accelerate launch` can run it in several processes.
+    """
 
     module: str
     arguments: str
     function: str
     summary: str
+    is_launched: bool = False
 
 
 COMMANDS = {
@@ -33,6 +37,7 @@ COMMANDS = {
         "ProposalsArguments",
         "generate_proposals",
         "find object-like boxes in unlabelled images and store them as a `proposals` column",
+        is_launched=True,
     ),
     "clusters": Command(
         "aligndet_hf.commands.clusters",
@@ -51,6 +56,7 @@ COMMANDS = {
         "PretrainArguments",
         "pretrain",
         "pre-train a whole detector (or, with SoCo, a backbone) on images with proposals, and export it",
+        is_launched=True,
     ),
     "knn": Command(
         "aligndet_hf.commands.knn",
@@ -63,6 +69,7 @@ COMMANDS = {
         "FinetuneArguments",
         "finetune",
         "fine-tune a pre-trained (or any) detector on labelled images",
+        is_launched=True,
     ),
     "evaluate": Command(
         "aligndet_hf.commands.evaluate",

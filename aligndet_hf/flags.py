@@ -1,9 +1,110 @@
-"""What is known of flags without importing anything heavy."""
+"""
+What is known of flags, without importing anything heavy.
 
+A fact about a flag stands at the flag, in the metadata of its field: `help`; `role`, one of [`ROLES`]; and `range`
+(see `ranges`).
+"""
+
+import dataclasses
 import difflib
+from collections.abc import Iterable
+
+# The roles of a flag. The first three make a run what it is, and may not change when it is resumed.
+ROLES = {
+    "result": "has an influence on what comes out; that of a flag that names none",
+    "data": "says what is read",
+    "start": "says what training starts from, and how much of it is trained",
+    "best": "has an influence only where the best weights are chosen by measuring",
+    "batch": "cuts the images of one step into parts: their product counts, not the flag",
+    "run": "changes speed, memory or what is logged, not the result",
+    "place": "says where the output goes, or that it starts anew",
+    "output": "says what is written beside the result, and who gets it; nobody else's business",
+    "secret": "is neither stored nor told",
+    "refused": "one of another package's that would have no effect here",
+}
+NOT_TOLD = ("place", "output", "secret")
+
+# Names for the same thing: what other commands, and other libraries, call it.
+SYNONYMS = [
+    {"learning_rate", "lr", "lr0", "base_lr"},
+    {"backbone_learning_rate", "lr_backbone", "backbone_lr"},
+    {
+        "per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "batch", "train_batch_size", "bs",
+        "samples_per_gpu", "images_per_batch",
+    },
+    {"num_train_epochs", "epochs", "num_epochs", "max_epochs"},
+    {"max_steps", "steps", "num_steps", "iterations", "max_iter", "max_train_steps"},
+    {"bf16", "mixed_precision", "precision", "amp", "half", "dtype"},
+    {"use_cpu", "device", "cpu", "no_cuda", "accelerator"},
+    {"dataloader_num_workers", "num_workers", "workers", "num_proc"},
+    {"output_dir", "output", "out", "save_dir", "project", "work_dir", "out_dir"},
+    {"overwrite_output_dir", "overwrite", "exist_ok", "force"},
+    {"dataset", "data", "data_dir", "dataset_name", "train_dataset", "train_data_dir", "images"},
+    {"eval_dataset", "val_dataset", "validation_dataset", "val"},
+    {"detector", "model", "model_name_or_path", "checkpoint", "weights", "pretrained", "model_name"},
+    {"backbone", "arch", "encoder"},
+    {"image_sizes", "image_size", "imgsz", "img_size", "img", "resolution", "short_side"},
+    {"max_boxes", "max_proposals", "num_proposals", "top_k", "max_det"},
+    {"score_threshold", "conf", "confidence", "threshold", "score_thr"},
+    {"nms_threshold", "nms", "iou", "iou_threshold"},
+    {"optimizer", "optim"},
+    {"lr_scheduler_type", "scheduler", "lr_schedule", "lr_scheduler"},
+    {"warmup_steps", "warmup", "warmup_ratio", "num_warmup_steps"},
+    {"max_grad_norm", "grad_clip", "clip_grad", "clip_max_norm", "gradient_clipping"},
+    {"gradient_accumulation_steps", "accumulate", "accumulation_steps", "grad_accum"},
+    {"label_fraction", "fraction", "fractions"},
+    {"freeze_backbone", "freeze"},
+    {"early_stopping_patience", "patience", "early_stopping"},
+    {"save_total_limit", "keep_checkpoints", "max_checkpoints"},
+    {"num_pictures", "plots", "visualize"},
+    {"disable_tqdm", "quiet", "no_progress"},
+    {"split", "eval_split", "subset"},
+    {"push_to_hub", "push", "upload"},
+    {"hub_model_id", "hub_dataset_id", "repo_id"},
+    {"color", "color_jitter", "hsv"},
+    {"crop_scale", "crop", "random_crop"},
+    {"flip_probability", "flip", "fliplr"},
+]  # fmt: skip
 
 
-def nearest(name: str, valid) -> str:
+def roles(cls: type) -> dict[str, str]:
+    """
+    The role of every flag of a dataclass of arguments, by name.
+
+    Fields of another package (`transformers.TrainingArguments`) have theirs in the class attribute `inherited_roles`;
+    those that are not there are refused.
+    """
+    ours = {name for base in cls.__mro__ if not base.__module__.startswith("transformers") for name in _declared(base)}
+    inherited = getattr(cls, "inherited_roles", {})
+    return {
+        item.name: item.metadata.get("role")
+        or inherited.get(item.name, "result" if item.name in ours or not inherited else "refused")
+        for item in dataclasses.fields(cls)
+        if item.init
+    }
+
+
+def _declared(cls: type) -> Iterable[str]:
+    return vars(cls).get("__annotations__", ())
+
+
+def names_of(cls: type, *wanted: str) -> set[str]:
+    """The names of the flags that have one of these roles."""
+    return {name for name, role in roles(cls).items() if role in wanted}
+
+
+def told_of(arguments) -> dict:
+    """The settings that may be told: all but those whose role is in [`NOT_TOLD`], as the dataclass has them."""
+    hidden = names_of(type(arguments), *NOT_TOLD)
+    return {key: value for key, value in dataclasses.asdict(arguments).items() if key not in hidden}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
     """What to add to a message about a name that does not exist: the valid one that it is closest to, if any."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    names = {}
+    for one in valid:
+        names.setdefault(one.lstrip("-").replace("-", "_"), one)  # of two spellings the first
+    plain = name.lstrip("-").replace("-", "_")
+    meant = [names[one] for group in SYNONYMS if plain in group for one in sorted(group & set(names))]
+    close = [names[plain]] if plain in names else meant or difflib.get_close_matches(name, names.values(), 1, 0.5)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -16,13 +16,23 @@ from .cards import merge_card
 class HubArguments:
     """What commands that upload a result have in common; they inherit it."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "upload the result to the Hub"})
+    push_to_hub: bool = field(default=False, metadata={"role": "output", "help": "upload the result to the Hub"})
     hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "whether a new repository is private; the default of its owner if not given"}
+        default=None,
+        metadata={
+            "role": "output",
+            "help": "whether a new repository is private; the default of its owner if not given",
+        },
     )
-    hub_revision: str | None = field(default=None, metadata={"help": "branch to upload to; main if not given"})
+    hub_revision: str | None = field(
+        default=None, metadata={"role": "output", "help": "branch to upload to; main if not given"}
+    )
     card_license: str | None = field(
-        default=None, metadata={"help": "licence of what is uploaded, for its card, by its Hub name, e.g. apache-2.0"}
+        default=None,
+        metadata={
+            "role": "output",
+            "help": "licence of what is uploaded, for its card, by its Hub name, e.g. apache-2.0",
+        },
     )
 
 

@@ -10,7 +10,9 @@ import typing
 import yaml
 from transformers import HfArgumentParser
 
-from .flags import nearest
+from .flags import nearest, roles
+
+REQUIRED = "Required"
 
 
 def parse_arguments(cls: type, argv: list[str], prog: str = "aligndet", description: str | None = None):
@@ -51,8 +53,8 @@ class ArgumentParser(HfArgumentParser):
     `HfArgumentParser` that raises instead of exiting, reads `dict` fields as JSON, and prints a help one can read.
 
     A dataclass names the sections of its help in the class attribute `help_groups`, a dictionary from the first field
-    of a section to its title. Fields inherited from another package (`transformers.TrainingArguments`) are accepted as
-    well, but listed only with `--help-all`.
+    of a section to its title; required flags come first, in a section of their own. Fields inherited from another
+    package (`transformers.TrainingArguments`) are accepted as well, but listed only with `--help-all`.
     """
 
     usage_line = "%(prog)s [--config recipe.yaml] [--flag value ...]"
@@ -62,7 +64,8 @@ class ArgumentParser(HfArgumentParser):
         self.fields = {field.name for field in dataclasses.fields(cls) if field.init}
         self.titles = _help_titles(cls)
         titles = sorted(dict.fromkeys(self.titles.values()), key="Hub".__eq__)  # which comes last
-        self.sections = {title: self.add_argument_group(title) for title in titles}
+        self.roles = roles(cls)
+        self.sections = {title: self.add_argument_group(title) for title in (REQUIRED, *titles)}
         self.inherited = self.add_argument_group("Inherited")
         self.show_all = show_all
         common = self.add_argument_group("Common")
@@ -70,10 +73,12 @@ class ArgumentParser(HfArgumentParser):
         common.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="for a bug report")
         self._add_dataclass_arguments(cls)
         if self.inherited._group_actions and not show_all:
-            self.epilog = "The flags of transformers.TrainingArguments are accepted as well; --help-all lists them."
+            self.epilog = "Most flags of transformers.TrainingArguments are accepted as well; --help-all lists them."
 
     def _parse_dataclass_field(self, parser, field: dataclasses.Field):
-        section = self.sections[self.titles[field.name]] if field.name in self.titles else self.inherited
+        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        title = REQUIRED if is_required else self.titles.get(field.name)
+        section = self.sections.get(title, self.inherited)
         known = len(self._actions)
         is_dict = dict in {typing.get_origin(hint) or hint for hint in (field.type, *typing.get_args(field.type))}
         field = copy.copy(field)
@@ -84,7 +89,8 @@ class ArgumentParser(HfArgumentParser):
             if is_dict and section is not self.inherited:
                 action.type, action.metavar = _json_mapping, "JSON"
             is_complement = action.option_strings[0] == f"--no_{field.name}"
-            if is_complement or (section is self.inherited and not self.show_all):
+            is_listed = section is not self.inherited or (self.show_all and self.roles[field.name] != "refused")
+            if is_complement or not is_listed:
                 action.help = argparse.SUPPRESS
 
     def set_defaults_from(self, config: str):
@@ -133,8 +139,6 @@ class HelpFormatter(argparse.HelpFormatter):
         return names.get(name, name.upper())
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.required:
-            return f"{action.help} (required)"
         if action.default is argparse.SUPPRESS or action.default in (None, [], {}, "") or action.nargs == 0:
             return action.help
         return f"{action.help} (default: %(default)s)"

@@ -74,7 +74,6 @@ def test_a_card_is_written_at_once(tmp_path):
 def test_settings_are_plain_and_private():
     assert told_settings(
         {
-            "output_dir": "/home/me/run",
             "backbone_weights": Path("/data/mobilenet.safetensors"),
             "detector": "someone/detector",
             "image_sizes": (480, 512),
@@ -108,12 +107,21 @@ class Arguments:
     rate: float = 0.1
     options: dict = field(default_factory=dict)
     limit: int | None = None
+    place: str | None = field(default=None, metadata={"role": "place"})
+    key: str | None = field(default=None, metadata={"role": "secret"})
     hub_token: str | None = None
-    output_dir: str = "here"
 
 
 def test_the_command_line_of_arguments():
-    arguments = Arguments("/home/me/some cells", sizes=[3], flip=False, options={"a": 1}, hub_token="secret")
+    arguments = Arguments(
+        "/home/me/some cells",
+        sizes=[3],
+        flip=False,
+        options={"a": 1},
+        hub_token="secret",
+        place="/home/me",
+        key="secret",
+    )
     assert shlex.split(command_line("run", arguments)) == [
         "aligndet", "run", "--dataset", "some cells", "--sizes", "3", "--flip", "false", "--options", '{"a": 1}',
     ]  # fmt: skip

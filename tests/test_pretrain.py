@@ -317,14 +317,14 @@ def test_fewer_queries_than_proposals(arguments, capsys, monkeypatch):
     assert "The detector has 3 queries: at most 3 proposals per image are used." in capsys.readouterr().out
 
 
-def test_a_random_frozen_backbone_is_reported(arguments, warnings_of):
+def test_a_random_backbone_is_trained_and_a_random_frozen_one_refused(arguments, warnings_of):
     config = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     new = {"detector": "detr", "backbone": "resnet10t", "detector_config": config, "max_steps": 1}
-    pretrain(arguments(**new))
-    assert "random and frozen" in warnings_of.text
-    warnings_of.clear()
-    pretrain(arguments(**new, aligndet_config={"freeze_backbone": False}, overwrite_output_dir=True))
-    assert "random and frozen" not in warnings_of.text
+    with pytest.raises(ValueError, match="random and frozen"):
+        pretrain(arguments(**new, aligndet_config={"freeze_backbone": True}))
+    result = pretrain(arguments(**new))
+    assert "so it is trained, not frozen" in warnings_of.text
+    assert not AutoModelForPreTraining.from_pretrained(result.output_dir).config.freeze_backbone
 
 
 def test_weights_of_the_backbone_and_a_transfer_are_reported(arguments, tmp_path, capsys, warnings_of):
@@ -334,7 +334,7 @@ def test_weights_of_the_backbone_and_a_transfer_are_reported(arguments, tmp_path
     result = pretrain(arguments(**new, backbone_weights=str(tmp_path / "weights.pth")))
     report = json.loads((result.output_dir / "backbone_report.json").read_text())
     assert report["matched"] and not report["missing"] and "tensors matched" in capsys.readouterr().out
-    assert "random and frozen" not in warnings_of.text
+    assert "random weights" not in warnings_of.text
 
     other = {"detector": str(result.detector_dir), "use_clusters": True, "overwrite_output_dir": True, "max_steps": 1}
     result = pretrain(arguments(**other, output_dir=str(tmp_path / "again")))

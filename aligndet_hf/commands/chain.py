@@ -36,11 +36,17 @@ class PipelineArguments:
     )
 
     output_dir: str = field(
-        metadata={"help": "folder for the folders of the stages; the same command again goes on where it stopped"}
+        metadata={
+            "role": "place",
+            "help": "folder for the folders of the stages; the same command again goes on where it stopped",
+        }
     )
     launcher: str = field(
         default="",
-        metadata={"help": "what to start proposals, pretrain and finetune with: accelerate launch --num_processes 8"},
+        metadata={
+            "role": "run",
+            "help": "what to start proposals, pretrain and finetune with: accelerate launch --num_processes 8",
+        },
     )
 
     def __post_init__(self):
@@ -81,7 +87,9 @@ class ChainArguments(PipelineArguments):
         default_factory=list,
         metadata={"help": "stages to leave out; a flag that refers to one takes the value that it has there"},
     )
-    in_this_process: bool = field(default=False, metadata={"help": "run the stages in this process, to debug them"})
+    in_this_process: bool = field(
+        default=False, metadata={"role": "run", "help": "run the stages in this process, to debug them"}
+    )
 
 
 def plan_chain(arguments: ChainArguments) -> dict[str, Stage]:

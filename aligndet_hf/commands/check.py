@@ -32,11 +32,17 @@ class CheckArguments:
     help_groups = {"dataset": "Data", "image_sizes": "As training will see it", "output_dir": "Output"}
 
     dataset: str = field(
-        metadata={"help": "images, with or without labels: folder, label file, folder of save_to_disk or Hub id"}
+        metadata={
+            "role": "data",
+            "help": "images, with or without labels: folder, label file, folder of save_to_disk or Hub id",
+        }
     )
-    split: str | None = field(default=None, metadata={"help": "split of the dataset; all of them if not given"})
+    split: str | None = field(
+        default=None, metadata={"role": "data", "help": "split of the dataset; all of them if not given"}
+    )
     image_dir: str | None = field(
-        default=None, metadata={"help": "folder of the images of a label file, if they are not found beside it"}
+        default=None,
+        metadata={"role": "data", "help": "folder of the images of a label file, if they are not found beside it"},
     )
 
     image_sizes: list[int] = field(
@@ -64,11 +70,13 @@ class CheckArguments:
         default=True, metadata={"help": "decode all images, to find copies that look the same as well"}
     )
 
-    output_dir: str | None = field(default=None, metadata={"help": "folder for check.json and the sheet of pictures"})
+    output_dir: str | None = field(
+        default=None, metadata={"role": "place", "help": "folder for check.json and the sheet of pictures"}
+    )
     num_pictures: int = field(
         default=12, metadata={"help": "put this many images of a split, with their boxes, on a sheet: check-SPLIT.jpg"}
     )
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
         check_values(self)

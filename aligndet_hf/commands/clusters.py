@@ -40,6 +40,7 @@ from ..detectors.backbones import check_backbone
 from ..detectors.build import build_detector, find_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import sync
+from ..flags import names_of
 from ..hub import HubArguments
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
 from ..ranges import COUNT, SEED, check_values
@@ -48,10 +49,6 @@ from ..runs import RunFolder
 from .proposals import open_dataset_repository
 
 PICTURE = "clusters.png"
-# The arguments that, beside the backbone's weights and the data, decide which clusters come out.
-_COMPARED = (
-    "strides", "short_side", "normalize", "num_clusters", "pca_dim", "fit_boxes", "fit_boxes_per_image", "seed",
-)  # fmt: skip
 _SHARD_SIZE = 64  # images between two saves
 _CROPS = 12  # pictures of a cluster
 
@@ -69,22 +66,36 @@ class ClustersArguments(HubArguments):
     }
 
     dataset: str = field(
-        metadata={"help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it"}
+        metadata={
+            "role": "data",
+            "help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
+        }
     )
-    output_dir: str = field(metadata={"help": "folder for the dataset with the clusters; must be new"})
+    output_dir: str = field(
+        metadata={"role": "place", "help": "folder for the dataset with the clusters; must be new"}
+    )
     split: str | None = field(
-        default=None, metadata={"help": "split of the dataset; if not given, all of them, with the same clusters"}
+        default=None,
+        metadata={"role": "data", "help": "split of the dataset; if not given, all of them, with the same clusters"},
     )
 
     backbone: str = field(
-        default="resnet50", metadata={"help": "timm name of the frozen backbone; best the one to pre-train with"}
+        default="resnet50",
+        metadata={"role": "start", "help": "timm name of the frozen backbone; best the one to pre-train with"},
     )
     backbone_weights: str | None = field(
         default=None,
-        metadata={"help": "a .safetensors file with timm's names, or 'timm' to download timm's own weights"},
+        metadata={
+            "role": "start",
+            "help": "a .safetensors file with timm's names, or 'timm' to download timm's own weights",
+        },
     )
     detector: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of a detector whose backbone to take, instead of these two"}
+        default=None,
+        metadata={
+            "role": "start",
+            "help": "folder or Hub id of a detector whose backbone to take, instead of these two",
+        },
     )
     # Strides, size and scaling were chosen by the agreement with the labels of blood cells and of photographs: fine
     # strides are best for the cells, coarse ones for the photographs, and both together lose little on either.
@@ -116,17 +127,22 @@ class ClustersArguments(HubArguments):
     )
     seed: int = field(default=0, metadata={"help": "seed of the choice of images and of k-means", "range": SEED})
 
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
+    device: str | None = field(
+        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"role": "run", "help": "processes that load images"})
     num_pictures: int = field(
-        default=0, metadata={"help": f"draw boxes of so many clusters, the largest: {PICTURE} in output_dir"}
+        default=0,
+        metadata={"role": "output", "help": f"draw boxes of so many clusters, the largest: {PICTURE} in output_dir"},
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "replace clusters in output_dir that were made with other settings"}
+        default=False,
+        metadata={"role": "place", "help": "replace clusters in output_dir that were made with other settings"},
     )
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
     hub_dataset_id: str | None = field(
-        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+        default=None,
+        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
     )
 
     def __post_init__(self):
@@ -203,7 +219,7 @@ def _new_report(arguments: ClustersArguments, sources: dict[str, datasets.Datase
     own = {
         "backbone": arguments.detector or arguments.backbone,
         "backbone_weights": features.weights_hash(),
-        **{name: getattr(arguments, name) for name in _COMPARED},
+        **{name: getattr(arguments, name) for name in names_of(ClustersArguments, "result")},
         **{f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()},
     }
     before = read_report(Path(arguments.dataset).expanduser())

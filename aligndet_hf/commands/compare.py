@@ -14,7 +14,7 @@ from ..data.formats import load_dataset_source
 from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.splits import nested_subsets
 from ..files import write_json
-from ..flags import nearest
+from ..flags import names_of, nearest
 from ..pipelines.runner import is_finished, only_one, record_of, run_stages
 from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
 from ..ranges import PART, SEED, SHARE
@@ -24,12 +24,8 @@ from ..reporting.pictures import new_figure
 from ..training.finetune_arguments import FinetuneArguments
 from .chain import PipelineArguments
 
-# Where the common fine-tuning starts from and how much of it is trained: what an arm may set there and still be
-# compared under the same protocol.
-START = {
-    "detector", "backbone", "backbone_weights", "detector_config", "freeze_batch_norm", "transfer", "freeze_backbone",
-    "trainable_backbone_stages", "backbone_learning_rate", "freeze_backbone_norms",
-}  # fmt: skip
+# What an arm may set in the common fine-tuning and still be compared under the same protocol.
+START = names_of(FinetuneArguments, "start")
 # What the comparison sets in every stage that has it.
 PER_RUN = {"seed": "${seed}", "label_fraction": "${fraction}", "label_seed": "${seed}"}
 TRAINED = ("pretrain", "finetune")  # the commands that see the images in training
@@ -85,7 +81,11 @@ class CompareArguments(PipelineArguments):
     )
 
     num_parallel: int = field(
-        default=1, metadata={"help": "runs at the same time, each a process; 0: one after the other in this process"}
+        default=1,
+        metadata={
+            "role": "run",
+            "help": "runs at the same time, each a process; 0: one after the other in this process",
+        },
     )
 
     def __post_init__(self):

@@ -50,14 +50,19 @@ class ConvertArguments:
         metadata={"help": "write the detector for this library: transformers, mmdet 3 or torchvision"},
     )
 
-    output_dir: str = field(metadata={"help": "folder for the detector, its card and conversion_report.json"})
-    overwrite: bool = field(default=False, metadata={"help": "replace another conversion in output_dir"})
+    output_dir: str = field(
+        metadata={"role": "place", "help": "folder for the detector, its card and conversion_report.json"}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"role": "place", "help": "replace another conversion in output_dir"}
+    )
     image_size: int = field(
         default=PUBLISHED_SIZE,
         metadata={"help": "shorter side in pixels to which the image processor resizes images", "range": COUNT},
     )
     card_license: str | None = field(
-        default=None, metadata={"help": "licence of the weights, for the card, by its Hub name, e.g. apache-2.0"}
+        default=None,
+        metadata={"role": "output", "help": "licence of the weights, for the card, by its Hub name, e.g. apache-2.0"},
     )
 
     def __post_init__(self):

@@ -40,13 +40,17 @@ class EmbeddingsArguments:
     help_groups = {"detector": "Compared", "max_objects": "Measuring", "batch_size": "Run"}
 
     detector: list[str] = field(
-        metadata={"help": "folders or Hub ids of detectors with their image processors, or folders of runs"}
+        metadata={
+            "role": "start",
+            "help": "folders or Hub ids of detectors with their image processors, or folders of runs",
+        }
     )
-    dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
-    output_dir: str = field(metadata={"help": f"folder for {PICTURE} and {RESULTS}"})
-    split: str = field(default="validation", metadata={"help": "split of the dataset"})
+    dataset: str = field(metadata={"role": "data", "help": "labelled images: folder, COCO-JSON file or Hub id"})
+    output_dir: str = field(metadata={"role": "place", "help": f"folder for {PICTURE} and {RESULTS}"})
+    split: str = field(default="validation", metadata={"role": "data", "help": "split of the dataset"})
     image_dir: str | None = field(
-        default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
+        default=None,
+        metadata={"role": "data", "help": "folder of the images of a COCO file, if they are not found beside it"},
     )
     untrained: bool = field(
         default=True,
@@ -63,10 +67,12 @@ class EmbeddingsArguments:
         default=0, metadata={"help": "seed of the choice, of t-SNE, and of the untrained detector", "range": SEED}
     )
 
-    batch_size: int = field(default=8, metadata={"help": "images per forward pass", "range": COUNT})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    batch_size: int = field(default=8, metadata={"role": "run", "help": "images per forward pass", "range": COUNT})
+    dataloader_num_workers: int = field(default=0, metadata={"role": "run", "help": "processes that load images"})
+    device: str | None = field(
+        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
         check_values(self)

@@ -27,27 +27,39 @@ class EvaluateArguments:
 
     help_groups = {"detector": "Measured", "batch_size": "Run", "output_dir": "Output"}
 
-    detector: str = field(metadata={"help": "folder or Hub id of a detector with its image processor"})
-    dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
-    split: str = field(default="validation", metadata={"help": "split of the dataset"})
+    detector: str = field(
+        metadata={"role": "start", "help": "folder or Hub id of a detector with its image processor"}
+    )
+    dataset: str = field(metadata={"role": "data", "help": "labelled images: folder, COCO-JSON file or Hub id"})
+    split: str = field(default="validation", metadata={"role": "data", "help": "split of the dataset"})
     image_dir: str | None = field(
-        default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
+        default=None,
+        metadata={"role": "data", "help": "folder of the images of a COCO file, if they are not found beside it"},
     )
 
-    batch_size: int = field(default=8, metadata={"help": "images per forward pass", "range": COUNT})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images"})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    batch_size: int = field(default=8, metadata={"role": "run", "help": "images per forward pass", "range": COUNT})
+    dataloader_num_workers: int = field(default=0, metadata={"role": "run", "help": "processes that load images"})
+    device: str | None = field(
+        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
-    output_dir: str | None = field(default=None, metadata={"help": "folder for results.json and what follows"})
+    output_dir: str | None = field(
+        default=None, metadata={"role": "place", "help": "folder for results.json and what follows"}
+    )
     save_predictions: bool = field(
-        default=False, metadata={"help": "write predictions.json, a list of detections in COCO's result format"}
+        default=False,
+        metadata={"role": "output", "help": "write predictions.json, a list of detections in COCO's result format"},
     )
     num_pictures: int = field(
-        default=0, metadata={"help": "draw predictions beside ground truth for so many images: predictions.png"}
+        default=0,
+        metadata={
+            "role": "output",
+            "help": "draw predictions beside ground truth for so many images: predictions.png",
+        },
     )
     score_threshold: float = field(
-        default=0.3, metadata={"help": "lowest score that is drawn; no effect on AP", "range": SHARE}
+        default=0.3, metadata={"role": "output", "help": "lowest score that is drawn; no effect on AP", "range": SHARE}
     )
 
     def __post_init__(self):

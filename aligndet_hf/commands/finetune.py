@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
@@ -26,6 +26,7 @@ from ..detectors.transfer import TransferReport, transfer_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages
 from ..files import write_json
+from ..flags import names_of
 from ..hub import open_repository
 from ..reporting.pictures import draw_predictions, has_matplotlib
 from ..reporting.run_record import RESULTS, SETTINGS
@@ -40,22 +41,6 @@ from ..training.finetune_arguments import FinetuneArguments
 from ..training.publish import publish_run
 
 logger = logging.get_logger(__name__)
-
-
-# What TrainingArguments bring that makes another run of it.
-INHERITED_SETTINGS = {
-    "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "fp16",
-}  # fmt: skip
-# What has no influence on the weights. The batch counts as the images of one step, however they are spread over
-# processes and forward passes.
-NOT_COMPARED = {
-    "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "do_eval",
-    "logging_steps", "logging_nan_inf_filter", "save_strategy", "save_total_limit", "dataloader_num_workers",
-    "dataloader_persistent_workers", "remove_unused_columns", "push_to_hub", "hub_model_id", "card_license",
-    "write_report", "num_pictures", "hub_strategy",
-}  # fmt: skip
-# What has one only if the weights are chosen by it.
-OF_THE_BEST = {"eval_dataset", "eval_split", "eval_image_dir", "eval_strategy", "metric_for_best_model"}
 
 
 @dataclass(frozen=True)
@@ -210,20 +195,16 @@ def _open_repository(arguments: FinetuneArguments) -> str:
 
 def settings_of(arguments: FinetuneArguments) -> dict:
     """What makes a run this run and no other: everything that has an influence on its weights, as plain values."""
-    own = (_declared(FinetuneArguments) | INHERITED_SETTINGS) - NOT_COMPARED
-    own -= set() if arguments.load_best_model_at_end else OF_THE_BEST
-    own |= _declared(DetectorArguments) - {"detector"} if is_new(arguments) else set()
-    own -= {"transfer"} if is_new(arguments) else set()
+    own = names_of(
+        FinetuneArguments, "result", "data", "start", *(["best"] if arguments.load_best_model_at_end else [])
+    )
+    own -= {"detector", "transfer"} if is_new(arguments) else names_of(DetectorArguments, "start")
     plain = arguments.to_dict()  # enums by value
     settings = {"detector": arguments.detector} | {name: plain[name] for name in sorted(own)}
     settings["images_per_step"] = (
         arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     )
     return json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
-
-
-def _declared(cls) -> set[str]:
-    return {item.name for item in fields(cls) if item.name in cls.__annotations__}
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
@@ -289,6 +270,8 @@ def _start(arguments: FinetuneArguments, categories: list[str]):
     id2label = dict(enumerate(categories))
     if is_new(arguments):
         detector, report = load_detector(arguments, len(categories), id2label)
+        if report is None and arguments.freeze_backbone:
+            raise ValueError("freeze_backbone: the backbone is random. Give --backbone_weights (`timm`, or a file)")
     else:
         detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)
     # Always set, never trusted: transformers freezes by patterns that miss, and forgets it when it loads.

@@ -1,6 +1,6 @@
 """What features know without being trained further: the accuracy of nearest neighbours, and `aligndet knn`."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import build_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import write_json
+from ..flags import told_of
 from ..ranges import COUNT, SEED, check_values
 
 
@@ -70,13 +71,20 @@ class KnnArguments:
 
     help_groups = {"dataset": "Data", "backbone": "Features", "k": "Neighbours", "output_dir": "Run"}
 
-    dataset: str = field(metadata={"help": "labelled images: a folder, COCO JSON or Hub id"})
-    split: str | None = field(default=None, metadata={"help": "split of the dataset, if there are several"})
+    dataset: str = field(metadata={"role": "data", "help": "labelled images: a folder, COCO JSON or Hub id"})
+    split: str | None = field(
+        default=None, metadata={"role": "data", "help": "split of the dataset, if there are several"}
+    )
 
     backbone: str = field(
-        metadata={"help": "a timm name, or the folder of a backbone, such as SoCo's, whose weights come with it"}
+        metadata={
+            "role": "start",
+            "help": "a timm name, or the folder of a backbone, such as SoCo's, whose weights come with it",
+        }
     )
-    backbone_weights: str | None = field(default=None, metadata={"help": "its weights, if it does not come with any"})
+    backbone_weights: str | None = field(
+        default=None, metadata={"role": "start", "help": "its weights, if it does not come with any"}
+    )
     strides: list[int] = field(
         default_factory=lambda: [16, 32], metadata={"help": "feature maps to use, by stride in pixels", "range": COUNT}
     )
@@ -90,9 +98,11 @@ class KnnArguments:
         default=0, metadata={"help": "seed of that, of the five parts, and of the random weights", "range": SEED}
     )
 
-    output_dir: str | None = field(default=None, metadata={"help": "folder for knn.json"})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    output_dir: str | None = field(default=None, metadata={"role": "place", "help": "folder for knn.json"})
+    device: str | None = field(
+        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
         check_values(self)
@@ -136,7 +146,7 @@ def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
     if arguments.output_dir is not None:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        record = asdict(arguments) | {"results": results}
+        record = told_of(arguments) | {"results": results}
         write_json(folder / "knn.json", record)
     return results
 

@@ -53,14 +53,19 @@ class PredictArguments:
         "output_dir": "Output",
     }
 
-    detector: str = field(metadata={"help": "folder or Hub id of a detector with its image processor"})
+    detector: str = field(
+        metadata={"role": "start", "help": "folder or Hub id of a detector with its image processor"}
+    )
     images: list[str] = field(
         metadata={
+            "role": "data",
             "help": "images, videos, folders of them, patterns like 'photos/*.jpg', COCO-JSON files, folders of "
-            "save_to_disk or Hub ids of data sets; one or several"
+            "save_to_disk or Hub ids of data sets; one or several",
         }
     )
-    split: str | None = field(default=None, metadata={"help": "split of the data sets; all of them if not given"})
+    split: str | None = field(
+        default=None, metadata={"role": "data", "help": "split of the data sets; all of them if not given"}
+    )
 
     score_threshold: float = field(
         default=0.3, metadata={"help": "keep boxes with at least this score", "range": SHARE}
@@ -79,25 +84,39 @@ class PredictArguments:
         metadata={"help": "drop a box of another tile that overlaps a better one by more (IoU)", "range": SHARE},
     )
 
-    batch_size: int = field(default=8, metadata={"help": "images, or tiles, per forward pass", "range": COUNT})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that decode and resize images"})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    batch_size: int = field(
+        default=8, metadata={"role": "run", "help": "images, or tiles, per forward pass", "range": COUNT}
+    )
+    dataloader_num_workers: int = field(
+        default=0, metadata={"role": "run", "help": "processes that decode and resize images"}
+    )
+    device: str | None = field(
+        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
-    output_dir: str | None = field(default=None, metadata={"help": "folder for what follows; must be new"})
+    output_dir: str | None = field(
+        default=None, metadata={"role": "place", "help": "folder for what follows; must be new"}
+    )
     formats: list[str] = field(
         default_factory=lambda: ["coco", "results", "sheet"],
         metadata={
+            "role": "output",
             "help": "write coco: labels.json, to be corrected in a labelling tool; results: predictions.json in "
             "COCO's result format; yolo: a folder of labels; dataset: a data set with the column `objects`; "
-            "pictures: each image with its boxes; sheet: some of them on one page"
+            "pictures: each image with its boxes; sheet: some of them on one page",
         },
     )
     num_pictures: int = field(
-        default=24, metadata={"help": "put this many images on the sheet, evenly spaced", "range": COUNT}
+        default=24,
+        metadata={"role": "output", "help": "put this many images on the sheet, evenly spaced", "range": COUNT},
     )
-    picture_size: int = field(default=1600, metadata={"help": "longest side of a picture in pixels", "range": COUNT})
-    overwrite: bool = field(default=False, metadata={"help": "replace the predictions of another run in output_dir"})
+    picture_size: int = field(
+        default=1600, metadata={"role": "output", "help": "longest side of a picture in pixels", "range": COUNT}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"role": "place", "help": "replace the predictions of another run in output_dir"}
+    )
 
     def __post_init__(self):
         check_values(self)

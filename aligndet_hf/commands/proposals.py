@@ -65,17 +65,27 @@ class ProposalsArguments(HubArguments):
     }
 
     dataset: str = field(
-        metadata={"help": "images: folder, COCO-JSON file, folder of save_to_disk or Hub id; labels are not needed"}
+        metadata={
+            "role": "data",
+            "help": "images: folder, COCO-JSON file, folder of save_to_disk or Hub id; labels are not needed",
+        }
     )
-    output_dir: str = field(metadata={"help": "folder for the dataset with the column `proposals`; must be new"})
+    output_dir: str = field(
+        metadata={"role": "place", "help": "folder for the dataset with the column `proposals`; must be new"}
+    )
     split: str | None = field(
-        default=None, metadata={"help": "split of the dataset; if not given, all of them, each by itself"}
+        default=None,
+        metadata={"role": "data", "help": "split of the dataset; if not given, all of them, each by itself"},
     )
     image_dir: str | None = field(
-        default=None, metadata={"help": "folder that the file names of a COCO-JSON file start from"}
+        default=None, metadata={"role": "data", "help": "folder that the file names of a COCO-JSON file start from"}
     )
     streaming: bool = field(
-        default=False, metadata={"help": "search images while they are downloaded, instead of all of them after that"}
+        default=False,
+        metadata={
+            "role": "data",
+            "help": "search images while they are downloaded, instead of all of them after that",
+        },
     )
 
     source: str | None = field(
@@ -147,21 +157,26 @@ class ProposalsArguments(HubArguments):
     num_workers: int | None = field(
         default=None,
         metadata={
-            "help": "processes that search; 0: this one; by default one per core, but 0 for the source detector"
+            "role": "run",
+            "help": "processes that search; 0: this one; by default one per core, but 0 for the source detector",
         },
     )
     shard_size: int = field(
-        default=32, metadata={"help": "images between two saves; a killed run loses no more", "range": COUNT}
+        default=32,
+        metadata={"role": "run", "help": "images between two saves; a killed run loses no more", "range": COUNT},
     )
     overwrite: bool = field(
-        default=False, metadata={"help": "replace proposals in output_dir that were made with other settings"}
+        default=False,
+        metadata={"role": "place", "help": "replace proposals in output_dir that were made with other settings"},
     )
     export_json: str | None = field(
-        default=None, metadata={"help": "also write the proposals to this file, in AlignDet's COCO format"}
+        default=None,
+        metadata={"role": "output", "help": "also write the proposals to this file, in AlignDet's COCO format"},
     )
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
     hub_dataset_id: str | None = field(
-        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+        default=None,
+        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
     )
 
     def __post_init__(self):

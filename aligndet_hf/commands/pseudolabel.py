@@ -47,9 +47,13 @@ class PseudolabelArguments:
         "output_dir": "Output",
     }
 
-    detector: str = field(metadata={"help": "the teacher: folder of a fine-tuned detector, or its Hub id"})
-    dataset: str = field(metadata={"help": "unlabelled images: a folder, COCO JSON or Hub id; labels are not used"})
-    split: str = field(default="train", metadata={"help": "split of the dataset"})
+    detector: str = field(
+        metadata={"role": "start", "help": "the teacher: folder of a fine-tuned detector, or its Hub id"}
+    )
+    dataset: str = field(
+        metadata={"role": "data", "help": "unlabelled images: a folder, COCO JSON or Hub id; labels are not used"}
+    )
+    split: str = field(default="train", metadata={"role": "data", "help": "split of the dataset"})
     labelled_dataset: str | None = field(
         default=None, metadata={"help": "what the teacher learned from; `dataset` if not given"}
     )
@@ -106,23 +110,33 @@ class PseudolabelArguments:
     batch_size: int = field(
         default=8,
         metadata={
+            "role": "run",
             "help": "images per forward pass",
             "range": COUNT,
         },
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that decode and resize images"})
-    device: str | None = field(default=None, metadata={"help": "cpu, cuda, cuda:1, ...; a GPU if there is one"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"role": "run", "help": "processes that decode and resize images"}
+    )
+    device: str | None = field(
+        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
-    output_dir: str = field(metadata={"help": "folder for the data set of images with pseudo-labels, and the report"})
+    output_dir: str = field(
+        metadata={"role": "place", "help": "folder for the data set of images with pseudo-labels, and the report"}
+    )
     num_pictures: int = field(
         default=24,
         metadata={
+            "role": "output",
             "help": "images on the sheet of pictures",
             "range": COUNT,
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace what another run wrote to output_dir"})
+    overwrite: bool = field(
+        default=False, metadata={"role": "place", "help": "replace what another run wrote to output_dir"}
+    )
 
     def __post_init__(self):
         check_values(self)

@@ -37,21 +37,31 @@ class RecallArguments:
 
     dataset: str = field(
         metadata={
+            "role": "data",
             "help": "images with a column `proposals`, and `objects` to compare with; without labels the boxes are "
-            "counted and drawn"
+            "counted and drawn",
         }
     )
-    split: str | None = field(default=None, metadata={"help": "split of the dataset, if there are several"})
+    split: str | None = field(
+        default=None, metadata={"role": "data", "help": "split of the dataset, if there are several"}
+    )
 
     seed: int = field(default=0, metadata={"help": "seed of the random boxes beside the proposals", "range": SEED})
 
-    output_dir: str | None = field(default=None, metadata={"help": "folder for recall.json and the pictures"})
-    plot: bool = field(default=True, metadata={"help": "draw the recall over the number of boxes: recall.png"})
-    num_pictures: int = field(default=0, metadata={"help": "draw the first boxes of so many images: proposals.png"})
-    num_boxes: int = field(
-        default=10, metadata={"help": "how many boxes a picture shows, the best ones", "range": COUNT}
+    output_dir: str | None = field(
+        default=None, metadata={"role": "place", "help": "folder for recall.json and the pictures"}
     )
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    plot: bool = field(
+        default=True, metadata={"role": "output", "help": "draw the recall over the number of boxes: recall.png"}
+    )
+    num_pictures: int = field(
+        default=0, metadata={"role": "output", "help": "draw the first boxes of so many images: proposals.png"}
+    )
+    num_boxes: int = field(
+        default=10,
+        metadata={"role": "output", "help": "how many boxes a picture shows, the best ones", "range": COUNT},
+    )
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
         check_values(self)

@@ -11,8 +11,10 @@ from ..reporting.html_report import REPORT, write_report
 class ReportArguments:
     """Arguments of [`report`]: the flags of `aligndet report` and the keys of its recipes."""
 
-    run: str = field(metadata={"help": "folder that an aligndet command has written"})
-    output: str | None = field(default=None, metadata={"help": f"the HTML file; {REPORT} in the folder if not given"})
+    run: str = field(metadata={"role": "data", "help": "folder that an aligndet command has written"})
+    output: str | None = field(
+        default=None, metadata={"role": "place", "help": f"the HTML file; {REPORT} in the folder if not given"}
+    )
 
     def __post_init__(self):
         check_values(self)

@@ -31,39 +31,44 @@ class DetectorArguments:
     detector: str = field(
         default="rt_detr",
         metadata={
+            "role": "start",
             "help": "Folder or Hub id of a detector checkpoint, or a family to build a new detector of: "
             + ", ".join(sorted(FAMILIES))
-            + "."
+            + ".",
         },
     )
     backbone: str | None = field(
         default=None,
         metadata={
+            "role": "start",
             "help": "A new detector's backbone: a timm name, or a folder or Hub id of a transformers checkpoint "
             "(`facebook/dinov2-small`), whose weights come with it. resnet50 if not given; not for "
             + ", ".join(sorted(name for name, family in FAMILIES.items() if not family.strides))
-            + ", which have their own. Ignored for checkpoints."
+            + ", which have their own. Ignored for checkpoints.",
         },
     )
     backbone_weights: str | None = field(
         default=None,
         metadata={
+            "role": "start",
             "help": "Weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or "
-            "SoCo, or `timm` to download timm's own. Without it a timm backbone is random, which only makes sense if "
-            "it is trained."
+            "SoCo, `timm` to download timm's own, or `none` for random ones. If not given: `timm` for the default "
+            "backbone, those that come with a transformers checkpoint, and random ones for another timm name.",
         },
     )
     freeze_batch_norm: bool = field(
         default=True,
         metadata={
+            "role": "start",
             "help": "Keep the statistics of a new detector's backbone norms. Set to false when a random backbone is "
-            "to be trained."
+            "to be trained.",
         },
     )
     detector_config: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "Fields of a new detector's config as JSON (a mapping in YAML), e.g. '{\"num_queries\": 60}'."
+            "role": "start",
+            "help": "Fields of a new detector's config as JSON (a mapping in YAML), e.g. '{\"num_queries\": 60}'.",
         },
     )
 
@@ -245,7 +250,7 @@ def load_detector(
         return _build(
             arguments.detector,
             arguments.backbone,
-            arguments.backbone_weights,
+            _weights_of(arguments),
             arguments.freeze_batch_norm,
             num_labels,
             id2label,
@@ -255,6 +260,14 @@ def load_detector(
     family_of(detector.config)
     check_backbone(detector)
     return detector, None
+
+
+def _weights_of(arguments: DetectorArguments) -> str | None:
+    """`timm`'s for the backbone that nobody chose; `none` stands for random ones."""
+    if arguments.backbone_weights is None:
+        has_backbone_of_choice = FAMILIES[arguments.detector].strides and arguments.backbone is None
+        return "timm" if has_backbone_of_choice else None
+    return None if arguments.backbone_weights == "none" else arguments.backbone_weights
 
 
 def find_detector(source: str | Path) -> str:

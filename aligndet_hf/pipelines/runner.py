@@ -21,8 +21,6 @@ from ..files import write_json
 from ..runs import Interrupted
 from .stages import Stage
 
-# What a launcher such as `accelerate launch` makes sense for.
-LAUNCHED = ("proposals", "pretrain", "finetune")
 _INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 _POLL_SECONDS = 0.1
 
@@ -181,7 +179,7 @@ class _Signals:
 
 
 def _command(stage: Stage, launcher: str) -> list[str]:
-    prefix = shlex.split(launcher) if stage.command in LAUNCHED else []
+    prefix = shlex.split(launcher) if cli.COMMANDS[stage.command].is_launched else []
     prefix = prefix or [sys.executable]
     return [*prefix, "-m", "aligndet_hf", stage.command, "--config", str(stage.beside(".yaml"))]
 

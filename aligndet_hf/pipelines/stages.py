@@ -12,14 +12,12 @@ from typing import Any
 import yaml
 
 from ..cli import COMMANDS
-from ..flags import nearest
+from ..flags import names_of, nearest
 from ..parser import parse_arguments
 
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 # Not commands that run others, nor the one that writes into the folder of another.
 STAGE_COMMANDS = [name for name in COMMANDS if name not in ("chain", "compare", "report")]
-# The place of a stage is the pipeline's affair, and one stage done anew would leave those after it behind.
-RESERVED = {"output_dir", "overwrite_output_dir", "overwrite"}
 
 
 @dataclass(eq=False)
@@ -188,7 +186,8 @@ def _merged_settings(
     for more in (injected, common):
         settings = merged(settings, {key: value for key, value in more.items() if key in known})
     settings = merged(settings, {key: value for key, value in given.items() if key not in ("command", "config")})
-    if reserved := sorted(RESERVED & set(settings)):
+    # The place of a stage is the pipeline's affair, and one stage done anew would leave those after it behind.
+    if reserved := sorted(names_of(arguments_class(command), "place") & set(settings)):
         raise ValueError(
             f"stage {name!r}: {reserved[0]} cannot be set. Stages write to folders of the pipeline's output_dir; to "
             "do one anew, remove its folder and those of the stages that build on it."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import models  # noqa: F401 (registers the configs of pre-training runs)
 from ..cards import hub_ids, told
 from ..data.shards import read_report
 from ..detectors.families import FAMILIES
@@ -103,7 +104,7 @@ def read_run(folder: str | Path) -> RunRecord:
             images=summary["data"]["images"],
             steps=summary["steps"],
             base_model=None if is_new else settings["detector"],
-            license=settings.get("card_license"),
+            license=summary.get("card_license") or settings.get("card_license"),  # as older runs have it
             command=summary.get("command"),
             versions=summary["versions"],
             proposals=(summary.get("proposals") or {}) | {"boxes": summary["data"].get("proposals")},

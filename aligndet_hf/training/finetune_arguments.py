@@ -1,12 +1,13 @@
 """The arguments of fine-tuning: the flags of `aligndet finetune` and the keys of its recipes."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 from transformers import TrainingArguments
 
 from ..data.augmentations import AUGMENTATIONS
 from ..detectors.build import DetectorArguments
+from ..flags import roles
 from ..ranges import ANY, BELOW_ONE, COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, Range, check_values
 
 
@@ -43,10 +44,40 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         "local_rank": ANY,
     }
 
-    dataset: str = field(metadata={"help": "labelled images: folder, COCO-JSON file or Hub id"})
-    split: str = field(default="train", metadata={"help": "split of the dataset"})
+    # Of what TrainingArguments bring: the flags that have an effect here. All others are refused.
+    inherited_roles = dict.fromkeys(
+        [
+            "adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "fp16", "lr_scheduler_kwargs", "optim",
+            "optim_args",
+        ],
+        "result",
+    ) | dict.fromkeys(["eval_steps", "eval_delay", "greater_is_better"], "best") | dict.fromkeys(
+        [
+            "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs",
+            "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_pin_memory",
+            "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
+            "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "eval_on_start",
+            "fsdp", "fsdp_config", "full_determinism", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+            "local_rank", "log_level", "log_level_replica", "log_on_each_node", "logging_first_step",
+            "logging_strategy", "parallelism_config", "per_device_eval_batch_size",
+            "restore_callback_states_from_checkpoint", "save_on_each_node", "save_steps", "skip_memory_metrics",
+            "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps",
+            "use_cpu",
+        ],
+        "run",
+    ) | dict.fromkeys(
+        [
+            "disable_tqdm", "hub_always_push", "hub_private_repo", "hub_revision", "logging_dir", "project",
+            "report_to", "run_name", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+        ],
+        "output",
+    ) | {"hub_token": "secret"}  # fmt: skip
+
+    dataset: str = field(metadata={"role": "data", "help": "labelled images: folder, COCO-JSON file or Hub id"})
+    split: str = field(default="train", metadata={"role": "data", "help": "split of the dataset"})
     image_dir: str | None = field(
-        default=None, metadata={"help": "folder of the images of a COCO file, if they are not found beside it"}
+        default=None,
+        metadata={"role": "data", "help": "folder of the images of a COCO file, if they are not found beside it"},
     )
     label_fraction: float = field(
         default=1.0,
@@ -55,9 +86,14 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     label_seed: int = field(default=0, metadata={"help": "seed of the choice of these images", "range": SEED})
     pseudo_dataset: str | None = field(
         default=None,
-        metadata={"help": "learn from the images that `aligndet pseudolabel` has labelled as well: its output folder"},
+        metadata={
+            "role": "data",
+            "help": "learn from the images that `aligndet pseudolabel` has labelled as well: its output folder",
+        },
     )
-    pseudo_split: str | None = field(default=None, metadata={"help": "its split, if there are several"})
+    pseudo_split: str | None = field(
+        default=None, metadata={"role": "data", "help": "its split, if there are several"}
+    )
     labelled_share: float = field(
         default=0.5,
         metadata={
@@ -65,9 +101,11 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
             "range": Range(0, 1, above=True, below=True),
         },
     )
-    dataloader_num_workers: int = field(default=2, metadata={"help": "data loading processes per training process"})
+    dataloader_num_workers: int = field(
+        default=2, metadata={"role": "run", "help": "data loading processes per training process"}
+    )
     dataloader_persistent_workers: bool = field(
-        default=True, metadata={"help": "keep these processes from one epoch to the next"}
+        default=True, metadata={"role": "run", "help": "keep these processes from one epoch to the next"}
     )
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "leave out the images of an epoch that do not fill a batch, others each time"}
@@ -113,18 +151,26 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     transfer: Literal["keep-boxes", "paper", "encoder-only", "everything"] = field(
         default="keep-boxes",
         metadata={
+            "role": "start",
             "help": "what a checkpoint passes on: all but its class layers, `paper` not the last box layers either, "
-            "`encoder-only` nothing of the decoder, queries and heads, `everything` all that fits"
+            "`encoder-only` nothing of the decoder, queries and heads, `everything` all that fits",
         },
     )
-    freeze_backbone: bool = field(default=False, metadata={"help": "keep the backbone as it is"})
+    freeze_backbone: bool = field(default=False, metadata={"role": "start", "help": "keep the backbone as it is"})
     trainable_backbone_stages: int | None = field(
         default=None,
-        metadata={"help": "train only so many of the backbone's stages, counted from the last", "range": COUNT},
+        metadata={
+            "role": "start",
+            "help": "train only so many of the backbone's stages, counted from the last",
+            "range": COUNT,
+        },
     )
     freeze_backbone_norms: bool = field(
         default=False,
-        metadata={"help": "keep weights and statistics of the backbone's batch norms, also those of a checkpoint"},
+        metadata={
+            "role": "start",
+            "help": "keep weights and statistics of the backbone's batch norms, also those of a checkpoint",
+        },
     )
 
     num_train_epochs: float = field(default=50, metadata={"help": "epochs", "range": POSITIVE})
@@ -132,14 +178,15 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs", "range": LIMIT}
     )
     per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "images per process and forward pass", "range": COUNT}
+        default=4, metadata={"role": "batch", "help": "images per process and forward pass", "range": COUNT}
     )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "forward passes per optimizer step", "range": COUNT}
+        default=1, metadata={"role": "batch", "help": "forward passes per optimizer step", "range": COUNT}
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of all but the backbone"})
     backbone_learning_rate: float | None = field(
-        default=None, metadata={"help": "peak learning rate of the backbone; a tenth of the other if not given"}
+        default=None,
+        metadata={"role": "start", "help": "peak learning rate of the backbone; a tenth of the other if not given"},
     )
     transferred_learning_rate: float | None = field(
         default=None,
@@ -179,15 +226,24 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
     seed: int = field(default=0, metadata={"help": "seed of new layers, the data and all noise", "range": SEED})
 
-    do_eval: bool = field(default=True, metadata={"help": "measure on eval_dataset, at the end at least"})
-    eval_dataset: str | None = field(default=None, metadata={"help": "what to measure on; `dataset` if not given"})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "its split; of `dataset` `validation` if not given"}
+    do_train: bool = field(
+        default=True, metadata={"role": "run", "help": "always true: `aligndet evaluate` measures without training"}
     )
-    eval_image_dir: str | None = field(default=None, metadata={"help": "as image_dir"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to measure: epoch, steps, or no (at the end)"})
+    do_eval: bool = field(
+        default=True, metadata={"role": "run", "help": "measure on eval_dataset, at the end at least"}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"role": "best", "help": "what to measure on; `dataset` if not given"}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"role": "best", "help": "its split; of `dataset` `validation` if not given"}
+    )
+    eval_image_dir: str | None = field(default=None, metadata={"role": "best", "help": "as image_dir"})
+    eval_strategy: str = field(
+        default="epoch", metadata={"role": "best", "help": "when to measure: epoch, steps, or no (at the end)"}
+    )
     metric_for_best_model: str | None = field(
-        default="AP", metadata={"help": "what load_best_model_at_end goes by, e.g. AP50 or APs"}
+        default="AP", metadata={"role": "best", "help": "what load_best_model_at_end goes by, e.g. AP50 or APs"}
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -201,32 +257,47 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         metadata={"help": "end with the best measured weights instead of the last: chosen on eval_dataset"},
     )
 
-    output_dir: str = field(metadata={"help": "folder of the run; the same command again resumes it"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "start anew, and remove the old checkpoints"})
+    output_dir: str = field(metadata={"role": "place", "help": "folder of the run; the same command again resumes it"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"role": "place", "help": "start anew, and remove the old checkpoints"}
+    )
     save_strategy: str = field(
-        default="epoch", metadata={"help": "when to save a checkpoint: epoch, steps, best or no"}
+        default="epoch", metadata={"role": "run", "help": "when to save a checkpoint: epoch, steps, best or no"}
     )
     save_total_limit: int | None = field(
-        default=2, metadata={"help": "checkpoints to keep, besides the best", "range": COUNT}
+        default=2, metadata={"role": "output", "help": "checkpoints to keep, besides the best", "range": COUNT}
     )
-    logging_steps: float = field(default=20, metadata={"help": "steps between entries of the log", "range": POSITIVE})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide losses that are not finite"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "not for detectors: there are no columns"})
+    logging_steps: float = field(
+        default=20, metadata={"role": "run", "help": "steps between entries of the log", "range": POSITIVE}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"role": "run", "help": "hide losses that are not finite"}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"role": "run", "help": "not for detectors: there are no columns"}
+    )
     write_report: bool = field(
-        default=True, metadata={"help": "write report.html at the end; its curves need matplotlib"}
+        default=True, metadata={"role": "output", "help": "write report.html at the end; its curves need matplotlib"}
     )
     num_pictures: int = field(
-        default=4, metadata={"help": "images of eval_dataset in the report, predictions beside ground truth"}
+        default=4,
+        metadata={"role": "output", "help": "images of eval_dataset in the report, predictions beside ground truth"},
     )
-    push_to_hub: bool = field(default=False, metadata={"help": "upload the result to the Hub"})
+    push_to_hub: bool = field(default=False, metadata={"role": "output", "help": "upload the result to the Hub"})
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+        default=None,
+        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
     )
     hub_strategy: str = field(
-        default="end", metadata={"help": "when to upload: end; or what transformers does during training as well"}
+        default="end",
+        metadata={"role": "output", "help": "when to upload: end; or what transformers does during training as well"},
     )
     card_license: str | None = field(
-        default=None, metadata={"help": "licence of the weights for the model card, by its Hub name, e.g. apache-2.0"}
+        default=None,
+        metadata={
+            "role": "output",
+            "help": "licence of the weights for the model card, by its Hub name, e.g. apache-2.0",
+        },
     )
 
     def __post_init__(self):
@@ -253,4 +324,24 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
             if self.eval_strategy == "no":
                 raise ValueError("early_stopping_patience needs measurements during training: set eval_strategy")
             self.restore_callback_states_from_checkpoint = True  # a resumed run must not count anew
+        self._refuse_what_has_no_effect()
         super().__post_init__()
+
+    def _refuse_what_has_no_effect(self):
+        """Accepted and then ignored would be worse than refused."""
+        if not self.do_train:
+            raise ValueError("do_train false: to measure without training, use `aligndet evaluate`")
+        if self.resume_from_checkpoint is not None:
+            raise ValueError(
+                "resume_from_checkpoint: the same command again resumes from the last checkpoint in output_dir by "
+                "itself. To start from a checkpoint of another run, give its folder as --detector"
+            )
+        for item in fields(TrainingArguments):
+            if item.init and roles(type(self))[item.name] == "refused" and not _is_default(self, item):
+                raise ValueError(f"{item.name} has no effect on the training of detectors here: leave it out")
+
+
+def _is_default(arguments, item) -> bool:
+    default = item.default if item.default is not MISSING else item.default_factory()
+    # The parser of transformers makes a boolean of the default "no".
+    return getattr(arguments, item.name) in (default, False if default == "no" else default)

@@ -40,12 +40,15 @@ class PretrainArguments(DetectorArguments, HubArguments):
     }
 
     dataset: str = field(
-        metadata={"help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it"}
+        metadata={
+            "role": "data",
+            "help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
+        }
     )
-    split: str = field(default="train", metadata={"help": "split of the dataset"})
+    split: str = field(default="train", metadata={"role": "data", "help": "split of the dataset"})
     streaming: bool = field(
         default=False,
-        metadata={"help": "read the dataset as a stream instead of downloading it; needs max_steps"},
+        metadata={"role": "data", "help": "read the dataset as a stream instead of downloading it; needs max_steps"},
     )
     stream_buffer: int = field(
         default=256,
@@ -119,10 +122,10 @@ class PretrainArguments(DetectorArguments, HubArguments):
         default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs", "range": LIMIT}
     )
     per_device_train_batch_size: int = field(
-        default=2, metadata={"help": "images per process and forward pass", "range": COUNT}
+        default=2, metadata={"role": "batch", "help": "images per process and forward pass", "range": COUNT}
     )
     gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "forward passes per optimizer step", "range": COUNT}
+        default=1, metadata={"role": "batch", "help": "forward passes per optimizer step", "range": COUNT}
     )
     optimizer: Literal["adamw", "lars"] = field(
         default="adamw", metadata={"help": "`lars` is for large batches: SGD with a rate for each layer"}
@@ -142,10 +145,12 @@ class PretrainArguments(DetectorArguments, HubArguments):
     )
     warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "compute the layers again in the backward pass: slower, with less memory"}
+        default=False,
+        metadata={"role": "run", "help": "compute the layers again in the backward pass: slower, with less memory"},
     )
     mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
-        default=None, metadata={"help": "precision of the forward pass; what `accelerate launch` says if not given"}
+        default=None,
+        metadata={"role": "run", "help": "precision of the forward pass; what `accelerate launch` says if not given"},
     )
     torch_compile: bool = field(
         default=False,
@@ -156,24 +161,33 @@ class PretrainArguments(DetectorArguments, HubArguments):
     )
     seed: int = field(default=0, metadata={"help": "seed of the weights, the data and all noise", "range": SEED})
 
-    output_dir: str = field(metadata={"help": "folder of the run; the same command again resumes it"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "start anew, and remove the old checkpoints"})
-    save_steps: int = field(default=500, metadata={"help": "steps between checkpoints", "range": COUNT})
-    save_total_limit: int = field(default=2, metadata={"help": "checkpoints to keep", "range": COUNT})
+    output_dir: str = field(metadata={"role": "place", "help": "folder of the run; the same command again resumes it"})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"role": "place", "help": "start anew, and remove the old checkpoints"}
+    )
+    save_steps: int = field(default=500, metadata={"role": "run", "help": "steps between checkpoints", "range": COUNT})
+    save_total_limit: int = field(
+        default=2, metadata={"role": "output", "help": "checkpoints to keep", "range": COUNT}
+    )
     logging_steps: int = field(
-        default=50, metadata={"help": "steps between entries of the log (log.jsonl, trackers)", "range": COUNT}
+        default=50,
+        metadata={"role": "run", "help": "steps between entries of the log (log.jsonl, trackers)", "range": COUNT},
     )
     report_to: list[str] = field(
-        default_factory=list, metadata={"help": "trackers of Accelerate: tensorboard, wandb, ... (or none)"}
+        default_factory=list,
+        metadata={"role": "output", "help": "trackers of Accelerate: tensorboard, wandb, ... (or none)"},
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "data loading processes per training process"})
-    use_cpu: bool = field(default=False, metadata={"help": "train on the CPU even if there is a GPU"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"role": "run", "help": "data loading processes per training process"}
+    )
+    use_cpu: bool = field(default=False, metadata={"role": "run", "help": "train on the CPU even if there is a GPU"})
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
     write_report: bool = field(
-        default=True, metadata={"help": "write report.html at the end; its curves need matplotlib"}
+        default=True, metadata={"role": "output", "help": "write report.html at the end; its curves need matplotlib"}
     )
     hub_model_id: str | None = field(
-        default=None, metadata={"help": "Hub repository, `user/name`; the name of output_dir if not given"}
+        default=None,
+        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
     )
 
     def __post_init__(self):

@@ -5,7 +5,6 @@ step, so that a checkpoint needs no random state, and a run interrupted anywhere
 not.
 """
 
-import dataclasses
 import math
 import signal
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from transformers.utils import logging
 from ..cards import command_line
 from ..data.sampling import EpochBatchSampler
 from ..files import write_json
+from ..flags import told_of
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..momentum import cosine_momentum
 from ..reporting.run_record import SUMMARY
@@ -244,7 +244,8 @@ def write_result(run: Run, model: AlignDetForPreTraining | SoCoForPreTraining) -
             "epochs": run.total_steps / len(run.sampler),
             "skipped_steps": run.skipped_steps,
             **run.about,
-            "arguments": dataclasses.asdict(run.arguments),
+            "arguments": told_of(run.arguments),
+            "card_license": run.arguments.card_license,
             "command": command_line("pretrain", run.arguments),
         }
         write_json(output_dir / SUMMARY, summary)

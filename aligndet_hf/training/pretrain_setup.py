@@ -23,20 +23,12 @@ from ..data.views import ViewConfig
 from ..detectors.build import build_image_processor, is_new, load_detector
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import transfer_detector
-from ..hub import HubArguments
+from ..flags import names_of
 from ..models import AlignDetForPreTraining
 from .pretrain_arguments import PretrainArguments
 from .sharding import require_supported
 
 logger = logging.get_logger(__name__)
-
-# What may differ between the start of a run and its resumption, because it does not change the result. The batch
-# counts as the number of images of one step, however they are spread over processes and micro-batches.
-NOT_COMPARED = {item.name for item in dataclasses.fields(HubArguments)} | {
-    "output_dir", "overwrite_output_dir", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "logging_steps", "save_steps", "save_total_limit", "dataloader_num_workers", "report_to", "hub_model_id",
-    "write_report", "use_cpu", "disable_tqdm", "mixed_precision", "gradient_checkpointing",
-}  # fmt: skip
 
 # Of a stream, whose proposals cannot all be validated before it is used.
 CHECKED_ROWS = 256
@@ -63,7 +55,9 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
 
 def compared_configuration(arguments: PretrainArguments, accelerator: Accelerator) -> dict:
     """What has to be the same when a run is resumed."""
-    values = {key: value for key, value in dataclasses.asdict(arguments).items() if key not in NOT_COMPARED}
+    compared = names_of(type(arguments), "result", "data", "start")
+    values = {key: value for key, value in dataclasses.asdict(arguments).items() if key in compared}
+    # The batch counts as the images of one step, however they are spread over processes and micro-batches.
     images = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     values |= {"mixed_precision": accelerator.mixed_precision, "images_per_step": images}
     if arguments.streaming:  # which read it in an order of their own
@@ -108,18 +102,30 @@ def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
     if detector.config.num_labels != len(id2label):  # A checkpoint for other classes.
         detector, report = transfer_detector(detector, len(id2label), id2label)
     detector.config.id2label, detector.config.label2id = id2label, {name: i for i, name in id2label.items()}
-    model = AlignDetForPreTraining.from_detector(detector, **arguments.aligndet_config).train()
+    config = _with_a_useful_backbone(arguments.aligndet_config, is_random=is_new(arguments) and report is None)
+    model = AlignDetForPreTraining.from_detector(detector, **config).train()
     if arguments.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    if is_new(arguments) and report is None and model.config.freeze_backbone:
-        logger.warning(
-            "The backbone is random and frozen: pre-training on it is of no use. Give --backbone_weights, or train it "
-            "with --aligndet_config '{\"freeze_backbone\": false}' --freeze_batch_norm false."
-        )
     sizes = sorted(arguments.image_sizes)
     # Families of square images are evaluated at the middle of the sizes they were trained with, others at the largest.
     size = sizes[len(sizes) // 2] if family_of(detector.config).resize == "square" else sizes[-1]
     return model, build_image_processor(detector, size, arguments.max_size), report
+
+
+def _with_a_useful_backbone(config: dict, is_random: bool) -> dict:
+    """Fields of AlignDetConfig for a backbone that is random or not: a random one is trained, and never frozen."""
+    if not is_random:
+        return config
+    if config.get("freeze_backbone", False):
+        raise ValueError(
+            "the backbone is random and frozen, which teaches the detector nothing. Give --backbone_weights (`timm`, "
+            "or a file), or leave out freeze_backbone"
+        )
+    logger.warning(
+        "The backbone starts from random weights, so it is trained, not frozen; give --freeze_batch_norm false too. "
+        "--backbone_weights timm starts from ImageNet's instead, which is better unless there are very many images."
+    )
+    return config | {"freeze_backbone": False}
 
 
 def enable_gradient_checkpointing(model: AlignDetForPreTraining) -> None:
