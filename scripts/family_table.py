@@ -24,7 +24,7 @@ from tiny_detectors import CONFIGS, random_batch, tiny_detector  # noqa: E402
 COLUMNS = {
     "family": "",
     "class loss": "the loss of the family's class head, as transformers has it",
-    "queries": "queries of a training step, of those of a prediction (20)",
+    "queries": "queries of a training step, of those of a prediction (20); convnets have none, but 20 detections",
     "layers contrasted": "decoder layers whose queries are contrasted, of those that the detector has (2)",
     "image processor": "saved with the detector, so that `pipeline` and `AutoImageProcessor` work",
     "pre-trains": "one AlignDet step: a finite loss, and gradients in all of the detector but its backbone",
@@ -63,12 +63,13 @@ def row_of(name: str) -> tuple[list[str], dict[str, str]]:
     family, config = family_of(detector.config), detector.config
     with torch.no_grad():
         outputs = detector(**random_batch(), output_hidden_states=True)
-        features = family.decoder_features(detector, outputs)
+        rows = family.object_rows(detector, outputs, None)
+    layers = len(rows.features) // len(rows.features[rows.last])
     row = [
         name,
         family.losses(config).class_loss,
-        f"{outputs.logits.shape[1]} / {num_queries(config)}",
-        "2 of 2" if len(features) == 2 else "last of 2",
+        f"{'none' if family.own_loss else outputs.logits.shape[1]} / {num_queries(config)}",
+        "no layers" if family.own_loss else "2 of 2" if layers == 2 else "last of 2",
         family.image_processor,
     ]
     reasons = {}

@@ -244,6 +244,16 @@ def test_images_without_boxes_train(model):
 
 
 @each_model
+def test_an_image_in_which_nothing_is_found(model):
+    detector = small(model, score_threshold=1.0).eval()
+    if isinstance(detector, FasterRcnnForObjectDetection):
+        detector.detector.rpn.score_thresh = 1.1  # not even a proposal
+    with torch.no_grad():
+        outputs = detector(torch.zeros(2, 3, 64, 64), output_hidden_states=True)
+    assert (outputs.logits == -50).all() and not outputs.pred_boxes.any() and not outputs.object_features.any()
+
+
+@each_model
 def test_rows_are_the_features_of_their_boxes(model):
     """What enters the class layer: put through it, the features give the logits of the detections."""
     detector = small(model).eval()

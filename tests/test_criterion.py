@@ -4,7 +4,7 @@ import golden_cases
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from tiny_detectors import CONFIGS, NUM_QUERIES, random_batch, random_labels, tiny_config, tiny_detector
+from tiny_detectors import NUM_QUERIES, WITH_QUERIES, random_batch, random_labels, tiny_config, tiny_detector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import sigmoid_focal_loss
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -15,7 +15,7 @@ from aligndet_hf.detectors.families import family_of
 from aligndet_hf.losses import object_contrastive_loss
 
 aten = torch.ops.aten
-DENOISING = [name for name in CONFIGS if hasattr(tiny_config(name), "num_denoising")]
+DENOISING = [name for name in WITH_QUERIES if hasattr(tiny_config(name), "num_denoising")]
 TWO_STAGE = ["deformable_detr two-stage"]
 TOKEN_WEIGHTS = {"loss_ce_enc": 1, "loss_bbox_enc": 5, "loss_giou_enc": 2}  # what the stock loss lacks
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -83,7 +83,7 @@ def test_instances_are_matched_by_their_classes_and_not_by_their_ids():
 
 @pytest.mark.parametrize("counts", [[5, 3], [0, 4], [0, 0], [NUM_QUERIES + 3, 1]])
 @pytest.mark.parametrize("auxiliary_loss", [True, False])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_QUERIES)
 def test_loss_equals_the_stock_loss_in_one_process(name, auxiliary_loss, counts):
     if name == "yolos" and auxiliary_loss:
         pytest.skip("transformers cannot compute it")
@@ -128,7 +128,7 @@ def test_denoising_queries_do_not_enter_the_detection_terms(name):
         torch.testing.assert_close(ours.loss_dict[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_QUERIES)
 def test_gradients_equal_those_of_the_stock_loss(name):
     fields = {"num_denoising": 0} if name in DENOISING else {}
     gradients = []
@@ -211,7 +211,7 @@ def test_loss_in_evaluation_mode_is_that_of_the_one_group(name):
     assert abs(stock.loss - right.loss) > 0.05 * right.loss
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_QUERIES)
 def test_momentum_matching_is_that_of_the_loss(name):
     detector = tiny_detector(name).eval()
     layers = 1 if family_of(detector.config).contrasts == "last" or not detector.config.auxiliary_loss else 2
@@ -225,7 +225,7 @@ def test_momentum_matching_is_that_of_the_loss(name):
     assert all(torch.equal(one, other) for one, other in zip(full, only.auxiliary_outputs(), strict=True))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_QUERIES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -0.1])
 def test_an_impossible_box_is_named(name, value):
     detector, batch = use_correct_loss(tiny_detector(name).train()), random_batch([2, 3], size=64)
@@ -235,7 +235,7 @@ def test_an_impossible_box_is_named(name, value):
         run(detector, batch)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WITH_QUERIES)
 def test_predictions_that_are_not_finite_do_not_crash(name):
     detector, batch = use_correct_loss(tiny_detector(name).eval()), random_batch([2, 3])
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_unknown_family_is_refused():
 
 
 def test_every_family_has_a_stock_loss_to_compare_with():
-    for model_type in CONFIGS:
+    for model_type in WITH_QUERIES:
         assert tiny_detector(model_type).loss_type in LOSS_MAPPING
 
 
@@ -302,7 +302,7 @@ class Waits(TorchDispatchMode):
 
 
 # DEIMv2 unites the matchings of its layers on the CPU, where they are made.
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "deimv2"])
+@pytest.mark.parametrize("name", [name for name in WITH_QUERIES if name != "deimv2"])
 def test_nothing_but_the_matching_waits_for_the_device(name, monkeypatch):
     detector, inputs = tiny_detector(name).train(), {}
     detector.loss_function = lambda *args, **kwargs: (inputs.update(args=args, kwargs=kwargs), {}, None)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from tiny_detectors import CONFIGS, random_batch, tiny_config, tiny_detector
+from tiny_detectors import CONFIGS, CONVNETS, random_batch, tiny_config, tiny_detector
 
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.models import AlignDetForPreTraining
@@ -27,7 +27,7 @@ SHARES = {"even": [0, 2, 4, 6, 8], "uneven": [0, 3, 4, 6, 8]}
 # Dropout and denoising noise are drawn per process.
 WITHOUT_CHANCE = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "num_denoising": 0}
 # The families whose stock loss is right in several processes.
-STOCK_IS_RIGHT = ["lw_detr", "rf_detr"]
+STOCK_IS_RIGHT = ["lw_detr", "rf_detr", *CONVNETS]
 
 
 # The ways in which families contrast: all layers, the last of two, and with groups of queries.
@@ -38,6 +38,9 @@ PRETRAINED = [
     ("rt_detr", "even", True),
     ("yolos", "uneven", True),
     ("lw_detr", "even", True),
+    ("torchvision_retinanet", "uneven", True),
+    ("torchvision_fcos", "uneven", True),
+    ("torchvision_mask_rcnn", "uneven", True),
 ]
 
 

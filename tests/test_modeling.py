@@ -1,12 +1,14 @@
 import copy
 import json
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_detectors import CONFIGS, NUM_QUERIES, random_batch, tiny_config, tiny_detector
+from tiny_detectors import CONFIGS, CONVNETS, NUM_QUERIES, WITH_QUERIES, random_batch, tiny_config, tiny_detector
 from transformers import AutoModelForObjectDetection, AutoModelForPreTraining
 
 from aligndet_hf import AlignDetConfig, AlignDetForPreTraining
@@ -75,8 +77,9 @@ def test_a_step_moves_what_should_move_and_nothing_else(model_type, freeze_backb
             buffer.clamp_(min=0.5)
     before = clone(model)
     still = step(model)
-    # DETR's first decoder layer attends among equal queries: which ones it looks at makes no difference.
-    assert all("decoder.layers.0.self_attn" in name for name in still), still
+    # DETR's first decoder layer attends among equal queries: which ones it looks at makes no difference. Proposals
+    # have no masks.
+    assert all("decoder.layers.0.self_attn" in name or "roi_heads.mask" in name for name in still), still
     after = model.state_dict()
     parameters = dict(model.named_parameters())
     for name in online:
@@ -170,7 +173,8 @@ import json, pathlib, numpy as np, torch
 from PIL import Image
 from transformers import AutoModelForObjectDetection, pipeline
 def check(folder):
-    detector, info = AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
+    options = {"trust_remote_code": folder.name.startswith("torchvision")}  # which is not in transformers
+    detector, info = AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True, **options)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     case = torch.load(folder / "expected.pt", weights_only=True)
     with torch.no_grad():
@@ -178,7 +182,7 @@ def check(folder):
     assert torch.equal(outputs.logits, case["logits"]), "logits"
     assert torch.equal(outputs.pred_boxes, case["boxes"]), "boxes"
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8))
-    found = pipeline("object-detection", model=str(folder), threshold=0.0)(image)
+    found = pipeline("object-detection", model=str(folder), threshold=0.0, **options)(image)
     assert found and set(found[0]) == {"score", "label", "box"}, found[:1]
 results = {}
 for folder in pathlib.Path(sys.argv[1]).iterdir():
@@ -189,7 +193,8 @@ for folder in pathlib.Path(sys.argv[1]).iterdir():
         results[folder.name] = repr(error)
 pathlib.Path(sys.argv[1], "results.json").write_text(json.dumps(results))
 """
-    subprocess.run([sys.executable, "-c", script, str(folder)], check=True)
+    home = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True, env=home)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -198,7 +203,7 @@ def test_export_is_a_plain_detector_for_a_process_without_this_package(plain_pro
     assert plain_process[model_type] == ""
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", WITH_QUERIES)
 def test_contrast_runs_over_all_decoder_layers_without_denoising_queries(model_type, monkeypatch):
     seen = {}
 
@@ -219,7 +224,7 @@ def test_contrast_runs_over_all_decoder_layers_without_denoising_queries(model_t
             assert sorted(layer[1][layer[1] >= 0].tolist()) == [5, 6, 7]
 
 
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type", WITH_QUERIES)
 def test_contrasted_features_are_what_the_class_heads_see(model_type):
     """Each layer's features, put through the class head, give the logits that the detector hands to its loss."""
     detector = tiny_detector(model_type).eval()
@@ -234,7 +239,9 @@ def test_contrasted_features_are_what_the_class_heads_see(model_type):
     detector.loss_function = record
     with torch.no_grad():
         outputs = detector(**random_batch(), output_hidden_states=True)
-        features = family.decoder_features(detector, outputs)
+        features = family.object_rows(detector, outputs, None).features.view(
+            -1, 2, NUM_QUERIES, family.width(detector.config)
+        )
         heads = class_heads(detector, model_type)[-len(features) :]
         logits = [head(feature) for head, feature in zip(heads, features, strict=True)]
         if model_type in ("d_fine", "deimv2"):  # which add the quality of the box's edges to the scores
@@ -243,6 +250,55 @@ def test_contrasted_features_are_what_the_class_heads_see(model_type):
     assert len(logits) == (1 if model_type in LAST_LAYER_ONLY else 2)
     torch.testing.assert_close(logits[0], handed["class"][0 if len(logits) > 1 else -1])
     torch.testing.assert_close(logits[-1], handed["last"])
+
+
+@pytest.mark.parametrize("model_type", CONVNETS)
+def test_convnets_contrast_rows_of_both_views_each_slot_with_its_projector(model_type, monkeypatch):
+    seen = {}
+
+    def record(online, momentum, online_ids, momentum_ids, temperature):
+        seen.update(online=online, momentum=momentum, online_ids=online_ids, momentum_ids=momentum_ids)
+        return online.sum() * 0
+
+    monkeypatch.setattr("aligndet_hf.models.modeling_aligndet.object_contrastive_loss", record)
+    model = pretraining_model(model_type)
+    family, config = family_of(model.config.detector_config), model.config.detector_config
+    slots = family.slots(config)
+    assert slots == (9 if model_type == "torchvision_retinanet" else 1)
+    views = two_views()
+    model(**views)
+    for view in ("online", "momentum"):
+        ids = seen[f"{view}_ids"]
+        assert seen[view].shape == (len(ids), 256)
+        assert set(ids.tolist()) <= set(range(-1, 8)) and len(set(ids.tolist())) > 2
+        if "rcnn" in model_type.replace("_", ""):  # the boxes themselves are among the regions
+            assert set(range(8)) <= set(ids.tolist())
+    # By hand: each row through the part of the last layer that belongs to its slot.
+    labels = views["labels"]
+    torch.manual_seed(0)
+    outputs = model.online_detector(views["pixel_values"], views["pixel_mask"], labels, output_hidden_states=True)
+    rows = family.object_rows(model.online_detector, outputs, labels)
+    assert torch.equal(rows.ids, seen["online_ids"])
+    hidden = model.projector[1](model.projector[0](rows.features))
+    weight, bias = model.projector[2].weight.view(slots, 256, -1), model.projector[2].bias.view(slots, 256)
+    expected = (weight[rows.slots] @ hidden[..., None])[..., 0] + bias[rows.slots]
+    torch.testing.assert_close(seen["online"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["detr", "rt_detr", "torchvision_fcos"])
+def test_of_the_detection_loss_all_counts_or_the_boxes_or_nothing(model_type):
+    losses, terms = {}, {}
+    for part in ("all", "boxes", "none"):
+        model = pretraining_model(model_type, detection_loss=part).eval()
+        torch.manual_seed(1)
+        outputs = model(**two_views())
+        losses[part], terms[part] = outputs.loss, outputs.loss_dict
+        outputs.loss.backward()
+        reached = {name for name, p in model.online_detector.named_parameters() if p.grad is not None and p.grad.any()}
+        is_class_head = re.compile(family_of(model.config.detector_config).class_heads).match
+        assert any(map(is_class_head, reached)) == (part == "all")
+    assert losses["none"] == terms["none"]["loss_contrastive"]
+    assert losses["none"] < losses["boxes"] < losses["all"]
 
 
 def class_heads(detector, model_type):
@@ -343,7 +399,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_type):
                 enable_gradient_checkpointing(model)
             except ValueError as error:
                 assert "transformers has none" in str(error)
-                assert model_type in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2")
+                assert model_type in ("rt_detr", "rt_detr_v2", "d_fine", "deimv2") or model_type in CONVNETS
                 return
         torch.manual_seed(1)
         model(**two_views()).loss.backward()

@@ -10,7 +10,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_detectors import CONFIGS
+from tiny_detectors import CONFIGS, CONVNETS
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoModelForPreTraining
 
 from aligndet_hf.commands import pretrain as pretrain_module
@@ -72,7 +72,9 @@ def test_everything_moves_that_should_and_nothing_else(arguments, model_type):
     frozen = {name for name, parameter in after.items() if id(parameter) in backbone}
     assert frozen or model_type == "yolos"  # which is one network
     constants = family_of(model.config.detector_config).constants
-    assert moved == after.keys() - frozen - set(constants)
+    # Proposals have no masks: their head has weight decay alone, which leaves biases of zero.
+    masks = {name for name in after if "roi_heads.mask" in name}
+    assert moved - masks == after.keys() - frozen - set(constants) - masks
 
 
 def test_the_momentum_detector_follows_by_its_momentum(arguments):
@@ -89,7 +91,7 @@ def test_the_momentum_detector_follows_by_its_momentum(arguments):
 def test_the_loss_falls(arguments, model_type):
     # Vision transformers start slowly, and the boxes of Group DETR have no bounds to hold them at a high rate.
     is_vit = model_type in ("lw_detr", "rf_detr", "yolos")
-    steps, rate = (80, 1e-3) if is_vit else (24, 3e-3)
+    steps, rate = (80, 1e-3) if is_vit else (24, 1e-2 if model_type in CONVNETS else 3e-3)
     result = pretrain(
         arguments(model_type, max_steps=steps, learning_rate=rate, max_grad_norm=1.0, flip_probability=0.0)
     )

@@ -24,6 +24,8 @@ from transformers import (
 from transformers.models.lw_detr.configuration_lw_detr import LwDetrViTConfig
 from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
+from aligndet_hf.convnets.modeling_torchvision import FasterRcnnConfig, FcosConfig, MaskRcnnConfig, RetinaNetConfig
+
 NUM_LABELS, NUM_QUERIES = 3, 20
 
 
@@ -122,6 +124,30 @@ def _rf_detr_backbone() -> RfDetrDinov2Config:
     return RfDetrDinov2Config(**_vit_fields(), image_size=64, patch_size=8, num_windows=2, use_mask_token=False)
 
 
+def _dense_fields() -> dict:
+    return {
+        "backbone_config": timm_backbone(out_indices=(2, 3, 4)),
+        "hidden_size": 64,
+        "detections_per_image": NUM_QUERIES,
+        "rows_per_image": 64,
+    }
+
+
+def _r_cnn_fields() -> dict:
+    return {
+        "backbone_config": timm_backbone(out_indices=(1, 2, 3, 4)),
+        "hidden_size": 32,
+        "box_head_size": 32,
+        "anchor_sizes": [[8], [16], [32], [64], [128]],
+        "detections_per_image": NUM_QUERIES,
+        "rpn_batch_size": 64,
+        "rpn_pre_nms_top_k": 100,
+        "rpn_post_nms_top_k": 100,
+        "pre_nms_top_k": 100,
+        "roi_batch_size": 64,
+    }
+
+
 CONFIGS = {
     "detr": lambda **kw: DetrConfig(**{"backbone_config": timm_backbone(), **_detr_fields()} | kw),
     "table-transformer": lambda **kw: TableTransformerConfig(
@@ -163,7 +189,18 @@ CONFIGS = {
         }
         | kw
     ),
+    "torchvision_retinanet": lambda **kw: RetinaNetConfig(
+        **_dense_fields()
+        | {"anchor_sizes": [[8, 10, 12], [16, 20, 24], [32, 40, 48], [64, 80, 96], [128, 160, 192]]}
+        | kw
+    ),
+    "torchvision_fcos": lambda **kw: FcosConfig(**_dense_fields() | kw),
+    "torchvision_faster_rcnn": lambda **kw: FasterRcnnConfig(**_r_cnn_fields() | kw),
+    "torchvision_mask_rcnn": lambda **kw: MaskRcnnConfig(**_r_cnn_fields() | kw),
 }
+
+CONVNETS = [name for name in CONFIGS if name.startswith("torchvision_")]
+WITH_QUERIES = [name for name in CONFIGS if name not in CONVNETS]
 
 
 def tiny_config(model_type: str, **fields) -> PreTrainedConfig:

@@ -221,7 +221,8 @@ def embed_objects(
             pixel_mask=pixel_mask,
             output_hidden_states=True,
         )
-        features = family.decoder_features(detector, outputs)[-1]
+        object_rows = family.object_rows(detector, outputs, None)
+        features = object_rows.features[object_rows.last].unflatten(0, (len(pixel_values), -1))
         rows = range(row, row := row + len(features))
         shapes = [label["orig_size"].tolist() for label in batch["labels"]]
         objects = [images.objects(number, *shape) for number, shape in zip(rows, shapes, strict=True)]

@@ -50,12 +50,13 @@ Targets = list[dict[str, Tensor]]  # labels, and the boxes as `pixels`, xyxy
 BACKGROUND, IGNORED = -1, -2  # in place of the index of a box
 NO_LOGIT = -50.0  # of a class that a detection is not of: a probability of 2e-22
 CLASS_PRIOR = 0.01  # Lin et al., ICCV 2017, 3.3
-# How torchvision starts the convolutions of the parts of a detector.
+# How torchvision starts the convolutions of the parts of a detector. By name: on loading, transformers puts functions
+# in the place of these that leave alone what a checkpoint has.
 STARTS = {
-    "backbone.fpn.": partial(nn.init.kaiming_uniform_, a=1),
-    "head.": partial(nn.init.normal_, std=0.01),
-    "rpn.head.": partial(nn.init.normal_, std=0.01),
-    "roi_heads.": partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"),
+    "backbone.fpn.": ("kaiming_uniform_", {"a": 1}),
+    "head.": ("normal_", {"std": 0.01}),
+    "rpn.head.": ("normal_", {"std": 0.01}),
+    "roi_heads.": ("kaiming_normal_", {"mode": "fan_out", "nonlinearity": "relu"}),
 }
 
 
@@ -383,7 +384,8 @@ class TorchvisionDetector(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             name = next(name for name, found in self.detector.named_modules() if found is module)
-            next(start for part, start in STARTS.items() if name.startswith(part))(module.weight)
+            start, options = next(start for part, start in STARTS.items() if name.startswith(part))
+            getattr(nn.init, start)(module.weight, **options)
             is_class_layer = name == "head.classification_head.cls_logits"
             if module.bias is not None:
                 nn.init.constant_(module.bias, math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)) if is_class_layer else 0.0)
@@ -481,8 +483,8 @@ class TorchvisionDetector(PreTrainedModel):
     def in_queries(self, values: Tensor, found: list[dict[str, Tensor]]) -> Tensor:
         """What belongs to the detections of all images, `[sum, ...]`, in their queries, `[images, N, ...]`."""
         padded = values.new_zeros(len(found), self.config.detections_per_image, *values.shape[1:])
-        for row, own in zip(padded, values.split([len(item["rows"]) for item in found]), strict=True):
-            row[: len(own)] = own
+        for image, own in enumerate(values.split([len(item["rows"]) for item in found])):
+            padded[image, : len(own)] = own
         return padded
 
     def torchvision_state_dict(self) -> dict[str, Tensor]:
@@ -755,7 +757,8 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         logits, deltas = map(at_least_float32, roi.box_predictor(features))
         counts = [len(boxes) for boxes in proposals]
         scores = logits.softmax(-1)[:, 1:].split(counts)
-        boxes = roi.box_coder.decode(deltas, proposals)[:, 1:].split(counts)
+        boxes = roi.box_coder.decode_single(deltas, torch.cat(proposals))
+        boxes = boxes.view(len(logits), self.config.num_labels + 1, 4)[:, 1:].split(counts)
         rows = torch.arange(len(features), device=features.device).split(counts)
         found = []
         for own_boxes, own_scores, own_rows, size in zip(boxes, scores, rows, sizes, strict=True):

@@ -9,6 +9,8 @@ DistributedDataParallel averages, are those of one process with the whole batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -53,7 +55,8 @@ def use_correct_loss(detector: PreTrainedModel, loss_function: Callable[..., Any
     """
     Makes a detector compute its loss with [`detection_loss`], in place.
 
-    The loss equals transformers' own in one process, and is right in several. A two-stage Deformable DETR also trains
+    The loss equals transformers' own in one process, and is right in several. Families whose own loss is right keep
+    it. A two-stage Deformable DETR also trains
     the heads of its encoder, which transformers leaves as they are: terms `loss_*_enc`. The loss is not part of a
     checkpoint: call this again after `from_pretrained`.
 
@@ -69,12 +72,42 @@ def use_correct_loss(detector: PreTrainedModel, loss_function: Callable[..., Any
             heads for.
     """
     require_trainable(detector.config)
+    if family_of(detector.config).own_loss:
+        return detector
     loss_function = loss_function or detection_loss
     if family_of(detector.config).untrained_tokens(detector.config):
         loss_function = _TokenProposals(loss_function)
         detector.base_model.register_forward_hook(loss_function.keep)
     detector.loss_function = loss_function
     return detector
+
+
+def use_pretraining_loss(
+    detector: PreTrainedModel,
+    *,
+    classes: bool = True,
+    normalize_class_loss_by: Literal["weights", "boxes"] = "weights",
+) -> None:
+    """
+    Makes a detector compute the loss of pre-training and keep what its objects were matched with, in place.
+
+    Args:
+        detector (`PreTrainedModel`): any supported detector.
+        classes (`bool`, *optional*, defaults to `True`): whether the class loss counts.
+        normalize_class_loss_by (`str`, *optional*): see [`loss_and_matching`].
+    """
+    if family_of(detector.config).own_loss:
+        detector.loss_weights["loss_ce"] = float(classes)
+    loss = partial(loss_and_matching, classes=classes, normalize_class_loss_by=normalize_class_loss_by)
+    use_correct_loss(detector, loss)
+
+
+def use_no_loss(detector: PreTrainedModel) -> None:
+    """Makes a detector only match its objects with the labels, in place: for the momentum detector."""
+    if family_of(detector.config).own_loss:
+        detector.rows_only = True
+    else:
+        detector.loss_function = matching_only
 
 
 class _TokenProposals:
@@ -109,7 +142,10 @@ def detection_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]
 
 
 def loss_and_matching(
-    *args: Any, normalize_class_loss_by: Literal["weights", "boxes"] = "weights", **kwargs: Any
+    *args: Any,
+    normalize_class_loss_by: Literal["weights", "boxes"] = "weights",
+    classes: bool = True,
+    **kwargs: Any,
 ) -> tuple[Tensor, dict[str, Tensor], Matching]:
     """
     [`detection_loss`] that returns the contrasted layers' matching in place of the auxiliary predictions.
@@ -119,6 +155,7 @@ def loss_and_matching(
         normalize_class_loss_by (`str`, *optional*, defaults to `"weights"`):
             what a softmax class loss is divided by. "weights" is DETR's rule, the sum of the weights of all queries.
             "boxes" is what the official AlignDet code computes, the number of boxes.
+        classes (`bool`, *optional*, defaults to `True`): whether the class loss counts in the sum.
 
     Returns:
         `tuple`: the scalar loss, its named terms, and the [`~aligndet_hf.matching.Matching`] of the
@@ -126,6 +163,8 @@ def loss_and_matching(
     """
     predictions = _Predictions(*args, **kwargs)
     matching = predictions.start_matching()()
+    if not classes:
+        predictions.settings = replace(predictions.settings, class_weight=0.0)
     loss, terms = _losses(predictions, matching, normalize_class_loss_by)
     contrasted = predictions.contrasted
     return loss, terms, matching.layers(contrasted.start, contrasted.stop, of=len(predictions.detections.logits))

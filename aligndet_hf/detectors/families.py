@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
+
+from .. import convnets as _convnets  # noqa: F401  (registers them, so that the mapping has them)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -65,6 +68,24 @@ class LossSettings:
     bins_scale: float = 0.0
 
 
+class ObjectRows(NamedTuple):
+    """
+    What a detector knows of objects, a row each: a query of a decoder layer, an anchor, a point or a region.
+
+    Attributes:
+        features (`torch.Tensor` of shape `[R, width]`): what enters the class head. Without labels the predictions'
+            features, image by image, and layer before layer.
+        ids (`torch.Tensor` of shape `[R]`, *optional*): the id of the proposal of each, -1 for background.
+        slots (`torch.Tensor` of shape `[R]`, *optional*): which anchor of its location each is, 0 for what is none.
+        last (`slice`): the rows of the last decoder layer; all rows of detectors without layers.
+    """
+
+    features: Tensor
+    ids: Tensor | None
+    slots: Tensor | None
+    last: slice
+
+
 @dataclass(frozen=True)
 class Family:
     """
@@ -75,9 +96,9 @@ class Family:
             several, the one that the detector has; none where the whole detector is one network.
         class_heads (`str`): regular expression of the parameters whose shape or meaning depends on the classes.
         last_box_layers (`str`): regular expression of the last layer of every box head.
-        layer_dim (`int`): dimension of the decoder layers in the tensors that the family hands to its loss.
-        decoder_features (`Callable`): `(detector, outputs) -> [layers, images, queries, width]`, the features that
-            enter the class heads, without denoising queries and with one group of queries only.
+        object_rows (`Callable`): `(detector, outputs, labels) -> ObjectRows`: the features that enter the class heads
+            and what they stand for, see [`ObjectRows`]. `outputs` are those of a forward pass with
+            `output_hidden_states`, and with these `labels`, if any.
         losses (`Callable`): `config -> LossSettings`.
         strides (`tuple[int, ...]`): strides of the feature maps the family takes from its backbone; none if it only
             works with an image network of its own, whose config is then a field of the detector's.
@@ -86,10 +107,15 @@ class Family:
         image_processor (`str`): name of the image processor class that detectors of the family are saved with.
         resize (`str`): "shortest_edge" keeps the aspect ratio and pads the batch, "square" gives one square size to
             the whole batch, for families that do not mask padding.
+        layer_dim (`int`): dimension of the decoder layers in the tensors that the family hands to its loss.
+        own_loss (`bool`): whether the model computes its loss itself, and rightly so under any number of processes.
+            Many anchors, points or regions stand for one box then, where queries are matched one to one.
         contrasts (`str`): which decoder layers predict boxes in evaluation mode, and so have matched queries in the
             momentum detector: "all", or the "last" only.
-        width (`Callable`): `config -> int`, width of the decoder features.
-        num_queries (`Callable`): `config -> int`, object queries without denoising queries and of one group.
+        width (`Callable`): `config -> int`, width of the object rows.
+        slots (`Callable`): `config -> int`, of how many kinds the rows are: anchors of a location.
+        num_queries (`Callable`): `config -> int`, object queries without denoising queries and of one group; of
+            families without queries the detections of an image.
         encoder (`str`): regular expression of what stands before the decoder: backbone, encoder and projections.
         query_embeddings (`tuple[str, ...]`): parts of the names of learned query embeddings.
         constants (`tuple[str, ...]`): parameters that are never trained; transformers forgets it on loading.
@@ -108,15 +134,17 @@ class Family:
     backbones: tuple[str, ...]
     class_heads: str
     last_box_layers: str
-    layer_dim: int
-    decoder_features: Callable[[PreTrainedModel, ModelOutput], Tensor]
+    object_rows: Callable[[PreTrainedModel, ModelOutput, list[dict[str, Tensor]] | None], ObjectRows]
     losses: Callable[[PreTrainedConfig], LossSettings]
     strides: tuple[int, ...]
     backbone_fields: Callable[[list[int], list[int], int], dict[str, Any]]
     image_processor: str
     resize: Literal["shortest_edge", "square"]
+    layer_dim: int = 0
+    own_loss: bool = False
     contrasts: Literal["all", "last"] = "all"
     width: Callable[[PreTrainedConfig], int] = attrgetter("hidden_size")
+    slots: Callable[[PreTrainedConfig], int] = lambda config: 1
     num_queries: Callable[[PreTrainedConfig], int] = attrgetter("num_queries")
     encoder: str = r"model\.(backbone|conv_encoder|encoder|level_embed|\w*input_proj\w*)(\.|$)"
     query_embeddings: tuple[str, ...] = ()
@@ -129,7 +157,47 @@ class Family:
     defaults: tuple[tuple[str, Any], ...] = ()
 
 
-# --- decoder features ------------------------------------------------------------------------------------------------
+# --- object rows -----------------------------------------------------------------------------------------------------
+
+
+def _query_rows(
+    hidden_states: Callable[[PreTrainedModel, ModelOutput], Tensor],
+) -> Callable[[PreTrainedModel, ModelOutput, list[dict[str, Tensor]] | None], ObjectRows]:
+    """
+    The rows of a detector with queries, by its hidden states `[layers, images, queries, width]`, without denoising
+    queries and with one group of queries only. With labels, the detector's criterion has to be one that returns its
+    matching: [`~aligndet_hf.detectors.criterion.loss_and_matching`] or `matching_only`.
+    """
+
+    def object_rows(
+        detector: PreTrainedModel, outputs: ModelOutput, labels: list[dict[str, Tensor]] | None = None
+    ) -> ObjectRows:
+        features = hidden_states(detector, outputs)
+        layers, images, queries, _ = features.shape
+        ids = slots = None
+        if labels is not None:
+            matching = (
+                outputs.auxiliary_outputs() if callable(outputs.auxiliary_outputs) else outputs.auxiliary_outputs
+            )
+            ids = torch.cat([label["proposal_ids"] for label in labels])
+            # Queries of further groups are matched as well; they come after the first group and are left out.
+            shape = (layers, images, outputs.logits.shape[1])
+            ids = matching.to(ids.device).scatter(ids, shape, -1)[..., :queries].flatten()
+            slots = torch.zeros_like(ids)
+        return ObjectRows(features.flatten(0, 2), ids, slots, slice((layers - 1) * images * queries, None))
+
+    return object_rows
+
+
+def _sampled_rows(
+    detector: PreTrainedModel, outputs: ModelOutput, labels: list[dict[str, Tensor]] | None = None
+) -> ObjectRows:
+    """The rows that a convnet has sampled, or without labels those of its detections."""
+    ids = index = outputs.object_index
+    if labels is not None:
+        # One more for background, which is where the index -1 leads.
+        ids = torch.cat([*(label["proposal_ids"] for label in labels), index.new_full((1,), -1)])[index]
+    return ObjectRows(outputs.object_features, ids, outputs.object_slots, slice(None))
 
 
 def _recorded_hidden_states(detector: PreTrainedModel, outputs: ModelOutput) -> Tensor:
@@ -242,6 +310,20 @@ def _lw_detr_losses(config: PreTrainedConfig) -> LossSettings:
     return replace(_focal_detr_losses(config), class_loss="iou_aware", class_weight=config.class_loss_coefficient)
 
 
+def _convnet_losses(config: PreTrainedConfig, class_loss: str = "focal") -> LossSettings:
+    """For the matching of detections with labels, where embeddings are looked at; the models have their own losses."""
+    return LossSettings(
+        class_loss=class_loss,
+        class_activation="focal",
+        class_cost=2.0,
+        bbox_cost=5.0,
+        giou_cost=2.0,
+        class_weight=1.0,
+        bbox_weight=1.0,
+        giou_weight=1.0,
+    )
+
+
 # --- backbones -------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +358,7 @@ _DETR = Family(
     last_box_layers=r"bbox_predictor\.layers\.2\.",
     query_embeddings=("query_position_embeddings",),
     layer_dim=0,
-    decoder_features=_normed_hidden_states,
+    object_rows=_query_rows(_normed_hidden_states),
     losses=_detr_losses,
     strides=(32,),
     backbone_fields=_no_fields,
@@ -291,7 +373,7 @@ _RT_DETR = Family(
     class_heads=r"(model\.decoder\.)?class_embed\.|model\.enc_score_head\.|model\.denoising_class_embed\.",
     last_box_layers=r"(model\.decoder\.)?bbox_embed\.\d+\.layers\.2\.|model\.enc_bbox_head\.layers\.2\.",
     layer_dim=1,
-    decoder_features=_images_first,
+    object_rows=_query_rows(_images_first),
     losses=_rt_detr_losses,
     strides=(8, 16, 32),
     backbone_fields=_pyramid_fields,
@@ -306,7 +388,7 @@ _LW_DETR = Family(
     last_box_layers=r"bbox_embed\.layers\.2\.|model\.enc_out_bbox_embed\.\d+\.layers\.2\.",
     query_embeddings=("reference_point_embed", "query_feat"),
     layer_dim=0,
-    decoder_features=_layers_first,
+    object_rows=_query_rows(_layers_first),
     losses=_lw_detr_losses,
     strides=(),
     backbone_fields=_no_fields,
@@ -317,10 +399,37 @@ _LW_DETR = Family(
     size_multiple=lambda config: config.backbone_config.patch_size * config.backbone_config.num_windows_side,
 )
 
+_DENSE = Family(
+    backbones=("detector.backbone.body",),
+    class_heads=r"detector\.head\.classification_head\.cls_logits\.",
+    last_box_layers=r"detector\.head\.regression_head\.bbox_(reg|ctrness)\.",
+    object_rows=_sampled_rows,
+    losses=_convnet_losses,
+    strides=(8, 16, 32),
+    backbone_fields=_no_fields,
+    image_processor="DeformableDetrImageProcessor",
+    resize="shortest_edge",
+    own_loss=True,
+    slots=attrgetter("num_anchors"),
+    num_queries=attrgetter("detections_per_image"),
+    encoder=r"detector\.backbone\.",
+)
+
+_R_CNN = replace(
+    _DENSE,
+    # Each class has its own boxes and masks.
+    class_heads=r"detector\.roi_heads\.(box_predictor|mask_predictor\.mask_fcn_logits)\.",
+    last_box_layers=r"detector\.roi_heads\.box_predictor\.bbox_pred\.",
+    losses=partial(_convnet_losses, class_loss="softmax"),
+    strides=(4, 8, 16, 32),
+    width=attrgetter("box_head_size"),
+    slots=lambda config: 1,
+)
+
 _ALL: dict[str, Family] = {
     "detr": _DETR,
     "table-transformer": replace(
-        _DETR, backbones=("model.backbone.conv_encoder.model",), decoder_features=_recorded_hidden_states
+        _DETR, backbones=("model.backbone.conv_encoder.model",), object_rows=_query_rows(_recorded_hidden_states)
     ),
     "conditional_detr": replace(_DETR, losses=_focal_detr_losses, image_processor="ConditionalDetrImageProcessor"),
     "dab-detr": replace(
@@ -336,7 +445,7 @@ _ALL: dict[str, Family] = {
         _DETR,
         class_heads=r"(model\.decoder\.)?class_embed\.",
         last_box_layers=r"(model\.decoder\.)?bbox_embed\.\d+\.layers\.2\.",
-        decoder_features=_images_first,
+        object_rows=_query_rows(_images_first),
         losses=_focal_detr_losses,
         strides=(8, 16, 32),
         backbone_fields=_deformable_fields,
@@ -349,7 +458,7 @@ _ALL: dict[str, Family] = {
     "d_fine": replace(
         _RT_DETR,
         last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
-        decoder_features=_last_hidden_state,
+        object_rows=_query_rows(_last_hidden_state),
         losses=_d_fine_losses,
         contrasts="last",
         constants=("model.decoder.reg_scale", "model.decoder.up"),
@@ -358,7 +467,7 @@ _ALL: dict[str, Family] = {
         _RT_DETR,
         backbones=("model.conv_encoder.model", "model.conv_encoder.backbone"),
         last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
-        decoder_features=_last_hidden_state,
+        object_rows=_query_rows(_last_hidden_state),
         losses=_deimv2_losses,
         contrasts="last",
         constants=("model.decoder.reg_scale", "model.decoder.up"),
@@ -376,7 +485,7 @@ _ALL: dict[str, Family] = {
         class_heads=r"class_labels_classifier\.layers\.2\.",
         encoder=r"vit\.(?!embeddings\.detection_tokens)",
         query_embeddings=("detection_tokens",),
-        decoder_features=_last_hidden_state,
+        object_rows=_query_rows(_last_hidden_state),
         strides=(),
         image_processor="YolosImageProcessor",
         resize="square",
@@ -386,6 +495,10 @@ _ALL: dict[str, Family] = {
         has_auxiliary_heads=False,
         defaults=(("auxiliary_loss", False),),
     ),
+    "torchvision_retinanet": _DENSE,
+    "torchvision_fcos": _DENSE,
+    "torchvision_faster_rcnn": _R_CNN,
+    "torchvision_mask_rcnn": _R_CNN,
 }
 
 # Those that the installed transformers has.

@@ -26,6 +26,9 @@ class AlignDetConfig(PreTrainedConfig):
             temperature of the contrastive loss.
         contrastive_loss_coefficient (`float`, *optional*, defaults to 1.0):
             weight of the contrastive loss beside the detection loss; 0 switches it off.
+        detection_loss (`str`, *optional*, defaults to `"all"`):
+            which part of the detection loss on the proposals counts beside the contrast: "all"; "boxes", without the
+            classes, as the official code has it for RetinaNet, FCOS, Faster and Mask R-CNN; or "none".
         gather_negatives (`bool`, *optional*, defaults to `False`):
             whether the queries of all processes repel each other, as if one process had their images. Otherwise those
             of the images of one process and forward pass do, as in the official code.
@@ -55,6 +58,7 @@ class AlignDetConfig(PreTrainedConfig):
     projection_dim: int = 256
     contrastive_temperature: float | int = 0.5
     contrastive_loss_coefficient: float | int = 1.0
+    detection_loss: Literal["all", "boxes", "none"] = "all"
     gather_negatives: bool = False
     base_momentum: float | int = 0.996
     end_momentum: float | int = 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from ..detectors.backbones import (
     normalize_in_one_pass,
     set_backbone_trainable,
 )
-from ..detectors.criterion import NORMALIZER_EPSILON, loss_and_matching, matching_only, use_correct_loss
-from ..detectors.families import backbone_path, family_of
+from ..detectors.criterion import NORMALIZER_EPSILON, use_no_loss, use_pretraining_loss
+from ..detectors.families import Family, ObjectRows, backbone_path, family_of
 from ..losses import contrastive_diagnostics, count_ids, object_contrastive_loss
-from ..matching import Matching
 from ..processes import mean_over_processes, rows_of_other_processes
 from .configuration_aligndet import AlignDetConfig
 from .momentum_model import MomentumModel
@@ -116,16 +114,19 @@ class AlignDetForPreTraining(MomentumModel):
 
     def __init__(self, config: AlignDetConfig):
         super().__init__(config)
-        width = family_of(config.detector_config).width(config.detector_config)
+        family = family_of(config.detector_config)
+        width, slots = family.width(config.detector_config), family.slots(config.detector_config)
         self.online_detector = AutoModelForObjectDetection.from_config(config.detector_config)
         check_backbone(self.online_detector)
         self.momentum_detector = AutoModelForObjectDetection.from_config(copy.deepcopy(config.detector_config))
-        self.projector = _projector(width, config.projection_dim)
-        self.momentum_projector = _projector(width, config.projection_dim)
-        use_correct_loss(
-            self.online_detector, partial(loss_and_matching, normalize_class_loss_by=config.normalize_class_loss_by)
+        self.projector = _projector(width, config.projection_dim * slots)
+        self.momentum_projector = _projector(width, config.projection_dim * slots)
+        use_pretraining_loss(
+            self.online_detector,
+            classes=config.detection_loss == "all",
+            normalize_class_loss_by=config.normalize_class_loss_by,
         )
-        self.momentum_detector.loss_function = matching_only
+        use_no_loss(self.momentum_detector)
         path = backbone_path(self.online_detector)
         if config.freeze_backbone and path is not None:
             self.momentum_detector.set_submodule(path, SharedBackbone(self.backbone))
@@ -232,13 +233,13 @@ class AlignDetForPreTraining(MomentumModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         kwargs |= {"output_hidden_states": True, "return_dict": True}
-        decoder_features = family_of(self.config.detector_config).decoder_features
         if labels is None:
             online = self.online_detector(pixel_values=pixel_values, pixel_mask=pixel_mask, **kwargs)
-            features = decoder_features(self.online_detector, online) if output_hidden_states else ()
-            return AlignDetOutput(
-                logits=online.logits, pred_boxes=online.pred_boxes, hidden_states=tuple(features) or None
-            )
+            hidden_states = None
+            if output_hidden_states:
+                rows = self._family.object_rows(self.online_detector, online, None)
+                hidden_states = self._by_layer(rows, len(pixel_values))
+            return AlignDetOutput(logits=online.logits, pred_boxes=online.pred_boxes, hidden_states=hidden_states)
         if momentum_pixel_values is None or momentum_labels is None:
             raise ValueError("pre-training needs two views: momentum_pixel_values and momentum_labels are missing")
 
@@ -251,38 +252,59 @@ class AlignDetForPreTraining(MomentumModel):
                 **kwargs,
             )
         online = self.online_detector(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
-        # [layers, images, queries, width] and [layers, images, queries]; the criteria return their matching.
-        hidden_states = decoder_features(self.online_detector, online)
-        online_features = self.projector(hidden_states)
-        online_ids = _query_ids(online, online.auxiliary_outputs, labels, online_features)
+        rows = self._family.object_rows(self.online_detector, online, labels)
+        online_embeddings = self._project(self.projector, rows)
         with torch.no_grad():
-            momentum_features = self.momentum_projector(decoder_features(self.momentum_detector, momentum))
-        momentum_ids = _query_ids(momentum, momentum.auxiliary_outputs(), momentum_labels, momentum_features)
+            momentum_rows = self._family.object_rows(self.momentum_detector, momentum, momentum_labels)
+            momentum_embeddings = self._project(self.momentum_projector, momentum_rows)
 
-        rows = (online_features.flatten(0, 2), momentum_features.flatten(0, 2))
-        gathered = _from_all_processes(*rows, online_ids) if self.config.gather_negatives else {}
-        layers, _, queries, _ = online_features.shape
+        embeddings = (online_embeddings, momentum_embeddings)
         loss_contrastive = object_contrastive_loss(
-            *rows,
-            online_ids.flatten(),
-            momentum_ids.flatten(),
+            *embeddings,
+            rows.ids,
+            momentum_rows.ids,
             self.config.contrastive_temperature,
-            num_anchors=layers * sum(min(len(label["proposal_ids"]), queries) for label in labels),
-            max_rows_per_id=2 * layers,
-            **gathered,
+            **(_from_all_processes(*embeddings, rows.ids) if self.config.gather_negatives else {}),
+            **({} if self._family.own_loss else _known_counts(rows, labels)),
         )
-        last_layer = (online_features[-1], momentum_features[-1], online_ids[-1], momentum_ids[-1])
-        metrics = contrastive_diagnostics(*(tensor.flatten(0, 1).detach() for tensor in last_layer))
+        last, momentum_last = rows.last, momentum_rows.last
+        metrics = contrastive_diagnostics(
+            online_embeddings[last].detach(),
+            momentum_embeddings[momentum_last],
+            rows.ids[last],
+            momentum_rows.ids[momentum_last],
+        )
         num_proposals = sum(len(label["proposal_ids"]) for label in labels)
-        metrics["matched_proposals"] = (online_ids[-1] >= 0).sum() / max(num_proposals, 1)
+        metrics["matched_proposals"] = count_ids(rows.ids[last]) / max(num_proposals, 1)
+        detection = 0.0 if self.config.detection_loss == "none" else 1.0
         return AlignDetOutput(
-            loss=online.loss + self.config.contrastive_loss_coefficient * loss_contrastive,
+            # Even without weight it keeps the gradients of all heads, which processes that train together wait for.
+            loss=detection * online.loss + self.config.contrastive_loss_coefficient * loss_contrastive,
             loss_dict={**online.loss_dict, "loss_contrastive": loss_contrastive},
             metrics=metrics,
             logits=online.logits,
             pred_boxes=online.pred_boxes,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            hidden_states=self._by_layer(rows, len(labels)) if output_hidden_states else None,
         )
+
+    @property
+    def _family(self) -> Family:
+        return family_of(self.config.detector_config)
+
+    def _project(self, projector: nn.Module, rows: ObjectRows) -> Tensor:
+        """Embeddings of rows, `[R, projection_dim]`; each slot has its own."""
+        embeddings, slots = projector(rows.features), self._family.slots(self.config.detector_config)
+        if slots == 1:
+            return embeddings
+        embeddings = embeddings.unflatten(1, (slots, -1))
+        return embeddings[torch.arange(len(embeddings), device=embeddings.device), rows.slots]
+
+    def _by_layer(self, rows: ObjectRows, images: int) -> tuple[Tensor, ...]:
+        """The features of every layer, `[images, queries, width]`, or of sampled rows, `[R, width]`."""
+        if self._family.own_loss and rows.ids is not None:
+            return (rows.features,)
+        layers = rows.features.split(len(rows.features[rows.last]))
+        return tuple(layer.unflatten(0, (images, -1)) for layer in layers)
 
     def export_detector(self, path: str | Path, image_processor: Any | None = None) -> None:
         """
@@ -311,10 +333,9 @@ def _from_all_processes(online_rows: Tensor, momentum_rows: Tensor, online_ids: 
     }
 
 
-def _query_ids(outputs: ModelOutput, matching: Matching, labels: list[dict[str, Tensor]], features: Tensor) -> Tensor:
-    """The id of the proposal that every query is matched to, -1 without one: `[layers, images, queries]`."""
-    layers, images, queries, _ = features.shape
-    ids = torch.cat([label["proposal_ids"] for label in labels])
-    # Queries of further groups are matched as well; they come after the first group and are left out.
-    shape = (layers, images, outputs.logits.shape[1])
-    return matching.to(ids.device).scatter(ids, shape, -1)[..., :queries]
+def _known_counts(rows: ObjectRows, labels: list[dict[str, Tensor]]) -> dict[str, int]:
+    """What a GPU need not be asked for: in every layer a proposal has one query, if there are enough."""
+    per_layer = len(rows.ids[rows.last])
+    layers, queries = len(rows.ids) // per_layer, per_layer // len(labels)
+    matched = sum(min(len(label["proposal_ids"]), queries) for label in labels)
+    return {"num_anchors": layers * matched, "max_rows_per_id": 2 * layers}

@@ -149,7 +149,8 @@ def enable_gradient_checkpointing(model: AlignDetForPreTraining) -> None:
 def build_views(arguments: PretrainArguments, accelerator: Accelerator, dataset: datasets.Dataset, config):
     """The data set of views for a model of this config, and the function that makes batches of its items."""
     detector_config = config.detector_config
-    family, queries = family_of(detector_config), num_queries(detector_config)
+    family = family_of(detector_config)
+    queries = arguments.max_proposals if family.own_loss else num_queries(detector_config)
     require_fitting_sizes(detector_config, arguments.image_sizes)
     if arguments.max_proposals > queries:
         accelerator.print(f"The detector has {queries} queries: at most {queries} proposals per image are used.")
