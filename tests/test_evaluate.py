@@ -32,7 +32,9 @@ from aligndet_hf.evaluation.detections import (
     match_categories,
     normalization_of,
     predict_batches,
+    prepare_image,
 )
+from aligndet_hf.proposals.trained import with_both_sides
 
 CLASSES = len(SYNTHETIC_CATEGORIES)
 PROCESSORS = {
@@ -250,3 +252,16 @@ def test_detections_in_coco_format():
 def test_output_needs_a_place():
     with pytest.raises(ValueError, match="output_dir"):
         EvaluateArguments(detector="d", dataset="d", save_predictions=True)
+
+
+def test_very_long_images_have_two_sides():
+    image = np.zeros((1500, 7, 3), np.uint8)
+    image[300:600] = 255
+    processor = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 100})
+    item = prepare_image(image, processor, 5)
+    assert item["image"].shape[1:] == (100, 1) and item["labels"]["orig_size"].tolist() == [1500, 7]
+    lit = (item["image"][0, :, 0] > 127).nonzero().flatten()
+    assert (lit.min(), lit.max()) == (20, 39)  # the same fifth of the image
+    wide = with_both_sides(image.transpose(1, 0, 2), processor.size)
+    assert wide.shape == (21, 1500, 3) and (wide[::3] == wide[1::3]).all()
+    assert with_both_sides(image, {"height": 64, "width": 64}) is image

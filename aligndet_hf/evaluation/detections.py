@@ -12,6 +12,7 @@ from ..data.collate import normalize_images
 from ..data.columns import clean_boxes, image_numbers, read_boxes, read_values
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image
+from ..proposals.trained import with_both_sides
 from .coco_metrics import CocoMetrics
 
 
@@ -69,7 +70,7 @@ def prepare_image(image: np.ndarray, image_processor, image_id: int) -> dict:
     """An image (RGB uint8 [height, width, 3]) as an item of [`EvaluationImages`]."""
     # Only its resizing: padding is the collator's, which keeps the mask, and normalising is done on the device.
     prepared = image_processor(
-        images=image,
+        images=with_both_sides(image, image_processor.size),
         do_rescale=False,
         do_normalize=False,
         do_pad=False,

@@ -1,7 +1,7 @@
 """The boxes of a trained model as proposals: of a detector, say that of an earlier round, or of a mask generator."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -56,6 +56,7 @@ def _load_detector(model: str, score_threshold: float, device: str) -> BoxFinder
 
     @torch.no_grad()
     def find(images):
+        images = [with_both_sides(image, image_processor.size) for image in images]
         inputs = image_processor(images=images, input_data_format="channels_last", return_tensors="pt").to(device)
         results = image_processor.post_process_object_detection(
             detector(**inputs), threshold=score_threshold, target_sizes=[image.shape[:2] for image in images]
@@ -66,6 +67,25 @@ def _load_detector(model: str, score_threshold: float, device: str) -> BoxFinder
         ]
 
     return find
+
+
+def with_both_sides(image: np.ndarray, size: Mapping) -> np.ndarray:
+    """
+    An image that an image processor can resize: of a very long one, the short side would have 0 pixels.
+
+    Args:
+        image (`np.ndarray`): RGB uint8 [height, width, 3].
+        size (`Mapping`): The `size` of the image processor.
+
+    Returns:
+        `np.ndarray`: the image, or one of the same content with a longer short side. Boxes relative to it are those
+        relative to the image.
+    """
+    longest, short, long = size.get("longest_edge"), min(image.shape[:2]), max(image.shape[:2])
+    if not longest or short * longest >= long:
+        return image
+    enough = -(-long // longest)
+    return np.repeat(image, -(-enough // short), axis=int(image.shape[1] < image.shape[0]))
 
 
 def _load_mask_generator(model: str, score_threshold: float, device: str) -> BoxFinder:
