@@ -1,12 +1,13 @@
 from io import BytesIO
 
+import cv2
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 
 from aligndet_hf.data.columns import DataError, ImageError
-from aligndet_hf.data.images import decode_image, image_size
+from aligndet_hf.data.images import decode_image, image_size, read_header
 
 
 def encode(image, format="PNG", **options):
@@ -61,10 +62,36 @@ def test_cmyk(pixels):
     assert np.abs(decoded.astype(int) - pixels).mean() < 6  # a wrong inversion would give about 100
 
 
-def test_16_bit_keeps_the_upper_bits(pixels):
-    wide = pixels[:, :, 1].astype(np.uint16) * 256 + 37
-    for value in (encode(PIL.Image.fromarray(wide)), encode(PIL.Image.fromarray(wide), "TIFF"), wide):
-        np.testing.assert_array_equal(decode_image(value), np.repeat(pixels[:, :, 1:2], 3, axis=2))
+def test_16_bit_greys_are_scaled(pixels):
+    grey = pixels[:, :, 1]
+    wide = grey.astype(np.uint16) * 8 + 7000
+    expected = np.repeat(grey[:, :, None], 3, axis=2)
+    window = (7000, 7000 + 8 * 255)
+    for value in (encode(PIL.Image.fromarray(wide)), encode(PIL.Image.fromarray(wide), "TIFF"), wide, wide[..., None]):
+        np.testing.assert_array_equal(decode_image(value, window), expected)
+        np.testing.assert_array_equal(decode_image(value)[:, [0, -1]], np.full((20, 2, 3), [[[0] * 3, [255] * 3]]))
+    for value in (wide.astype(np.float32) / 10, encode(PIL.Image.fromarray(wide.astype(np.float32) / 10), "TIFF")):
+        np.testing.assert_array_equal(decode_image(value, (700, 904)), expected)
+
+
+def test_levels_beyond_the_window_are_cut():
+    levels = np.array([[-5, 10, 15, 20, 99, np.nan, np.inf, -np.inf]], dtype=np.float32)
+    assert decode_image(levels, (10, 20))[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0, 255, 0]
+    assert decode_image(np.full((2, 2), 7000, np.uint16))[0, 0].tolist() == [0, 0, 0]  # nothing to scale
+    assert decode_image(np.full((2, 2), np.nan, np.float32))[0, 0].tolist() == [0, 0, 0]
+
+
+def test_16_bit_colours_keep_their_upper_bits_as_pillow_has_it(pixels):
+    wide = pixels.astype(np.uint16) * 256 + 37
+    _, content = cv2.imencode(".png", wide[:, :, ::-1])
+    for value in (content.tobytes(), wide):
+        np.testing.assert_array_equal(decode_image(value), pixels)
+    assert read_header(content.tobytes()).has_wide_colors and not read_header(content.tobytes()).is_deep
+
+
+def test_greys_of_8_bits_are_never_scaled(pixels):
+    content = encode(PIL.Image.fromarray(pixels[:, :, 0] // 2))
+    np.testing.assert_array_equal(decode_image(content, (10, 20))[:, :, 0], pixels[:, :, 0] // 2)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
@@ -109,18 +136,13 @@ def test_missing_file_none_and_odd_values(tmp_path):
                 read(value)
     for array in (
         np.zeros((4, 4, 3)),
+        np.array([["a"]]),
         np.zeros((4, 4, 2), np.uint8),
         np.zeros((0, 4, 3), np.uint8),
         np.zeros(4, np.uint8),
     ):
         with pytest.raises(ImageError):
             decode_image(array)
-
-
-def test_floating_point_pixels_are_refused():
-    image = PIL.Image.fromarray(np.linspace(0, 1, 20, dtype=np.float32).reshape(4, 5))
-    with pytest.raises(ImageError, match="8 bit"):
-        decode_image(encode(image, "TIFF"))
 
 
 def test_one_pixel():

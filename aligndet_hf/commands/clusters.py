@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForObjectDetection
 
 from .. import __version__
+from ..data.bit_depth import pixel_window
 from ..data.columns import arrow_batches, clean_boxes, read_boxes, read_values, validate_proposals
 from ..data.dataset import init_worker
 from ..data.dataset_card import push_dataset
@@ -515,7 +516,7 @@ def draw_clusters(splits: dict[str, datasets.Dataset], path: Path, num_clusters:
 def _crop(table: datasets.Dataset, row: int, box: int) -> np.ndarray | None:
     """The pixels of a box; none if it cannot be used."""
     stored = table[row]
-    image = decode_image(stored["image"][0].as_py())
+    image = decode_image(stored["image"][0].as_py(), pixel_window(table))
     boxes, kept = clean_boxes(read_boxes(stored["proposals"])[0], image.shape[1], image.shape[0])
     if box not in kept:
         return None

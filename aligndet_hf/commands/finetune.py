@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging
 
 from ..cards import command_line, told, versions
+from ..data.bit_depth import saved_window, settle_pixel_window, window_line
 from ..data.checks import leak_note, metric_note, objects_per_image, query_note
 from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages, MixedImages
@@ -19,7 +20,7 @@ from ..data.formats import category_names, load_dataset_source
 from ..data.splits import nested_subsets
 from ..data.views import ViewConfig
 from ..detectors.backbones import freeze_batch_norms, get_backbone, set_backbone_trainable
-from ..detectors.build import DetectorArguments, build_image_processor, is_new, load_detector
+from ..detectors.build import DetectorArguments, build_image_processor, find_detector, is_new, load_detector
 from ..detectors.criterion import use_correct_loss
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import TransferReport, transfer_detector
@@ -110,6 +111,10 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
             except DataError as error:
                 choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
                 raise DataError(f"{error} ({choices}.)") from error
+    known = None if is_new(arguments) else saved_window(find_detector(arguments.detector))
+    window = settle_pixel_window([dataset] if truth is None else [dataset, truth], arguments.pixel_window, known)
+    if window is not None:
+        processes.print(window_line(window))
     rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     dataset = dataset.select(rows)
     if truth is not None and processes.is_main_process:
@@ -121,6 +126,8 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     detector, report = _start(arguments, categories)
     require_fitting_sizes(detector.config, [*arguments.image_sizes, arguments.eval_size])
     image_processor = build_image_processor(detector, arguments.eval_size, arguments.max_size)
+    if window is not None:
+        image_processor.pixel_window = list(window)
     view = ViewConfig(
         arguments.image_sizes,
         arguments.max_size,

@@ -339,13 +339,13 @@ def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], 
         shutil.rmtree(complete / "dataset", ignore_errors=True)
         save_split(dataset, complete / "dataset")
     if "sheet" in formats:
-        _write_sheet(dataset, classes, complete / "sheet.jpg", arguments.num_pictures)
+        _write_sheet(dataset, classes, complete / "sheet.jpg", arguments.num_pictures, images.window)
     write_json(complete / "report.json", {"settings": _settings(arguments), "classes": classes} | report)
     folder.put_in_place(complete)
     _print_report(report, folder.path)
 
 
-def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, number: int) -> None:
+def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, number: int, window) -> None:
     """Draws some images, evenly spaced, on one page."""
     pictures, titles = [], []
     for row in np.unique(np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)):
@@ -354,7 +354,9 @@ def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, numb
         tags = [
             f"{classes[label]} {score:.2f}" for label, score in zip(objects["category"], objects["score"], strict=True)
         ]
-        pictures.append(draw_boxes(decode_image(row["image"]), objects["bbox"], objects["category"], tags, 400))
+        pictures.append(
+            draw_boxes(decode_image(row["image"], window), objects["bbox"], objects["category"], tags, 400)
+        )
         titles.append(f"{row['file_name']}: {len(tags)}")
     path.write_bytes(jpeg_bytes(contact_sheet(pictures, titles)))
 

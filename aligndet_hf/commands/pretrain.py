@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..cards import versions
+from ..data.bit_depth import pixel_window, settle_pixel_window, window_line
 from ..data.columns import proposal_record, validate_proposals
 from ..data.formats import load_dataset_source
 from ..files import write_json
@@ -107,12 +108,17 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
             dataset = load_dataset_source(arguments.dataset, arguments.split)
         report = validate_proposals(dataset, arguments.dataset, with_clusters=arguments.use_clusters)
         data = {"images": report.rows, "proposals": report.boxes}
+        window = settle_pixel_window([dataset])
+        if window is not None:
+            accelerator.print(window_line(window))
     accelerator.print(report)
     model, image_processor, loaded = method.build_model(arguments, dataset)
     if loaded is not None:
         accelerator.print(loaded)
         if accelerator.is_main_process:
             write_json(output_dir / loaded.file_name, loaded.to_dict())
+    if (window := pixel_window(dataset)) is not None:
+        image_processor.pixel_window = list(window)
     views, collate = method.build_views(arguments, accelerator, dataset, model.config)
     sampler, loader = build_loader(arguments, accelerator, views, collate)
     optimizer = build_optimizer(model, arguments)

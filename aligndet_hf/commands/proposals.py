@@ -17,6 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..data.bit_depth import parse_rule, pixel_window, record_pixel_window, settle_pixel_window, window_line
 from ..data.columns import require_columns
 from ..data.dataset_card import push_dataset
 from ..data.errors import DataError, ImageError
@@ -85,6 +86,14 @@ class ProposalsArguments(HubArguments):
         metadata={
             "role": "data",
             "help": "search images while they are downloaded, instead of all of them after that",
+        },
+    )
+
+    pixel_window: str = field(
+        default="range",
+        metadata={
+            "help": "grey levels of images with more than 8 bits that become black and white: range, the lowest and "
+            "the highest of the data; percentile, 0.1 and 99.9 percent of pixels; or two numbers such as 7000,9000"
         },
     )
 
@@ -209,6 +218,7 @@ class ProposalsArguments(HubArguments):
             )
         if self.strategy is not None:
             parse_strategy(self.strategy)
+        parse_rule(self.pixel_window)
 
     def source_settings(self) -> dict:
         """What the chosen source takes of these arguments."""
@@ -258,6 +268,13 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
     with Launch() as launch, data_folder(arguments, "proposals", ["*.rows"], launch.on_main) as folder:
         repo_id = launch.on_main(open_dataset_repository, arguments, folder.path)
         sources = _load_sources(arguments, launch)
+        if not arguments.streaming:
+            window = launch.on_main(settle_pixel_window, list(sources.values()), arguments.pixel_window)
+            if window is not None:
+                for source in sources.values():
+                    record_pixel_window(source, window)
+                if launch.is_main:
+                    print(window_line(window))
         settings = launch.on_main(_settings, sources, arguments)
         folder.claim(settings=settings)
         if folder.is_finished:
@@ -298,6 +315,8 @@ def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArgument
         settings["proposals_file_content"] = file_hash(arguments.proposals_file)
     if arguments.streaming:
         return settings | {f"input_{name}": load_stream(arguments.dataset, name)[1] for name in sources}
+    if windows := list(filter(None, map(pixel_window, sources.values()))):
+        settings["pixel_window"] = windows[0]
     return settings | {
         f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()
     }
@@ -546,13 +565,14 @@ def _search_shard(
     else:
         inputs = reopened(inputs[shard.split], range(shard.start, shard.stop))
     batch_size = arguments.source_settings().get("batch_size", 1)
+    window = pixel_window(inputs) or parse_rule(arguments.pixel_window)
     results = []
     for start in range(shard.start, shard.stop, batch_size):
         rows, images, faults = [], [], {}
         for place in range(start, min(start + batch_size, shard.stop)):
             row = inputs[place - shard.start]
             try:
-                images.append(decode_image(row["image"]))
+                images.append(decode_image(row["image"], window))
                 rows.append(row)
             except ImageError as error:
                 faults[place] = {"file": image_name(row["image"]), "reason": str(error)}

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..data.bit_depth import pixel_window
 from ..data.columns import arrow_batches, find_faults, read_boxes, read_values, validate_proposals
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
@@ -311,7 +312,7 @@ def _rows(dataset: datasets.Dataset, source: str):
 def _draw(dataset: datasets.Dataset, path: Path, num_pictures: int, num_boxes: int) -> None:
     """Draws the first boxes of evenly spaced rows, over the objects where there are any."""
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(num_pictures, len(dataset))).round().astype(int))
-    images = [decode_image(value) for value in dataset.select(rows)["image"]]
+    images = [decode_image(value, pixel_window(dataset)) for value in dataset.select(rows)["image"]]
     columns = [name for name in ("proposals", "objects") if name in dataset.column_names]
     drawn = {name: [] for name in columns}
     for row in rows:

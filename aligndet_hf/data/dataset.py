@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .augmentations import AUGMENTATIONS, Augmentation, Sample, apply_transform
+from .bit_depth import pixel_window
 from .columns import clean_boxes, read_boxes, read_crowds, read_values, require_columns
 from .errors import ImageError
 from .images import decode_image
@@ -43,9 +44,9 @@ def _draw_sizes(count: int, view: ViewConfig, seed: int, key: SampleKey, rng: np
     return [view.sizes[i] for i in rng.integers(len(view.sizes), size=count)]
 
 
-def _read_image(table: pa.Table, index: int) -> np.ndarray:
+def _read_image(table: pa.Table, index: int, window: tuple[float, float] | None) -> np.ndarray:
     try:
-        return decode_image(table["image"][0].as_py())
+        return decode_image(table["image"][0].as_py(), window)
     except ImageError as error:
         raise ImageError(f"Row {index}, column 'image': {error}") from error
 
@@ -106,6 +107,7 @@ class ProposalViews(Dataset):
         if max_proposals < 1:
             raise ValueError(f"max_proposals must be at least 1, got {max_proposals}.")
         self.rows = dataset.select_columns(["image", "proposals"]).with_format("arrow")
+        self.window = pixel_window(dataset)
         self.view = view
         self.seed = seed
         self.max_proposals = max_proposals
@@ -126,7 +128,7 @@ class ProposalViews(Dataset):
     def make_views(self, row: pa.Table, key: SampleKey) -> dict:
         """The item of a row (a table of one row, with the columns `image` and `proposals`)."""
         rng = _sample_rng(self.seed, key)
-        image = _read_image(row, key.index)
+        image = _read_image(row, key.index, self.window)
         height, width = image.shape[:2]
         boxes, ids = clean_boxes(read_boxes(row["proposals"])[0], width, height)
         chosen = self._choose(len(boxes), rng)
@@ -210,6 +212,7 @@ class SoCoViews(Dataset):
                 f"{list(sizes)}."
             )
         self.rows = dataset.select_columns(["image", "proposals"]).with_format("arrow")
+        self.window = pixel_window(dataset)
         self.sizes = sizes
         self.box_sets = box_sets
         self.level_sizes = [float("inf")] if level_sizes is None else level_sizes
@@ -226,7 +229,7 @@ class SoCoViews(Dataset):
     def __getitem__(self, key: SampleKey) -> dict:
         rng = _sample_rng(self.seed, key)
         row = self.rows[key.index]
-        image = _read_image(row, key.index)
+        image = _read_image(row, key.index, self.window)
         height, width = image.shape[:2]
         proposals, _ = clean_boxes(read_boxes(row["proposals"])[0], width, height)
         sets = draw_shared_boxes(
@@ -308,6 +311,7 @@ class LabelledImages(Dataset):
         if unknown := [name for name in augmentations if isinstance(name, str) and name not in AUGMENTATIONS]:
             raise ValueError(f"there is no augmentation {unknown[0]!r}: choose from {', '.join(AUGMENTATIONS)}")
         self.rows = dataset.select_columns(columns).with_format("arrow")
+        self.window = pixel_window(dataset)
         self.view = view
         self.seed = seed
         self.augmentations = list(augmentations)
@@ -320,7 +324,7 @@ class LabelledImages(Dataset):
     def read(self, index: int) -> Sample:
         """The image of a row and its objects, as they are stored; what cannot be used of the boxes is left out."""
         row = self.rows[index]
-        image = _read_image(row, index)
+        image = _read_image(row, index, self.window)
         height, width = image.shape[:2]
         objects = np.flatnonzero(~read_crowds(row["objects"]))
         boxes, kept = clean_boxes(read_boxes(row["objects"])[0][objects], width, height)

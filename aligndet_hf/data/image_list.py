@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pyarrow.compute as pc
 
+from .bit_depth import pixel_window
 from .columns import arrow_batches, image_ids
 from .door import image_value, is_image_name, printable, visit
 from .errors import DataError, ImageError
@@ -34,8 +35,8 @@ class ImageFiles:
     def value(self, index: int) -> dict:
         return image_value(self.paths[index])
 
-    def read(self, index: int) -> np.ndarray:
-        return decode_image(self.paths[index])
+    def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
+        return decode_image(self.paths[index], window)
 
     def identity(self) -> str:
         """Names, sizes and times: to hash the content of many files would take as long as to predict on them."""
@@ -54,8 +55,8 @@ class MemoryImage:
     def value(self, index: int) -> None:
         return None
 
-    def read(self, index: int) -> np.ndarray:
-        return decode_image(self.image)
+    def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
+        return decode_image(self.image, window)
 
     def identity(self) -> str:
         return hashlib.blake2b(self.read(0).tobytes()).hexdigest()
@@ -75,8 +76,8 @@ class DatasetImages:
     def value(self, index: int) -> dict:
         return self.dataset[index]["image"]
 
-    def read(self, index: int) -> np.ndarray:
-        return decode_image(self.dataset[index]["image"])
+    def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
+        return decode_image(self.dataset[index]["image"], window or pixel_window(self.dataset))
 
     def identity(self) -> str:
         return content_hash(self.dataset)
@@ -122,7 +123,7 @@ class VideoFrames:
     def value(self, index: int) -> None:
         return None
 
-    def read(self, index: int) -> np.ndarray:
+    def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
         if self.capture is None or index < self.position:
             self.capture, self.position = self._open(), 0
         while self.position < index and self.capture.grab():
@@ -148,7 +149,11 @@ class ImageList:
         faults (`list[dict]`):
             What is no image of the list and might have been, such as a video that cannot be read, or not to its end:
             `file` and `reason`.
+        window (`tuple[float, float]`, *optional*): How to decode images with more than 8 bits: see
+            [`~aligndet_hf.data.images.decode_image`].
     """
+
+    window: tuple[float, float] | None = None
 
     def __init__(self, parts: list, faults: list[dict]):
         self.parts, self.faults = parts, faults
@@ -180,7 +185,7 @@ class ImageList:
             [`ImageError`]: if the image cannot be decoded. It names the file.
         """
         part, place = self._place(index)
-        return part.read(place)
+        return part.read(place, self.window)
 
     def identity(self) -> str:
         """A hash that tells whether another list has the same images."""

@@ -10,9 +10,12 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pyarrow as pa
+from transformers.utils import logging
 
 from . import door
 from .errors import ImageError
+
+logger = logging.get_logger(__name__)
 
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 exchange height and width
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what a whole file ends with
@@ -92,31 +95,62 @@ def _opened(value) -> Iterator[PIL.Image.Image]:
         raise ImageError(f"Cannot read the image {name}: {error or type(error).__name__}.") from error
 
 
-def _array_to_rgb(array: np.ndarray) -> np.ndarray:
-    """An array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of uint8 or uint16 -> uint8 [H, W, 3]."""
-    if array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
+def scale_pixels(pixels: np.ndarray, window: tuple[float, float]) -> np.ndarray:
+    """
+    Grey levels of any type to uint8: the two levels of `window` become 0 and 255, what lies beyond is cut.
+
+    Levels that are not finite become 0.
+    """
+    low, high = window
+    scaled = (pixels.astype(np.float64) - low) * (255 / (high - low)) + 0.5
+    return np.nan_to_num(np.clip(scaled, 0, 255), nan=0.0).astype(np.uint8)
+
+
+def _scale_by_own_range(pixels: np.ndarray) -> np.ndarray:
+    logger.warning_once(
+        "An image with more than 8 bits (16-bit or floating-point grey) is scaled by its own lowest and highest "
+        "level, so that equal levels of two images may look different. Say which levels become black and white, or "
+        "load it with a data set, for which this is decided once."
+    )
+    finite = pixels[np.isfinite(pixels)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    return scale_pixels(pixels, (low, high if high > low else low + 1))
+
+
+def _array_to_rgb(array: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
+    """Pixels of one channel (any type), or of 3 or 4 (uint8 or uint16) -> uint8 [H, W, 3]."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+    is_deep = array.dtype != np.uint8 and array.ndim == 2 and array.dtype.kind in "uif"
+    if array.dtype == np.uint16 and array.ndim == 3:
+        array = (array >> 8).astype(np.uint8)  # colours, as Pillow reads them from a file
+    if not is_deep and (
+        array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+    ):
         raise TypeError(
-            f"expected uint8 or uint16 [height, width] or [height, width, 1, 3 or 4], got {array.dtype} {array.shape}"
+            "expected numbers [height, width], or uint8 or uint16 [height, width, 1, 3 or 4], got "
+            f"{array.dtype} {array.shape}"
         )
     if array.size == 0:
         raise ValueError("the image has no pixels")
+    if is_deep:
+        array = _scale_by_own_range(array) if window is None else scale_pixels(array, window)
     return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else np.ascontiguousarray(array[:, :, :3])
 
 
-def decode_image(value) -> np.ndarray:
+def decode_image(value, window: tuple[float, float] | None = None) -> np.ndarray:
     """
     Decodes an image to RGB.
 
-    Greyscale and palette images become RGB, an alpha channel is dropped, CMYK is converted, 16-bit images keep their
-    upper 8 bits, and an EXIF rotation is applied, as `datasets` does.
+    Greyscale and palette images become RGB, an alpha channel is dropped, CMYK is converted, colours of 16 bits keep
+    their upper 8, and an EXIF rotation is applied, as `datasets` does. Grey levels of more than 8 bits are scaled.
 
     Args:
         value (`dict`, `str`, `Path`, `bytes`, `PIL.Image.Image` or `np.ndarray`):
             The undecoded image of a `datasets` row (`{"bytes", "path"}`), a file, its content, or pixels (RGB order).
+        window (`tuple[float, float]`, *optional*):
+            The grey levels of an image with more than 8 bits (or floating-point) that become 0 and 255; see
+            [`~aligndet_hf.data.bit_depth.pixel_window`]. By default its own lowest and highest, with a warning.
 
     Returns:
         `np.ndarray`: uint8 of shape [height, width, 3].
@@ -126,7 +160,7 @@ def decode_image(value) -> np.ndarray:
     """
     if isinstance(value, np.ndarray):
         try:
-            return _array_to_rgb(value)
+            return _array_to_rgb(value, window)
         except (TypeError, ValueError) as error:
             raise ImageError(f"Cannot read the image {image_name(value)}: {error}.") from error
     with _opened(value) as image:
@@ -134,11 +168,26 @@ def decode_image(value) -> np.ndarray:
             image = PIL.ImageOps.exif_transpose(image)
         if image.mode == "RGB":
             return np.array(image)  # a copy: PIL's own buffer is read-only
-        if image.mode == "F":
-            raise ValueError("it has floating-point pixels of unknown range; convert it to 8 bit first")
-        if image.mode.startswith("I"):  # 16 bit, which older versions of PIL open as 32 bit; `convert` would saturate
-            return _array_to_rgb(np.clip(np.asarray(image), 0, 65535).astype(np.uint16))
+        if image.mode[0] in "IF":  # `convert` would cut the levels at 255
+            return _array_to_rgb(np.asarray(image), window)
         return np.array(image.convert("RGB"))
+
+
+def raw_pixels(value) -> np.ndarray:
+    """
+    The grey levels of an image with more than 8 bits as they are stored.
+
+    Args:
+        value: as in [`decode_image`], but no array.
+
+    Returns:
+        `np.ndarray`: `[height, width]`, before the EXIF rotation.
+
+    Raises:
+        [`ImageError`]: if it cannot be read.
+    """
+    with _opened(value) as image:
+        return np.asarray(image)
 
 
 def image_size(value) -> tuple[int, int]:

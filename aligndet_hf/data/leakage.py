@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
+from .bit_depth import pixel_window
 from .door import read_bytes
 from .errors import ImageError
 from .images import decode_image, image_name
@@ -56,10 +57,11 @@ def difference_hash(image: np.ndarray) -> np.ndarray:
 def fingerprints(dataset: datasets.Dataset, disable_tqdm: bool = False) -> Fingerprints:
     """The fingerprints of all images of a dataset (column `image`, not decoded)."""
     names, contents, looks, num_unreadable = [], [], [], 0
+    window = pixel_window(dataset)
     for row in tqdm(dataset.select_columns(["image"]), desc="fingerprints", disable=disable_tqdm):
         value = row["image"]
         try:
-            look = difference_hash(decode_image(value))
+            look = difference_hash(decode_image(value, window))
         except ImageError:
             num_unreadable += 1
             continue

@@ -123,8 +123,14 @@ def inspect_images(batches: Iterable[pa.ChunkedArray], num_rows: int) -> ImageFa
     return facts
 
 
+def find_deep(batches: Iterable[pa.ChunkedArray]) -> list[int]:
+    """The rows of the images with more than 8 bits for one channel of grey; `batches` as in [`inspect_images`]."""
+    headers = enumerate(_outcomes(read_header, batches))
+    return [row for row, header in headers if not isinstance(header, ImageError) and header.is_deep]
+
+
 def _decodes(value) -> None:
-    decode_image(value)
+    decode_image(value, window=(0, 255))
 
 
 def _outcomes(function, batches: Iterable[pa.ChunkedArray], chosen: set[int] | None = None):

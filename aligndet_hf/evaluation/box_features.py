@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.ops import roi_align
 
+from ..data.bit_depth import pixel_window
 from ..data.collate import normalize_images, pad_images
 from ..data.columns import clean_boxes, read_boxes
 from ..data.errors import ImageError
@@ -116,6 +117,7 @@ class BoxImages(Dataset):
     ):
         columns = ["image", column]
         self.sources = {name: source.select_columns(columns).with_format("arrow") for name, source in sources.items()}
+        self.windows = {name: pixel_window(source) for name, source in sources.items()}
         self.column = column
         self.rows = rows
         self.short_side = short_side
@@ -128,7 +130,7 @@ class BoxImages(Dataset):
         table = self.sources[split][row]
         value = table["image"][0].as_py()
         try:
-            image = decode_image(value)
+            image = decode_image(value, self.windows[split])
         except ImageError as error:
             return {"file": image_name(value), "reason": str(error)}
         height, width = image.shape[:2]

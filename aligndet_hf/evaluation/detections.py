@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..data.bit_depth import pixel_window, window_of
 from ..data.collate import normalize_images
 from ..data.columns import clean_boxes, image_numbers, read_boxes, read_values
 from ..data.errors import DataError, ImageError
@@ -36,6 +37,7 @@ class EvaluationImages(Dataset):
         self.image_processor = image_processor
         self.image_ids = image_numbers(dataset)
         self.images = dataset.select_columns(["image"])
+        self.window = window_of(image_processor) or pixel_window(dataset)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -43,7 +45,7 @@ class EvaluationImages(Dataset):
     def read_image(self, index: int) -> np.ndarray:
         """The image of a row: RGB uint8 [height, width, 3]."""
         try:
-            return decode_image(self.images[index]["image"])
+            return decode_image(self.images[index]["image"], self.window)
         except ImageError as error:
             raise ImageError(f"Row {index}, column 'image': {error}") from error
 

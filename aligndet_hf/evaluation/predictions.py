@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..data.bit_depth import window_of
 from ..data.collate import collate_labelled
 from ..data.columns import clean_boxes
 from ..data.dataset import init_worker
@@ -93,6 +94,7 @@ class ImageViews(IterableDataset):
         encode: bool = False,
     ):
         self.images, self.indices, self.image_processor = images, indices, image_processor
+        images.window = window_of(image_processor)
         self.tiling, self.encode = tiling, encode
 
     def __iter__(self) -> Iterator[dict]:

@@ -116,12 +116,25 @@ def _finetuning_card(record: RunRecord, name: str) -> str:
     return _card(
         record,
         summary=f"Detects {len(names)} {'class' if len(names) == 1 else 'classes'}: {_some(names)}.",
-        usage=(
-            "from transformers import pipeline\n\n"
-            f'detect = pipeline("object-detection", model="{name}")\n'
-            'detect("image.jpg", threshold=0.3)'
-        ),
+        usage=_pipeline_usage(name, record.pixel_window),
         limits=limits,
+    )
+
+
+def _pipeline_usage(name: str, window: Sequence[float] | None) -> str:
+    """How to detect objects in a file; one with more than 8 bits becomes the picture that training has seen."""
+    load = f'detect = pipeline("object-detection", model="{name}")\n'
+    if window is None:
+        return f'from transformers import pipeline\n\n{load}detect("image.jpg", threshold=0.3)'
+    low, high = window
+    return (
+        "import numpy as np\nfrom PIL import Image\nfrom transformers import pipeline\n\n"
+        f"{load}"
+        f"# The grey levels {low:g} to {high:g} become 0 to 255, as in training. Given the file itself, the pipeline\n"
+        "# would see all levels above 255 as white: Pillow cuts them there.\n"
+        'levels = np.asarray(Image.open("image.png"), dtype=np.float64)\n'
+        f"levels = np.clip((levels - {low!r}) * (255 / {high - low!r}) + 0.5, 0, 255)\n"
+        "detect(Image.fromarray(levels.astype(np.uint8)), threshold=0.3)"
     )
 
 

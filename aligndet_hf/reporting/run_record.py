@@ -1,7 +1,7 @@
 """What was run and what came of it, as the files of a run tell: the one source of its card and its report."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,8 @@ class RunRecord:
         backbone (`dict`, *optional*): The report of the weights that a new detector's backbone got.
         comparison (`str`, *optional*): What came of a comparison that it is part of, see
             [`~aligndet_hf.reporting.comparison.summary`].
+        pixel_window (`Sequence[float]`, *optional*): The grey levels of images with more than 8 bits that became 0 and
+            255, see [`~aligndet_hf.data.bit_depth`].
     """
 
     kind: Literal["pretrain", "finetune"]
@@ -61,6 +63,7 @@ class RunRecord:
     transfer: Mapping | None = None
     backbone: Mapping | None = None
     comparison: str | None = None
+    pixel_window: Sequence[float] | None = None
 
     @property
     def data_name(self) -> str:
@@ -87,6 +90,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
     folder = Path(folder)
     common = {"transfer": read_json(folder / "transfer_report.json"), "backbone": _backbone_report(folder)}
+    common["pixel_window"] = (read_json(folder / "preprocessor_config.json") or {}).get("pixel_window")
     if summary := read_json(folder / SUMMARY):
         settings = summary["arguments"]
         method = settings.get("method", "aligndet")

@@ -6,6 +6,7 @@ from typing import Literal
 from transformers import TrainingArguments
 
 from ..data.augmentations import AUGMENTATIONS
+from ..data.bit_depth import parse_rule
 from ..detectors.build import DetectorArguments
 from ..flags import roles
 from ..ranges import ANY, BELOW_ONE, COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, Range, check_values
@@ -109,6 +110,15 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "leave out the images of an epoch that do not fill a batch, others each time"}
+    )
+
+    pixel_window: str = field(
+        default="range",
+        metadata={
+            "help": "grey levels of images with more than 8 bits that become black and white, unless the detector or "
+            "the dataset has them: range, the lowest and the highest of the data; percentile, 0.1 and 99.9 percent of "
+            "the pixels; or two numbers such as 7000,9000"
+        },
     )
 
     image_sizes: list[int] = field(
@@ -302,6 +312,7 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
 
     def __post_init__(self):
         check_values(self)
+        parse_rule(self.pixel_window)
         if not self.do_eval:
             self.eval_strategy = "no"
         if self.backbone_learning_rate is None:

@@ -1,0 +1,212 @@
+"""Images with more than 8 bits: one decision for a data set, the same picture everywhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+
+from aligndet_hf.commands.evaluate import EvaluateArguments, evaluate
+from aligndet_hf.commands.finetune import finetune
+from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
+from aligndet_hf.data.bit_depth import (
+    parse_rule,
+    pixel_window,
+    record_pixel_window,
+    saved_window,
+    settle_pixel_window,
+    window_line,
+)
+from aligndet_hf.data.dataset import LabelledImages
+from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.data.images import decode_image
+from aligndet_hf.data.sampling import SampleKey
+from aligndet_hf.data.views import ViewConfig
+from aligndet_hf.training.finetune_arguments import FinetuneArguments
+
+LOW, HIGH = 7000, 9040  # 12 of the 16 bits, as thermal cameras have them: 8 levels for each of the 256
+
+
+def levels(seed, height=48, width=64):
+    """A picture of blocks, uint16 `[height, width]`."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8)).astype(np.uint16)
+    blocks[0, :2] = 0, 255
+    return LOW + 8 * np.kron(blocks, np.ones((8, 8), dtype=np.uint16))
+
+
+def write_folder(folder, count, seed=0, suffix="png", convert=lambda pixels: pixels):
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        name = f"{number}.{suffix}"
+        PIL.Image.fromarray(convert(levels(seed + number))).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "objects": {"bbox": [[8, 8, 24, 16]], "category": [0]}}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+# ---- the decision ----
+
+
+def test_the_range_of_the_data(tmp_path):
+    write_folder(tmp_path / "x", 3)
+    dataset = load_dataset_source(tmp_path / "x")
+    assert pixel_window(dataset) is None
+    assert settle_pixel_window([dataset]) == (LOW, HIGH)
+    for part in (dataset, dataset.select([1]), dataset.select_columns(["image"]), dataset.shuffle(seed=0)):
+        assert pixel_window(part) == (LOW, HIGH)
+    dataset.save_to_disk(tmp_path / "saved")
+    assert pixel_window(datasets.load_from_disk(tmp_path / "saved")) == (LOW, HIGH)
+    assert "the levels 7000 to 9040 of the files become 0 to 255" in window_line((LOW, HIGH))
+
+
+def test_all_parts_get_the_same(tmp_path):
+    parts = [load_dataset_source(write_folder(tmp_path / "a", 1))]
+    parts.append(load_dataset_source(write_folder(tmp_path / "b", 1, convert=lambda pixels: pixels + 1000)))
+    assert settle_pixel_window(parts) == (LOW, HIGH + 1000)
+    assert [pixel_window(part) for part in parts] == [(LOW, HIGH + 1000)] * 2
+
+
+def test_percentiles_ignore_dead_pixels(tmp_path):
+    def with_dead_pixels(pixels):
+        pixels = np.tile(pixels, (4, 4))
+        pixels[0, 0], pixels[0, 1] = 0, 65535
+        return pixels
+
+    dataset = load_dataset_source(write_folder(tmp_path / "x", 2, convert=with_dead_pixels))
+    assert settle_pixel_window([dataset], "percentile") == (LOW, HIGH)
+    dataset = load_dataset_source(tmp_path / "x")
+    assert settle_pixel_window([dataset], "range") == (0, 65535)
+
+
+def test_given_beats_known_beats_recorded_beats_measured(tmp_path):
+    dataset = load_dataset_source(write_folder(tmp_path / "x", 1))
+    assert settle_pixel_window([dataset], known=(1.0, 2.0)) == (1, 2)
+    assert settle_pixel_window([dataset]) == (1, 2)  # as recorded
+    assert settle_pixel_window([dataset], known=(3.0, 4.0)) == (3, 4)
+    assert settle_pixel_window([dataset], "5,6.5", known=(3.0, 4.0)) == (5, 6.5)
+    assert pixel_window(dataset) == (5, 6.5)
+
+
+def test_of_8_bits_there_is_nothing_to_decide(tmp_path):
+    dataset = load_dataset_source(write_folder(tmp_path / "x", 2, convert=lambda pixels: pixels.astype(np.uint8)))
+    assert settle_pixel_window([dataset], "5,6", known=(3.0, 4.0)) is None and pixel_window(dataset) is None
+
+
+def test_a_record_stands_beside_other_words(tmp_path):
+    dataset = load_dataset_source(write_folder(tmp_path / "x", 1))
+    dataset.info.description = "Of my own.\n\nProposals: {}"
+    for window in ((1.0, 2.0), (-3.5, 1e5)):
+        record_pixel_window(dataset, window)
+        assert pixel_window(dataset) == window and dataset.info.description.endswith("Of my own.\n\nProposals: {}")
+
+
+@pytest.mark.parametrize("rule", ["", "min", "5", "5,5", "6,5", "nan,1", "1,inf", "1,2,3"])
+def test_wrong_rules(rule):
+    with pytest.raises(ValueError, match="pixel_window must be range, percentile, or two numbers such as 7000,9000"):
+        parse_rule(rule)
+
+
+@pytest.mark.parametrize("suffix, convert", [("png", lambda p: p), ("tif", lambda p: p.astype(np.float32) / 7)])
+def test_training_sees_the_contrast(tmp_path, suffix, convert):
+    dataset = load_dataset_source(write_folder(tmp_path / "x", 1, suffix=suffix, convert=convert))
+    settle_pixel_window([dataset])
+    images = LabelledImages(dataset, ViewConfig([48], flip_probability=0, color=False))
+    image = images[SampleKey(0, 0, 0)]["image"][0].numpy()
+    np.testing.assert_array_equal(image, (levels(0) - LOW) // 8)
+
+
+# ---- the same picture everywhere ----
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Proposals of 16-bit images, and a detector that is fine-tuned on them."""
+    folder = tmp_path_factory.mktemp("deep")
+    write_folder(folder / "data" / "train", 4)
+    write_folder(folder / "data" / "validation", 2, seed=50)
+    arguments = {"source": "random", "max_boxes": 3, "num_workers": 0, "disable_tqdm": True}
+    generate_proposals(
+        ProposalsArguments(dataset=str(folder / "data"), output_dir=str(folder / "proposals"), **arguments)
+    )
+    tiny = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    tiny |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5}
+    finetune(
+        FinetuneArguments(
+            dataset=str(folder / "data"),
+            output_dir=str(folder / "finetuned"),
+            detector="detr",
+            backbone="resnet10t",
+            detector_config=tiny,
+            image_sizes=[48],
+            max_steps=1,
+            per_device_train_batch_size=2,
+            dataloader_num_workers=0,
+            dataloader_persistent_workers=False,
+            report_to="none",
+            save_strategy="no",
+            num_pictures=0,
+            write_report=False,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+    )
+    return folder
+
+
+def test_proposals_record_it(run, capsys):
+    saved = datasets.load_from_disk(run / "proposals")
+    assert {name: pixel_window(split) for name, split in saved.items()} == {
+        "train": (LOW, HIGH), "validation": (LOW, HIGH),
+    }  # fmt: skip
+    assert json.loads((run / "proposals" / "proposals.json").read_text())["settings"]["pixel_window"] == [LOW, HIGH]
+    stored = saved["train"].cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"]
+    assert stored == (run / "data" / "train" / "0.png").read_bytes()
+    assert pixel_window(load_dataset_source(run / "proposals", "train")) == (LOW, HIGH)
+
+
+def test_the_detector_has_it(run, tmp_path):
+    assert saved_window(str(run / "finetuned")) == (LOW, HIGH)
+    assert saved_window(str(tmp_path)) is None
+    # Darker images to measure on are not made brighter.
+    write_folder(tmp_path / "dark" / "validation", 1, convert=lambda pixels: (pixels - LOW) // 4 + LOW)
+    seen = []
+    original = decode_image
+    import aligndet_hf.evaluation.detections as detections
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detections, "decode_image", lambda *args: seen.append(original(*args)) or seen[-1])
+        evaluate(
+            EvaluateArguments(
+                detector=str(run / "finetuned"), dataset=str(tmp_path / "dark"), device="cpu", disable_tqdm=True
+            )
+        )
+    np.testing.assert_allclose(seen[0][:, :, 0], (levels(0) - LOW) / 32, atol=0.51)
+
+
+def test_the_pipeline_sees_what_training_saw_without_this_package(run, tmp_path):
+    """The lines of the card, in a process that cannot import the package."""
+    card = (run / "finetuned" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(from transformers import pipeline|import numpy.*?)```", card, re.DOTALL)
+    assert "7000 to 9040 become 0 to 255" in code
+    path = run / "data" / "validation" / "0.png"
+    code = re.sub(r'model="[^"]*"', f'model="{run / "finetuned"}"', code).replace("image.png", str(path))
+    code = (
+        "import sys\nsys.modules['aligndet_hf'] = None\n"
+        + code.replace("detect(", "x = detect.preprocess(").replace(", threshold=0.3)", ")")
+        + "\np = detect.image_processor\nx = x['pixel_values'][0].permute(1, 2, 0).numpy()"
+        "\nprint(repr(float(((x * p.image_std + p.image_mean) / p.rescale_factor).mean())))"
+    )
+    environment = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dataset = load_dataset_source(run / "data", "validation")
+    record_pixel_window(dataset, (LOW, HIGH))
+    images = LabelledImages(dataset, ViewConfig([48], flip_probability=0, color=False))
+    seen = images[SampleKey(0, 0, 0)]["image"].float().mean().item()
+    assert abs(float(done.stdout.splitlines()[-1]) - seen) < 1 and 100 < seen < 160
