@@ -287,6 +287,22 @@ def test_row_numbers_stand_in_for_image_ids(labelled):
     assert [images[row]["labels"]["image_id"].item() for row in range(2)] == [0, 1]
 
 
+def test_crowds_are_not_trained(labelled):
+    features = labelled.features | {"objects": objects_feature(["a", "b", "c"], crowds=True)}
+    rows = list(labelled)
+    rows[0]["objects"]["iscrowd"], rows[1]["objects"]["iscrowd"] = [1, 0, 0], []
+    dataset = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    view = ViewConfig([60], flip_probability=0.0, color=False)
+    before, after = (LabelledImages(data, view)[0]["labels"] for data in (labelled, dataset))
+    assert before["class_labels"].tolist() == [2, 1] and after["class_labels"].tolist() == [1]
+    torch.testing.assert_close(after["boxes"], before["boxes"][1:])
+
+
+def test_row_numbers_stand_in_for_ids_that_are_texts(labelled):
+    texts = labelled.remove_columns("image_id").add_column("image_id", ["scan b", "scan a"])
+    assert [LabelledImages(texts, PLAIN)[row]["labels"]["image_id"].item() for row in range(2)] == [0, 1]
+
+
 def test_labelled_views_for_training(labelled):
     images = LabelledImages(labelled, ViewConfig([40, 60], crop_scale=(0.5, 1.0)), seed=5)
     items = [images[SampleKey(0, epoch, 0)] for epoch in range(20)]

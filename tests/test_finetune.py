@@ -33,6 +33,7 @@ from aligndet_hf.data.collate import collate_labelled
 from aligndet_hf.data.dataset import LabelledImages
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.data.label_export import export_labels
 from aligndet_hf.data.sampling import SampleKey
 from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, make_synthetic_dataset, write_synthetic_folder
 from aligndet_hf.data.views import ViewConfig
@@ -396,6 +397,15 @@ def test_training_only_needs_no_validation_data_and_any_start_will_do(folder, tm
     assert "Nothing was measured" in (result.output_dir / "README.md").read_text()
     with pytest.raises(DataError, match="no split 'validation'.*--eval_dataset and --eval_split say what to measure"):
         finetune(arguments_for(tmp_path, tmp_path / "measured", **changes | {"do_eval": True}))
+
+
+def test_one_coco_file_is_trained_on_or_measured_on(folder, tmp_path):
+    """It is the split that a command asks for: without another one to measure on, that would be the same images."""
+    splits = {"train": load_dataset_source(folder / "data", "train", labels=True)}
+    export_labels(splits, SYNTHETIC_CATEGORIES, tmp_path / "coco", "coco")
+    file = str(tmp_path / "coco" / "annotations" / "instances_train.json")
+    with pytest.raises(DataError, match="instances_train.json is one split, which is trained on.*--do_eval false"):
+        finetune(arguments_for(folder, tmp_path / "run", dataset=file))
 
 
 def test_the_last_stages_of_a_backbone_with_weights_are_trained_alone(folder, tmp_path):

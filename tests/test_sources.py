@@ -310,6 +310,27 @@ def test_what_is_exported_is_read_again(labelled, tmp_path):
     assert second["proposals"][:] == first["proposals"][:]
 
 
+def test_ids_and_names_of_the_images_are_those_of_the_label_file(labelled, tmp_path):
+    """Also ids that are texts, and names in folders, of which two end alike."""
+    path = tmp_path / "proposals.json"
+    own = datasets.load_from_disk(str(labelled)).add_column("image_id", ["scan b", "scan a"])
+    own.add_column("file_name", ["left/x.png", "right/x.png"]).save_to_disk(str(tmp_path / "data"))
+    run = {"source": "column", "export_json": str(path)} | EVERYTHING
+    first = generate_proposals(arguments(tmp_path / "data", tmp_path / "first", **run))
+    content = json.loads(path.read_text())
+    assert [(image["id"], image["file_name"]) for image in content["images"]] == [
+        ("scan b", "left/x.png"),
+        ("scan a", "right/x.png"),
+    ]
+    assert {annotation["image_id"] for annotation in content["annotations"]} == {"scan a", "scan b"}
+    for image in content["images"]:  # found by their ids where the names are others
+        image["file_name"] = f"{image['id']}.tif"
+    path.write_text(json.dumps(content))
+    run = {"source": "json", "proposals_file": str(path), **EVERYTHING}
+    second = generate_proposals(arguments(tmp_path / "data", tmp_path / "second", **run))
+    assert second["proposals"][:] == first["proposals"][:]
+
+
 def test_export_of_several_splits_without_clusters(images, tmp_path, capsys):
     for split in ("train", "val"):
         (tmp_path / "images" / split).mkdir(parents=True)

@@ -18,7 +18,14 @@ from transformers import AutoModelForObjectDetection
 
 from .. import __version__
 from ..data.bit_depth import pixel_window
-from ..data.columns import arrow_batches, clean_boxes, read_boxes, read_values, validate_proposals
+from ..data.columns import (
+    arrow_batches,
+    clean_boxes,
+    read_boxes,
+    read_crowds,
+    read_values,
+    validate_proposals,
+)
 from ..data.dataset import init_worker
 from ..data.dataset_card import push_dataset
 from ..data.errors import DataError, ImageError
@@ -415,6 +422,7 @@ def cluster_report(splits: dict[str, datasets.Dataset], clustering: Clustering, 
             areas.append(boxes[:, 2] * boxes[:, 3])
             if labelled:
                 objects, object_counts = read_boxes(table["objects"])
+                objects[read_crowds(table["objects"])] = 0  # overlaps nothing
                 categories = read_values(table["objects"], "category")[0]
                 per_row = zip(
                     _split(boxes, counts),

@@ -16,7 +16,7 @@ from ..data.checks import leak_note, metric_note, objects_per_image, query_note
 from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages, MixedImages
 from ..data.errors import DataError
-from ..data.formats import category_names, load_dataset_source
+from ..data.formats import category_names, load_dataset_source, split_names
 from ..data.splits import nested_subsets
 from ..data.views import ViewConfig
 from ..detectors.backbones import freeze_batch_norms, get_backbone, set_backbone_trainable
@@ -107,6 +107,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         if arguments.do_eval:
             source = (arguments.eval_dataset, arguments.eval_split, arguments.eval_image_dir)
             try:
+                _require_another_file(arguments)
                 truth, _ = _load_labelled(*source, categories)
             except DataError as error:
                 choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
@@ -231,6 +232,13 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
             if PartialState().is_main_process:
                 shutil.rmtree(folder)
     return None
+
+
+def _require_another_file(arguments: FinetuneArguments) -> None:
+    """A label file of one split is either for training or for measuring; one with several splits may be for both."""
+    path = Path(arguments.dataset).expanduser()
+    if arguments.eval_dataset == arguments.dataset and path.is_file() and len(split_names(path)) == 1:
+        raise DataError(f"{path} is one split, which is trained on: measure on another file")
 
 
 def _load_labelled(source: str, split: str | None, image_dir: str | None, categories: list[str] | None = None):

@@ -29,6 +29,7 @@ __all__ = [
     "read_crowds",
     "read_values",
     "require_columns",
+    "usable_boxes",
     "validate_objects",
     "validate_proposals",
 ]
@@ -261,6 +262,22 @@ def clean_boxes(boxes: np.ndarray, width: float, height: float) -> tuple[np.ndar
     low = np.clip(boxes[:, :2], 0, (width, height))
     high = np.clip(boxes[:, :2] + boxes[:, 2:], 0, (width, height))
     return np.concatenate([low, high - low], axis=1).astype(np.float32), kept
+
+
+def usable_boxes(column: pa.Array | pa.ChunkedArray, width: float, height: float) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The boxes of one row that can be used: [`clean_boxes`] of those that are no crowds.
+
+    Args:
+        column (`pa.Array`): The struct of lists of one row, `objects` or `proposals`.
+        width, height (`float`): Size of the image in pixels.
+
+    Returns:
+        `tuple`: the boxes (float32 [n, 4], xywh) and their indices among those of the row (int64 [n]).
+    """
+    objects = np.flatnonzero(~read_crowds(column))
+    boxes, kept = clean_boxes(read_boxes(column)[0][objects], width, height)
+    return boxes, objects[kept]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .augmentations import AUGMENTATIONS, Augmentation, Sample, apply_transform
 from .bit_depth import pixel_window
-from .columns import clean_boxes, read_boxes, read_crowds, read_values, require_columns
+from .columns import clean_boxes, read_boxes, read_values, require_columns, usable_boxes
 from .errors import ImageError
 from .images import decode_image
 from .sampling import SampleKey
@@ -326,11 +326,10 @@ class LabelledImages(Dataset):
         row = self.rows[index]
         image = _read_image(row, index, self.window)
         height, width = image.shape[:2]
-        objects = np.flatnonzero(~read_crowds(row["objects"]))
-        boxes, kept = clean_boxes(read_boxes(row["objects"])[0][objects], width, height)
+        boxes, kept = usable_boxes(row["objects"], width, height)
         what = np.zeros(len(kept), _OBJECT)
         for name in ("category", "score", "ignore") if self.pseudo else ("category",):
-            what[name] = read_values(row["objects"], name)[0][objects[kept]]
+            what[name] = read_values(row["objects"], name)[0][kept]
         return Sample(image, boxes, what)
 
     def _augmented(self, sample: Sample, rng: np.random.Generator) -> Sample:

@@ -37,7 +37,9 @@ def import_proposals(path: str | Path, sources: dict[str, datasets.Dataset]) -> 
     content = _read(Path(path))
     annotations = content["annotations"]
     try:
-        owners = np.array([annotation["image_id"] for annotation in annotations], dtype=np.int64)
+        numbers_of_images = {image["id"]: number for number, image in enumerate(content["images"])}
+        owners = [numbers_of_images.get(annotation["image_id"], len(numbers_of_images)) for annotation in annotations]
+        owners = np.array(owners, dtype=np.int64)
         boxes = np.array([annotation["bbox"] for annotation in annotations] or np.zeros((0, 4)), dtype=np.float32)
         if boxes.shape != (len(owners), 4):
             raise ValueError("'bbox' must be four numbers [x, y, width, height]")
@@ -49,10 +51,9 @@ def import_proposals(path: str | Path, sources: dict[str, datasets.Dataset]) -> 
         clusters = np.zeros(len(boxes), dtype=np.int32)
         if with_clusters:
             clusters[:] = [numbers[annotation["category_id"]] for annotation in annotations]
-        names = {str(PurePosixPath(image["file_name"])): image["id"] for image in content["images"]}
+        names = {str(PurePosixPath(image["file_name"])): number for number, image in enumerate(content["images"])}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a COCO file of proposals: {type(error).__name__} {error}.") from error
-    known = set(names.values())
     order = np.lexsort((-scores, owners))
     owners = owners[order]
 
@@ -60,7 +61,7 @@ def import_proposals(path: str | Path, sources: dict[str, datasets.Dataset]) -> 
     for split, source in sources.items():
         keys = [_find(name, names) for name in _names(source)]
         if not any(key is not None for key in keys) and "image_id" in source.column_names:
-            keys = [key if key in known else None for key in image_ids(source, split)]
+            keys = [numbers_of_images.get(key) for key in image_ids(source, split)]
         missing = sum(key is None for key in keys)
         if missing == len(keys):
             raise DataError(
@@ -87,7 +88,7 @@ def export_proposals(dataset: datasets.Dataset, path: str | Path) -> None:
 
     The only category is `selective_search`, whatever made the proposals, as in AlignDet's files; with clusters there
     is one per cluster, whose id is its number. Every proposal is an annotation with its `score`. Images have their own
-    ids, or those of their rows if there is no column `image_id`.
+    ids and names, or those of their rows and files if there are no columns `image_id` and `file_name`.
 
     Args:
         dataset (`datasets.Dataset`): With the columns `image` (not decoded) and `proposals`.
@@ -105,7 +106,8 @@ def export_proposals(dataset: datasets.Dataset, path: str | Path) -> None:
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
         file.write('{"annotations": [')
-        for start, table in arrow_batches(dataset, ["image", "proposals"], batch_size=100):
+        has_names = "file_name" in dataset.column_names
+        for start, table in arrow_batches(dataset, ["image", "proposals"] + ["file_name"] * has_names, batch_size=100):
             boxes, counts = read_boxes(table["proposals"])
             fields = {"score": read_values(table["proposals"], "score")[0].tolist()}
             if "cluster" in dataset.features["proposals"]:
@@ -122,8 +124,9 @@ def export_proposals(dataset: datasets.Dataset, path: str | Path) -> None:
                     height, width = image_size(value)
                 except ImageError as error:
                     raise DataError(f"Row {row}: {error}") from error
-                name = value["path"] or f"{ids[row]}"
-                images.append({"id": ids[row], "file_name": Path(name).name, "height": height, "width": width})
+                name = table["file_name"][row - start].as_py() if has_names else None
+                name = name or Path(value["path"] or f"{ids[row]}").name
+                images.append({"id": ids[row], "file_name": name, "height": height, "width": width})
         categories = [{"id": 1, "name": "selective_search"}]
         if "cluster" in dataset.features["proposals"]:
             categories = [{"id": cluster, "name": f"cluster {cluster}"} for cluster in range(largest + 1)]
@@ -148,7 +151,7 @@ def _names(source: datasets.Dataset):
 
 
 def _find(name: str, names: dict[str, int]) -> int | None:
-    """The id of the image that a path ends with the name of; the longest name if there are several."""
+    """The number of the image that a path ends with the name of; the longest name if there are several."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     found = (names.get("/".join(parts[start:])) for start in range(len(parts)))
     return next((image for image in found if image is not None), None)

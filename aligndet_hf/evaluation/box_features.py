@@ -11,7 +11,7 @@ from torchvision.ops import roi_align
 
 from ..data.bit_depth import pixel_window
 from ..data.collate import normalize_images, pad_images
-from ..data.columns import clean_boxes, read_boxes
+from ..data.columns import usable_boxes
 from ..data.errors import ImageError
 from ..data.images import decode_image, image_name
 from ..data.views import resize_image, view_shape
@@ -134,7 +134,7 @@ class BoxImages(Dataset):
         except ImageError as error:
             return {"file": image_name(value), "reason": str(error)}
         height, width = image.shape[:2]
-        boxes, kept = clean_boxes(read_boxes(table[self.column])[0], width, height)
+        boxes, kept = usable_boxes(table[self.column], width, height)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) / (width, height, width, height)
         image = resize_image(image, *view_shape(height, width, "shortest_edge", self.short_side))
         return {

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..data.bit_depth import pixel_window, window_of
 from ..data.collate import normalize_images
-from ..data.columns import clean_boxes, image_numbers, read_boxes, read_values
+from ..data.columns import image_numbers, read_values, usable_boxes
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image
 from ..proposals.trained import with_both_sides
@@ -63,7 +63,7 @@ class EvaluationImages(Dataset):
     def objects(self, row: int, height: int, width: int) -> dict[str, np.ndarray]:
         """The truth of a row, whose image has this size: `boxes` (float [n, 4], pixels, xyxy), `labels` (int [n])."""
         objects = self.dataset.select([row]).with_format("arrow")[:]["objects"]
-        boxes, kept = clean_boxes(read_boxes(objects)[0], width, height)
+        boxes, kept = usable_boxes(objects, width, height)
         boxes[:, 2:] += boxes[:, :2]
         return {"boxes": boxes, "labels": read_values(objects, "category")[0].astype(int)[kept]}
 
