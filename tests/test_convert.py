@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from original_detectors import Detr, MmdetDetr, randomise
-from tiny_detectors import tiny_detector
+from tiny_detectors import timm_backbone, tiny_detector
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from aligndet_hf.cli import main
@@ -79,7 +79,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
     assert error.count("\n") == 1 and "page.pth cannot be read as weights: it is neither a safetensors file" in error
     assert not (tmp_path / "out" / "config.json").exists()
     with pytest.raises(
-        ValueError, match="no published layout becomes a detector of family 'rt_detr'; known are dab-de"
+        ValueError, match="no published layout becomes a detector of family 'rt_detr'; known are condit"
     ):
         convert(ConvertArguments(source="page.pth", family="rt_detr", output_dir=str(tmp_path / "out")))
     with pytest.raises(ValueError, match="are for reading a file, not for --to mmdet"):
@@ -126,10 +126,25 @@ def test_mmdet_gets_its_own_names(original, published, converted, tmp_path):
     assert not read_detector(path)[1].missing
 
 
+def test_torchvision_gets_its_own_file(tmp_path):
+    detector = tiny_detector("torchvision_fcos", backbone_config=timm_backbone("resnet18", (2, 3, 4)))
+    detector.save_pretrained(tmp_path / "detector")
+    path = convert(ConvertArguments(source=str(tmp_path / "detector"), to="torchvision", output_dir=str(tmp_path)))
+    assert path == tmp_path / "torchvision.safetensors"
+    again, report = read_detector(path)
+    assert not [name for name in report.missing if not name.endswith("num_batches_tracked")]
+    for name, tensor in detector.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
 def test_a_detector_that_would_compute_otherwise_is_not_written(tmp_path):
     for model_type, fields, message in (
         ("detr", {"auxiliary_loss": True}, "norms the output of every decoder layer before the next one"),
-        ("dab-detr", {"auxiliary_loss": False}, "a dab-detr cannot be written for mmdet; these can: detr"),
+        (
+            "dab-detr",
+            {"auxiliary_loss": False},
+            "a dab-detr cannot be written for mmdet; these can: detr, torchvision_fcos",
+        ),
     ):
         tiny_detector(model_type, **fields).save_pretrained(tmp_path / model_type)
         with pytest.raises(ValueError, match=message):

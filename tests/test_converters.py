@@ -122,6 +122,29 @@ def test_pre_training_of_other_authors_with_this_code(published):
     assert set(report.missing) == {"class_labels_classifier.weight", "class_labels_classifier.bias"}
 
 
+@pytest.mark.parametrize("build", [Detr, ConditionalDetr, DeformableDetr])
+def test_siamese_detr_before_its_own_conversion(build):
+    original = randomise(build())
+    state = {n.replace("backbone.0.body.", "backbone."): t for n, t in original.state_dict().items()}
+    state = {n: t for n, t in state.items() if not n.startswith(("class_embed", "bbox_embed"))}
+    if build is DeformableDetr:
+        state["query_embed.weight"], state["transformer.tgt_embed.weight"] = original.query_embed.weight.chunk(2, 1)
+    heads = original.bbox_embed[0] if build is DeformableDetr else original.bbox_embed
+    state |= {f"pred_head.bbox_embed.{n}": t for n, t in heads.state_dict().items()}
+    for name in (
+        "pred_head.class_embed",
+        "pred_head.feature_align.layers.0",
+        "patch2query",
+        "enc_head.0.projector.fc",
+    ):
+        state |= {f"{name}.weight": torch.zeros(3, 64), f"{name}.bias": torch.zeros(3)}
+    detector, report = convert({"state_dict": {f"module.{n}": t for n, t in state.items()}})
+    assert report.layout.endswith("of SiameseDETR") and len(report.dropped) == 8
+    assert report.missing and all("class" in name for name in report.missing)
+    with torch.no_grad():
+        torch.testing.assert_close(detector(images()).pred_boxes, original(images())[1], atol=1e-5, rtol=1e-5)
+
+
 def test_aligndet_holds_the_detector_three_times(detr):
     online, target = randomise(MmdetDetr(2)), randomise(MmdetDetr(2), seed=1)
     projector = {"bbox_head.projector.0.weight": torch.zeros(2, 2)}

@@ -30,6 +30,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 from torchvision.ops import (
     FeaturePyramidNetwork,
+    MultiScaleRoIAlign,
     batched_nms,
     box_convert,
     box_iou,
@@ -84,6 +85,10 @@ class TorchvisionDetectorConfig(PreTrainedConfig):
             level in evaluation mode).
         rows_per_image (`int`, *optional*, defaults to 256): anchors or points of an image whose features are handed
             out in pre-training; of R-CNNs these are the RoIs that are trained on.
+        conventions (`str`, *optional*, defaults to `"torchvision"`): "mmdet" computes as mmdetection and Detectron2
+            do, which their checkpoints count on: anchors with fractions of pixels, regions shifted by half a pixel,
+            RetinaNet's sixth level of the backbone and no ReLU before the seventh, FCOS' points in the middle of
+            pixels, exponential distances with a scale for each level, and centerness beside the classes.
     """
 
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
@@ -99,6 +104,7 @@ class TorchvisionDetectorConfig(PreTrainedConfig):
     detections_per_image: int = 100
     pre_nms_top_k: int = 1000
     rows_per_image: int = 256
+    conventions: str = "torchvision"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.backbone_config, PreTrainedConfig):
@@ -107,6 +113,8 @@ class TorchvisionDetectorConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         if self.version not in (1, 2):
             raise ValueError(f"version is that of torchvision's builders, 1 or 2, got {self.version}")
+        if self.conventions not in ("torchvision", "mmdet"):
+            raise ValueError(f"conventions are those of torchvision or mmdet, got {self.conventions!r}")
         if self.anchor_sizes is None:
             self.anchor_sizes = [self.default_anchors(size) for size in (32, 64, 128, 256, 512)]
         super().__post_init__(**kwargs)
@@ -332,6 +340,79 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+# --- what mmdetection and Detectron2 compute otherwise ---------------------------------------------------------------
+
+
+class ExactAnchors(AnchorGenerator):
+    """Anchors whose corners are not rounded to pixels, at strides that do not depend on the size of the image."""
+
+    offset = 0.0  # of the centre, in sides of a square anchor
+    first_stride = 8
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Anchors of every image, `[N, 4]`."""
+        self.set_cell_anchors(feature_maps[0].dtype, feature_maps[0].device)
+        strides = [torch.tensor(self.first_stride * 2**level) for level in range(len(feature_maps))]
+        shapes = [list(one.shape[-2:]) for one in feature_maps]
+        anchors = torch.cat(self.grid_anchors(shapes, [[stride, stride] for stride in strides]))
+        return [anchors] * len(image_list.image_sizes)
+
+    def generate_anchors(
+        self,
+        scales: list[float],
+        aspect_ratios: list[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> Tensor:
+        """Anchors of a location, `[ratios * scales, 4]`, around its corner."""
+        height = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+        sides = torch.tensor(scales, dtype=dtype, device=device)
+        width, height = (sides / height).flatten(), (sides * height).flatten()
+        return torch.stack([-width, -height, width, height], 1) / 2 + self.offset * sides[0]
+
+
+class PixelCentres(ExactAnchors):
+    """The points of FCOS in the middle of the pixels of their map."""
+
+    offset = 0.5
+
+
+class AlignedRoIAlign(MultiScaleRoIAlign):
+    """Regions shifted by half a pixel of their map, with a sample for each pixel."""
+
+    def forward(self, x: Maps, boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Features of the regions of all images, `[sum, channels, size, size]`, of maps with strides 4 to 32."""
+        index = [torch.full_like(own[:, :1], image) for image, own in enumerate(boxes)]
+        regions = torch.cat([torch.cat(index), torch.cat(boxes)], 1)
+        side = (regions[:, 3:] - regions[:, 1:3]).prod(1).sqrt()
+        level = torch.floor(torch.log2(side / (self.canonical_scale / 4) + 1e-6)).clamp(0, len(self.featmap_names) - 1)
+        pooled = x[self.featmap_names[0]].new_zeros(len(regions), x[self.featmap_names[0]].shape[1], *self.output_size)
+        for number, name in enumerate(self.featmap_names):
+            own = (level == number).nonzero().squeeze(1)
+            found = roi_align(
+                x[name], regions[own].to(x[name].dtype), self.output_size, 0.25 / 2**number, aligned=True
+            )
+            pooled[own] = found.to(pooled.dtype)
+        return pooled
+
+
+class PlainP6P7(LastLevelP6P7):
+    """RetinaNet's sixth level of the backbone's last map, and the seventh of the sixth as it is."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """The maps with two more."""
+        p6 = self.p6(c[-1])
+        return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
+
+
+class LevelScale(nn.Module):
+    """What the distances of a level of FCOS are multiplied by before the exponential."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -492,8 +573,11 @@ class TorchvisionDetector(PreTrainedModel):
         The tensors by the names of torchvision's own detector of the same kind and backbone, of a ResNet of timm.
 
         Raises:
-            `ValueError`: if the backbone is another, which torchvision has no such detector of.
+            `ValueError`: if the backbone is another, which torchvision has no such detector of, or if it computes by
+                the conventions of mmdetection.
         """
+        if self.config.conventions != "torchvision":
+            raise ValueError("this detector computes by the conventions of mmdetection, and torchvision's does not")
         backbone = getattr(self.config.backbone_config, "backbone", self.config.backbone_config.model_type)
         if not hasattr(resnet, backbone.split(".")[0]):
             raise ValueError(f"torchvision's detectors are built around its ResNets; this one has {backbone!r} inside")
@@ -608,9 +692,9 @@ class RetinaNetForObjectDetection(DenseDetector):
     def build(self, config: RetinaNetConfig) -> RetinaNet:
         # Version 2 makes the sixth level of the backbone's last map.
         width = config.hidden_size
-        pyramid = Pyramid(
-            config, lambda channels: LastLevelP6P7(width if config.version == 1 else channels[-1], width)
-        )
+        last_levels = PlainP6P7 if config.conventions == "mmdet" else LastLevelP6P7
+        is_of_pyramid = config.version == 1 and config.conventions == "torchvision"
+        pyramid = Pyramid(config, lambda channels: last_levels(width if is_of_pyramid else channels[-1], width))
         norm = partial(nn.GroupNorm, 32) if config.version == 2 else None
         head = RetinaNetHead(width, config.num_anchors, config.num_labels, norm_layer=norm)
         head.regression_head._loss_type = "l1" if config.version == 1 else "giou"
@@ -657,7 +741,28 @@ class FcosForObjectDetection(DenseDetector):
         width = config.hidden_size
         pyramid = Pyramid(config, lambda channels: LastLevelP6P7(width, width))
         radius = math.inf if config.center_sampling_radius is None else config.center_sampling_radius
-        return FCOS(pyramid, config.num_labels, center_sampling_radius=radius, **_dense_fields(config))
+        fcos = FCOS(pyramid, config.num_labels, center_sampling_radius=radius, **_dense_fields(config))
+        if config.conventions == "mmdet":
+            fcos.head.regression_head.scales = nn.ModuleList([LevelScale() for _ in config.anchor_sizes])
+        return fcos
+
+    def _predictions(self, maps: Maps, towers: list[Tensor]) -> dict[str, Tensor]:
+        """As of any dense detector; by the conventions of mmdetection from other layers."""
+        if self.config.conventions == "torchvision":
+            return super()._predictions(maps, towers)
+        head = self.detector.head.regression_head
+        boxes = [
+            # In strides, as torchvision has them.
+            (level.scale * at_least_float32(head.bbox_reg(head.conv(feature_map)))).exp() / stride
+            for feature_map, level, (stride,) in zip(maps.values(), head.scales, self.config.anchor_sizes, strict=True)
+        ]
+        logits = [self.detector.head.classification_head.cls_logits(tower) for tower in towers]
+        centerness = [head.bbox_ctrness(tower) for tower in towers]
+        found = {"boxes": (boxes, 4), "centerness": (centerness, 1), "logits": (logits, self.config.num_labels)}
+        return {
+            name: at_least_float32(torch.cat([self._rows(level, width) for level in levels], 1))
+            for name, (levels, width) in found.items()
+        }
 
     def match(self, anchors: Tensor, boxes: Tensor) -> Tensor:
         """See [`match_points`]."""
@@ -665,8 +770,9 @@ class FcosForObjectDetection(DenseDetector):
         return match_points(points, sizes, boxes, self.config.center_sampling_radius)
 
     def scores(self, predictions: dict[str, Tensor]) -> Tensor:
-        """Geometric means of class score and centerness, `[images, N, classes]`."""
-        return (predictions["logits"].sigmoid() * predictions["centerness"].sigmoid()).sqrt()
+        """Geometric means of class score and centerness, or by mmdetection's conventions the products."""
+        products = predictions["logits"].sigmoid() * predictions["centerness"].sigmoid()
+        return products if self.config.conventions == "mmdet" else products.sqrt()
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """Boxes in pixels, `xyxy`."""
@@ -741,10 +847,16 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
             box_nms_thresh=config.nms_threshold,
             box_detections_per_img=config.detections_per_image,
             box_head=box_head,
+            box_roi_pool=self._roi_pool(config, 7),
             # The first class is background.
             box_predictor=FastRCNNPredictor(config.box_head_size, config.num_labels + 1),
             **self._mask_parts(config, norm),
         )
+
+    @staticmethod
+    def _roi_pool(config: FasterRcnnConfig, size: int) -> MultiScaleRoIAlign:
+        pool = AlignedRoIAlign if config.conventions == "mmdet" else MultiScaleRoIAlign
+        return pool(["0", "1", "2", "3"], size, sampling_ratio=2)
 
     def _mask_parts(self, config: FasterRcnnConfig, norm: type[nn.Module] | None) -> dict[str, nn.Module]:
         return {}
@@ -881,6 +993,7 @@ class MaskRcnnForObjectDetection(FasterRcnnForObjectDetection):
     def _mask_parts(self, config: MaskRcnnConfig, norm: type[nn.Module] | None) -> dict[str, nn.Module]:
         width = config.hidden_size
         return {
+            "mask_roi_pool": self._roi_pool(config, 14),
             "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm_layer=norm),
             "mask_predictor": MaskRCNNPredictor(width, width, config.num_labels + 1),
         }
@@ -898,7 +1011,12 @@ def _dense_fields(config: TorchvisionDetectorConfig) -> dict[str, Any]:
 
 def _anchor_generator(config: TorchvisionDetectorConfig) -> AnchorGenerator:
     sizes = tuple(tuple(level) for level in config.anchor_sizes)
-    return AnchorGenerator(sizes, (tuple(config.aspect_ratios),) * len(sizes))
+    generator = AnchorGenerator
+    if config.conventions == "mmdet":
+        generator = PixelCentres if isinstance(config, FcosConfig) else ExactAnchors
+    found = generator(sizes, (tuple(config.aspect_ratios),) * len(sizes))
+    found.first_stride = 2 ** (config.levels[0] + 1)
+    return found
 
 
 MODELS = (

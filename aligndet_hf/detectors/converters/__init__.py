@@ -13,15 +13,30 @@ from ..weight_files import read_checkpoint
 from .conditional_detr import CONDITIONAL_DETR
 from .dab_detr import DAB_DETR
 from .deformable_detr import DEFORMABLE_DETR
+from .detectron2 import DETECTRON2
 from .detr import DETR
 from .layout import ConversionReport, Layout, convert_tensors, find_detector_in
+from .mmdet_convnets import MMDET_CONVNETS
 from .mmdet_detr import MMDET_2, MMDET_3
+from .siamese_detr import SIAMESE_DETR
+from .torchvision import TORCHVISION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The more special ones first: a file is taken for the first that it fits.
-LAYOUTS: tuple[Layout, ...] = (DAB_DETR, CONDITIONAL_DETR, DEFORMABLE_DETR, DETR, MMDET_2, MMDET_3)
+LAYOUTS: tuple[Layout, ...] = (
+    *SIAMESE_DETR,
+    DAB_DETR,
+    CONDITIONAL_DETR,
+    DEFORMABLE_DETR,
+    DETR,
+    MMDET_2,
+    MMDET_3,
+    *MMDET_CONVNETS,
+    *TORCHVISION,
+    *DETECTRON2,
+)
 
 
 def read_detector(
@@ -62,7 +77,7 @@ def read_detector(
     """
     layouts = [layout for layout in LAYOUTS if family in (None, layout.family)]
     if not layouts:
-        families = ", ".join(dict.fromkeys(layout.family for layout in LAYOUTS))
+        families = ", ".join(sorted({layout.family for layout in LAYOUTS}))
         raise ValueError(f"no published layout becomes a detector of family {family!r}; known are {families}")
     name = Path(path).name
     return convert_tensors(find_detector_in(read_checkpoint(path), layouts, name), name, fields, partial)

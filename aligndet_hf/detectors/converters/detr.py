@@ -78,15 +78,18 @@ def class_fields(count: int, names: Iterable[str] = ()) -> dict[str, Any]:
         names (`Iterable[str]`, *optional*): their names, as the file tells them. 91 classes without names are COCO's,
             by their ids; an id that COCO does not use is called `unused 12`.
     """
-    names = list(names)
-    if not names and count == COCO_CLASSES:
-        from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
-
-        categories = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-        names = [f"unused {i}" if name in ("N/A", "__background__") else name for i, name in enumerate(categories)]
+    names = list(names) or (coco_names() if count == COCO_CLASSES else [])
     if len(names) != count:
         return {"num_labels": count}
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def coco_names() -> list[str]:
+    """COCO's categories by their ids, from 0 to 90."""
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    categories = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [f"unused {i}" if name in ("N/A", "__background__") else name for i, name in enumerate(categories)]
 
 
 def count(tensors: Iterable[str], prefix: str) -> int:

@@ -15,7 +15,9 @@ from torch import Tensor
 from ..build import build_image_processor
 from . import read_detector
 from .layout import Layout
+from .mmdet_convnets import MMDET_CONVNETS
 from .mmdet_detr import MMDET_3
+from .torchvision import TORCHVISION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,11 +81,20 @@ def export_tensors(detector: PreTrainedModel, code_base: str) -> dict[str, Tenso
             f"this {detector.config.model_type} norms the output of every decoder layer before the next one, as "
             f"transformers does with auxiliary_loss=true; that of {code_base} does not, and would detect other things"
         )
-    return invert(_layout(detector, code_base), detector.state_dict())
+    if code_base == "torchvision" and hasattr(detector, "torchvision_state_dict"):
+        return detector.torchvision_state_dict()
+    layout = _layout(detector, code_base)
+    if getattr(detector.config, "conventions", "mmdet") != "mmdet":
+        raise ValueError(
+            f"this {detector.config.model_type} computes by the conventions of torchvision, and that of mmdet does "
+            "not. Write it for torchvision, or train one with the config field conventions=mmdet"
+        )
+    tensors = invert(layout, detector.state_dict())
+    return layout.restore(tensors) if layout.restore else tensors
 
 
 def _layout(detector: PreTrainedModel, code_base: str) -> Layout:
-    layouts = {"mmdet": (MMDET_3,), "torchvision": ()}
+    layouts = {"mmdet": (MMDET_3, *MMDET_CONVNETS), "torchvision": TORCHVISION}
     if code_base not in layouts:
         raise ValueError(f"detectors are written for {', '.join(layouts)}, not for {code_base!r}")
     family = detector.config.model_type
@@ -106,4 +117,7 @@ def invert(layout: Layout, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         (source,) = layout.sources(name)
         parts.setdefault(source.name, {})[source.part] = tensor.detach().cpu()
-    return {name: torch.cat([found[part] for part in sorted(found)]).contiguous() for name, found in parts.items()}
+    return {
+        name: torch.cat([found[part] for part in sorted(found)]) if len(found) > 1 else found[0].contiguous()
+        for name, found in parts.items()
+    }

@@ -36,6 +36,11 @@ class Layout:
             tensor, or join two names by ` + `, whose columns stand side by side.
         config (`Callable`): `(tensors, options) -> fields` of the detector's config, read off the shapes of the
             tensors, and of the options that a file may hold.
+        aliases (`tuple[tuple[str, str], ...]`): replacements that turn names of older versions of the code base into
+            those of the table.
+        prepare (`Callable`, *optional*): `(tensors, options) -> Prepared`, for what renaming cannot do:
+            classes in another order, norms that the family has not.
+        restore (`Callable`, *optional*): undoes it, `tensors -> tensors`, for files that are written.
         dropped (`tuple[tuple[str, str], ...]`): which of their tensors have no place in the detector, and why.
         absent (`tuple[tuple[str, str], ...]`): which of our tensors a file may lack, and why.
         refused (`tuple[tuple[str, str], ...]`): tensors of an architecture that the family does not have, and which.
@@ -49,6 +54,9 @@ class Layout:
     marks: tuple[str, ...]
     names: tuple[tuple[str, str], ...]
     config: Callable[[Tensors, Mapping[str, Any]], dict[str, Any]]
+    aliases: tuple[tuple[str, str], ...] = ()
+    prepare: Callable[[dict[str, Tensor], Mapping[str, Any]], Prepared] | None = None
+    restore: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     dropped: tuple[tuple[str, str], ...] = ()
     absent: tuple[tuple[str, str], ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
@@ -61,6 +69,21 @@ class Layout:
         for pattern, template in self.names:
             name = re.sub(pattern, template, name)
         return [Source.parse(part) for part in name.split(" + ")]
+
+
+class Prepared(NamedTuple):
+    """
+    The tensors of a file as a layout's table expects them.
+
+    Attributes:
+        tensors (`dict[str, Tensor]`): the tensors, some of them changed.
+        changed (`dict[str, str]`): what was done to those that were changed, or where new ones come from.
+        dropped (`dict[str, str]`): those that are no longer there, and why.
+    """
+
+    tensors: dict[str, Tensor]
+    changed: dict[str, str]
+    dropped: dict[str, str]
 
 
 class Source(NamedTuple):
@@ -87,6 +110,7 @@ class Source(NamedTuple):
 
 # What training saves beside the detector, in any layout.
 UNUSED = ((r"(.*\.)?num_batches_tracked$", "a counter of training, which no output depends on"),)
+COUNTERS = (r".*num_batches_tracked$", "a counter of training, which starts at 0")
 # Networks around the detector: where the marks of a layout stand under one of these names, this one is read first.
 WRAPPERS = ("", "module.", "backbone.", "module.backbone.", "detr.")
 OUTSIDE = (
@@ -152,7 +176,7 @@ class Found(NamedTuple):
     layout: Layout
     tensors: dict[str, Tensor]  # without what stands before all of their names
     outside: dict[str, Tensor]  # other tensors beside it
-    options: dict[str, Any]
+    options: dict[str, Any]  # of the training; `is_old` says whether names of an older version were replaced
 
 
 def find_detector_in(content: Mapping, layouts: Iterable[Layout], source: str) -> Found:
@@ -167,8 +191,9 @@ def find_detector_in(content: Mapping, layouts: Iterable[Layout], source: str) -
     Raises:
         `ValueError`: if there is none.
     """
-    for tensors in _state_dicts(content):
+    for named in _state_dicts(content):
         for layout in layouts:
+            tensors = _with_names_of_today(named, layout)
             first = layout.marks[0]
             found = {name.removesuffix(first) for name in tensors if name.endswith(first)}
             prefixes = sorted(
@@ -178,7 +203,9 @@ def find_detector_in(content: Mapping, layouts: Iterable[Layout], source: str) -
                 inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
                 if all(mark in inside for mark in layout.marks):
                     outside = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-                    return Found(layout, inside, outside, _options(content))
+                    return Found(
+                        layout, inside, outside, _options(content) | {"is_old": tensors.keys() != named.keys()}
+                    )
     count = len(flatten(content))
     names = ", ".join(list(flatten(content))[:3])
     raise ValueError(
@@ -188,6 +215,16 @@ def find_detector_in(content: Mapping, layouts: Iterable[Layout], source: str) -
         + "; ".join(dict.fromkeys(layout.name for layout in layouts))
         + ". A trunk alone is given as --backbone_weights"
     )
+
+
+def _with_names_of_today(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The tensors with the names of older versions replaced."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, template in layout.aliases:
+            name = re.sub(pattern, template, name)
+        renamed[name] = tensor
+    return renamed
 
 
 def _state_dicts(content: Mapping) -> list[dict[str, Tensor]]:
@@ -235,6 +272,8 @@ def convert_tensors(
         if any(re.match(pattern, name) for name in tensors):
             raise ValueError(f"{source} is {layout.name} with {why}, which {layout.family} of transformers lacks")
     config = _config(layout, found, source, fields or {})
+    prepared = layout.prepare(dict(tensors), found.options) if layout.prepare else Prepared(tensors, {}, {})
+    tensors = prepared.tensors
     blank = detector_from_config(config)
     report = ConversionReport(
         source, layout.name, layout.family, note=layout.note, repository=layout.repository, license=layout.license
@@ -256,11 +295,13 @@ def convert_tensors(
                 f"other tensors of a {layout.family}"
             )
         state[name] = tensor.to(expected.dtype, copy=True).contiguous()
-        is_whole = len(sources) == 1 and sources[0].parts == 1
-        (report.kept if is_whole else report.reshaped)[name] = " + ".join(map(str, sources))
+        is_whole = len(sources) == 1 and sources[0].parts == 1 and sources[0].name not in prepared.changed
+        told = " + ".join(map(str, sources))
+        told += "".join(f": {prepared.changed[part.name]}" for part in sources if part.name in prepared.changed)
+        (report.kept if is_whole else report.reshaped)[name] = told
     rest = [name for name in tensors if name not in used]
     report.dropped = {name: _reason((*UNUSED, *layout.dropped), name) or "" for name in rest}
-    report.dropped |= {name: _reason((*UNUSED, *OUTSIDE), name) or "" for name in found.outside}
+    report.dropped |= {name: _reason((*UNUSED, *OUTSIDE), name) or "" for name in found.outside} | prepared.dropped
     _refuse(report, layout, source, partial)
     # Not `load_state_dict`: heads of several layers are tied until a file says that they differ.
     return type(blank).from_pretrained(None, config=config, state_dict=state), report
