@@ -15,6 +15,10 @@ from .boxes import cxcywh_to_xyxy, iou_and_giou
 _BLOCK = 1 << 22  # similarities that exist at a time: large enough for matrix products at full speed
 
 
+# How near to a border of its image, in shares of it, a box touches the border.
+BORDER = 0.01
+
+
 def _unit_rows(features: Tensor) -> Tensor:
     """Rows of length one, in float32 at least: half precision is too coarse for logits divided by a temperature."""
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1, eps=1e-12)
@@ -264,6 +268,46 @@ def contrastive_diagnostics(
         "negative_similarity": _masked_mean(similarity, ~is_pair & is_object[:, None]),
         "rank_accuracy": _masked_mean((nearest == online_ids).to(online.dtype), has_key),
         "embedding_spread": _masked_mean((momentum - direction).square().sum(-1), is_key).sqrt(),
+    }
+
+
+def best_box_diagnostics(scores: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    """
+    Whether a detector looks at its images: one that does not finds the same box in all of them.
+
+    A detector that answers every image with the same large rectangle has falling losses and similarities like those of
+    one that has learnt, and nothing to pass on.
+
+    Args:
+        scores (`torch.Tensor` of shape `[images, queries]`): how sure each query is of its object.
+        boxes (`torch.Tensor` of shape `[images, queries, 4]`): normalised `cxcywh` boxes.
+
+    Returns:
+        `dict[str, torch.Tensor]` of scalars: `best_box_sameness`, the mean IoU of the best boxes of two images (1: the
+        same in all), NaN for a single image; and `best_box_borders`, the share of best boxes that touch two borders or
+        more of their image.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from aligndet_hf.losses import best_box_diagnostics
+
+    >>> boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2]], [[0.5, 0.5, 0.2, 0.2]], [[0.25, 0.5, 0.5, 1.0]]])
+    >>> found = best_box_diagnostics(torch.zeros(3, 1), boxes)
+    >>> {name: round(float(value), 3) for name, value in found.items()}
+    {'best_box_sameness': 0.36, 'best_box_borders': 0.333}
+
+    ```
+    """
+    rows = torch.arange(len(boxes), device=boxes.device)
+    corners = cxcywh_to_xyxy(boxes[rows, scores.argmax(1)].float())
+    iou, _ = iou_and_giou(corners[:, None], corners[None])
+    others = len(boxes) * (len(boxes) - 1)
+    touched = (corners[:, :2] <= BORDER).sum(1) + (corners[:, 2:] >= 1 - BORDER).sum(1)
+    return {
+        "best_box_sameness": (iou.sum() - iou.diagonal().sum()) / others if others else iou.new_tensor(float("nan")),
+        "best_box_borders": (touched >= 2).float().mean(),
     }
 
 

@@ -19,7 +19,7 @@ from aligndet_hf.data.columns import DataError
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.models import AlignDetForPreTraining
 from aligndet_hf.training import pretrain_setup
-from aligndet_hf.training.pretrain_loop import MAX_SKIPPED_STEPS
+from aligndet_hf.training.pretrain_loop import MAX_SKIPPED_STEPS, _problem
 
 
 @pytest.fixture
@@ -99,6 +99,16 @@ def test_the_loss_falls(arguments, model_type):
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
 
 
+def test_problems_are_told_only_where_there_are_some():
+    fine = {"embedding_spread": 0.63, "positive_similarity": 0.85, "negative_similarity": 0.05}
+    fine |= {"best_box_sameness": 0.2, "best_box_borders": 0.1}
+    assert _problem(fine) is None and _problem({}) is None
+    assert _problem(fine | {"embedding_spread": 0.01}).startswith("the embeddings of all objects are alike")
+    assert _problem(fine | {"negative_similarity": 0.85}).startswith("the embeddings of all objects are alike")
+    constant = _problem(fine | {"best_box_sameness": 0.97, "best_box_borders": 1.0})
+    assert constant.startswith("the detector's best box is the same in all images (mean IoU 0.97, 100 % touch two")
+
+
 def test_what_is_written(arguments):
     result = pretrain(
         arguments("rt_detr", max_steps=5, save_steps=2, save_total_limit=2, logging_steps=2, write_report=True)
@@ -117,6 +127,8 @@ def test_what_is_written(arguments):
         "rank_accuracy",
         "embedding_spread",
         "matched_proposals",
+        "best_box_sameness",
+        "best_box_borders",
     }
     expected = {
         "loss",

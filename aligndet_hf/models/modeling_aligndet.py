@@ -22,7 +22,7 @@ from ..detectors.backbones import (
 )
 from ..detectors.criterion import NORMALIZER_EPSILON, use_no_loss, use_pretraining_loss
 from ..detectors.families import Family, ObjectRows, backbone_path, family_of
-from ..losses import contrastive_diagnostics, count_ids, object_contrastive_loss
+from ..losses import best_box_diagnostics, contrastive_diagnostics, count_ids, object_contrastive_loss
 from ..processes import mean_over_processes, rows_of_other_processes
 from .configuration_aligndet import AlignDetConfig
 from .momentum_model import MomentumModel
@@ -276,6 +276,12 @@ class AlignDetForPreTraining(MomentumModel):
         )
         num_proposals = sum(len(label["proposal_ids"]) for label in labels)
         metrics["matched_proposals"] = count_ids(rows.ids[last]) / max(num_proposals, 1)
+        if momentum.pred_boxes is not None and momentum.pred_boxes.shape[1]:
+            # The momentum detector's, which has no denoising queries among its own.
+            logits = momentum.logits.float()
+            is_softmax = logits.shape[-1] > self.config.detector_config.num_labels  # with a class for "no object"
+            scores = logits.softmax(-1)[..., :-1] if is_softmax else logits
+            metrics |= best_box_diagnostics(scores.amax(-1), momentum.pred_boxes)
         detection = 0.0 if self.config.detection_loss == "none" else 1.0
         return AlignDetOutput(
             # Even without weight it keeps the gradients of all heads, which processes that train together wait for.

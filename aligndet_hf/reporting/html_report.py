@@ -32,6 +32,7 @@ CURVES = {
     "Embeddings": (
         "positive_similarity", "negative_similarity", "rank_accuracy", "embedding_spread", "matched_proposals",
     ),
+    "Best boxes": ("best_box_sameness", "best_box_borders"),
     "Accuracy": ("eval_AP", "eval_AP50", "eval_AP75"),
     "Training": ("learning_rate", "momentum", "gradient_norm", "grad_norm", "images_per_second"),
 }  # fmt: skip

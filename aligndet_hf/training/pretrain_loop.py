@@ -46,9 +46,11 @@ MAX_SKIPPED_STEPS = 20
 RUN_STATE = ("step", "skipped_steps", "skipped_in_a_row", "is_collapsed", "metrics")
 # What the progress bar shows.
 SHOWN = {"loss": "loss", "contrastive": "loss_contrastive", "rank_accuracy": "rank_accuracy"}
-# Below these diagnostics (see `contrastive_diagnostics`) embeddings have collapsed, if it is so after this part of the
-# run: those of a new detector are alike.
-MIN_SPREAD, MIN_MARGIN, SETTLED = 0.05, 0.005, 0.1
+# Below these diagnostics (see `contrastive_diagnostics`) embeddings have collapsed.
+MIN_SPREAD, MIN_MARGIN = 0.05, 0.005
+MAX_SAMENESS = 0.8  # above it (see `best_box_diagnostics`) the best box is the same in all images
+# After this part of the run, and this many steps, that is told: those of a new detector are alike.
+SETTLED, SETTLED_STEPS = 0.1, 50
 
 
 class Run:
@@ -215,16 +217,30 @@ def _write_log(run: Run, progress: tqdm) -> None:
         skipped_steps=run.skipped_steps,
     )
     progress.set_postfix({name: f"{run.metrics[key]:.3g}" for name, key in SHOWN.items() if key in run.metrics})
-    margin = run.metrics.get("positive_similarity", math.nan) - run.metrics.get("negative_similarity", math.nan)
-    spread = run.metrics.get("embedding_spread", math.nan)
-    is_collapsed = run.step >= SETTLED * run.total_steps and (spread < MIN_SPREAD or margin < MIN_MARGIN)
-    if is_collapsed and not run.is_collapsed and run.accelerator.is_main_process:
-        logger.warning(
-            f"step {run.step}: the embeddings of all objects are alike (spread {spread:.3f}, positive minus negative "
-            f"similarity {margin:.3f}): the contrastive loss teaches nothing yet. If that stays so, try a lower "
-            "learning rate, a lower contrastive_temperature (AlignDet), or more proposals per image."
+    problem = _problem(run.metrics) if run.step >= max(SETTLED * run.total_steps, SETTLED_STEPS) else None
+    if problem and not run.is_collapsed and run.accelerator.is_main_process:
+        logger.warning(f"step {run.step}: {problem}")
+    run.is_collapsed = problem is not None
+
+
+def _problem(metrics: dict[str, float]) -> str | None:
+    """What is wrong with a run that goes on as it is, told by an entry of its log."""
+    margin = metrics.get("positive_similarity", math.nan) - metrics.get("negative_similarity", math.nan)
+    spread, sameness = metrics.get("embedding_spread", math.nan), metrics.get("best_box_sameness", math.nan)
+    if spread < MIN_SPREAD or margin < MIN_MARGIN:
+        return (
+            f"the embeddings of all objects are alike (spread {spread:.3f}, positive minus negative similarity "
+            f"{margin:.3f}): the contrastive loss teaches nothing yet. If that stays so, try a lower learning rate, a "
+            "lower contrastive_temperature (AlignDet), or more proposals per image."
         )
-    run.is_collapsed = is_collapsed
+    if sameness > MAX_SAMENESS:
+        return (
+            f"the detector's best box is the same in all images (mean IoU {sameness:.2f}, "
+            f"{100 * metrics['best_box_borders']:.0f} % touch two borders): it does not look at them yet, and has "
+            "nothing to pass on. If that stays so, train for more steps, or give fewer and smaller proposals "
+            "(--max_proposals; --max_relative_size of aligndet proposals) with clusters as classes (--use_clusters)."
+        )
+    return None
 
 
 def _seed(*numbers: int) -> int:
