@@ -148,7 +148,32 @@ def test_the_same_file_in_training_and_evaluation(tmp_path):
     assert leak_note(train.select([1]), held_out, "mine") is None
 
 
-@pytest.mark.parametrize("arguments", [{"image_sizes": []}, {"resize": "crop"}, {"num_queries": 0}])
+@pytest.mark.parametrize(
+    "arguments", [{"image_sizes": []}, {"resize": "crop"}, {"num_queries": 0}, {"export": "kitti"}, {"export": "coco"}]
+)
 def test_wrong_arguments(arguments):
     with pytest.raises(ValueError):
         CheckArguments(dataset="x", **arguments)
+
+
+# ---- given back ----
+
+
+@pytest.mark.parametrize("layout", ["coco", "yolo", "voc"])
+def test_what_was_read_is_given_back(tmp_path, layout, capsys):
+    write_coco(tmp_path / "x", 3)
+    source = tmp_path / "x" / "labels.json"
+    report = run(source, export=layout, output_dir=str(tmp_path / "out"), num_pictures=0)
+    assert report.exit_code == 0 and f"Exported to {tmp_path / 'out' / layout}" in capsys.readouterr().out
+    before, after = load_dataset_source(source), load_dataset_source(tmp_path / "out" / layout, labels=True)
+    assert [row["objects"]["category"] for row in after] == [[0, 1]] * 3
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_allclose(new["objects"]["bbox"], old["objects"]["bbox"], atol=0.5)
+
+
+def test_problems_are_not_given_back(tmp_path, capsys):
+    write_coco(tmp_path / "x", 2)
+    (tmp_path / "x" / "1.png").write_bytes(b"\x89PNG")
+    report = run(tmp_path / "x" / "labels.json", export="coco", output_dir=str(tmp_path / "out"))
+    assert report.exit_code == 1 and not (tmp_path / "out" / "coco").exists()
+    assert "Nothing is exported" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from ..data.dataset import LabelledImages
 from ..data.door import listed
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, recognised, split_names
+from ..data.label_export import LAYOUTS, export_labels
 from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.pixels import ImageFacts, inspect_images
 from ..data.sampling import SampleKey
@@ -76,10 +77,22 @@ class CheckArguments:
     num_pictures: int = field(
         default=12, metadata={"help": "put this many images of a split, with their boxes, on a sheet: check-SPLIT.jpg"}
     )
+    export: str | None = field(
+        default=None,
+        metadata={
+            "role": "output",
+            "help": "write images and labels as they were read, for other tools or to correct them, to a folder "
+            "of that name in output_dir: coco, yolo or voc",
+        },
+    )
     disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
         check_values(self)
+        if self.export is not None and self.export not in LAYOUTS:
+            raise ValueError(f"export must be one of {', '.join(LAYOUTS)}, got {self.export!r}")
+        if self.export is not None and self.output_dir is None:
+            raise ValueError("export needs an output_dir to write to")
         ViewConfig(self.image_sizes, self.max_size, self.resize)  # raises what is wrong with them
 
 
@@ -168,7 +181,7 @@ def check(arguments: CheckArguments) -> CheckReport:
     source = arguments.dataset
     report = CheckReport(source, recognised(source))
     print(f"{source}: {report.recognised}")
-    prints = {}
+    prints, labelled = {}, {}
     for name in [arguments.split] if arguments.split else split_names(source):
         split = report.splits[name] = SplitReport()
         try:
@@ -181,6 +194,8 @@ def check(arguments: CheckArguments) -> CheckReport:
         if arguments.find_copies:
             prints[name] = fingerprints(dataset, arguments.disable_tqdm)
             split.copies = [[leak["image"], leak["seen"]] for leak in _copies(prints[name])]
+        if split.classes:
+            labelled[name] = dataset
         print(_describe(name, split))
         if arguments.output_dir is not None and arguments.num_pictures and split.classes and not split.problems:
             _draw(dataset, list(split.classes), arguments, Path(arguments.output_dir) / f"check-{name}.jpg")
@@ -202,7 +217,21 @@ def check(arguments: CheckArguments) -> CheckReport:
         folder = Path(arguments.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "check.json", report.to_dict())
+    if arguments.export is not None:
+        _export(labelled, report, arguments)
     return report
+
+
+def _export(labelled: dict[str, datasets.Dataset], report: CheckReport, arguments: CheckArguments) -> None:
+    """Writes the splits in another layout, if none has a problem that would be written as well."""
+    if not labelled or any(split.problems for split in report.splits.values()):
+        print("Nothing is exported: there must be labels, and no problem in any split.")
+        return
+    folder = Path(arguments.output_dir) / arguments.export
+    names = [category_names(split, arguments.dataset) for split in labelled.values()]
+    for line in export_labels(labelled, max(names, key=len), folder, arguments.export):
+        print(f"note: {line}")
+    print(f"Exported to {folder}")
 
 
 def _check_split(dataset: datasets.Dataset, source: str, arguments: CheckArguments, split: SplitReport) -> None:
