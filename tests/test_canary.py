@@ -113,11 +113,9 @@ def test_a_link_to_an_image_outside(tmp_path, layout):
     left_alone(tmp_path / "data", tmp_path / "passport.png")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["voc", "yolo", "coco", "cvat"])
 def test_a_link_to_a_folder_of_images_outside(tmp_path, layout):
-    image, labels = write(tmp_path / "data", layout)
-    if image.parent in (tmp_path / "data", labels.parent):
-        pytest.skip("this layout has no folder of images of its own")
+    image, _ = write(tmp_path / "data", layout)
     image.parent.rename(tmp_path / "private")
     image.parent.symlink_to(tmp_path / "private")
     left_alone(tmp_path / "data", tmp_path / "private")

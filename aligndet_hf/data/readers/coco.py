@@ -5,6 +5,7 @@ import logging
 import re
 from pathlib import Path
 
+from ..door import is_inside
 from ..errors import DataError
 from .files import inside, is_file, list_files, parse_json, read_start, read_text, split_of_file, split_of_folder
 from .rows import Categories, LabelledImage, Labels, is_box
@@ -306,7 +307,8 @@ def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[s
     places += [above / word, above / "images" / word, above / "images", above / "data" / word, above / "data", above]
     looked_at = [name.replace("\\", "/") for name in names[:_LOOKED_AT]]
     for place in places:
-        if any(is_file(place / name) for name in looked_at):
+        is_near = is_inside(place, here) or is_inside(place, above)  # no link to elsewhere
+        if is_near and any(is_file(place / name) for name in looked_at):
             return place, outer if place == here else place
     # A name that leads out is an error of its own; another one says where it was looked for.
     for name in names[:1]:

@@ -44,7 +44,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
     Two folders of the same split, `train` and `train2`, keep the names that they have.
     """
-    parts = [part for part in sorted(folder.iterdir()) if part.is_dir() and not part.name.startswith(".")]
+    parts = [part for part in sorted(folder.iterdir()) if is_folder(part, folder) and not part.name.startswith(".")]
     if not any(split_of_folder(part.name) for part in parts):
         return {}
     splits = {}
@@ -52,6 +52,11 @@ def split_folders(folder: Path) -> dict[str, Path]:
         name = split_of_folder(part.name) or part.name
         splits[part.name if name in splits else name] = part
     return splits
+
+
+def is_folder(path: Path, root: Path) -> bool:
+    """Whether there is a folder, and no link to one outside `root`."""
+    return path.is_dir() and door.is_inside(path, root)
 
 
 def list_files(folder: Path, *endings: str) -> Iterator[Path]:
@@ -88,8 +93,9 @@ def has_images(folder: Path) -> bool:
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
-    """The first of these files that is in the folder."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    """The first of these files that is in the folder, not as a link to one outside."""
+    paths = (folder / name for name in names)
+    return next((path for path in paths if is_file(path) and door.is_inside(path, folder)), None)
 
 
 def is_file(path: Path) -> bool:

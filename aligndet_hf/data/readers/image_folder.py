@@ -84,7 +84,7 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
 def read_labels(folder: Path) -> list[str] | None:
     """Category names of `labels.json` in the folder, or above that of a split: a list, or {"0": name, ...}."""
     places = [folder] + ([folder.parent] if split_of_folder(folder.name) else [])
-    path = next((place / "labels.json" for place in places if (place / "labels.json").is_file()), None)
+    path = next(filter(None, (find_file(place, "labels.json") for place in places)), None)
     if path is None:
         return None
     names = read_json(path)

@@ -128,5 +128,5 @@ def _find_image(folder: Path, file: Path, content: dict, image_dir: Path | None)
             return path
     same = [path for path in sorted(place.iterdir()) if path.stem == file.stem and is_image(path)]
     if same:
-        return same[0]
+        return inside(image_dir or folder, same[0].name, str(file), place)
     return inside(image_dir or folder, PureWindowsPath(given).name, str(file), place)

@@ -7,12 +7,14 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from ..door import is_inside
 from ..errors import DataError
 from ..images import image_size
 from .files import (
     find_file,
     inside,
     is_file,
+    is_folder,
     list_images,
     number,
     read_start,
@@ -94,7 +96,8 @@ def _root(path: Path) -> Path:
 def _find_config(folder: Path) -> Path | None:
     """The `data.yaml` of a folder: the only YAML file with splits or names."""
     files = [folder / name for name in _CONFIGS] + sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
-    return next((file for file in files if is_file(file) and _read_config(file)), None)
+    files = (file for file in files if is_file(file) and is_inside(file, folder))
+    return next((file for file in files if _read_config(file)), None)
 
 
 def _read_config(path: Path) -> dict | None:
@@ -118,12 +121,13 @@ def _config(path: Path) -> dict:
 def _layout(folder: Path) -> dict[str, Path]:
     """The folders of images by split, without a `data.yaml`: `images/train`, `train/images`, or one folder."""
     images = folder / "images"
-    if images.is_dir() and split_folders(images):
+    has_images = is_folder(images, folder)
+    if has_images and split_folders(images):
         return split_folders(images)
     parts = split_folders(folder)
     if parts:
-        return {name: part / "images" if (part / "images").is_dir() else part for name, part in parts.items()}
-    return {split_of_folder(folder.name) or "train": images if images.is_dir() else folder}
+        return {name: part / "images" if is_folder(part / "images", part) else part for name, part in parts.items()}
+    return {split_of_folder(folder.name) or "train": images if has_images else folder}
 
 
 def _has_labels(folder: Path) -> bool:
