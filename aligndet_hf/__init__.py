@@ -19,6 +19,7 @@ _FACE = {
     "commands.convert": ["ConvertArguments", "convert"],
     "commands.embeddings": ["EmbeddingsArguments", "compare_embeddings"],
     "commands.evaluate": ["EvaluateArguments", "evaluate"],
+    "commands.export": ["ExportArguments", "export"],
     "commands.finetune": ["FinetuneArguments", "FinetuneResult", "finetune"],
     "commands.knn": ["KnnArguments", "measure_knn"],
     "commands.predict": ["PredictArguments", "predict"],

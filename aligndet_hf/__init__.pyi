@@ -45,6 +45,12 @@ from .commands.evaluate import (
 from .commands.evaluate import (
     evaluate as evaluate,
 )
+from .commands.export import (
+    ExportArguments as ExportArguments,
+)
+from .commands.export import (
+    export as export,
+)
 from .commands.finetune import (
     FinetuneArguments as FinetuneArguments,
 )

@@ -83,6 +83,12 @@ COMMANDS = {
         "predict",
         "find objects in new images and videos: pictures, COCO and YOLO labels, a data set",
     ),
+    "export": Command(
+        "aligndet_hf.commands.export",
+        "ExportArguments",
+        "export",
+        "write a detector as ONNX, with all that is needed to run it, and compare it with the detector",
+    ),
     "pseudolabel": Command(
         "aligndet_hf.commands.pseudolabel",
         "PseudolabelArguments",
@@ -132,6 +138,7 @@ from unlabelled images to a fine-tuned detector:
   aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
   aligndet predict   --images photos/ --detector outputs/finetuned --output_dir outputs/predictions
+  aligndet export    --detector outputs/finetuned --images photos/ --output_dir outputs/exported
   aligndet pseudolabel --dataset images/ --labelled_dataset labelled/ --detector outputs/finetuned \\
       --output_dir outputs/pseudo
   aligndet embeddings --dataset labelled/ --detector outputs/pretrained --output_dir outputs/embeddings  # a look

@@ -22,6 +22,7 @@ HOUSE = [
     {"detectors"},
     {"models"},
     {"evaluation"},
+    {"exporting"},
     {"reporting"},
     {"training"},
     {"cli"},

@@ -180,12 +180,34 @@ def test_coco_labels_and_results_agree_and_load(output, photos):
     assert loaded.features["objects"]["category"].feature.names == ["red", "green"]
 
 
-def test_yolo_labels(output, photos):
-    assert (output / "yolo/images/1.png").read_bytes() == (photos / "1.png").read_bytes()
-    assert (output / "yolo/labels/0.txt").read_text() == ""
-    label, *box = (output / "yolo/labels/1.txt").read_text().split()
+def test_yolo_labels_come_in_again_as_they_went_out(output, photos):
+    assert (output / "yolo/images/train/1.png").read_bytes() == (photos / "1.png").read_bytes()
+    assert (output / "yolo/labels/train/0.txt").read_text() == ""
+    label, *box = (output / "yolo/labels/train/1.txt").read_text().split()
     assert label == "0" and [float(number) for number in box] == pytest.approx([4.5 / 64, 8 / 64, 5 / 64, 6 / 64])
-    assert "0: red" in (output / "yolo/data.yaml").read_text()
+    first = load_dataset_source(output / "yolo", labels=True)
+    second = load_dataset_source(output / "labels.json", labels=True, image_dir=photos)
+    assert first.features["objects"]["category"].feature.names == ["red", "green"]
+    for one, other in zip(first["objects"], second["objects"], strict=True):
+        assert one["category"] == other["category"]
+        np.testing.assert_allclose(one["bbox"] or np.zeros(0), other["bbox"] or np.zeros(0), atol=1e-5)
+
+
+def test_a_coco_file_gets_its_own_ids_back(photos, tmp_path):
+    """Ids 7 and 90, images from 139 on: the results go with the file that came in."""
+    images = [{"id": 139 + n, "file_name": f"{n}.png", "width": SIDE, "height": SIDE} for n in range(3)]
+    box = {"image_id": 140, "category_id": 90, "bbox": [2, 5, 5, 6], "area": 30, "iscrowd": 0, "id": 1}
+    categories = [{"id": 7, "name": "green"}, {"id": 90, "name": "red"}]
+    content = {"images": images, "annotations": [box], "categories": categories}
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    images = load_dataset_source(tmp_path / "labels.json", image_dir=photos)
+    look(images, output_dir=str(tmp_path / "out"))
+    truth = COCO(str(tmp_path / "labels.json"))
+    results = truth.loadRes(str(tmp_path / "out/predictions.json"))
+    assert [(one["image_id"], one["category_id"]) for one in results.anns.values()] == [(140, 90), (141, 90), (141, 7)]
+    labels = json.loads((tmp_path / "out/labels.json").read_text())
+    assert labels["categories"] == [{"id": 90, "name": "red"}, {"id": 7, "name": "green"}]
+    assert [image["file_name"] for image in labels["images"]] == ["0.png", "1.png", "2.png"]
 
 
 def test_the_data_set_holds_images_and_objects_with_scores(output, photos):
@@ -245,7 +267,7 @@ def test_the_command_takes_a_folder_of_a_detector(photos, tmp_path, capsys):
     "settings, message",
     [
         ({"tile_overlap": 1.0}, "tile_overlap must be 0 or more and below 1, got 1.0"),
-        ({"formats": ["coco", "voc"]}, "formats must be among .*, got voc"),
+        ({"formats": ["coco", "kitti"]}, "formats must be among .*, got kitti"),
         ({"score_threshold": 2.0}, "score_threshold must be from 0 to 1"),
         ({"tile_size": 3}, "tile_size must be 16 or more"),
     ],

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from ..data.errors import DataError
 from ..data.image_list import ImageList, list_images
 from ..data.images import decode_image
+from ..data.label_export import export_labels
 from ..data.launch import Launch
 from ..data.shards import save_split
 from ..data.sources import model_hash
@@ -26,7 +27,6 @@ from ..evaluation.predicted_rows import (
     write_coco,
     write_predictions,
     write_results,
-    write_yolo,
 )
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import write_json
@@ -34,7 +34,7 @@ from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes, jpeg_bytes
 from ..runs import RunFolder
 
-FORMATS = ("coco", "results", "yolo", "dataset", "pictures", "sheet")
+FORMATS = ("coco", "results", "yolo", "voc", "dataset", "pictures", "sheet")
 
 _COMPLETE, _TABLE = "complete", "predictions.arrow"
 _SHARD_SIZE = 64  # images between two saves; a killed run loses no more
@@ -103,7 +103,7 @@ class PredictArguments:
         metadata={
             "role": "output",
             "help": "write coco: labels.json, to be corrected in a labelling tool; results: predictions.json in "
-            "COCO's result format; yolo: a folder of labels; dataset: a data set with the column `objects`; "
+            "COCO's result format; yolo, voc: a folder of labels; dataset: a data set with the column `objects`; "
             "pictures: each image with its boxes; sheet: some of them on one page",
         },
     )
@@ -324,17 +324,19 @@ def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], 
         )
     complete, formats = folder.work / _COMPLETE, set(arguments.formats)
     complete.mkdir(exist_ok=True)
-    dataset, report = join_predictions(shards, complete / _TABLE, classes)
+    category_ids = images.category_ids(classes)
+    dataset, report = join_predictions(shards, complete / _TABLE, classes, category_ids)
     if len(dataset) == 0:
         raise DataError(f"None of the {len(images)} images can be read. {report['skipped'][0]['reason']}")
     report["skipped"] += images.faults
-    category_ids = list(range(len(classes)))
     if "results" in formats:
         write_results(dataset, complete / "predictions.json", category_ids)
     if "coco" in formats:
         write_coco(dataset, complete / "labels.json", classes, category_ids)
-    if "yolo" in formats:
-        write_yolo(dataset, complete / "yolo", classes)
+    for layout in sorted({"yolo", "voc"} & formats):
+        shutil.rmtree(complete / layout, ignore_errors=True)
+        undecoded = dataset.cast_column("image", datasets.Image(decode=False))
+        export_labels({"train": undecoded}, classes, complete / layout, layout)
     if "dataset" in formats:
         shutil.rmtree(complete / "dataset", ignore_errors=True)
         save_split(dataset, complete / "dataset")

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,10 +14,10 @@ import PIL.Image
 import pyarrow.compute as pc
 
 from .bit_depth import pixel_window
-from .columns import arrow_batches, image_ids
+from .columns import arrow_batches, category_ids, image_ids
 from .door import image_value, is_image_name, printable, visit
 from .errors import DataError, ImageError
-from .formats import load_dataset_source, split_names
+from .formats import category_names, load_dataset_source, split_names
 from .images import decode_image
 from .shards import content_hash
 
@@ -27,7 +28,7 @@ _MAGIC = "*?["  # what makes a path a pattern
 class ImageFiles:
     """Image files: their paths, and what to call them in the output."""
 
-    ids = None
+    ids, categories = None, {}
 
     def __init__(self, paths: list[str], names: list[str]):
         self.paths, self.names = paths, names
@@ -47,7 +48,7 @@ class ImageFiles:
 class MemoryImage:
     """An image in memory: an RGB array uint8 `[H, W, 3]` (or greyscale `[H, W]`) or a PIL image."""
 
-    ids, names = None, ["image.png"]
+    ids, categories, names = None, {}, ["image.png"]
 
     def __init__(self, image):
         self.image = image
@@ -63,15 +64,23 @@ class MemoryImage:
 
 
 class DatasetImages:
-    """The column `image` of a data set, and its ids if it has some."""
+    """The column `image` of a data set, and the ids of its images and categories if it has some."""
 
     def __init__(self, dataset: datasets.Dataset, source: str = "the data set"):
         self.ids = image_ids(dataset, source) if "image_id" in dataset.column_names else None
+        self.categories = {}
+        if "objects" in dataset.column_names:
+            names = category_names(dataset, source)
+            self.categories = dict(zip(names, category_ids(dataset, names), strict=True))
         self.dataset = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        given = dataset["file_name"] if "file_name" in dataset.column_names else [None] * len(dataset)
         paths = []
         for _, table in arrow_batches(self.dataset, ["image"]):
             paths += pc.struct_field(table["image"], "path").to_pylist()
-        self.names = [os.path.basename(path) if path else f"{row:06d}.jpg" for row, path in enumerate(paths)]
+        self.names = [
+            name or (os.path.basename(path) if path else f"{row:06d}.jpg")
+            for row, (name, path) in enumerate(zip(given, paths, strict=True))
+        ]
 
     def value(self, index: int) -> dict:
         return self.dataset[index]["image"]
@@ -98,7 +107,7 @@ class VideoFrames:
         [`ImageError`]: the video cannot be read, or ends before the number of frames that its header tells.
     """
 
-    ids = None
+    ids, categories = None, {}
 
     def __init__(self, path: str, name: str):
         self.path, self.title = path, name
@@ -162,7 +171,7 @@ class ImageList:
         if len(set(self.names)) < len(self.names):
             self.names = [f"{index:06d}-{os.path.basename(name)}" for index, name in enumerate(self.names)]
         self.ids = [image_id for part in parts for image_id in part.ids or ()]
-        if len(set(self.ids)) < len(self.names):
+        if len(set(self.ids)) < len(self.names) or not all(isinstance(image_id, int) for image_id in self.ids):
             self.ids = list(range(1, len(self.names) + 1))
 
     def __len__(self) -> int:
@@ -171,6 +180,14 @@ class ImageList:
     def _place(self, index: int) -> tuple:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.parts[number], int(index - self.starts[number])
+
+    def category_ids(self, classes: list[str]) -> list[int | str]:
+        """The ids that the data sets have for some classes; 0..C-1 unless they know one of them."""
+        known = {name: id_ for part in self.parts for name, id_ in part.categories.items()}
+        free = itertools.count(max((id_ for id_ in known.values() if isinstance(id_, int)), default=0) + 1)
+        if not known.keys() & set(classes):
+            return list(range(len(classes)))
+        return [known[name] if name in known else next(free) for name in classes]
 
     def value(self, index: int) -> dict | None:
         """The undecoded image as a data set stores it; `None` for one that is in no file of its own."""
@@ -186,6 +203,10 @@ class ImageList:
         """
         part, place = self._place(index)
         return part.read(place, self.window)
+
+    def spread(self, number: int) -> np.ndarray:
+        """The places of at most this many images, evenly spaced."""
+        return np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).round().astype(int))
 
     def identity(self) -> str:
         """A hash that tells whether another list has the same images."""

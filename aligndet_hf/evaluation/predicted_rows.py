@@ -1,4 +1,4 @@
-"""Predictions on the disk: shards that are complete or absent, their data set, and the files of COCO and YOLO."""
+"""Predictions on the disk: shards that are complete or absent, their data set, and files in COCO's formats."""
 
 import json
 import os
@@ -8,9 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pyarrow as pa
-import yaml
 
 from ..data.columns import objects_feature
 from ..data.image_list import ImageList
@@ -19,12 +17,12 @@ from .predictions import Prediction
 _ROWS_IN_MEMORY = 8  # photographs may take some 10 MB each
 
 
-def predicted_features(classes: list[str] | None = None) -> datasets.Features:
+def predicted_features(classes: list[str] | None = None, ids: list[int | str] | None = None) -> datasets.Features:
     """
     The columns of predictions as a data set: `image`, `image_id`, `file_name`, `width` and `height` in pixels, and
     `objects` as labelled data has them (see [`~aligndet_hf.data.columns.objects_feature`]) with the field `score`.
     """
-    objects = objects_feature(classes) | {"score": datasets.List(datasets.Value("float32"))}
+    objects = objects_feature(classes, ids) | {"score": datasets.List(datasets.Value("float32"))}
     numbers = {name: datasets.Value("int64") for name in ("width", "height")}
     names = {"image_id": datasets.Value("int64"), "file_name": datasets.Value("string")}
     return datasets.Features({"image": datasets.Image(), **names, **numbers, "objects": objects})
@@ -60,7 +58,9 @@ def _row(found: Prediction, images: ImageList) -> dict:
     }
 
 
-def join_predictions(shards: Sequence[Path], path: Path, classes: list[str]) -> tuple[datasets.Dataset, dict]:
+def join_predictions(
+    shards: Sequence[Path], path: Path, classes: list[str], ids: list[int | str]
+) -> tuple[datasets.Dataset, dict]:
     """
     Makes one data set of the shards that [`write_predictions`] wrote, mapped into memory from a file.
 
@@ -68,12 +68,13 @@ def join_predictions(shards: Sequence[Path], path: Path, classes: list[str]) -> 
         shards (`Sequence[Path]`): The files, in order.
         path (`Path`): The file to write.
         classes (`list[str]`): Names of the classes.
+        ids (`list[int | str]`): Their ids in COCO's formats.
 
     Returns:
         `tuple`: the data set, without the images that could not be read, and a report: `images`, `boxes`,
         `images_without_boxes`, `boxes_of_class` and `skipped`, a list of `file` and `reason`.
     """
-    features = predicted_features(classes)
+    features = predicted_features(classes, ids)
     report = {"images": 0, "images_without_boxes": 0, "boxes": 0, "boxes_of_class": {}, "skipped": []}
     counts = Counter()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
@@ -109,12 +110,12 @@ def predicted_rows(dataset: datasets.Dataset) -> Iterator[dict]:
         yield from table.to_pylist()
 
 
-def write_results(dataset: datasets.Dataset, path: Path, category_ids: Sequence[int]) -> None:
+def write_results(dataset: datasets.Dataset, path: Path, ids: list[int | str]) -> None:
     """Writes the detections as a list in COCO's result format, which `COCO.loadRes` of pycocotools reads."""
     _write_list(
         path,
         (
-            {"image_id": row["image_id"], "category_id": category_ids[label], "bbox": box, "score": score}
+            {"image_id": row["image_id"], "category_id": ids[label], "bbox": box, "score": score}
             for row in predicted_rows(dataset)
             for label, box, score in zip(
                 *(row["objects"][name] for name in ("category", "bbox", "score")), strict=True
@@ -123,7 +124,7 @@ def write_results(dataset: datasets.Dataset, path: Path, category_ids: Sequence[
     )
 
 
-def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], category_ids: Sequence[int]) -> None:
+def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], ids: list[int | str]) -> None:
     """
     Writes the detections as COCO labels, which a labelling tool imports; every annotation has its `score`.
 
@@ -140,10 +141,10 @@ def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], catego
             for label, box, area, id_, score in zip(
                 *(objects[name] for name in ("category", "bbox", "area", "id", "score")), strict=True
             ):
-                entry = {"id": id_, "image_id": row["image_id"], "category_id": category_ids[label], "bbox": box}
+                entry = {"id": id_, "image_id": row["image_id"], "category_id": ids[label], "bbox": box}
                 entry |= {"area": area, "iscrowd": 0, "score": score}
                 annotations.write((",\n" if id_ > 1 else "") + json.dumps(entry))
-    categories = [{"id": id_, "name": name} for id_, name in zip(category_ids, classes, strict=True)]
+    categories = [{"id": id_, "name": name} for id_, name in zip(ids, classes, strict=True)]
     with open(path, "w", encoding="utf-8") as file:
         file.write(f'{{"categories": {json.dumps(categories)}')
         for name, part in parts.items():
@@ -153,30 +154,6 @@ def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], catego
             file.write("\n]")
             part.unlink()
         file.write("}\n")
-
-
-def write_yolo(dataset: datasets.Dataset, folder: Path, classes: list[str]) -> None:
-    """
-    Writes the detections as YOLO labels: `data.yaml` with the classes, `images/` with copies of the images, and
-    `labels/` with a text per image, a line per box: class, centre and size, all relative to the image.
-    """
-    stems = Counter(os.path.splitext(name)[0] for name in dataset["file_name"])
-    for row in predicted_rows(dataset):
-        name, image = row["file_name"], row["image"]
-        stem, suffix = os.path.splitext(name)
-        stem = stem if stems[stem] == 1 else f"{stem}-{suffix[1:]}"  # a.jpg and a.png would share a.txt
-        content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-        _write_bytes(folder / "images" / f"{stem}{suffix}", content)
-        boxes = np.array(row["objects"]["bbox"], dtype=float).reshape(-1, 4)
-        boxes = np.concatenate([boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]], axis=1)
-        boxes /= (row["width"], row["height"]) * 2
-        lines = [
-            " ".join([str(label), *(f"{number:.7g}" for number in box)])
-            for label, box in zip(row["objects"]["category"], boxes, strict=True)
-        ]
-        _write_bytes(folder / "labels" / f"{stem}.txt", "".join(f"{line}\n" for line in lines).encode())
-    content = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(classes))}
-    (folder / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _write_list(path: Path, entries: Iterator[dict]) -> None:

@@ -1,0 +1,158 @@
+"""A detector as an ONNX graph, by transformers' exporter, and what a program has to do before and after it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.export import Dim
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from ..detectors.families import family_of
+
+OUTPUTS = ("logits", "pred_boxes")
+
+
+def export_onnx(
+    detector: PreTrainedModel,
+    path: Path,
+    image_size: tuple[int, int],
+    *,
+    opset: int | None = None,
+    half: bool = False,
+) -> list[str]:
+    """
+    Writes the graph of a detector: images in, `logits` and `pred_boxes` out.
+
+    Any number of images may be given at once. Families that resize to squares take images of one size, and no mask;
+    the others take any size, and `pixel_mask`, which is 1 on the image and 0 in the padding.
+
+    Args:
+        detector (`PreTrainedModel`): The detector, on the CPU.
+        path (`Path`): The file to write.
+        image_size (`tuple[int, int]`): Height and width of the images; an example for families that take any size.
+        opset (`int`, *optional*): Version of ONNX's operators; the newest that onnxscript knows if not given.
+        half (`bool`, *optional*, defaults to `False`): Whether the weights and the arithmetic are float16. Inputs and
+            outputs stay float32.
+
+    Returns:
+        `list[str]`: names of the inputs.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+        ValueError: the detector cannot be exported. The message has what the exporter says.
+    """
+    try:
+        import onnx
+        import onnx_ir
+        import onnxscript  # noqa: F401
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    except ImportError as error:
+        raise ImportError('Exporting needs onnx and onnxscript: pip install "aligndet-hf[export]"') from error
+
+    sample, dynamic = _sample(detector, image_size)
+    try:
+        with _open_lengths(detector), torch.no_grad():
+            exported = OnnxExporter().export(
+                detector.eval(), sample, OnnxConfig(dynamic_shapes=dynamic, opset_version=opset)
+            )
+    except Exception as error:  # torch and onnxscript raise all kinds
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"this {detector.config.model_type} cannot be exported to ONNX: {first}") from error
+    graph = exported.program.graph
+    graph.outputs[:] = [output for output in graph.outputs if output.name in OUTPUTS]
+    onnx_ir.passes.common.RemoveUnusedNodesPass()(exported.program)
+    onnx_ir.save(exported.program, str(path))
+    if half:
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        onnx.save(convert_float_to_float16(onnx.load(str(path)), keep_io_types=True), str(path))
+    return [value.name for value in graph.inputs]
+
+
+def _sample(detector: PreTrainedModel, image_size: tuple[int, int]) -> tuple[dict, dict]:
+    """Two images to trace the graph with, and which of their dimensions may differ."""
+    sample = {"pixel_values": torch.rand(2, 3, *image_size)}
+    if family_of(detector.config).resize == "square":
+        return sample, {"pixel_values": {0: Dim.DYNAMIC}}
+    sample["pixel_mask"] = torch.ones(2, *image_size, dtype=torch.long)
+    return sample, {
+        "pixel_values": dict.fromkeys((0, 2, 3), Dim.DYNAMIC),
+        "pixel_mask": dict.fromkeys((0, 1, 2), Dim.DYNAMIC),
+    }
+
+
+@contextlib.contextmanager
+def _open_lengths(detector: PreTrainedModel) -> Iterator[None]:
+    """
+    Lets the number of images stay open where the code of transformers asks for `len` of a tensor, as RT-DETR and its
+    relatives do: that must be a number, and would fix it in the graph.
+    """
+    names = {type(module).__module__ for module in detector.modules()}
+    modules = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+
+    def length(value):
+        return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+
+    for module in modules:
+        module.len = length
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.len
+
+
+def describe(detector: PreTrainedModel, image_processor: BaseImageProcessor, inputs: list[str]) -> dict:
+    """
+    What a program has to know of an exported detector: its inputs, what happens to an image before the graph and to
+    the outputs after it, and its classes. `run_onnx.py` does what this says.
+
+    Args:
+        detector (`PreTrainedModel`): The detector.
+        image_processor (`BaseImageProcessor`): That of the detector.
+        inputs (`list[str]`): Names of the inputs of the graph.
+
+    Returns:
+        `dict`: as JSON has it.
+    """
+    size = {name: value for name, value in dict(image_processor.size).items() if value is not None}
+    normalizes = image_processor.do_normalize
+    config = detector.config
+    return {
+        "family": config.model_type,
+        "classes": [config.id2label[label] for label in sorted(config.id2label)],
+        "inputs": inputs,
+        "outputs": list(OUTPUTS),
+        "preprocessing": {
+            "color": "RGB",
+            "layout": "float32 [images, 3, height, width]",
+            "size": size,
+            "resample": int(image_processor.resample),
+            "rescale_factor": image_processor.rescale_factor if image_processor.do_rescale else 1.0,
+            "mean": list(image_processor.image_mean) if normalizes else [0.0, 0.0, 0.0],
+            "std": list(image_processor.image_std) if normalizes else [1.0, 1.0, 1.0],
+        },
+        "postprocessing": {"boxes": "centre x, centre y, width, height; 1 is the width or height of the image"}
+        | _postprocessing(image_processor, config),
+    }
+
+
+def _postprocessing(image_processor: BaseImageProcessor, config) -> dict:
+    """How the image processor reads outputs, found out by giving it some."""
+    queries, classes = family_of(config).num_queries(config), len(config.id2label)
+
+    def scores_of(logits: torch.Tensor) -> list[float]:
+        outputs = SimpleNamespace(logits=logits, pred_boxes=torch.full((*logits.shape[:2], 4), 0.5))
+        found = image_processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=[(1, 1)])
+        return found[0]["scores"].tolist()
+
+    # Of one query with the logits 0 and 2, a softmax whose last class is "nothing" gives the first one 0.12.
+    is_softmax = max(scores_of(torch.tensor([[[0.0, 2.0]]]))) < 0.5
+    return {
+        "activation": "softmax" if is_softmax else "sigmoid",
+        "one_label_per_query": len(scores_of(torch.zeros(1, 2, 3))) == 2 and is_softmax,
+        "max_detections": len(scores_of(torch.zeros(1, queries, classes + is_softmax))),
+    }

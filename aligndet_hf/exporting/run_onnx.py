@@ -1,0 +1,76 @@
+"""
+Runs an exported detector with ONNX Runtime and NumPy (and Pillow, which opens and resizes images):
+
+    python run.py photo.jpg
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def load(folder):
+    """The session and the description of an exported detector: `model.onnx` and `model.json` in a folder."""
+    import onnxruntime
+
+    folder = Path(folder)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=onnxruntime.get_available_providers())
+    return session, json.loads((folder / "model.json").read_text(encoding="utf-8"))
+
+
+def resized(width, height, size):
+    """Width and height that the detector sees an image with."""
+    if "height" in size:
+        return size["width"], size["height"]
+    small, large = min(width, height), max(width, height)
+    edge = min(size["shortest_edge"], size["longest_edge"] * small / large)
+    small_side, large_side = round(edge), int(edge * large / small)
+    return (small_side, large_side) if width < height else (large_side, small_side)
+
+
+def prepare(model, image):
+    """An RGB image of Pillow as the inputs of the graph: float32 [1, 3, height, width]."""
+    steps = model["preprocessing"]
+    width, height = resized(*image.size, steps["size"])
+    # First the width, then the height: so does torchvision, and it makes a difference of a grey level.
+    image = image.resize((width, image.height), steps["resample"]).resize((width, height), steps["resample"])
+    pixels = np.asarray(image, dtype=np.float32)
+    pixels = (pixels * steps["rescale_factor"] - steps["mean"]) / steps["std"]
+    inputs = {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)}
+    if "pixel_mask" in model["inputs"]:
+        inputs["pixel_mask"] = np.ones((1, *pixels.shape[:2]), dtype=np.int64)
+    return inputs
+
+
+def finish(model, logits, boxes, width, height, threshold):
+    """Outputs for one image as scores [n], labels [n] and boxes [n, 4]: xyxy in pixels, best score first."""
+    steps = model["postprocessing"]
+    if steps["activation"] == "sigmoid":
+        scores = 1 / (1 + np.exp(-logits))
+    else:  # softmax, whose last class is "nothing"
+        scores = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        scores = (scores / scores.sum(axis=-1, keepdims=True))[:, :-1]
+    if steps["one_label_per_query"]:
+        scores = np.where(scores == scores.max(axis=-1, keepdims=True), scores, -1)
+    best = np.argsort(-scores, axis=None, kind="stable")[: steps["max_detections"]]
+    query, labels = np.unravel_index(best[scores.ravel()[best] >= threshold], scores.shape)
+    centre, half = boxes[query, :2], boxes[query, 2:] / 2
+    return scores[query, labels], labels, np.hstack([centre - half, centre + half]) * ([width, height] * 2)
+
+
+def detect(session, model, image, threshold=0.3):
+    """What the detector finds in an RGB image of Pillow; see `finish`."""
+    logits, boxes = session.run(["logits", "pred_boxes"], prepare(model, image))
+    return finish(model, logits[0], boxes[0], *image.size, threshold)
+
+
+if __name__ == "__main__":
+    from PIL import Image, ImageOps
+
+    session, model = load(Path(__file__).parent)
+    for name in sys.argv[1:]:
+        image = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
+        for score, label, box in zip(*detect(session, model, image), strict=True):
+            print(name, model["classes"][label], f"{score:.3f}", *box.round(1))
