@@ -275,6 +275,25 @@ def test_rows_are_the_features_of_their_boxes(model):
 
 
 @each_model
+def test_boxes_have_weights_and_ignored_boxes_are_no_background(model):
+    detector, batch = small(model).train(), random_batch((4, 2))
+    whole = detector(**batch).loss_dict
+    for label in batch["labels"]:
+        label["weights"] = torch.ones(len(label["boxes"]))
+    assert all(torch.equal(term, whole[name]) for name, term in detector(**batch).loss_dict.items())
+    for label in batch["labels"]:
+        label["weights"] = torch.zeros(len(label["boxes"]))
+    weightless = detector(**batch).loss_dict
+    assert all(weightless[name] == 0 for name in weightless if "bbox" in name or "giou" in name or "center" in name)
+    # Where everything is ignored, only objects are left.
+    for label in batch["labels"]:
+        label["ignored_boxes"] = torch.tensor([[0.5, 0.5, 4.0, 4.0]])
+    nothing = detector(**batch).loss_dict
+    assert all(term == 0 for term in nothing.values()), nothing
+    assert weightless["loss_ce"] > 0
+
+
+@each_model
 def test_only_rows_means_no_losses_and_the_same_rows(model):
     detector, batch = small(model).train(), random_batch((5, 3))
     full = detector(**batch, output_hidden_states=True)

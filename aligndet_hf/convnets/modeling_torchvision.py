@@ -287,6 +287,22 @@ def match_points(points: Tensor, sizes: Tensor, boxes: Tensor, radius: float | N
     return torch.where(smallest.isfinite(), index, BACKGROUND)
 
 
+def ignore(matched: Tensor, anchors: Tensor, target: dict[str, Tensor]) -> Tensor:
+    """The same, but what lies on an ignored box is no background: by an IoU of a half, or with its centre."""
+    if "ignored_pixels" not in target or not len(target["ignored_pixels"]):
+        return matched
+    boxes, centers = target["ignored_pixels"], (anchors[:, :2] + anchors[:, 2:]) / 2
+    inside = ((centers[:, None] > boxes[:, :2]) & (centers[:, None] < boxes[:, 2:])).all(-1).any(1)
+    lies_on = box_iou(anchors, boxes).amax(1) >= 0.5
+    return torch.where((matched == BACKGROUND) & (inside | lies_on), IGNORED, matched)
+
+
+def weights_of(matched: Tensor, target: dict[str, Tensor]) -> Tensor:
+    """The weight of the box of each row `[N]`, 1 for background."""
+    weights = target.get("weights", torch.ones_like(target["pixels"][:, 0]))
+    return torch.cat([weights, weights.new_ones(1)])[matched.clamp(min=BACKGROUND)]
+
+
 def sample(matched: Tensor, noise: Tensor, count: int, max_objects: int | None = None) -> Tensor:
     """
     Rows to train on: objects first, then background.
@@ -487,8 +503,9 @@ class TorchvisionDetector(PreTrainedModel):
             pixel_mask (`torch.LongTensor` of shape `[images, height, width]`, *optional*): 1 on the image, 0 on
                 padding, which is right and below.
             labels (`list[dict]`, *optional*): per image `boxes`, float `[n, 4]`, `cxcywh` normalised to the image
-                without padding, and `class_labels`, int64 `[n]`; for Mask R-CNN `masks` `[n, h, w]` of the image's
-                size, with or without padding, if masks are to be trained.
+                without padding, and `class_labels`, int64 `[n]`; optionally `weights` `[n]` of the boxes in the loss,
+                and `ignored_boxes` `[m, 4]`, where nothing is taught to be background; for Mask R-CNN `masks`
+                `[n, h, w]` of the image's size, with or without padding, if masks are to be trained.
             output_hidden_states (`bool`, *optional*): whether to return `object_features`.
             kwargs: ignored.
         """
@@ -518,8 +535,12 @@ class TorchvisionDetector(PreTrainedModel):
         targets = []
         for label, (height, width) in zip(labels, sizes, strict=True):
             boxes = at_least_float32(label["boxes"]).reshape(-1, 4)
-            boxes = boxes * boxes.new_tensor([width, height, width, height])
+            scale = boxes.new_tensor([width, height, width, height])
+            boxes = boxes * scale
             targets.append({**label, "pixels": box_convert(boxes, "cxcywh", "xyxy")})
+            if "ignored_boxes" in label:
+                ignored = at_least_float32(label["ignored_boxes"]).reshape(-1, 4) * scale
+                targets[-1]["ignored_pixels"] = box_convert(ignored, "cxcywh", "xyxy")
         return targets
 
     def _anchors(self, images: ImageList, maps: Maps) -> tuple[Tensor, list[int]]:
@@ -653,7 +674,8 @@ class DenseDetector(TorchvisionDetector):
         """The terms of the loss, and features of sampled anchors."""
         anchors, _ = self._anchors(images, maps)
         towers = self._towers(maps)
-        matched = torch.stack([self.match(anchors, target["pixels"]) for target in targets])
+        matched = [ignore(self.match(anchors, target["pixels"]), anchors, target) for target in targets]
+        matched = torch.stack(matched)
         outputs = TorchvisionDetectorOutput()
         if not self.rows_only:
             outputs.loss_dict = self.losses(self._predictions(maps, towers), anchors, matched, targets)
@@ -675,13 +697,16 @@ class DenseDetector(TorchvisionDetector):
         for row, own, target in zip(wanted, matched, targets, strict=True):
             places = (own >= 0).nonzero().squeeze(1)
             row[places, target["class_labels"][own[places]]] = 1
-        loss = sigmoid_focal_loss(logits, wanted)
-        return (loss * (matched != IGNORED)[..., None]).sum((1, 2))
+        weights = torch.stack([weights_of(own, target) for own, target in zip(matched, targets, strict=True)])
+        loss = sigmoid_focal_loss(logits, wanted).sum(2)
+        return (loss * weights * (matched != IGNORED)).sum(1)
 
     @staticmethod
-    def _boxes_of(matched: Tensor, targets: Targets) -> Tensor:
-        """The boxes of all rows that have one, image by image."""
-        return torch.cat([t["pixels"][own[own >= 0]] for own, t in zip(matched, targets, strict=True)])
+    def _boxes_of(matched: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The boxes of all rows that have one, image by image, and their weights."""
+        pairs = [(own[own >= 0], target) for own, target in zip(matched, targets, strict=True)]
+        boxes = torch.cat([target["pixels"][own] for own, target in pairs])
+        return boxes, torch.cat([weights_of(own, target) for own, target in pairs])
 
 
 class RetinaNetForObjectDetection(DenseDetector):
@@ -718,7 +743,7 @@ class RetinaNetForObjectDetection(DenseDetector):
         """Each image by its own number of objects, then the mean over the images of all processes."""
         count = (matched >= 0).sum(1).clamp(min=1)
         image, row = (matched >= 0).nonzero(as_tuple=True)
-        deltas, wanted = predictions["boxes"][image, row], self._boxes_of(matched, targets)
+        deltas, (wanted, weights) = predictions["boxes"][image, row], self._boxes_of(matched, targets)
         if self.config.version == 1:
             name, error = "loss_bbox", deltas - self.detector.box_coder.encode_single(wanted, anchors[row])
             error = error.abs().sum(1)
@@ -726,7 +751,7 @@ class RetinaNetForObjectDetection(DenseDetector):
             name, error = "loss_giou", generalized_box_iou_loss(self.decode(deltas, anchors[row]), wanted)
         by_image = {
             "loss_ce": self._class_losses(predictions["logits"], matched, targets),
-            name: error.new_zeros(len(targets)).index_add(0, image, error),
+            name: error.new_zeros(len(targets)).index_add(0, image, error * weights),
         }
         images = mean_over_processes(error.new_tensor(len(targets)))
         return {name: (values / count).sum() / images for name, values in by_image.items()}
@@ -783,7 +808,7 @@ class FcosForObjectDetection(DenseDetector):
     ) -> dict[str, Tensor]:
         """All by the number of objects' points, in the mean of the processes."""
         image, row = (matched >= 0).nonzero(as_tuple=True)
-        wanted = self._boxes_of(matched, targets)
+        wanted, weights = self._boxes_of(matched, targets)
         found = self.decode(predictions["boxes"][image, row], anchors[row])
         # Left, top, right, bottom.
         sides = self.detector.head.box_coder.encode(anchors[row], wanted).unflatten(-1, (2, 2))
@@ -791,8 +816,8 @@ class FcosForObjectDetection(DenseDetector):
         logits = predictions["centerness"][image, row, 0]
         sums = {
             "loss_ce": self._class_losses(predictions["logits"], matched, targets).sum(),
-            "loss_giou": generalized_box_iou_loss(found, wanted, reduction="sum"),
-            "loss_centerness": F.binary_cross_entropy_with_logits(logits, centerness, reduction="sum"),
+            "loss_giou": (generalized_box_iou_loss(found, wanted) * weights).sum(),
+            "loss_centerness": F.binary_cross_entropy_with_logits(logits, centerness, weights, reduction="sum"),
         }
         count = mean_over_processes((matched >= 0).sum().to(logits.dtype)).clamp(min=1)
         return {name: value / count for name, value in sums.items()}
@@ -921,7 +946,7 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         """Regions of an image, of its proposals and boxes."""
         count, share = self.config.roi_batch_size, self.config.roi_positive_fraction
         candidates = torch.cat([proposals, target["pixels"].to(proposals.dtype)])
-        matched = match_boxes(candidates, target["pixels"], 0.5, 0.5)
+        matched = ignore(match_boxes(candidates, target["pixels"], 0.5, 0.5), candidates, target)
         rows = sample(matched, noise, count, int(count * share))
         return Regions(candidates[rows], matched[rows], target)
 
@@ -934,12 +959,15 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         number = objectness.new_zeros(())
         for own_scores, own_deltas, own_noise, target in zip(objectness, deltas, noise, targets, strict=True):
             boxes = target["pixels"]
-            matched = match_boxes(anchors, boxes, 0.3, 0.7, keep_best=True)
+            matched = ignore(match_boxes(anchors, boxes, 0.3, 0.7, keep_best=True), anchors, target)
             rows = sample(matched, own_noise, count, int(count * share))
             objects, is_object = rows[matched[rows] >= 0], (matched[rows] >= 0).to(own_scores.dtype)
             wanted = self.detector.rpn.box_coder.encode_single(boxes[matched[objects]], anchors[objects])
-            terms["loss_rpn_bbox"].append(_smooth_l1(own_deltas[objects], wanted))
-            objectness_loss = F.binary_cross_entropy_with_logits(own_scores[rows], is_object, reduction="sum")
+            terms["loss_rpn_bbox"].append(
+                _smooth_l1(own_deltas[objects], wanted, weights_of(matched[objects], target))
+            )
+            weights = weights_of(matched[rows], target).to(own_scores.dtype)
+            objectness_loss = F.binary_cross_entropy_with_logits(own_scores[rows], is_object, weights, reduction="sum")
             terms["loss_objectness"].append(objectness_loss)
             number = number + len(rows)
         number = mean_over_processes(number).clamp(min=1)
@@ -951,10 +979,11 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         pairs = [(own.target["pixels"][own.matched[own.is_object]], own.boxes[own.is_object]) for own in regions]
         wanted = self.detector.roi_heads.box_coder.encode(*map(list, zip(*pairs, strict=True)))
         deltas = deltas.unflatten(1, (-1, 4))[labels > 0, labels[labels > 0]]
+        weights = torch.cat([weights_of(own.matched, own.target) for own in regions])
         number = mean_over_processes(logits.new_tensor(len(labels))).clamp(min=1)
         return {
-            "loss_ce": F.cross_entropy(logits, labels, reduction="sum") / number,
-            "loss_bbox": _smooth_l1(deltas, torch.cat(wanted)) / number,
+            "loss_ce": (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / number,
+            "loss_bbox": _smooth_l1(deltas, torch.cat(wanted), weights[labels > 0]) / number,
         }
 
     def _masks(self, maps: Maps, boxes: list[Tensor], images: ImageList) -> Tensor:
@@ -980,8 +1009,8 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         return F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum") / number
 
 
-def _smooth_l1(found: Tensor, wanted: Tensor) -> Tensor:
-    return F.smooth_l1_loss(found, wanted, beta=1 / 9, reduction="sum")
+def _smooth_l1(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    return (F.smooth_l1_loss(found, wanted, beta=1 / 9, reduction="none").sum(1) * weights).sum()
 
 
 class MaskRcnnForObjectDetection(FasterRcnnForObjectDetection):
