@@ -98,6 +98,7 @@ class RunFolder:
         self._is_main = False
         self._is_claimed = False
         self._parts: dict[str, Any] = {}
+        self._may_change: set[str] = set()
 
     def __enter__(self) -> "RunFolder":
         self._on_main(self._enter)
@@ -141,7 +142,8 @@ class RunFolder:
         Makes the folder that of this run, or refuses.
 
         Args:
-            may_change (`Iterable[str]`, *optional*): Keys that may differ from those of the run that is there.
+            may_change (`Iterable[str]`, *optional*): Keys that may differ from those of the run that is there. The
+                record has the values now after [`extend`].
             parts (`Mapping`): What tells this run from others, as JSON has it: `settings`, and `data` with hashes of
                 the content. What is known later can be given in a second call.
 
@@ -153,12 +155,13 @@ class RunFolder:
             OSError: the folder cannot be written to.
         """
         self._parts |= json.loads(json.dumps(parts))
-        self.is_finished, changes = self._on_main(self._claim, self._parts, set(may_change))
+        self._may_change |= set(may_change)
+        self.is_finished, changes = self._on_main(self._claim, self._parts, self._may_change)
         return changes
 
-    def reopen(self) -> None:
-        """Takes the mark of a finished run away, for it is to go on."""
-        self._on_main(os.unlink, self.path / self.result)
+    def extend(self) -> None:
+        """Makes what has changed part of the run, which goes on: it is not finished any more."""
+        self._on_main(self._extend)
         self.is_finished = False
 
     def put_in_place(self, complete: Path) -> None:
@@ -208,11 +211,15 @@ class RunFolder:
         self._hold()
         for path in self._found() if record is None else self.work.glob(f"{UNFINISHED}*"):
             remove(path)
-        updated = (record or {"command": self.command}) | parts
+        updated = {"command": self.command} | parts | (record or {})
         if updated != record:
             write_json(self.work / RECORD, updated)
         is_finished = not self.aside and self.result is not None and (self.path / self.result).is_file()
         return is_finished, changes if record else {}
+
+    def _extend(self) -> None:
+        (self.path / (self.result or RECORD)).unlink(missing_ok=True)
+        write_json(self.work / RECORD, {"command": self.command} | self._parts)
 
     def _of_output(self, parts: dict) -> dict | None:
         """The record of the output, if that is the finished run; `None` if it may be made, or replaced."""

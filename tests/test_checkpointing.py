@@ -11,14 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from aligndet_hf import files
 from aligndet_hf.training import checkpointing
-from aligndet_hf.training.checkpointing import (
-    find_last_checkpoint,
-    prepare_output_dir,
-    remove_checkpoints,
-    require_same_run,
-    save_checkpoint,
-)
+from aligndet_hf.training.checkpointing import find_last_checkpoint, rotate, save_checkpoint
 
 
 class Model(nn.Module):
@@ -97,13 +92,14 @@ def test_rotation_waits_for_the_new_checkpoint(tmp_path, monkeypatch):
 
 def test_files_are_synced_before_the_rename(tmp_path, monkeypatch):
     events = []
-    sync, replace = checkpointing.sync, os.replace
-    monkeypatch.setattr(checkpointing, "sync", lambda path: (events.append(path.name), sync(path)))
+    sync, replace = files.sync, os.replace
+    for module in (checkpointing, files):
+        monkeypatch.setattr(module, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(os, "replace", lambda *paths: (events.append("replace"), replace(*paths)))
     save(tmp_path, 3)
     before, after = events[: events.index("replace")], events[events.index("replace") + 1 :]
-    files = {"model.safetensors", "optimizer.pt", "trainer_state.json", "unfinished-checkpoint-3"}
-    assert set(before) == files and after == [tmp_path.name]
+    written = {"model.safetensors", "optimizer.pt", "trainer_state.json", "checksums.json", "unfinished-checkpoint-3"}
+    assert set(before) == written and after == [tmp_path.name]
 
 
 @pytest.fixture
@@ -122,13 +118,21 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-@pytest.mark.parametrize("damage", [os.remove, cut, flip, lambda path: path.write_bytes(b"")])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, warnings_of, damage, name):
+def to_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "checksums.json"])
+@pytest.mark.parametrize("damage", [os.remove, cut, flip, lambda path: path.write_bytes(b"[]"), to_folder])
+def test_a_damaged_checkpoint_is_named_and_set_aside(tmp_path, warnings_of, damage, name):
     save(tmp_path, 1)
     damage(save(tmp_path, 2) / name)
     assert find_last_checkpoint(tmp_path).path.name == "checkpoint-1"
-    assert "checkpoint-2" in warnings_of.text and "passed over" in warnings_of.text
+    assert "checkpoint-2" in warnings_of.text and "set aside as damaged-checkpoint-2" in warnings_of.text
+    assert names(tmp_path) == ["checkpoint-1", "damaged-checkpoint-2"]
+    damage(save(tmp_path, 2) / name)  # and again
+    assert find_last_checkpoint(tmp_path).path.name == "checkpoint-1"
 
 
 def test_a_damaged_checkpoint_is_written_anew(tmp_path):
@@ -145,20 +149,28 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_good_one(tmp_p
     assert names(tmp_path) == ["checkpoint-2"]
 
 
-def test_an_unfinished_folder_is_no_checkpoint_and_is_cleaned_up(tmp_path):
+def test_an_unfinished_folder_is_no_checkpoint(tmp_path):
     shutil.copytree(save(tmp_path, 1), tmp_path / "unfinished-checkpoint-2")
-    (tmp_path / "unfinished-log.jsonl").touch()
     assert find_last_checkpoint(tmp_path).path.name == "checkpoint-1"
-    remove_checkpoints(tmp_path, only_unfinished=True)
-    assert names(tmp_path) == ["checkpoint-1"]
 
 
-def test_starting_anew_removes_checkpoints_and_nothing_else(tmp_path):
-    save(tmp_path, 1)
-    (tmp_path / "checkpoint-of-mine").mkdir()
-    (tmp_path / "notes.txt").touch()
-    remove_checkpoints(tmp_path)
-    assert names(tmp_path) == ["checkpoint-of-mine", "notes.txt"]
+def test_what_others_load_is_a_part_of_it(tmp_path, warnings_of):
+    def export(folder):
+        (folder / "detector").mkdir()
+        (folder / "detector" / "config.json").write_text("{}")
+
+    model = Model(1)
+    path = save_checkpoint(tmp_path, model, optimizer_state(model), {"step": 1}, export=export)
+    assert find_last_checkpoint(tmp_path).path == path
+    (path / "detector" / "config.json").write_text("{ }")
+    assert find_last_checkpoint(tmp_path) is None and "detector/config.json changed" in warnings_of.text
+
+
+def test_one_checkpoint_can_be_protected(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=None)
+    rotate(tmp_path / "checkpoint-3", 1, protected=tmp_path / "checkpoint-1")
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("writer", ["save_model", "torch.save", "json"])
@@ -180,32 +192,3 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, writ
             save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["checkpoint-1"]
     find_last_checkpoint(tmp_path).load(Model())
-
-
-def test_another_configuration_is_refused_with_the_differences():
-    saved = {"learning_rate": 1e-4, "seed": 0, "images": 10, "old": 1}
-    require_same_run(saved, dict(saved), "out")
-    with pytest.raises(ValueError) as error:
-        require_same_run(saved, {"learning_rate": 2e-4, "seed": 0, "images": 10, "new": 2}, "out")
-    message = str(error.value)
-    assert "learning_rate: 0.0001 there, 0.0002 now" in message
-    assert "old: 1 there, None now" in message and "new: None there, 2 now" in message
-    assert "seed" not in message and "--overwrite_output_dir" in message
-
-
-def test_an_output_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"cannot write to the output folder .*out: Not a directory"):
-        prepare_output_dir(tmp_path / "file" / "out")
-
-    def refuse(*args, **kwargs):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(checkpointing.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(OSError, match="cannot write to the output folder .*: Read-only file system"):
-        prepare_output_dir(tmp_path / "there")
-
-
-def test_an_output_folder_is_made(tmp_path):
-    assert prepare_output_dir(tmp_path / "a" / "b").is_dir()
-    assert names(tmp_path / "a" / "b") == []

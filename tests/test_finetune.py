@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +29,6 @@ from transformers import (
 from aligndet_hf.commands.finetune import (
     FinetuneArguments,
     finetune,
-    last_complete_checkpoint,
     settings_of,
 )
 from aligndet_hf.data.collate import collate_labelled
@@ -42,6 +44,8 @@ from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.evaluation.detections import EvaluationImages
+from aligndet_hf.runs import Interrupted
+from aligndet_hf.training.checkpointing import find_last_checkpoint
 from aligndet_hf.training.detection_trainer import DetectionTrainer
 from aligndet_hf.training.parameter_groups import layer_depths, parameter_groups
 from aligndet_hf.training.weight_average import WEIGHTS
@@ -238,7 +242,7 @@ def test_an_interrupted_run_ends_bit_identical_in_a_fresh_process(folder, tmp_pa
     interrupt(3)  # in the middle of the second epoch; dropout, flips and evaluations drew random numbers before
     with pytest.raises(KeyboardInterrupt):
         finetune(arguments_for(folder, tmp_path / "parts", **changes))
-    assert last_complete_checkpoint(tmp_path / "parts").name == "checkpoint-3"
+    assert find_last_checkpoint(tmp_path / "parts").path.name == "checkpoint-3"
     assert not (tmp_path / "parts" / "results.json").exists()
 
     # Loading in another process changes nothing either.
@@ -289,8 +293,7 @@ def test_a_full_disk_while_saving_costs_one_checkpoint(folder, tmp_path, monkeyp
         patch.setattr(torch, "save", fail)
         with pytest.raises(OSError, match="could not write .*parts: PytorchStreamWriter"):
             finetune(arguments_for(folder, tmp_path / "parts", **changes))
-    assert (tmp_path / "parts" / "checkpoint-2" / "model.safetensors").exists()  # the beginning of it
-    assert last_complete_checkpoint(tmp_path / "parts").name == "checkpoint-1"
+    assert [path.name for path in (tmp_path / "parts").glob("*checkpoint-*")] == ["checkpoint-1"]
     finetune(arguments_for(folder, tmp_path / "parts", **changes))
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
 
@@ -363,7 +366,7 @@ def test_another_configuration_is_refused_unless_told_to_overwrite(folder, tmp_p
     assert not same(before, weights_of(tmp_path / "run"))
 
     (tmp_path / "other" / "checkpoint-7").mkdir(parents=True)
-    with pytest.raises(ValueError, match="not of `aligndet finetune`"):
+    with pytest.raises(ValueError, match="holds checkpoint-7, but no run.json: .* `aligndet finetune`"):
         finetune(arguments_for(folder, tmp_path / "other"))
     assert (tmp_path / "other" / "checkpoint-7").exists()
 
@@ -449,13 +452,108 @@ def test_both_datasets_must_number_their_categories_alike(folder, tmp_path):
         finetune(arguments_for(folder, tmp_path / "run", eval_dataset=str(tmp_path / "data"), eval_split="validation"))
 
 
-def test_a_checkpoint_cut_short_is_passed_over_and_removed(tmp_path):
-    for step, state in ((2, "{}"), (10, "{}"), (12, '{"global_step": 1'), (14, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+# ---- checkpoints ----
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "one bit of the weights": lambda folder: flip(folder / "model.safetensors"),
+    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "a short scheduler": lambda folder: os.truncate(folder / "scheduler.pt", 100),
+    "empty random states": lambda folder: (folder / "rng_state.pth").write_bytes(b""),
+    "another state": lambda folder: (folder / "trainer_state.json").write_text("[]"),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder, tmp_path_factory) -> Path:
+    """Runs of four steps: one that is `whole`, and one that a signal ended after three: `parts`."""
+    parent = tmp_path_factory.mktemp("interrupted")
+    changes = {"do_eval": False, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    finetune(arguments_for(folder, parent / "whole", **changes))
+    step = DetectionTrainer.training_step
+
+    def signalled(trainer, *args, **kwargs):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as error:
+        patch.setattr(DetectionTrainer, "training_step", signalled)
+        finetune(arguments_for(folder, parent / "parts", **changes))
+    assert error.value.signal == signal.SIGTERM and "SIGTERM: stopped after step 3 of 4, saved in" in str(error.value)
+    assert "parts/checkpoint-3. Run the same command again to resume." in str(error.value)
+    return parent
+
+
+def goes_on(folder, interrupted, output_dir, **changes):
+    """Copies the interrupted run, and returns the same call for the copy, not made yet."""
+    shutil.copytree(interrupted / "parts", output_dir, dirs_exist_ok=True)
+    settings = {"do_eval": False, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    return arguments_for(folder, output_dir, **settings | changes)
+
+
+def test_damaged_checkpoints_are_set_aside_and_the_end_is_the_same(folder, interrupted, tmp_path):
+    for name, damage in DAMAGES.items():
+        arguments = goes_on(folder, interrupted, tmp_path / name)
+        damage(tmp_path / name / "checkpoint-3")
+        finetune(arguments)
+        assert same(weights_of(tmp_path / name), weights_of(interrupted / "whole")), name
+        left = sorted(path.name for path in (tmp_path / name).glob("*checkpoint-*"))
+        assert left == ["checkpoint-3", "checkpoint-4", "damaged-checkpoint-3"], name
+
+
+def test_a_run_without_a_sound_checkpoint_starts_anew(folder, interrupted, tmp_path):
+    arguments = goes_on(folder, interrupted, tmp_path)
+    for step in (2, 3):
+        flip(tmp_path / f"checkpoint-{step}" / "optimizer.pt")
+    finetune(arguments)
+    assert same(weights_of(tmp_path), weights_of(interrupted / "whole"))
+
+
+def test_images_that_come_later_are_not_mixed_in(folder, interrupted, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    run = {"dataset": str(tmp_path / "data"), "do_eval": False, "save_strategy": "steps", "save_steps": 1}
+    finetune(arguments_for(folder, tmp_path / "run", **run))
+    (tmp_path / "run" / "results.json").unlink()
+    image = next((tmp_path / "data" / "train").glob("*.[jp]*g"))
+    before = image.read_bytes()
+    image.write_bytes(before + b"0")
+    with pytest.raises(ValueError, match="of other data .content: "):
+        finetune(arguments_for(folder, tmp_path / "run", **run))
+    image.write_bytes(before)
+    finetune(arguments_for(folder, tmp_path / "run", **run))
+
+
+def test_a_run_is_lengthened_or_ends_early(folder, interrupted, tmp_path, capsys):
+    with pytest.raises(ValueError, match="checkpoint-3 is beyond the 2 steps.*at least --max_steps 3"):
+        finetune(goes_on(folder, interrupted, tmp_path / "early", max_steps=2))
+    finetune(goes_on(folder, interrupted, tmp_path / "early", max_steps=3))
+    ended, saved = (
+        AutoModelForObjectDetection.from_pretrained(tmp_path / "early" / name).state_dict()
+        for name in ("", "checkpoint-3")
+    )
+    assert same(ended, saved)
+    assert "The run is 3 steps long now (max_steps: -1 before, 3 now)" in capsys.readouterr().out
+    finetune(goes_on(folder, interrupted, tmp_path / "early", max_steps=6))
+    log = json.loads((tmp_path / "early" / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    cosine = [0.5e-4 * (1 + math.cos(math.pi * step / 6)) for step in (3, 4, 5)]
+    assert len(rates) == 6 and rates[3:] == pytest.approx(cosine)
+
+
+def test_a_checkpoint_is_a_detector(folder, interrupted, tmp_path):
+    checkpoint = interrupted / "parts" / "checkpoint-3"
+    changes = {"do_eval": False, "max_steps": 1, "learning_rate": 1e-12, "backbone_learning_rate": 1e-12}
+    finetune(arguments_for(folder, tmp_path, detector=str(checkpoint), **changes))
+    before, after = weights_of(checkpoint), weights_of(tmp_path)
+    assert torch.allclose(before["bbox_predictor.layers.0.weight"], after["bbox_predictor.layers.0.weight"])
 
 
 # ---- the trainer ----

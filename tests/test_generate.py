@@ -544,6 +544,25 @@ def test_content_hash_sees_all_content_and_only_content(tmp_path):
     assert content_hash(dataset) != expected
 
 
+def test_content_hash_sees_every_box_and_score(tmp_path):
+    write_images(tmp_path / "images", 3)
+    images = load_dataset_source(tmp_path / "images")
+
+    def hash_of(boxes, number=1.0, names=("a", None, "c")):
+        column = {"found": [{"bbox": row, "score": [number] * len(row)} for row in boxes], "name": list(names)}
+        return content_hash(datasets.concatenate_datasets([images, datasets.Dataset.from_dict(column)], axis=1))
+
+    boxes = [[[0.0, 1, 2, 3], [4, 5, 6, 7]], [], [[8, 9, 10, 11]]]
+    hashes = [
+        hash_of(boxes),
+        hash_of(boxes, 1.5),
+        hash_of([boxes[0][:1], [boxes[0][1]], boxes[2]]),  # the same values, in other rows
+        hash_of([boxes[0], [], [[8, 9, 10, 12]]]),
+        hash_of(boxes, names=("a", "", "c")),
+    ]
+    assert len(set(hashes)) == 5 and hash_of(boxes) == hashes[0]
+
+
 def test_command_line(tmp_path, capsys):
     write_images(tmp_path / "images", 2)
     recipe = tmp_path / "recipe.yaml"

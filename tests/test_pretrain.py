@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import shutil
+from pathlib import Path
 
 import datasets
 import pytest
@@ -16,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoMo
 from aligndet_hf.commands import pretrain as pretrain_module
 from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
 from aligndet_hf.data.columns import DataError
+from aligndet_hf.detectors.build import find_detector
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.models import AlignDetForPreTraining
 from aligndet_hf.training import pretrain_setup
@@ -116,7 +119,7 @@ def test_what_is_written(arguments):
     names = {path.name for path in result.output_dir.iterdir()}
     assert names == {
         "README.md", "config.json", "model.safetensors", "detector", "log.jsonl", "pretrain_summary.json",
-        "report.html", "checkpoint-4", "checkpoint-5",
+        "report.html", "run.json", "checkpoint-4", "checkpoint-5",
     }  # fmt: skip
     entries = log_of(result)
     assert [entry["step"] for entry in entries] == [2, 4, 5]
@@ -243,6 +246,63 @@ def test_other_data_is_refused_on_resume(arguments, proposal_folder, tmp_path):
     finally:
         proposal_folder.rename(tmp_path / "smaller")
         moved.rename(proposal_folder)
+
+
+def test_a_changed_image_is_other_data(arguments, proposal_folder, tmp_path):
+    rows = datasets.load_from_disk(proposal_folder)
+    data, run = tmp_path / "data", {"max_steps": 4, "save_steps": 2, "dataset": str(tmp_path / "data")}
+    rows.save_to_disk(data)
+    stop_after(2, arguments(**run))
+    shutil.rmtree(data)
+    images = rows["image"][:]
+    images[3] = {"path": None, "bytes": images[3]["bytes"] + b"0"}
+    column = datasets.Dataset.from_dict({"image": images}, features=rows.select_columns(["image"]).features)
+    datasets.concatenate_datasets([column, rows.remove_columns("image")], axis=1).save_to_disk(data)
+    with pytest.raises(ValueError, match="of other data .content: "):
+        pretrain(arguments(**run))
+
+
+def test_a_run_is_lengthened(arguments, capsys):
+    short = pretrain(arguments(max_steps=2, save_steps=1))
+    assert "steps long now" not in capsys.readouterr().out
+    record, summary = short.output_dir / "run.json", short.output_dir / "pretrain_summary.json"
+    before = record.read_text()
+    with pytest.raises(ValueError, match="checkpoint-2 is beyond the 1 steps.*at least --max_steps 2"):
+        pretrain(arguments(max_steps=1))
+    assert (short.output_dir / "pretrain_summary.json").exists() and before == (
+        short.output_dir / "run.json"
+    ).read_text()
+    longer = pretrain(arguments(max_steps=4))
+    told = capsys.readouterr().out
+    assert "Resuming from" in told and "The run is 4 steps long now (max_steps: 2 before, 4 now). From step 2" in told
+    assert [entry["step"] for entry in log_of(longer)] == [1, 2, 3, 4]
+    assert json.loads(summary.read_text())["steps"] == 4
+    pretrain(arguments(max_steps=4))
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_run_ends_early_and_each_checkpoint_is_a_detector(arguments, tmp_path):
+    stop_after(2, arguments(max_steps=4, save_steps=1))
+    result = pretrain(arguments(max_steps=2))
+    ended = load_file(result.detector_dir / "model.safetensors")
+    saved = [
+        load_file(f"{find_detector(result.output_dir / f'checkpoint-{step}')}/model.safetensors") for step in (1, 2)
+    ]
+    assert all(torch.equal(ended[name], saved[1][name]) for name in ended)
+    assert not all(torch.equal(ended[name], saved[0][name]) for name in ended)
+    assert AutoImageProcessor.from_pretrained(find_detector(result.output_dir / "checkpoint-1"))
+    again = pretrain(
+        arguments(detector=str(result.output_dir / "checkpoint-1"), output_dir=str(tmp_path / "next"), max_steps=1)
+    )
+    assert again.detector_dir.is_dir()
+
+
+def test_a_folder_of_others_is_refused(arguments):
+    folder = Path(arguments().output_dir)
+    (folder / "checkpoint-2").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds checkpoint-2, but no run.json"):
+            pretrain(arguments(overwrite_output_dir=overwrite))
 
 
 def test_overwriting_starts_anew_and_keeps_what_is_not_its_own(arguments):

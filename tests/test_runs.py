@@ -70,7 +70,7 @@ def test_the_same_run_goes_on_until_its_result_is_there(tmp_path):
     with training(tmp_path) as run:
         run.claim(settings=SETTINGS)
         assert run.is_finished
-        run.reopen()
+        run.extend()
         assert not run.is_finished and not (tmp_path / "summary.json").exists()
 
 
@@ -120,11 +120,14 @@ def test_data_that_is_known_later_counts_too(tmp_path):
     assert record_of(tmp_path) == {"command": "pretrain", "settings": SETTINGS, "data": {"images": "b2"}}
 
 
-def test_what_may_change_is_told_and_recorded(tmp_path):
-    begin(tmp_path, "checkpoint-2")
+def test_what_may_change_is_told_and_recorded_when_it_is_accepted(tmp_path):
+    begin(tmp_path, "checkpoint-2", "summary.json")
     with training(tmp_path) as run:
-        assert run.claim({"seed"}, settings=SETTINGS | {"seed": 7}) == {"seed": (0, 7)}
-    assert record_of(tmp_path)["settings"]["seed"] == 7 and (tmp_path / "checkpoint-2").exists()
+        assert run.claim({"seed"}, settings=SETTINGS | {"seed": 7}) == {"seed": (0, 7)} and run.is_finished
+        assert run.claim(data={"images": "a1"}) == {"seed": (0, 7)}
+        assert record_of(tmp_path) == {"command": "pretrain", "settings": SETTINGS, "data": {"images": "a1"}}
+        run.extend()
+    assert record_of(tmp_path)["settings"]["seed"] == 7 and names(tmp_path) == ["checkpoint-2", RECORD]
     with training(tmp_path) as run, pytest.raises(ValueError, match="inner.rate: 0.1 there, 5 now"):
         run.claim({"seed"}, settings=SETTINGS | {"inner": {"rate": 5}})
 

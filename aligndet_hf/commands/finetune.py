@@ -1,14 +1,12 @@
 """`aligndet finetune`: fine-tune a detector on labelled images, starting from a pre-trained one."""
 
 import json
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import EarlyStoppingCallback, set_seed
-from transformers.utils import logging
 
 from ..cards import command_line, told, versions
 from ..data.bit_depth import saved_window, settle_pixel_window, window_line
@@ -17,6 +15,9 @@ from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages, MixedImages
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, split_names
+from ..data.launch import Launch
+from ..data.shards import content_hash
+from ..data.sources import model_hash
 from ..data.splits import nested_subsets
 from ..data.views import ViewConfig
 from ..detectors.backbones import freeze_batch_norms, get_backbone, set_backbone_trainable
@@ -31,17 +32,18 @@ from ..flags import names_of
 from ..hub import open_repository
 from ..reporting.pictures import draw_predictions, has_matplotlib
 from ..reporting.run_record import RESULTS, SETTINGS
-from ..training.checkpointing import (
-    clear_write_errors,
-    prepare_output_dir,
-    remove_checkpoints,
-    require_same_run,
-)
+from ..runs import RunFolder
+from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
 from ..training.finetune_arguments import FinetuneArguments
 from ..training.publish import publish_run
 
-logger = logging.get_logger(__name__)
+# What is written to `output_dir`, beside checkpoints and the results.
+WRITTEN = [
+    f"{DAMAGED}{CHECKPOINTS}", SETTINGS, "README.md", "report.html", "config.json", "generation_config.json",
+    "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", "trainer_state.json",
+    "transfer_report.json", "backbone_report.json", "predictions.png",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,32 +77,54 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
 
     Raises:
         DataError: a dataset is broken, or the two do not have the same categories.
-        ValueError: a configuration that cannot run, or that differs from that of the run in `output_dir`.
+        ValueError: a configuration that cannot run, or `output_dir` is in use or holds something else, such as a run
+            of another configuration or of other data. `max_steps` and `num_train_epochs` may change: the run goes on,
+            with the schedule of its new length.
         OSError: `output_dir` cannot be written to, or the disk is full. The last checkpoint stays.
+        Interrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
     require_one_gpu_per_process(arguments)
-    output_dir = prepare_output_dir(arguments.output_dir)
-    settings = settings_of(arguments)
     processes = PartialState()
-    if any(output_dir.glob("checkpoint-*")) and not (output_dir / SETTINGS).exists():
-        raise ValueError(f"{output_dir} holds checkpoints, but not of `aligndet finetune`: choose another output_dir")
-    if arguments.overwrite_output_dir and processes.is_main_process:
-        remove_checkpoints(output_dir)
-        (output_dir / RESULTS).unlink(missing_ok=True)
-    processes.wait_for_everyone()
-    checkpoint = last_complete_checkpoint(output_dir)
-    finished = (output_dir / RESULTS).exists()
-    if checkpoint or finished:
-        require_same_run(json.loads((output_dir / SETTINGS).read_text()), settings, output_dir)
-    repo_id = _open_repository(arguments) if arguments.push_to_hub and processes.is_main_process else None
-    if finished:
-        processes.print(f"The run in {output_dir} is finished; --overwrite_output_dir starts it anew.")
+    with RunFolder(
+        arguments.output_dir,
+        "finetune",
+        written=WRITTEN,
+        kept=[CHECKPOINTS],
+        result=RESULTS,
+        overwrite=arguments.overwrite_output_dir,
+        on_main=Launch().on_main,
+    ) as folder:
+        settings = settings_of(arguments)
+        changes = folder.claim({"max_steps", "num_train_epochs"}, settings=settings)
+        repo_id = _open_repository(arguments) if arguments.push_to_hub and processes.is_main_process else None
+        if folder.is_finished and not changes:
+            processes.print(f"The run in {folder.path} is finished; --overwrite_output_dir starts it anew.")
+            if processes.is_main_process:
+                publish_run(folder.path, arguments, repo_id, anew=False)
+            return FinetuneResult(folder.path, json.loads((folder.path / RESULTS).read_text())["metrics"])
+        last = Launch().on_main(find_last_checkpoint, folder.path)
+        checkpoint = last and last.path
+        trainer, about = _start(arguments, folder, processes)
+        if changes:
+            trainer.require_steps(checkpoint)
+            folder.extend()
+            listed = ", ".join(f"{name}: {before} before, {now} now" for name, (before, now) in changes.items())
+            processes.print(
+                f"The run is {trainer.total_steps()} steps long now ({listed}). From its checkpoint on, the learning "
+                "rates follow the schedule of that length; until there they followed that of the length before."
+            )
         if processes.is_main_process:
-            publish_run(output_dir, arguments, repo_id, anew=False)
-        return FinetuneResult(output_dir, json.loads((output_dir / RESULTS).read_text())["metrics"])
-    if processes.is_main_process:
-        write_json(output_dir / SETTINGS, settings)
+            write_json(folder.path / SETTINGS, settings)
+        trainer.fit(checkpoint)
+        metrics = _finish(arguments, trainer, about, folder.path, processes)
+        if processes.is_main_process:
+            publish_run(folder.path, arguments, repo_id)
+        processes.wait_for_everyone()
+    return FinetuneResult(folder.path, metrics)
 
+
+def _start(arguments: FinetuneArguments, folder: RunFolder, processes: PartialState) -> tuple[DetectionTrainer, dict]:
+    """The trainer, and what the results say of the run."""
     with processes.main_process_first():
         dataset, categories = _load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
         truth = None
@@ -118,13 +142,14 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         processes.print(window_line(window))
     rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     dataset = dataset.select(rows)
+    folder.claim(data=Launch().on_main(_fingerprint, arguments, dataset, truth))
     if truth is not None and processes.is_main_process:
         notes = [leak_note(dataset, truth, arguments.eval_dataset), metric_note(objects_per_image(truth)[1])]
         for note in filter(None, notes):
             print(f"note: {note}")
 
     set_seed(arguments.seed)
-    detector, report = _start(arguments, categories)
+    detector, report = _start_detector(arguments, categories)
     require_fitting_sizes(detector.config, [*arguments.image_sizes, arguments.eval_size])
     image_processor = build_image_processor(detector, arguments.eval_size, arguments.max_size)
     if window is not None:
@@ -153,42 +178,54 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     if report is not None:
         processes.print(report)
         if processes.is_main_process:
-            write_json(output_dir / report.file_name, report.to_dict())
-    trainer.fit(checkpoint)
+            write_json(folder.path / report.file_name, report.to_dict())
+    evaluation = {"dataset": told(arguments.eval_dataset), "split": arguments.eval_split, "images": len(truth or ())}
+    return trainer, {"images": len(dataset), "evaluation": evaluation}
+
+
+def _fingerprint(arguments: FinetuneArguments, dataset: Dataset, truth: Dataset | None) -> dict:
+    """Hashes of the content of all that has an influence on the weights."""
+    data = {"images": len(dataset), "content": content_hash(dataset, arguments.disable_tqdm)}
+    if truth is not None and arguments.load_best_model_at_end:
+        data["eval_content"] = content_hash(truth, arguments.disable_tqdm)
+    if arguments.pseudo_dataset is not None:
+        pseudo = load_dataset_source(arguments.pseudo_dataset, arguments.pseudo_split, labels=True)
+        data["pseudo_content"] = content_hash(pseudo, arguments.disable_tqdm)
+    if not is_new(arguments):
+        data["detector_content"] = model_hash(find_detector(arguments.detector))
+    return data
+
+
+def _finish(
+    arguments: FinetuneArguments, trainer: DetectionTrainer, about: dict, output_dir: Path, processes: PartialState
+) -> dict:
+    """Measures and saves what training gave; the results come last, as the mark of a finished run."""
     choice, metrics = trainer.choose_weights(), {}
-    if truth is not None:
+    if trainer.eval_dataset is not None:
         if trainer.measured_at != trainer.state.global_step or arguments.load_best_model_at_end:
             trainer.evaluate()
         metrics = trainer.results
-
     if processes.is_main_process:
         with clear_write_errors(output_dir):
-            detector.save_pretrained(output_dir)
-            image_processor.save_pretrained(output_dir)
+            trainer.model.save_pretrained(output_dir)
+            trainer.processing_class.save_pretrained(output_dir)
             trainer.save_state()
-            if truth is not None and arguments.write_report and arguments.num_pictures and has_matplotlib():
-                draw_predictions(detector, trainer.eval_dataset, output_dir, arguments.num_pictures)
-        evaluation = {
-            "dataset": told(arguments.eval_dataset),
-            "split": arguments.eval_split,
-            "images": len(truth or ()),
-        }
+            if metrics and arguments.write_report and arguments.num_pictures and has_matplotlib():
+                draw_predictions(trainer.model, trainer.eval_dataset, output_dir, arguments.num_pictures)
         results = {
             "metrics": metrics,
             "steps": trainer.state.global_step,
-            "images": len(dataset),
-            "evaluation": evaluation if metrics else {},
+            "images": about["images"],
+            "evaluation": about["evaluation"] if metrics else {},
             **({"weights": choice} if choice else {}),
             "card_license": arguments.card_license,
             "command": command_line("finetune", arguments),
             "versions": versions(),
         }
-        write_json(output_dir / RESULTS, results)  # last, as the mark of a finished run
+        write_json(output_dir / RESULTS, results)
         if metrics:
             print(format_table(metrics))
-        publish_run(output_dir, arguments, repo_id)
-    processes.wait_for_everyone()
-    return FinetuneResult(output_dir, metrics)
+    return metrics
 
 
 def _open_repository(arguments: FinetuneArguments) -> str:
@@ -213,25 +250,6 @@ def settings_of(arguments: FinetuneArguments) -> dict:
         arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     )
     return json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
-
-
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """
-    The newest checkpoint of a run that was written to its end, or `None`.
-
-    `Trainer` writes `trainer_state.json` last, so a folder without a readable one was cut short; it is removed, since
-    `Trainer` would count it as a checkpoint when it decides which ones to delete.
-    """
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-            return folder
-        except (OSError, ValueError):
-            logger.warning(f"{folder} was not written to its end and is removed.")
-            if PartialState().is_main_process:
-                shutil.rmtree(folder)
-    return None
 
 
 def _require_another_file(arguments: FinetuneArguments) -> None:
@@ -280,7 +298,7 @@ def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], 
     return MixedImages(labelled, LabelledImages(pseudo, view, **options, pseudo=True), arguments.labelled_share)
 
 
-def _start(arguments: FinetuneArguments, categories: list[str]):
+def _start_detector(arguments: FinetuneArguments, categories: list[str]):
     """The detector to train, and the report of what it got from a checkpoint, or its backbone from weights."""
     id2label = dict(enumerate(categories))
     if is_new(arguments):

@@ -4,21 +4,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
 from transformers.utils import logging
 
 from ..cards import versions
 from ..data.bit_depth import pixel_window, settle_pixel_window, window_line
 from ..data.columns import proposal_record, validate_proposals
 from ..data.formats import load_dataset_source
+from ..data.launch import Launch
+from ..data.shards import content_hash
 from ..files import write_json
 from ..hub import open_repository
 from ..reporting.run_record import SUMMARY
+from ..runs import RunFolder
 from ..training import sharding
-from ..training.checkpointing import (
-    prepare_output_dir,
-    remove_checkpoints,
-    require_same_run,
-)
+from ..training.checkpointing import CHECKPOINTS, DAMAGED
 from ..training.compilation import compile_networks
 from ..training.pretrain_arguments import PretrainArguments
 from ..training.pretrain_loop import Run, train, write_result
@@ -33,6 +33,12 @@ from ..training.pretrain_setup import (
 from ..training.publish import publish_run
 
 logger = logging.get_logger(__name__)
+
+# What is written to `output_dir`, beside checkpoints and the summary.
+WRITTEN = [
+    f"{DAMAGED}{CHECKPOINTS}", "log.jsonl", "README.md", "report.html", "config.json", "model.safetensors", "detector",
+    "backbone", "torchvision.safetensors", "backbone_report.json", "transfer_report.json",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     its image processor; of SoCo `backbone/` and `torchvision.safetensors`), `log.jsonl`, `pretrain_summary.json`, a
     model card, `report.html`, `backbone_report.json` or `transfer_report.json` if weights were loaded, and
     `checkpoint-<step>` folders. The same call again resumes from the last checkpoint, exactly; of a finished run it
-    only repeats the upload, if one is asked for.
+    only repeats the upload, if one is asked for. Every checkpoint has what the run exports, as far as it is.
 
     Args:
         arguments ([`PretrainArguments`]): The configuration.
@@ -69,38 +75,56 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
 
     Raises:
         DataError: the dataset lacks proposals or is broken.
-        ValueError: a configuration that cannot run, or that differs from that of the run in `output_dir`.
+        ValueError: a configuration that cannot run, or `output_dir` is in use or holds something else, such as a run
+            of another configuration or of other data. `max_steps` and `num_train_epochs` may change: the run goes on,
+            with the schedules of its new length.
         OSError: `output_dir` cannot be written to, or the disk is full. The last checkpoint stays.
         FloatingPointError: the gradients stay infinite or NaN.
         Interrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
-    method = METHODS[arguments.method]
     accelerator = build_accelerator(arguments)
-    configuration = compared_configuration(arguments, accelerator)
-    output_dir = prepare_output_dir(arguments.output_dir)
-    if accelerator.is_main_process:
-        remove_checkpoints(output_dir, only_unfinished=not arguments.overwrite_output_dir)
-        if arguments.overwrite_output_dir:
-            (output_dir / SUMMARY).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    # Before any work, so that a missing token does not end a run that took days.
-    repo_id = None
-    if arguments.push_to_hub and accelerator.is_main_process:
-        name = arguments.hub_model_id or output_dir.resolve().name
-        repo_id = open_repository(
-            name,
-            private=arguments.hub_private_repo,
-            revision=arguments.hub_revision,
-            license=arguments.card_license,
-        )
-    if (output_dir / SUMMARY).exists():
-        summary = json.loads((output_dir / SUMMARY).read_text())
-        require_same_run(summary["configuration"], configuration, output_dir)
-        accelerator.print(f"The run in {output_dir} is finished; --overwrite_output_dir starts it anew.")
+    with RunFolder(
+        arguments.output_dir,
+        "pretrain",
+        written=WRITTEN,
+        kept=[CHECKPOINTS],
+        result=SUMMARY,
+        overwrite=arguments.overwrite_output_dir,
+        on_main=Launch().on_main,
+    ) as folder:
+        configuration = compared_configuration(arguments, accelerator)
+        changes = folder.claim({"max_steps", "num_train_epochs"}, settings=configuration)
+        # Before any work, so that a missing token does not end a run that took days.
+        repo_id = _open_repository(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
+        product = folder.path / METHODS[arguments.method].product
+        if folder.is_finished and not changes:
+            accelerator.print(f"The run in {folder.path} is finished; --overwrite_output_dir starts it anew.")
+            if accelerator.is_main_process:
+                publish_run(folder.path, arguments, repo_id, anew=False)
+            return PretrainResult(folder.path, product, json.loads((folder.path / SUMMARY).read_text())["metrics"])
+        run = _start(arguments, accelerator, configuration, folder)
+        train(run)
+        model = sharding.whole_model(accelerator, run.method_model)
         if accelerator.is_main_process:
-            publish_run(output_dir, arguments, repo_id, anew=False)
-        return PretrainResult(output_dir, output_dir / method.product, summary["metrics"])
+            write_result(run, model)
+            publish_run(folder.path, arguments, repo_id)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return PretrainResult(folder.path, product, run.metrics)
 
+
+def _open_repository(arguments: PretrainArguments) -> str:
+    return open_repository(
+        arguments.hub_model_id or Path(arguments.output_dir).resolve().name,
+        private=arguments.hub_private_repo,
+        revision=arguments.hub_revision,
+        license=arguments.card_license,
+    )
+
+
+def _start(arguments: PretrainArguments, accelerator: Accelerator, configuration: dict, folder: RunFolder) -> Run:
+    """The run, from its last checkpoint if it has one."""
+    method, on_main = METHODS[arguments.method], Launch().on_main
     if arguments.streaming:
         dataset, report, data = open_stream(arguments)
     else:
@@ -112,11 +136,13 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         if window is not None:
             accelerator.print(window_line(window))
     accelerator.print(report)
+    content = {} if arguments.streaming else {"content": on_main(content_hash, dataset, arguments.disable_tqdm)}
+    changes = folder.claim(data=data | content)
     model, image_processor, loaded = method.build_model(arguments, dataset)
     if loaded is not None:
         accelerator.print(loaded)
         if accelerator.is_main_process:
-            write_json(output_dir / loaded.file_name, loaded.to_dict())
+            write_json(folder.path / loaded.file_name, loaded.to_dict())
     if (window := pixel_window(dataset)) is not None:
         image_processor.pixel_window = list(window)
     views, collate = method.build_views(arguments, accelerator, dataset, model.config)
@@ -141,13 +167,9 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
             "versions": versions(),
         },
     )
-    run.resume()
+    run.resume(on_main)
+    if changes:
+        run.tell_changes(changes)
+        folder.extend()
     accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})
-    train(run)
-    model = sharding.whole_model(accelerator, run.method_model)
-    if accelerator.is_main_process:
-        write_result(run, model)
-        publish_run(output_dir, arguments, repo_id)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return PretrainResult(output_dir, output_dir / method.product, run.metrics)
+    return run

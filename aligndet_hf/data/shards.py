@@ -323,8 +323,31 @@ def content_hash(dataset: datasets.Dataset, disable_tqdm: bool = True) -> str:
                     content = hashlib.blake2b(_image_bytes(value.as_py()), digest_size=16)
                     digest.update(content.digest())
                     progress.update()
-                digest.update(repr(batch.drop_columns(["image"]).to_pylist()).encode())
+                for name in batch.column_names:
+                    if name != "image":
+                        digest.update(name.encode())
+                        _digest_values(digest, batch[name].combine_chunks())
     return digest.hexdigest()
+
+
+def _digest_values(digest, values: pa.Array) -> None:
+    """Adds values to a hash, not what they happen to lie in: boxes are too many to become Python objects."""
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    kind = values.type
+    digest.update(f"{kind} {len(values)} ".encode())
+    if pa.types.is_struct(kind):
+        digest.update(np.asarray(values.is_valid()).tobytes())
+        for field in values.flatten():
+            _digest_values(digest, field)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        digest.update(np.asarray(pc.fill_null(pc.list_value_length(values), -1), dtype=np.int64).tobytes())
+        _digest_values(digest, values.flatten())
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        digest.update(np.asarray(values.is_valid()).tobytes())
+        digest.update(pc.fill_null(values, 0).to_numpy(zero_copy_only=False).tobytes())
+    else:
+        digest.update(repr(values.to_pylist()).encode())
 
 
 def _image_bytes(value: dict | None) -> bytes:

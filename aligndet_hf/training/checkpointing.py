@@ -1,8 +1,10 @@
-"""Checkpoints that are complete or absent: written under another name, synced, renamed into place.
+"""
+Checkpoints of pre-training and fine-tuning: written under another name, synced, checksummed, renamed into place.
 
 A checkpoint is a folder `checkpoint-<step>` with the model's tensors under their exact names (`model.safetensors`),
-the optimizer's state (`optimizer.pt`) and everything that is neither (`trainer_state.json`, which also holds the size
-and checksum of the other files). Nothing is loaded that could run code.
+what else training needs, the state of the run (`trainer_state.json`), and the size and checksum of all these files
+(`checksums.json`). One that was damaged since is named, set aside, and the last sound one taken. Nothing is loaded
+that could run code.
 """
 
 import hashlib
@@ -10,7 +12,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +23,13 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers.utils import logging
 
-from ..files import UNFINISHED, sync
+from ..files import UNFINISHED, remove, sync, sync_folder
 
 logger = logging.get_logger(__name__)
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "trainer_state.json"
+MODEL, OPTIMIZER, STATE, CHECKSUMS = "model.safetensors", "optimizer.pt", "trainer_state.json", "checksums.json"
+# What a checkpoint is called, and one that was damaged.
+CHECKPOINTS, DAMAGED = "checkpoint-[0-9]*", "damaged-"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    output_dir: str | Path, model: nn.Module, optimizer_state: dict, state: dict, keep: int = 2
+    output_dir: str | Path,
+    model: nn.Module,
+    optimizer_state: dict,
+    state: dict,
+    keep: int = 2,
+    export: Callable[[Path], None] | None = None,
 ) -> Path:
     """
     Write `output_dir/checkpoint-<step>`, then remove all but the newest `keep` checkpoints.
@@ -53,6 +62,7 @@ def save_checkpoint(
         optimizer_state (`dict`): Tensors, numbers, text, lists and dictionaries only.
         state (`dict`): What JSON can hold; `state["step"]` names the checkpoint.
         keep (`int`, defaults to 2): How many checkpoints remain.
+        export (`Callable`, *optional*): Writes what others load into the folder that it is given.
 
     Returns:
         `Path`: the folder of the new checkpoint.
@@ -61,85 +71,65 @@ def save_checkpoint(
         OSError: the disk is full or not writable. The checkpoints that were there are still there.
     """
     final = Path(output_dir) / f"checkpoint-{state['step']}"
-    with atomic_folder(final) as folder:
+    with new_checkpoint(final) as folder:
         save_model(model, folder / MODEL)
         torch.save(optimizer_state, folder / OPTIMIZER)
-        files = {name: _signature(folder / name) for name in (MODEL, OPTIMIZER)}
-        (folder / STATE).write_text(json.dumps({**state, "files": files}, indent=2))
-    found = _checkpoints(output_dir)
-    end = found.index(final) + 1
-    # A checkpoint of a later step is a damaged one that the run did not resume from.
-    for other in found[: max(0, end - keep)] + found[end:]:
-        _remove(other)
+        if export is not None:
+            export(folder)
+        (folder / STATE).write_text(json.dumps(state, indent=2))
+    rotate(final, keep)
     return final
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, or `None`. A damaged one is passed over with a warning."""
+    """The newest sound checkpoint of a run, or `None`. Damaged ones are named in a warning and set aside."""
     for path in reversed(_checkpoints(output_dir)):
-        try:
-            state = json.loads((path / STATE).read_text())
-            damaged = [name for name in (MODEL, OPTIMIZER) if _signature(path / name) != state["files"][name]]
-            if not damaged:
-                return Checkpoint(path, state)
-            reason = f"{' and '.join(damaged)} changed after it was written"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        logger.warning(f"{path} is not a complete checkpoint and is passed over ({reason})")
+        if not (damage := damage_of(path)):
+            return Checkpoint(path, json.loads((path / STATE).read_text()))
+        aside = path.with_name(DAMAGED + path.name)
+        if aside.exists():
+            remove(aside)
+        os.replace(path, aside)
+        logger.warning(f"{path} is damaged and not used ({damage}): it is set aside as {aside.name}")
     return None
 
 
-def require_same_run(saved: dict, current: dict, where: str | Path) -> None:
+def damage_of(checkpoint: str | Path) -> str:
+    """What is wrong with a checkpoint; empty if it is as it was written."""
+    checkpoint = Path(checkpoint)
+    try:
+        written = json.loads((checkpoint / CHECKSUMS).read_text())
+        changed = [name for name, signature in written.items() if _signature(checkpoint / name) != signature]
+        missing = {STATE} - written.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    if changed or missing:
+        return f"{' and '.join([*changed, *missing])} changed after it was written"
+    return ""
+
+
+def rotate(newest: Path, keep: int | None, protected: str | Path | None = None) -> None:
     """
-    Refuse to continue a run under another configuration.
+    Removes old checkpoints.
 
     Args:
-        saved (`dict`): The configuration that the run in `where` was started with.
-        current (`dict`): The configuration of now.
-        where (`str` or `Path`): The folder of the run.
-
-    Raises:
-        ValueError: they differ. The differing keys are listed with both values.
+        newest (`Path`): The checkpoint that was written just now. Those of later steps go too: the run did not resume
+            from them.
+        keep (`int`, *optional*): How many remain; all, if not given.
+        protected (`str` or `Path`, *optional*): One that remains in any case.
     """
-    keys = [key for key in (*saved, *(set(current) - set(saved))) if saved.get(key) != current.get(key)]
-    if keys:
-        differences = ", ".join(f"{key}: {saved.get(key)!r} there, {current.get(key)!r} now" for key in keys)
-        raise ValueError(
-            f"{where} holds a run of another configuration ({differences}). Give the same values to resume it, "
-            "another --output_dir to leave it alone, or --overwrite_output_dir to start anew."
-        )
-
-
-def prepare_output_dir(output_dir: str | Path) -> Path:
-    """
-    Create the folder of a run if need be, and make sure that files can be written there.
-
-    Raises:
-        OSError: they cannot.
-    """
-    output_dir = Path(output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
-            file.write(b"x")
-            file.flush()
-    except OSError as error:
-        raise OSError(f"cannot write to the output folder {output_dir}: {error.strerror or error}") from error
-    return output_dir
-
-
-def remove_checkpoints(output_dir: str | Path, only_unfinished: bool = False) -> None:
-    """Remove what an interrupted save left behind and, unless `only_unfinished`, every checkpoint."""
-    for path in Path(output_dir).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in [] if only_unfinished else _checkpoints(output_dir):
-        _remove(path)
+    found = _checkpoints(newest.parent)
+    end = found.index(newest) + 1
+    old = found[: max(0, end - keep)] if keep else []
+    for other in old + found[end:]:
+        if protected is None or other.resolve() != Path(protected).resolve():
+            remove(other)
 
 
 @contextmanager
-def atomic_folder(final: Path):
+def new_checkpoint(final: Path) -> Iterator[Path]:
     """
-    Yield an empty folder to write to; when the block ends well it is synced to disk and takes the name `final`.
+    Yield an empty folder to write to; when the block ends well it gets its checksums and the name `final`.
 
     Raises:
         OSError: writing failed, on a full disk above all. The partial folder is removed; `final` is as it was.
@@ -150,15 +140,22 @@ def atomic_folder(final: Path):
         with clear_write_errors(final):
             folder.mkdir(parents=True)
             yield folder
-            for path in (*folder.rglob("*"), folder):
-                sync(path)
-            if final.exists():
-                _remove(final)
-            os.replace(folder, final)
-            sync(final.parent)
+            seal(folder, final)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def seal(folder: Path, final: Path) -> None:
+    """Writes the checksums of a folder's files into it, has it on the disk, and gives it its name."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    checksums = {name: _signature(folder / name) for name in names}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
+    sync_folder(folder)
+    if final.exists():
+        remove(final)
+    os.replace(folder, final)
+    sync(final.parent)
 
 
 @contextmanager
@@ -176,16 +173,8 @@ def clear_write_errors(path: Path):
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in Path(output_dir).glob(CHECKPOINTS) if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder so that one left half removed is not taken for a checkpoint."""
-    doomed = folder.with_name(UNFINISHED + "removal-" + folder.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
 
 
 def _signature(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from transformers.utils import logging
 
 from ..data.collate import collate_labelled, normalize_images
 from ..data.dataset import MixedImages, init_worker
+from ..data.launch import Launch
 from ..data.sampling import EpochBatchSampler, MixedBatchSampler
 from ..detectors.backbones import eval_frozen, get_backbone
 from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
-from .checkpointing import (
-    clear_write_errors,
-)
+from ..files import UNFINISHED
+from .checkpointing import STATE, clear_write_errors, damage_of, rotate, seal
+from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
 from .schedules import learning_rate, milestone_steps
 from .sharding import whole
@@ -72,10 +74,11 @@ class DetectionTrainer(Trainer):
     `transformers.Trainer` for detectors.
 
     What is different: images are normalised on the device; which images and views are seen is a pure function of the
-    seed and the epoch; gradients that are not finite end the run; checkpoints restore every tensor, on resuming and
-    for `load_best_model_at_end`, or fail; evaluation streams through [`CocoMetrics`] and counts every image once, also
-    in the last batch and with several processes; the backbone has a learning rate of its own, and what is frozen of it
-    stays in evaluation mode; the terms of the loss are logged.
+    seed and the epoch; gradients that are not finite end the run; checkpoints are complete or absent, and restore
+    every tensor, on resuming and for `load_best_model_at_end`, or fail; SIGTERM and SIGINT end [`fit`] after a
+    checkpoint; evaluation streams through [`CocoMetrics`] and counts every image once, also in the last batch and with
+    several processes; the backbone has a learning rate of its own, and what is frozen of it stays in evaluation mode;
+    the terms of the loss are logged.
 
     Evaluation logs `eval_AP`, `eval_AP50` and the other COCO numbers (0 to 1), and `eval_AP_<class>`: any of them can
     be `metric_for_best_model`. There is no `eval_loss`.
@@ -106,6 +109,7 @@ class DetectionTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._aside: Path | None = None  # where a checkpoint is written that is not complete
         self.add_callback(FiniteGradients)
         self.normalization = normalization_of(processing_class)
         self.backbone = get_backbone(model)
@@ -176,11 +180,45 @@ class DetectionTrainer(Trainer):
 
     # ---- training ----
 
+    def total_steps(self) -> int:
+        """How many optimizer steps training takes, as `Trainer` counts them."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_epoch = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+        return math.ceil(self.args.num_train_epochs * max(per_epoch, 1))
+
+    def require_steps(self, checkpoint: str | Path | None) -> TrainerState | None:
+        """
+        The state of a checkpoint that training can go on from.
+
+        Raises:
+            ValueError: it is beyond the last step.
+        """
+        if checkpoint is None:
+            return None
+        state, total = TrainerState.load_from_json(str(Path(checkpoint) / STATE)), self.total_steps()
+        if state.global_step > total:
+            raise ValueError(
+                f"{checkpoint} is beyond the {total} steps that are asked for: give at least "
+                f"--max_steps {state.global_step}, which ends the run there"
+            )
+        return state
+
     def fit(self, checkpoint: str | Path | None = None) -> None:
-        """Trains on from a checkpoint, or from the start; a checkpoint of the last step is only loaded."""
-        state = checkpoint and TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if not state or state.global_step < state.max_steps:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        """
+        Trains on from a checkpoint, or from the start; a checkpoint of the last step is only loaded.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT; a checkpoint was written.
+            ValueError: the checkpoint is beyond the last step.
+        """
+        state = self.require_steps(checkpoint)
+        if not state or state.global_step < self.total_steps():
+            with StopSignals(self.accelerator) as stop:
+                callback = StopAfterSaving(stop)
+                self.add_callback(callback)
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                self.remove_callback(callback)
             return
         self.state = state
         self._load_from_checkpoint(str(checkpoint))
@@ -263,9 +301,38 @@ class DetectionTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        with clear_write_errors(Path(self.args.output_dir)):
-            super()._save_checkpoint(*args, **kwargs)
+    def _save_checkpoint(self, model, trial) -> None:
+        """What `Trainer` saves, written aside; complete, it gets its checksums and its name."""
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._aside = final.with_name(f"{UNFINISHED}{final.name}")
+        on_main = Launch().on_main
+        try:
+            with clear_write_errors(Path(self.args.output_dir)):
+                on_main(shutil.rmtree, self._aside, True)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                on_main(self._put_in_place, final)
+        finally:
+            if self.is_world_process_zero():
+                shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _put_in_place(self, final: Path) -> None:
+        folder = self._aside / final.name
+        if self.state.best_model_checkpoint == str(folder):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(folder / STATE))
+        seal(folder, final)
+        rotate(final, self.args.save_total_limit, protected=self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial=None) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:  # else it is not complete
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """
@@ -287,7 +354,21 @@ class DetectionTrainer(Trainer):
         if self.average is not None:
             self.average.load(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and isinstance(self.lr_scheduler, LambdaLR):  # the saved rates are those of the length before
+            scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
+            rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
+            for group, rate in zip(groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
+
     def _load_best_model(self) -> None:
+        if damage := damage_of(self.state.best_model_checkpoint):
+            raise ValueError(
+                f"{self.state.best_model_checkpoint}, the best checkpoint of this run, is damaged ({damage}). Give "
+                "--load_best_model_at_end false and another output_dir, or --overwrite_output_dir to start anew."
+            )
         super()._load_best_model()
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)

@@ -5,6 +5,9 @@ import threading
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerCallback
+
+from ..runs import Interrupted
 
 
 class StopSignals:
@@ -40,3 +43,32 @@ class StopSignals:
             return self.number
         number = torch.tensor([self.number], device=self.accelerator.device)
         return int(self.accelerator.gather(number).max())
+
+
+class StopAfterSaving(TrainerCallback):
+    """
+    Ends `Trainer` after a signal, with a checkpoint of the step that it was in.
+
+    Raises:
+        Interrupted: the checkpoint was written. The message says how to go on.
+    """
+
+    def __init__(self, stop: StopSignals):
+        self.stop = stop
+        self.number = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.number = self.stop.received()
+        control.should_save = control.should_save or bool(self.number)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.number and state.global_step < state.max_steps:
+            raise Interrupted(stopped(self.number, state.global_step, state.max_steps, args.output_dir), self.number)
+
+
+def stopped(number: int, step: int, total_steps: int, output_dir: str) -> str:
+    """What a run says that a signal ended after a checkpoint."""
+    return (
+        f"{signal.Signals(number).name}: stopped after step {step} of {total_steps}, saved in "
+        f"{output_dir}/checkpoint-{step}. Run the same command again to resume."
+    )

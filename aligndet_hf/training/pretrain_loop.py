@@ -6,7 +6,7 @@ not.
 """
 
 import math
-import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,9 @@ from . import sharding
 from .checkpointing import (
     clear_write_errors,
     find_last_checkpoint,
-    require_same_run,
     save_checkpoint,
 )
-from .interrupts import StopSignals
+from .interrupts import StopSignals, stopped
 from .pretrain_methods import METHODS
 from .run_log import RunLog
 from .schedules import learning_rate, milestone_steps
@@ -87,13 +86,16 @@ class Run:
         self.is_collapsed = False
         self.metrics: dict[str, float] = {}
 
-    def resume(self) -> None:
+    def resume(self, on_main: Callable) -> None:
         """Continue from the last checkpoint, if there is one, and open the log."""
         output_dir, totals = Path(self.arguments.output_dir), {}
-        if checkpoint := find_last_checkpoint(output_dir):
+        if checkpoint := on_main(find_last_checkpoint, output_dir):
             state = checkpoint.state
-            now = self.about["configuration"] | self.about["data"]
-            require_same_run(state["configuration"] | state["data"], now, output_dir)
+            if state["step"] > self.total_steps:
+                raise ValueError(
+                    f"{checkpoint.path} is beyond the {self.total_steps} steps that are asked for: give at least "
+                    f"--max_steps {state['step']}, which ends the run there"
+                )
             saved = sharding.load_checkpoint(self.accelerator, checkpoint, self.method_model, self.optimizer)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -104,6 +106,15 @@ class Run:
                 self.sampler.stream.start(self.step, state["stream"][self.accelerator.process_index])
             self.accelerator.print(f"Resuming from {checkpoint.path}: step {self.step} of {self.total_steps}.")
         self.log = RunLog(self.accelerator, output_dir / LOG, self.step, totals)
+
+    def tell_changes(self, changes: dict[str, tuple]) -> None:
+        """Say what a length that was changed on resuming does to the schedules."""
+        listed = ", ".join(f"{name}: {before} before, {now} now" for name, (before, now) in changes.items())
+        self.accelerator.print(
+            f"The run is {self.total_steps} steps long now ({listed}). From step {self.step} on, the learning rate "
+            f"({self.learning_rate(self.step):.3g}) and the momentum ({self.momentum(self.step):.4f}) follow the "
+            "schedules of that length; until here they followed those of the length before."
+        )
 
     def save(self) -> None:
         """Write a checkpoint. All processes must call this."""
@@ -120,7 +131,14 @@ class Run:
             state = {name: getattr(self, name) for name in RUN_STATE} | self.about
             state |= {"totals": totals, "epoch": self.step / len(self.sampler), "stream": positions}
             keep = self.arguments.save_total_limit
-            save_checkpoint(self.arguments.output_dir, model, tensors, state, keep)
+            save_checkpoint(
+                self.arguments.output_dir,
+                model,
+                tensors,
+                state,
+                keep,
+                export=lambda folder: self.method.export(model, folder, self.image_processor),
+            )
         self.accelerator.wait_for_everyone()
 
     def steps(self):
@@ -180,11 +198,8 @@ def train(run: Run) -> None:
             if run.step % arguments.save_steps == 0 or is_over or signal_number:
                 run.save()
             if signal_number and not is_over:
-                raise Interrupted(
-                    f"{signal.Signals(signal_number).name}: stopped after step {run.step} of {run.total_steps}, saved "
-                    f"in {arguments.output_dir}/checkpoint-{run.step}. Run the same command again to resume.",
-                    signal_number,
-                )
+                message = stopped(signal_number, run.step, run.total_steps, arguments.output_dir)
+                raise Interrupted(message, signal_number)
 
 
 def _is_usable(run: Run, gradient_norm: torch.Tensor) -> bool:
