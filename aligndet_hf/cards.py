@@ -152,7 +152,7 @@ def _plain(value):
         return [_plain(item) for item in value]
     if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value)):
         return told(value)
-    return value if isinstance(value, bool | int | float | str) else str(value)
+    return value if isinstance(value, bool | int | float) else str(value)
 
 
 def command_line(command: str, arguments) -> str:

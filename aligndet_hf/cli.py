@@ -156,7 +156,9 @@ all of that from one file, or several variants of it compared on your labels wit
   aligndet compare --config compare.yaml --output_dir outputs/compare
 
 Every flag is also a key of the YAML recipe given by --config; a flag on the command line wins over the recipe.
-`aligndet <command> --help` lists a command's flags; `accelerate launch scripts/pretrain.py ...` uses several GPUs.
+`--config` also takes the name of a recipe of the package; `aligndet recipes` lists them, `aligndet recipes NAME` says
+where one is. `aligndet <command> --help` lists a command's flags; `accelerate launch -m aligndet_hf pretrain ...` uses
+several GPUs.
 `--source` of `aligndet proposals` takes boxes from elsewhere, say from a detector of an earlier round."""
 
 
@@ -169,6 +171,11 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("-h", "--help", "help"):
         summaries = [f"  {name:<10} {row.summary}" for name, row in COMMANDS.items()]
         print("\n".join([USAGE, "", "commands:", *summaries, "", EXAMPLES]))
+        return 0
+    if command == "recipes":
+        from .recipes import find_recipe, recipe_names
+
+        print(find_recipe(rest[0]) if rest else "\n".join(recipe_names()))
         return 0
     if command == "--version":
         from aligndet_hf import __version__

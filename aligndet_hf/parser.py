@@ -6,11 +6,13 @@ import dataclasses
 import json
 import shutil
 import typing
+from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 
 from .flags import nearest, roles
+from .recipes import find_recipe
 
 REQUIRED = "Required"
 
@@ -95,6 +97,7 @@ class ArgumentParser(HfArgumentParser):
 
     def set_defaults_from(self, config: str):
         """Make the values of a YAML file the defaults, as if they had been given as flags."""
+        config = find_recipe(config)
         with open(config, encoding="utf-8") as file:
             try:
                 values = yaml.safe_load(file) or {}
@@ -102,6 +105,7 @@ class ArgumentParser(HfArgumentParser):
                 raise ValueError(f"{config} is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{config} must be a mapping of `flag: value` lines, not a {type(values).__name__}")
+        values = _beside(values, config.parent)
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False  # While only the recipe is parsed.
@@ -154,6 +158,20 @@ def _help_titles(cls: type) -> dict[str, str]:
                 title = vars(base).get("help_groups", {}).get(name, title)
                 titles[name] = title
     return titles
+
+
+def _beside(value, folder: Path):
+    """A value of a recipe whose references to other recipes (`config`, `chain`) lie in the folder of the recipe."""
+    if isinstance(value, list):
+        return [_beside(one, folder) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: str(folder / one)
+        if key in ("config", "chain") and isinstance(one, str) and (folder / one).is_file() and not Path(one).is_file()
+        else _beside(one, folder)
+        for key, one in value.items()
+    }
 
 
 def _as_flags(key: str, value) -> list[str]:

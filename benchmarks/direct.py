@@ -28,6 +28,7 @@ from aligndet_hf.detectors.backbones import set_backbone_trainable
 from aligndet_hf.detectors.build import build_image_processor, load_detector
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import family_of
+from aligndet_hf.recipes import find_recipe
 from aligndet_hf.training.detection_trainer import DetectionTrainer
 
 # Norms learn in the large batches of low resolution, and are kept in the small ones, as in the paper.
@@ -39,7 +40,7 @@ def parse_arguments(words: list[str] | None):
     parser = common.parser(__file__, __doc__, repeats=3)
     parser.add_argument("--dataset", required=True, help="labelled images with the splits train and validation")
     parser.add_argument("--backbone_weights", help="of the recipe's backbone; random ones if not given")
-    parser.add_argument("--recipe", default="scripts/recipes/finetune_rt_detr_bccd_plain.yaml", help="of `finetune`")
+    parser.add_argument("--recipe", default="finetune_rt_detr_bccd_plain", help="of `finetune`")
     parser.add_argument("--low", type=int, default=128, help="size of the images of the first stage")
     parser.add_argument("--full", type=int, default=256, help="size of the others, and to measure with")
     parser.add_argument("--low_share", type=float, default=0.5, help="of the time, for the first stage")
@@ -51,7 +52,7 @@ def parse_arguments(words: list[str] | None):
 
 def settings(arguments, size: int, name: str, **changes) -> FinetuneArguments:
     """The recipe at one resolution; smaller images in batches with as many pixels."""
-    recipe = yaml.safe_load(Path(arguments.recipe).read_text())
+    recipe = yaml.safe_load(find_recipe(arguments.recipe).read_text())
     batch = round(recipe["per_device_train_batch_size"] * (arguments.full / size) ** 2)
     changes = {"per_device_train_batch_size": batch, "image_sizes": [size], "eval_size": arguments.full} | changes
     changes |= {"dataset": arguments.dataset, "output_dir": str(Path(arguments.folder) / name)}

@@ -1,6 +1,6 @@
 """Fine-tune a detector on labelled images: a pre-trained one, any other checkpoint, or a new one.
 
-    python scripts/finetune.py --config scripts/recipes/finetune.yaml --output_dir outputs/finetuned
+    python scripts/finetune.py --config finetune --output_dir outputs/finetuned
     accelerate launch scripts/finetune.py --dataset labelled/ --detector outputs/pretrained/detector \\
         --output_dir outputs/finetuned
 

@@ -196,7 +196,7 @@ def test_an_interrupted_chain_goes_on_where_it_was(argv, proposal_folder, detect
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "scripts" / "recipes").glob("chain_*.yaml")), ids=lambda path: path.stem
+    "path", sorted((ROOT / "aligndet_hf" / "recipes").glob("chain_*.yaml")), ids=lambda path: path.stem
 )
 @pytest.mark.parametrize("left_out", [0, 1, 2, 3])
 def test_recipes_are_valid_with_and_without_their_first_stages(path, left_out, tmp_path, monkeypatch):

@@ -2,13 +2,14 @@
 
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
-from aligndet_hf import cli
+from aligndet_hf import ChainArguments, PretrainArguments, cli
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.parser import parse_arguments
 
@@ -249,3 +250,32 @@ def test_ctrl_c_has_no_traceback(command, capsys):
     command(KeyboardInterrupt())
     assert cli.main(["demo", "--source", "x"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch, capsys):
+    assert cli.main(["recipes"]) == 0
+    names = capsys.readouterr().out.split()
+    assert {"aligndet_rt_detr_bccd", "accelerate_fsdp2"} <= set(names)
+    assert cli.main(["recipes", "accelerate_fsdp2"]) == 0
+    assert "fsdp" in Path(capsys.readouterr().out.strip()).read_text()
+
+    monkeypatch.chdir(tmp_path)
+    given = ["--dataset", "d", "--output_dir", "o"]
+    from_name = parse_arguments(PretrainArguments, ["--config", "aligndet_rt_detr_bccd", *given])
+    assert from_name.detector == "rt_detr" and from_name.aligndet_config
+    assert parse_arguments(PretrainArguments, ["--config", "scripts/recipes/aligndet_rt_detr_bccd.yaml", *given]) == (
+        from_name
+    )
+    with pytest.raises(OSError, match="no file nowhere.yaml, and no recipe of that name; there are .*chain_bccd"):
+        parse_arguments(PretrainArguments, ["--config", "nowhere.yaml", *given])
+
+
+def test_recipes_refer_to_others_beside_them(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "start.yaml").write_text("detector: detr\n")
+    chain = "stages:\n  pretrain: {config: start.yaml, dataset: d}\n  finetune: {config: finetune_rt_detr_bccd}\n"
+    (tmp_path / "mine" / "chain.yaml").write_text(chain)
+    monkeypatch.chdir(tmp_path)
+    arguments = parse_arguments(ChainArguments, ["--config", "mine/chain.yaml", "--output_dir", "o"])
+    assert arguments.stages["pretrain"]["config"] == "mine/start.yaml"
+    assert arguments.stages["finetune"]["config"] == "finetune_rt_detr_bccd"

@@ -246,7 +246,7 @@ def test_the_same_command_tries_only_what_failed(finished, settings, monkeypatch
 def test_a_finished_comparison_is_published(finished, settings, data, tmp_path):
     """What `model_cards/` holds: results, report and cards, which agree and name no place of this machine."""
     folder, _ = finished
-    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "model_cards.py"))
+    script = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "tools" / "model_cards.py"))
     shown = tmp_path / "model_cards" / "scenes"
     if json.loads((folder / "results.json").read_text())["failures"]:
         with pytest.raises(ValueError, match="is not finished"):

@@ -45,13 +45,14 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (folder / target).exists(), target
     for recipe in re.findall(r"[a-z_0-9]+\.yaml", README):
-        assert recipe == "recipe.yaml" or (ROOT / "scripts" / "recipes" / recipe).exists(), recipe
+        assert recipe == "recipe.yaml" or (ROOT / "aligndet_hf" / "recipes" / recipe).exists(), recipe
 
 
 def documented_commands() -> list[str]:
     """Every `aligndet ...` and `accelerate launch scripts/...` line of the README, pages, and headers of recipes."""
     texts = [README, *PAGES.values()] + [
-        re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE) for path in (ROOT / "scripts/recipes").glob("*.yaml")
+        re.sub(r"^# ?", "", path.read_text(), flags=re.MULTILINE)
+        for path in (ROOT / "aligndet_hf/recipes").glob("*.yaml")
     ]
     lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
     return [line for line in lines if re.match(r"(aligndet|accelerate launch) .*--(dataset|detector|set)", line)]
@@ -85,8 +86,8 @@ def planned_stages(arguments) -> list:
 
 
 def test_published_results_are_those_of_the_cards_and_the_pages():
-    """`python scripts/model_cards.py` makes them so."""
-    script = runpy.run_path(str(ROOT / "scripts" / "model_cards.py"))
+    """`python docs/tools/model_cards.py` makes them so."""
+    script = runpy.run_path(str(ROOT / "docs" / "tools" / "model_cards.py"))
     for path in script["pages"](ROOT):
         page = path.read_text(encoding="utf-8")
         assert script["fill"](page, ROOT) == page, path

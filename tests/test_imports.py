@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
 
 # Low to high. A room may import the rooms below it and its own modules.
 HOUSE = [
-    {"boxes", "convnets", "files", "flags", "ranges"},
-    {"cards", "parser", "runs"},
+    {"boxes", "convnets", "files", "flags", "recipes", "ranges"},
+    {"cards", "objects", "parser", "runs"},
     {"hub", "losses", "matching", "momentum", "processes"},
     {"proposals"},
     {"data"},

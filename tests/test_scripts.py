@@ -20,14 +20,9 @@ from aligndet_hf.parser import ArgumentParser, parse_arguments
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "generate_proposals": "proposals",
-    "cluster_proposals": "clusters",
-    "recall": "recall",
     "pretrain": "pretrain",
-    "knn": "knn",
     "finetune": "finetune",
     "evaluate": "evaluate",
-    "embeddings": "embeddings",
-    "report": "report",
 }
 
 
@@ -131,7 +126,7 @@ def test_every_script_is_its_command(script, command, monkeypatch, capsys):
     assert text.startswith(f"usage: aligndet {command} ") and "--output" in text
 
 
-RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "aligndet_hf" / "recipes").glob("*.yaml"))
 LAUNCHES = [path for path in RECIPES if path.stem.startswith("accelerate_")]
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForObjectDetection
 
 from .. import __version__
 from ..data.bit_depth import pixel_window
@@ -45,11 +44,12 @@ from ..data.shards import (
     writing_to,
 )
 from ..detectors.backbones import check_backbone
-from ..detectors.build import build_detector, find_detector
+from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import sync
 from ..flags import names_of
 from ..hub import HubArguments
+from ..objects import name_objects
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
 from ..ranges import COUNT, SEED, check_values
 from ..reporting.pictures import new_figure, plot_crops
@@ -154,6 +154,7 @@ class ClustersArguments(HubArguments):
     )
 
     def __post_init__(self):
+        name_objects(self)
         check_values(self)
         if self.fit_boxes < self.num_clusters:
             raise ValueError(
@@ -243,7 +244,7 @@ def _new_report(arguments: ClustersArguments, sources: dict[str, datasets.Datase
 def load_features(arguments: ClustersArguments) -> BoxFeatures:
     """The features of boxes that the arguments ask for."""
     if arguments.detector is not None:
-        detector = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.detector))
+        detector = open_detector(arguments.detector)
         check_backbone(detector)
     else:
         detector = build_detector(  # for its backbone only, so any family will do

@@ -18,6 +18,7 @@ from ..flags import names_of, nearest
 from ..pipelines.runner import is_finished, only_one, record_of, run_stages
 from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
 from ..ranges import PART, SEED, SHARE
+from ..recipes import find_recipe
 from ..reporting.comparison import environment, write_report
 from ..reporting.paired import Run, compare_runs
 from ..reporting.pictures import new_figure
@@ -274,7 +275,7 @@ def _of_arm(arguments: CompareArguments, changes: Mapping) -> tuple[dict, set[st
 
 def _read_chain(file: str) -> dict:
     """The file of a chain, with what is `common` in it made part of its stages."""
-    content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    content = yaml.safe_load(find_recipe(file).read_text(encoding="utf-8"))
     if not isinstance(content, Mapping) or not isinstance(content.get("stages"), Mapping) or not content["stages"]:
         raise ValueError(f"{file} is no chain: there is no mapping `stages`")
     common = content.get("common") or {}

@@ -25,6 +25,7 @@ from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
 from ..matching import match_queries
+from ..objects import name_objects
 from ..ranges import COUNT, SEED, check_values
 from ..reporting.pictures import PALETTE, new_figure, plain_axes, save_figure
 from .knn import knn_accuracy
@@ -75,6 +76,7 @@ class EmbeddingsArguments:
     disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
+        name_objects(self)
         check_values(self)
 
 

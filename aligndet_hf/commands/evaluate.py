@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from ..data.collate import collate_labelled
 from ..data.columns import category_ids, image_ids, validate_objects
 from ..data.dataset import init_worker
 from ..data.formats import category_names, load_dataset_source
-from ..detectors.build import find_detector
+from ..detectors.build import open_detector, open_image_processor
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
 from ..files import write_json
+from ..objects import name_objects
 from ..ranges import COUNT, SHARE, check_values
 from ..reporting.pictures import draw_detections, new_figure
 
@@ -29,6 +29,13 @@ class EvaluateArguments:
 
     detector: str = field(
         metadata={"role": "start", "help": "folder or Hub id of a detector with its image processor"}
+    )
+    image_processor: str | None = field(
+        default=None,
+        metadata={
+            "role": "start",
+            "help": "folder or Hub id of another image processor; needed for a detector that is given as an object",
+        },
     )
     dataset: str = field(metadata={"role": "data", "help": "labelled images: folder, COCO-JSON file or Hub id"})
     split: str = field(default="validation", metadata={"role": "data", "help": "split of the dataset"})
@@ -63,6 +70,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self):
+        name_objects(self)
         check_values(self)
         if self.output_dir is None and (self.save_predictions or self.num_pictures):
             raise ValueError("save_predictions and num_pictures need an output_dir to write to")
@@ -89,9 +97,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     if arguments.num_pictures:
         new_figure(1, 1)  # says now, not after the evaluation, that matplotlib is missing
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = find_detector(arguments.detector)
-    detector = AutoModelForObjectDetection.from_pretrained(folder).to(device)
-    image_processor = AutoImageProcessor.from_pretrained(folder)
+    detector = open_detector(arguments.detector).to(device)
+    image_processor = open_image_processor(arguments.image_processor or arguments.detector)
     classes = match_categories(detector.config.id2label, categories)
 
     images = EvaluationImages(dataset, categories, image_processor)

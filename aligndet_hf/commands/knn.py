@@ -14,6 +14,7 @@ from ..detectors.build import build_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import write_json
 from ..flags import told_of
+from ..objects import name_objects
 from ..ranges import COUNT, SEED, check_values
 
 
@@ -105,6 +106,7 @@ class KnnArguments:
     disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
+        name_objects(self)
         check_values(self)
 
 

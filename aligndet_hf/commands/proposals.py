@@ -44,6 +44,7 @@ from ..data.sources import SOURCES, Search, file_hash, model_hash
 from ..data.stream_shards import read_rows, read_streams
 from ..data.streaming import load_stream, stream_splits
 from ..hub import HubArguments, open_repository
+from ..objects import name_objects
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
 from ..proposals.selective_search import PRESETS
@@ -189,6 +190,7 @@ class ProposalsArguments(HubArguments):
     )
 
     def __post_init__(self):
+        name_objects(self)
         check_values(self)
         if self.source is None:
             owners = (

@@ -14,6 +14,7 @@ from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..files import write_json
+from ..objects import name_objects
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
 from ..ranges import COUNT, SEED, check_values
@@ -65,6 +66,7 @@ class RecallArguments:
     disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
+        name_objects(self)
         check_values(self)
         if self.num_pictures and self.output_dir is None:
             raise ValueError("num_pictures needs an output_dir to write to")

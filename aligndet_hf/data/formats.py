@@ -5,6 +5,7 @@ from pathlib import Path
 
 import datasets
 
+from ..objects import Given, as_source
 from . import door
 from .columns import arrow_batches, read_values, require_columns
 from .errors import DataError
@@ -17,16 +18,21 @@ logger = logging.getLogger(__name__)
 
 
 def load_dataset_source(
-    source: str | Path, split: str | None = None, *, labels: bool = False, image_dir: str | Path | None = None
+    source: str | Path | datasets.Dataset | datasets.DatasetDict,
+    split: str | None = None,
+    *,
+    labels: bool = False,
+    image_dir: str | Path | None = None,
 ) -> datasets.Dataset:
     """
     Loads a data set from wherever it is. Images are never decoded.
 
     Args:
-        source (`str` or `Path`):
-            One of: a folder in a format that [`~aligndet_hf.data.readers.READERS`] know, found by looking at it (COCO,
-            YOLO, Pascal VOC, labelme, CVAT, or images with or without metadata); a COCO JSON file; a folder written by
-            `save_to_disk`; a Hub id or a local copy of such a repository.
+        source (`str`, `Path`, `datasets.Dataset` or `datasets.DatasetDict`):
+            A data set in memory (of a `Dataset` the `split` does not count), or one of: a folder in a format that
+            [`~aligndet_hf.data.readers.READERS`] know, found by looking at it (COCO, YOLO, Pascal VOC, labelme, CVAT,
+            or images with or without metadata); a COCO JSON file; a folder written by `save_to_disk`; a Hub id or a
+            local copy of such a repository.
         split (`str`, *optional*):
             The split to load; several are joined by `+`. Sub-folders such as `train`, `val2017` or `test` are splits;
             a folder without them is one split, named after itself (`train` if its name does not tell). A single label
@@ -45,6 +51,9 @@ def load_dataset_source(
         [`DataError`]: if the source or split does not exist, or for input that cannot be used. It names the file and
             line.
     """
+    source = as_source(source)
+    if isinstance(source, Given):
+        return _load_object(source, split, labels)
     path = Path(source).expanduser()
     reader = find_reader(path) if path.exists() else None
     roots = None  # the readers of files have looked themselves
@@ -69,6 +78,22 @@ def load_dataset_source(
     return dataset
 
 
+def _load_object(source: Given, split: str | None, labels: bool) -> datasets.Dataset:
+    """A data set in memory in the form that [`load_dataset_source`] gives all of them."""
+    if isinstance(source.value, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError("a stream can only be read once and in order, by `pretrain` and `generate_proposals`")
+    splits = _splits_of(source)
+    chosen = _choose_splits(list(splits), split if len(splits) > 1 else None, source)
+    dataset = datasets.concatenate_datasets([splits[name] for name in chosen])
+    require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def _splits_of(source: Given) -> dict[str, datasets.Dataset]:
+    splits = dict(source.value) if isinstance(source.value, dict) else {"train": source.value}
+    return standard_objects(splits, str(source))
+
+
 def is_local_images(source: str | Path) -> bool:
     """Whether a source is read by this module, from files: no data set of the Hub, and no copy of one."""
     path = Path(source).expanduser()
@@ -89,6 +114,8 @@ def split_names(source: str | Path) -> list[str]:
     Raises:
         [`DataError`]: if there is no such source.
     """
+    if isinstance(source, Given):
+        return list(source.value) if isinstance(source.value, dict) else ["train"]
     path = Path(source).expanduser()
     reader = find_reader(path) if path.exists() else None
     return list(_load_from_hub(str(source), None)) if reader is None else reader.split_names(path)

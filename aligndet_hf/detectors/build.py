@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
+from ..objects import as_source, copy_of
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
 from .families import FAMILIES, Family, family_of
@@ -256,10 +257,28 @@ def load_detector(
             id2label,
             arguments.detector_config or {},
         )
-    detector = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.detector))
+    detector = open_detector(arguments.detector)
     family_of(detector.config)
     check_backbone(detector)
     return detector, None
+
+
+def open_detector(source: str | Path | PreTrainedModel) -> PreTrainedModel:
+    """The detector of a path or Hub id (see [`find_detector`]), or a copy of one that is given as a model."""
+    source = as_source(source)
+    given = copy_of(source)
+    return AutoModelForObjectDetection.from_pretrained(find_detector(source)) if given is None else given
+
+
+def open_image_processor(source: str | Path | BaseImageProcessor) -> BaseImageProcessor:
+    """The image processor of a path or Hub id (see [`find_detector`]), or the one that is given."""
+    source = as_source(source)
+    given = copy_of(source)
+    if isinstance(given, nn.Module):
+        raise ValueError(
+            "a detector given as an object has no image processor with it: give `image_processor` as well"
+        )
+    return AutoImageProcessor.from_pretrained(find_detector(source)) if given is None else given
 
 
 def _weights_of(arguments: DetectorArguments) -> str | None:

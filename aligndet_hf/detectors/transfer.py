@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from transformers import AutoModelForObjectDetection, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .backbones import check_backbone
-from .build import detector_from_config, find_detector
+from .build import detector_from_config, open_detector
 from .families import Family, family_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def transfer_detector(
         `ValueError`: for an unknown preset or family, or a backbone that has lost its activations.
     """
     if not isinstance(source, PreTrainedModel):
-        source = AutoModelForObjectDetection.from_pretrained(find_detector(source))
+        source = open_detector(source)
     is_reset = _reset_rule(family_of(source.config), preset)
     check_backbone(source)
     config = copy.deepcopy(source.config)

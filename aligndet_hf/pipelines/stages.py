@@ -14,6 +14,7 @@ import yaml
 from ..cli import COMMANDS
 from ..flags import names_of, nearest
 from ..parser import parse_arguments
+from ..recipes import find_recipe
 
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 # Not commands that run others, nor the one that writes into the folder of another.
@@ -174,7 +175,7 @@ def _merged_settings(
     if given.get("config") is not None:
         try:
             path = _substitute(given["config"], look_up)  # at once: what is in the recipe hangs on it
-            recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            recipe = yaml.safe_load(find_recipe(path).read_text(encoding="utf-8")) or {}
         except _LeftOut as error:
             raise ValueError(f"stage {name!r}, config: the stage {error} is left out") from error
         except (OSError, ValueError, yaml.YAMLError) as error:

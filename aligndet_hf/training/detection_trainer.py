@@ -18,11 +18,13 @@ from ..data.dataset import MixedImages, init_worker
 from ..data.launch import Launch
 from ..data.sampling import EpochBatchSampler, MixedBatchSampler
 from ..detectors.backbones import eval_frozen, get_backbone
+from ..detectors.build import build_image_processor
 from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
 from ..files import UNFINISHED
 from .checkpointing import STATE, clear_write_errors, damage_of, rotate, seal
 from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
+from .plain_datasets import DEFAULT_SIZE, evaluation_images, training_images
 from .schedules import learning_rate, milestone_steps
 from .sharding import whole
 from .weight_average import WeightAverage
@@ -86,19 +88,34 @@ class DetectionTrainer(Trainer):
     Args:
         model (`PreTrainedModel`): A detector. Whether its backbone is trained is up to its `requires_grad`, and which
             loss it computes up to its `loss_function`: see `set_backbone_trainable` and `use_correct_loss`.
-        args (`TrainingArguments`): Of `FinetuneArguments` also `backbone_learning_rate` and `lr_milestones` count.
-            With `ema_decay` the average of the weights ([`WeightAverage`]) is what is measured during training.
-        train_dataset ([`LabelledImages`], *optional*): A dataset of [`SampleKey`]s.
-        eval_dataset ([`EvaluationImages`], *optional*): What to measure on.
-        processing_class (`BaseImageProcessor`): The image processor to normalise with and to save.
+        args (`TrainingArguments`, *optional*): Of `FinetuneArguments` also `backbone_learning_rate` and
+            `lr_milestones` count. With `ema_decay` the average of the weights ([`WeightAverage`]) is what is measured
+            during training.
+        train_dataset (`datasets.Dataset` or [`LabelledImages`], *optional*): With the columns `image` and `objects`,
+            or a dataset of [`SampleKey`]s.
+        eval_dataset (`datasets.Dataset` or [`EvaluationImages`], *optional*): What to measure on.
+        processing_class (`BaseImageProcessor`, *optional*): The image processor to normalise with and to save. By
+            default one for images of 640 pixels.
         transferred (`Collection[str]`, *optional*): Names of the tensors that a checkpoint passed on, for
             `transferred_learning_rate`.
         kwargs: Further arguments of `Trainer`.
     """
 
     def __init__(
-        self, model, args, *, train_dataset=None, eval_dataset=None, processing_class, transferred=(), **kwargs
+        self,
+        model,
+        args=None,
+        *,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        transferred=(),
+        **kwargs,
     ):
+        args = args or TrainingArguments(output_dir="outputs/trained", remove_unused_columns=False)
+        processing_class = processing_class or build_image_processor(model, DEFAULT_SIZE)
+        train_dataset = training_images(train_dataset, model, args, processing_class)
+        eval_dataset = evaluation_images(eval_dataset, model, processing_class)
         require_one_gpu_per_process(args)
         kwargs.setdefault("data_collator", collate_labelled)
         super().__init__(

@@ -3,12 +3,14 @@
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from ..data.augmentations import AUGMENTATIONS
 from ..data.bit_depth import parse_rule
 from ..detectors.build import DetectorArguments
 from ..flags import roles
+from ..objects import name_objects
 from ..ranges import ANY, BELOW_ONE, COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, Range, check_values
 
 
@@ -311,6 +313,7 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
     )
 
     def __post_init__(self):
+        name_objects(self)
         check_values(self)
         parse_rule(self.pixel_window)
         if not self.do_eval:
@@ -319,6 +322,8 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
             self.backbone_learning_rate = self.learning_rate / 10
         if self.eval_size is None:
             self.eval_size = max(self.image_sizes)
+        if self.do_eval and self.eval_dataset is None and isinstance(getattr(self.dataset, "value", None), Dataset):
+            raise ValueError("the data set is one split: give eval_dataset to measure on, or do_eval=False")
         if self.eval_split is None and self.eval_dataset is None:
             self.eval_split = "validation"
         if self.eval_dataset is None:

@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from datasets import IterableDataset
 from huggingface_hub.errors import StrictDataclassError
 
 from ..detectors.build import DetectorArguments
 from ..hub import HubArguments
 from ..models import AlignDetConfig, SoCoConfig
+from ..objects import name_objects
 from ..ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, check_values
 
 # What is not given depends on the method.
@@ -191,6 +193,7 @@ class PretrainArguments(DetectorArguments, HubArguments):
     )
 
     def __post_init__(self):
+        name_objects(self)
         check_values(self)
         for name, value in DEFAULTS[self.method].items():
             if getattr(self, name) is None:
@@ -199,6 +202,7 @@ class PretrainArguments(DetectorArguments, HubArguments):
         for name in ("streaming", "gradient_checkpointing"):
             if getattr(self, name) and self.method != "aligndet":
                 raise ValueError(f"{name} is for --method aligndet, this is {self.method}")
+        self.streaming |= isinstance(getattr(self.dataset, "value", None), IterableDataset)
         if self.streaming and self.max_steps <= 0:
             raise ValueError("streaming needs max_steps: the length of a stream is not known")
         if self.streaming and self.use_clusters and self.num_clusters is None:

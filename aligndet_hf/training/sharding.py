@@ -30,7 +30,7 @@ def require_supported(accelerator: Accelerator, method: str, compiled: bool = Fa
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
             "pre-training does not run under DeepSpeed, which takes optimizer steps by itself. FSDP2 shards the same "
-            "state: accelerate launch --config_file scripts/recipes/accelerate_fsdp2.yaml ..."
+            "state: accelerate launch --config_file $(aligndet recipes accelerate_fsdp2) ..."
         )
     if fsdp_wanted and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("FSDP needs several processes with a GPU each: leave it out of the Accelerate configuration")

@@ -1,6 +1,6 @@
 """Publish a finished comparison in this repository, without a path of the machine it ran on.
 
-python scripts/model_cards.py outputs/compare_bccd --name bccd --license apache-2.0
+python docs/tools/model_cards.py outputs/compare_bccd --name bccd --license apache-2.0
 
 Writes to `model_cards/<name>/`: `results.json`, the report with its plots, and the cards of the checkpoints of the
 first seed, those of the baseline left out; `--runs` chooses others. What a person wrote in a card stays. Then fills
@@ -25,7 +25,7 @@ from aligndet_hf.reporting.comparison import summary, told_results, write_report
 from aligndet_hf.reporting.model_card import model_card
 from aligndet_hf.reporting.run_record import read_run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"(<!-- results of (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 

@@ -1,6 +1,6 @@
 """What works with which detector family: tries it on a tiny random detector of each and prints docs/families.md.
 
-    python scripts/family_table.py > docs/families.md
+    python docs/tools/family_table.py > docs/families.md
 
 Takes two minutes on a CPU. The tiny detectors are those of the tests.
 """
@@ -18,7 +18,7 @@ from aligndet_hf import AlignDetForPreTraining
 from aligndet_hf.detectors.families import family_of, num_queries
 from aligndet_hf.training.pretrain_setup import enable_gradient_checkpointing
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from tiny_detectors import CONFIGS, random_batch, tiny_detector  # noqa: E402
 
 COLUMNS = {
@@ -41,7 +41,7 @@ def main() -> None:
     print(
         f"""# Detector families
 
-Written by `python scripts/family_table.py`, with torch {torch.__version__.split("+")[0]} and transformers \
+Written by `python docs/tools/family_table.py`, with torch {torch.__version__.split("+")[0]} and transformers \
 {transformers.__version__} on a CPU. A cross means that it was tried and failed; why stands below the table.
 """
     )

@@ -1,0 +1,112 @@
+"""Objects where a path is expected: each function takes what the one before it returned."""
+
+import copy
+import pickle
+
+import datasets
+import pytest
+import torch
+from tiny_detectors import tiny_detector
+from transformers import TrainingArguments
+
+import aligndet_hf
+from aligndet_hf.data.synthetic import make_synthetic_dataset
+from aligndet_hf.detectors.build import build_image_processor
+from aligndet_hf.objects import Given, as_source
+
+QUICK = {"use_cpu": True, "disable_tqdm": True, "write_report": False, "image_sizes": [64], "max_steps": 1}
+QUICK_TUNING = {"dataloader_num_workers": 0, "dataloader_persistent_workers": False, "save_strategy": "no"}
+QUICK_TUNING |= {"report_to": "none", "num_pictures": 0, "per_device_train_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    return make_synthetic_dataset(4, seed=0, image_size=(64, 80))
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    return tiny_detector("rt_detr", num_labels=5)  # the shapes of synthetic images
+
+
+def test_a_name_stands_for_an_object(labelled, detector):
+    name = as_source(labelled)
+    assert isinstance(name, Given) and name.value is labelled and as_source(name) is name
+    assert copy.deepcopy(name) is name and pickle.loads(pickle.dumps(name)) == str(name)
+    assert as_source(detector) == as_source(copy.deepcopy(detector))
+    other = copy.deepcopy(detector)
+    next(other.parameters()).data.add_(1)
+    assert as_source(other) != as_source(detector)
+    assert as_source("a/b") == "a/b" and as_source(None) is None
+    with pytest.raises(ValueError, match="a data set or a model is expected, got a object"):
+        as_source(object())
+
+
+def test_each_function_takes_what_the_one_before_returned(labelled, detector, tmp_path):
+    """Data sets and a model in memory, from images to a measured detector."""
+    images = labelled.remove_columns("objects")
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    boxes = aligndet_hf.generate_proposals(
+        aligndet_hf.ProposalsArguments(
+            dataset=images, source="random", max_boxes=4, num_workers=0, disable_tqdm=True, output_dir=f"{tmp_path}/p"
+        )
+    )
+    assert len(boxes) == 4 and "proposals" in boxes.column_names
+    start = aligndet_hf.pretrain(
+        aligndet_hf.PretrainArguments(dataset=boxes, detector=detector, output_dir=f"{tmp_path}/start", **QUICK)
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
+    tuned = aligndet_hf.finetune(
+        aligndet_hf.FinetuneArguments(
+            dataset=labelled,
+            eval_dataset=labelled,
+            detector=start,
+            output_dir=f"{tmp_path}/tuned",
+            **QUICK | QUICK_TUNING,
+        )
+    )
+    measured = {"dataset": labelled, "device": "cpu", "disable_tqdm": True}
+    metrics = aligndet_hf.evaluate(aligndet_hf.EvaluateArguments(detector=tuned, **measured))
+    assert metrics["AP"] == pytest.approx(tuned.metrics["AP"])
+
+
+def test_a_stream_is_pre_trained_on(proposal_folder, detector, tmp_path):
+    stream = datasets.load_from_disk(str(proposal_folder)).to_iterable_dataset()
+    arguments = aligndet_hf.PretrainArguments(dataset=stream, detector=detector, output_dir=str(tmp_path), **QUICK)
+    assert arguments.streaming and aligndet_hf.pretrain(arguments).metrics["step"] == 1
+
+
+def test_a_model_is_measured_with_an_image_processor(labelled, detector):
+    arguments = {"detector": detector, "dataset": labelled, "device": "cpu", "disable_tqdm": True}
+    with pytest.raises(ValueError, match="give `image_processor`"):
+        aligndet_hf.evaluate(aligndet_hf.EvaluateArguments(**arguments))
+    processor = build_image_processor(detector, 64)
+    metrics = aligndet_hf.evaluate(aligndet_hf.EvaluateArguments(**arguments, image_processor=processor))
+    assert 0 <= metrics["AP"] <= 1
+
+
+def test_one_split_in_memory_leaves_nothing_to_measure_on(labelled, tmp_path):
+    with pytest.raises(ValueError, match="give eval_dataset"):
+        aligndet_hf.FinetuneArguments(dataset=labelled, output_dir=str(tmp_path))
+
+
+def test_the_trainer_takes_plain_data_sets(labelled, detector, tmp_path):
+    model = copy.deepcopy(detector)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    trainer = aligndet_hf.DetectionTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=labelled,
+        eval_dataset=labelled,
+        processing_class=build_image_processor(model, 64),
+    )
+    trainer.train()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+    assert 0 <= trainer.evaluate()["eval_AP"] <= 1
+    few = tiny_detector("detr", num_labels=1)
+    with pytest.raises(ValueError, match="5 categories, the detector 1 classes"):
+        aligndet_hf.DetectionTrainer(few, args=arguments, train_dataset=labelled)
