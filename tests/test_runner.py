@@ -147,6 +147,12 @@ def test_a_stage_that_outlives_its_starter_keeps_others_out(tmp_path):
         pass
 
 
+def test_a_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "fcntl", None)  # Windows
+    with only_one(tmp_path) as lock, only_one(tmp_path) as other:
+        assert lock is None and other is None
+
+
 def test_a_bug_in_this_process_is_a_failed_stage(make, monkeypatch):
     def crash(command, argv):
         raise RuntimeError("out of memory")

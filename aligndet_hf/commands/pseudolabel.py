@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForObjectDetection
 
 from ..boxes import iou_and_giou
+from ..data.bit_depth import pixel_window
 from ..data.columns import clean_boxes, read_boxes, read_crowds, read_values, validate_objects
+from ..data.door import read_bytes
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source
 from ..data.images import decode_image
@@ -217,7 +219,7 @@ def _values(dataset: datasets.Dataset) -> Iterator[dict]:
 
 
 def _content(value: dict) -> bytes:
-    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    return value["bytes"] if value.get("bytes") is not None else read_bytes(value["path"])
 
 
 def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], folder: RunFolder) -> None:
@@ -288,7 +290,7 @@ def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> 
     objects = labelled.select_columns(["objects"]).with_format("arrow")
     vectors, classes = [], []
     for row, value in enumerate(tqdm(_values(labelled), "labelled", len(labelled), disable=arguments.disable_tqdm)):
-        image, column = decode_image(value), objects[row]["objects"]
+        image, column = decode_image(value, pixel_window(labelled)), objects[row]["objects"]
         usable = np.flatnonzero(~read_crowds(column))
         true_boxes, rows_kept = clean_boxes(read_boxes(column)[0][usable], image.shape[1], image.shape[0])
         vectors.append(crop_features(features, image, true_boxes))
@@ -299,7 +301,7 @@ def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> 
     ):
         chosen = [box["bbox"] for box in row if not box["ignore"]]
         if chosen:
-            unlabelled.append(crop_features(features, decode_image(value), np.array(chosen)))
+            unlabelled.append(crop_features(features, decode_image(value, pixel_window(found)), np.array(chosen)))
     return check_classes(np.concatenate(vectors), np.concatenate(classes), np.concatenate(unlabelled))
 
 
@@ -400,7 +402,8 @@ def _draw(dataset: datasets.Dataset, names: list[str], path: Path, number: int) 
             "?" if ignore else f"{names[label]} {score:.2f}"
             for label, score, ignore in zip(objects["category"], objects["score"], objects["ignore"], strict=True)
         ]
-        pictures.append(draw_boxes(decode_image(value), np.array(objects["bbox"]), objects["category"], tags, 400))
+        image = decode_image(value, pixel_window(dataset))
+        pictures.append(draw_boxes(image, np.array(objects["bbox"]), objects["category"], tags, 400))
         titles.append(str(row.get("file_name") or row.get("image_id") or ""))
     contact_sheet(pictures, titles).save(path, quality=88)
 

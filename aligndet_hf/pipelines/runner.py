@@ -1,7 +1,6 @@
 """Running stages: each in a process of its own, in the order of their needs, and none twice."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -20,6 +19,11 @@ from .. import cli
 from ..files import write_json
 from ..runs import Interrupted
 from .stages import Stage
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps a second process out
+    fcntl = None
 
 _INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 _POLL_SECONDS = 0.1
@@ -120,7 +124,7 @@ def record_of(stage: Stage) -> dict:
 
 
 @contextlib.contextmanager
-def only_one(output_dir: str | Path) -> Iterator[int]:
+def only_one(output_dir: str | Path) -> Iterator[int | None]:
     """
     Keeps a second process out of a folder, also while stages run on whose starter was killed.
 
@@ -128,12 +132,15 @@ def only_one(output_dir: str | Path) -> Iterator[int]:
         output_dir (`str` or `Path`): The folder; it is created.
 
     Yields:
-        `int`: the open lock file, which the processes of the stages inherit.
+        `int`: the open lock file, which the processes of the stages inherit; `None` on a system without such locks.
 
     Raises:
         ValueError: another process works there.
     """
     Path(output_dir).mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield None
+        return
     with open(Path(output_dir) / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
