@@ -147,12 +147,20 @@ def _plain(value):
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items() if not str(key).endswith("token")}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value)):
-        return told(value)
-    return value if isinstance(value, bool | int | float) else str(value)
+    if isinstance(value, bool | int | float):
+        return value
+    is_path = isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
+    text = " ".join(str(told(value) if is_path else value).split())
+    return text.replace("```", "` ` `").replace("<!--", "<! --")  # ends no block of code, and no generated part
+
+
+def inert(text) -> str:
+    """A name that comes from data, of a class, a file or a split, as Markdown that is nothing but this text."""
+    text = re.sub(r"([\\`*|\[\]])", r"\\\1", " ".join(str(text).split()))
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def command_line(command: str, arguments) -> str:

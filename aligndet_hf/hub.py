@@ -21,11 +21,16 @@ class HubArguments:
         default=None,
         metadata={
             "role": "output",
-            "help": "whether a new repository is private; the default of its owner if not given",
+            "help": "make a new repository private (also if not given) or, with false, public; true refuses one that "
+            "is public",
         },
     )
     hub_revision: str | None = field(
         default=None, metadata={"role": "output", "help": "branch to upload to; main if not given"}
+    )
+    push_pictures: bool = field(
+        default=False,
+        metadata={"role": "output", "help": "upload the pictures of your images in the report as well"},
     )
     card_license: str | None = field(
         default=None,
@@ -53,7 +58,8 @@ def open_repository(
     Args:
         name (`str`): `owner/name`, or the name alone for the owner of the token.
         repo_type (`str`, *optional*, defaults to `"model"`): Or "dataset".
-        private (`bool`, *optional*): Whether it shall be private.
+        private (`bool`, *optional*): Whether it shall be private. If not given, a new one is, and one that is there
+            stays as it is.
         revision (`str`, *optional*): The branch to write to; created if there is none.
         license (`str`, *optional*): The licence that its card will name.
         token (`str`, *optional*): That of `hf auth login` or `HF_TOKEN` by default.
@@ -69,7 +75,7 @@ def open_repository(
 
     api = HfApi(token=token)
     with clear_hub_errors(name, token):
-        repo_id = api.create_repo(name, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(name, repo_type=repo_type, private=private is not False, exist_ok=True).repo_id
         api.auth_check(repo_id, repo_type=repo_type, write=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import IntervalStrategy
 
-from aligndet_hf.cards import BEGIN, END, citations, command_line, merge_card, told, told_settings, write_card
+from aligndet_hf.cards import BEGIN, END, citations, command_line, inert, merge_card, told, told_settings, write_card
 from aligndet_hf.detectors.families import FAMILIES
 from aligndet_hf.parser import parse_arguments
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
@@ -142,3 +142,22 @@ def test_every_family_has_its_paper():
     papers = citations(*FAMILIES)
     assert len(papers) == len(FAMILIES) and all(paper.count("{") == paper.count("}") for paper in papers)
     assert len(citations("aligndet", "nobody", "aligndet", "mae")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("red_cell", "red_cell"),
+        ("white|cell", r"white\|cell"),
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("a\n# Heading\n```\n[x](javascript:y)", r"a # Heading \`\`\` \[x\](javascript:y)"),
+        ("<!-- aligndet: end of the generated part -->", "&lt;!-- aligndet: end of the generated part --&gt;"),
+    ],
+)
+def test_names_of_data_are_nothing_but_text_in_a_card(name, expected):
+    assert inert(name) == expected
+
+
+def test_settings_end_no_block_and_hold_no_token_at_any_depth():
+    settings = {"dataset": "a\n```\n<!-- aligndet", "lr_scheduler_kwargs": {"hub_token": "x", "power": 2}}
+    assert told_settings(settings) == {"dataset": "a ` ` ` <! -- aligndet", "lr_scheduler_kwargs": {"power": 2}}

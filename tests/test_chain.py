@@ -149,7 +149,7 @@ def test_a_failed_stage_is_named_and_ends_the_chain(argv, ran, tmp_path, capsys)
         ("variable=1", "no variable 'variable'"),
         ("proposal.seed=1", "no stage 'proposal'; did you mean 'proposals'"),
         ("data", "takes NAME=VALUE"),
-        ("data={", "--set data={"),
+        ("data={", "--set data: while parsing"),
     ],
 )
 def test_wrong_assignments(text, message):

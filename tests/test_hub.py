@@ -103,7 +103,7 @@ def commands(folder):
         ),
         "pretrain": (
             "pretrain", "--dataset", "writer/boxes", "--detector", folder / "tiny", "--output_dir", folder / "start",
-            "--card_license", "apache-2.0", "--push_to_hub", "true", *short,
+            "--card_license", "apache-2.0", "--push_to_hub", "true", "--hub_private_repo", "false", *short,
         ),
         "finetune": (
             "finetune", "--dataset", folder / "scenes", "--detector", "writer/start", "--output_dir", folder / "cells",
@@ -318,6 +318,20 @@ def test_who_may_not_write_learns_it_before_any_work(journey, hub, aligndet, com
     words = [output if word == folder / "boxes" else word for word in commands["proposals"]]
     error = aligndet(*words, "--hub_dataset_id", name, token=token).error
     assert re.search(message, error) and not output.exists()
+
+
+def test_repositories_are_private_and_without_pictures_unless_asked(journey, hub, aligndet, commands, folder):
+    private = {name: repository.private for (_, name), repository in hub.repositories.items()}
+    assert private["writer/boxes"] and private["writer/cells"] and private["writer/trunk"]
+    assert not private["writer/start"]  # with `--hub_private_repo false`
+    cells, heading = hub.repositories["models", "writer/cells"], b"<h2>Pictures</h2>"
+    assert heading in (folder / "cells" / "report.html").read_bytes()
+    assert heading not in cells.files()["report.html"]
+    outcome = aligndet(*commands["finetune"])
+    assert "without the 1 picture of your images (predictions.png): --push_pictures uploads them" in outcome.output
+    outcome = aligndet(*commands["finetune"], "--push_pictures", "true")
+    assert "with 1 picture of your images (predictions.png) in report.html" in outcome.output
+    assert heading in cells.files()["report.html"]
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(journey, aligndet, commands):

@@ -72,7 +72,7 @@ def test_finetuning_card(tmp_path, record):
     assert yaml.safe_load(blocks(card, "yaml")[0]) == {"learning_rate": 1e-4, "seed": 3, "detector": "start"}
     assert blocks(card, "bash") == ["aligndet finetune --dataset blood"] and "Python 3.12, torch 2.15" in card.text
     assert str(tmp_path) not in text and "private" not in text and "secret" not in text
-    assert "red cell, white|cell, platelet" in card.text and 'model="me/blood-detr"' in blocks(card, "python")[0]
+    assert r"red cell, white\|cell, platelet" in card.text and 'model="me/blood-detr"' in blocks(card, "python")[0]
     titles = "".join(blocks(card, "bibtex"))
     assert "2307.11077" in titles and "2005.12872" in titles  # AlignDet and DETR
 

@@ -134,6 +134,8 @@ def test_no_command_takes_a_number_that_is_none(cls, item):
         ("proposals", ["--min_relative_size", "0.5", "--max_relative_size", "0.2"], "no box has a relative size from"),
         ("pretrain", ["--crop_scale", "0.9", "0.5"], "crop_scale takes the smallest and the largest area"),
         ("pretrain", ["--aligndet_config", '{"base_momentum": 1.5}'], "base_momentum must be from 0 to 1, got 1.5"),
+        ("finetune", ["--metric_for_best_model", "mAP"], "there is no 'mAP'; did you mean 'AP'?"),
+        ("finetune", ["--label_smoothing_factor", "0.1"], "label_smoothing_factor has no effect on the training"),
         ("compare", ["--fractions", "0"], "fractions must be above 0 and at most 1, got 0.0"),
     ],
 )

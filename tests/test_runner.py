@@ -180,3 +180,17 @@ def test_a_broken_record_counts_as_none(make):
     stage.folder.mkdir()
     stage.beside(".json").write_text(json.dumps({"settings": stage.settings})[:-5])
     assert not is_finished(stage)
+
+
+@pytest.mark.parametrize("num_parallel", [0, 1])
+def test_a_token_reaches_the_process_of_its_stage_and_no_file(num_parallel, tmp_path, monkeypatch):
+    token, seen = "hf_" + "x" * 34, tmp_path / "seen"
+    words = [sys.executable, "-c", f"import os; open({str(seen)!r}, 'w').write(os.environ['HF_TOKEN'])"]
+    monkeypatch.setattr(runner, "_command", lambda stage, launcher: words)
+    monkeypatch.setattr(runner.cli, "run", lambda *_: seen.write_text(os.environ["HF_TOKEN"]) and 0)
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    stage = Stage("finetune", "finetune", {"output_dir": str(tmp_path / "finetune")}, secrets={"hub_token": token})
+    assert run_stages([stage], num_parallel=num_parallel) == {}
+    assert seen.read_text() == token and os.environ["HF_TOKEN"] == "mine"
+    seen.unlink()
+    assert [token in path.read_text() for path in tmp_path.iterdir() if path.is_file()] == [False]

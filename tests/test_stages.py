@@ -126,3 +126,17 @@ def test_the_recipe_of_a_stage_is_checked_by_its_command(tmp_path):
     stage.settings["learning_rat"] = 1
     with pytest.raises(ValueError, match="stage 'finetune': .*unknown key 'learning_rat'; did you mean 'learning_"):
         stage.write_recipe()
+
+
+def test_tokens_are_kept_apart_from_settings_which_are_stored():
+    token = "hf_" + "x" * 34
+    stages = {"finetune": {"dataset": "d", "hub_token": "${token}"}, "evaluate": {"dataset": "d", "detector": "e"}}
+    found = resolve(stages, {"token": token})
+    assert found["finetune"].secrets == {"hub_token": token} and found["evaluate"].secrets == {}
+    assert "hub_token" not in found["finetune"].settings and token not in repr(found["finetune"].settings)
+
+
+@pytest.mark.parametrize("name", ["../finetune", "a/finetune", "a\\finetune", "..", ".hidden", "", "line\nbreak"])
+def test_a_stage_cannot_leave_the_folder_of_the_chain(name):
+    with pytest.raises(ValueError, match=r"stage .*must hold no slash and start with no dot"):
+        resolve({name: {"command": "finetune", "dataset": "d"}})

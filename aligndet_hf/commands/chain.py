@@ -61,10 +61,10 @@ class PipelineArguments:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set {assignment}: {error}") from error
+            raise ValueError(f"--set {name}: {error}") from error
         stage, *path = name.split(".")
         if not equals:
-            raise ValueError(f"--set takes NAME=VALUE, got {assignment!r}")
+            raise ValueError(f"--set takes NAME=VALUE, got {name!r} without a value")
         if not path:
             if name not in self.variables:
                 raise ValueError(f"--set: there is no variable {name!r}{nearest(name, self.variables)}")

@@ -16,7 +16,7 @@ from ..data.splits import nested_subsets
 from ..files import write_json
 from ..flags import names_of, nearest
 from ..pipelines.runner import is_finished, only_one, record_of, run_stages
-from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
+from ..pipelines.stages import Stage, command_of, fields_of, merged, require_plain_name, resolve_stages
 from ..ranges import PART, SEED, SHARE
 from ..recipes import find_recipe
 from ..reporting.comparison import environment, write_report
@@ -109,6 +109,7 @@ class CompareArguments(PipelineArguments):
         if not self.arms or "shared" in self.arms:
             raise ValueError("there must be arms, and none of them called `shared`, the folder of common stages")
         for name, changes in self.arms.items():
+            require_plain_name("arm", name)
             if not isinstance(changes, Mapping | None):
                 raise ValueError(f"arm {name!r} must be a mapping of stages to what changes in them, not {changes!r}")
         self.baseline = self.baseline or ("plain" if "plain" in self.arms else next(iter(self.arms)))

@@ -7,7 +7,7 @@ import datasets
 import yaml
 
 from .. import __version__
-from ..cards import BEGIN, END, citations, told, told_settings
+from ..cards import BEGIN, END, citations, inert, told, told_settings
 from ..hub import HubArguments, clear_hub_errors, upload
 
 TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
@@ -35,6 +35,8 @@ def push_dataset(
         OSError: the upload failed. The data set is complete on disk; to repeat the upload, run the same command.
     """
     message = f"Images with proposals (aligndet_hf {__version__})"
+    images = sum(numbers["images"] for numbers in report["statistics"].values())
+    print(f"Uploading a data set to {repo_id}: all of its {images:,} images, and their boxes")
     with clear_hub_errors(repo_id):
         dataset.push_to_hub(repo_id, commit_message=message, revision=arguments.hub_revision)
     card = dataset_card(dataset, report, repo_id, arguments.card_license)
@@ -75,7 +77,8 @@ def dataset_card(
         template_path=str(TEMPLATE),
         begin=BEGIN,
         end=END,
-        title=f"{told(report['dataset'])} with object proposals",
+        title=f"{inert(told(report['dataset']))} with object proposals",
+        inert=inert,
         repo_id=repo_id,
         split=next(iter(splits)),
         images=images,
@@ -115,7 +118,7 @@ def _source(settings: Mapping) -> str:
     return {
         "selective_search": "boxes of selective search",
         "opencv": "boxes of OpenCV's selective search",
-        "detector": f"what a trained model finds ({told(settings.get('detector'))})",
+        "detector": f"what a trained model finds ({inert(told(settings.get('detector')))})",
         "json": "those of a proposal file",
         "column": "boxes that the data set had",
         "random": "random boxes, as a control",

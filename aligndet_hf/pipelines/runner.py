@@ -191,6 +191,23 @@ def _command(stage: Stage, launcher: str) -> list[str]:
     return [*prefix, "-m", "aligndet_hf", stage.command, "--config", str(stage.beside(".yaml"))]
 
 
+def _secret_environment(stage: Stage) -> dict[str, str]:
+    """Tokens as the Hub's client reads them: files and command lines can be read by others."""
+    tokens = [str(token) for token in stage.secrets.values() if token is not None]
+    return {"HF_TOKEN": tokens[0]} if tokens else {}
+
+
+@contextlib.contextmanager
+def _with_environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def _devices() -> list[str]:
     """The GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -198,7 +215,7 @@ def _devices() -> list[str]:
 
 
 def _start(stage, log, launcher, num_parallel, slot, lock, signals) -> Callable[[], int | None]:
-    environment = dict(os.environ)
+    environment = os.environ | _secret_environment(stage)
     if num_parallel > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_parallel)))
     if num_parallel > 1 and not launcher and (devices := _devices()):
@@ -225,6 +242,7 @@ def _start(stage, log, launcher, num_parallel, slot, lock, signals) -> Callable[
 def _run_here(stage, log) -> Callable[[], int]:
     with open(log, "a") if log else contextlib.nullcontext() as output:
         with (
+            _with_environment(_secret_environment(stage)),
             contextlib.redirect_stdout(output) if log else contextlib.nullcontext(),
             contextlib.redirect_stderr(output) if log else contextlib.nullcontext(),
         ):

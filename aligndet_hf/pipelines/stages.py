@@ -29,9 +29,10 @@ class Stage:
     Attributes:
         name (`str`): What the file calls it.
         command (`str`): A key of `COMMANDS`.
-        settings (`dict`): Its flags by name, `output_dir` included.
+        settings (`dict`): Its flags by name, `output_dir` included, without secrets: they are stored and compared.
         needs (`list[Stage]`): The stages whose output it refers to.
         uses (`set[str]`): The variables that it depends on, itself or through these stages.
+        secrets (`dict`): The values of flags that are tokens; its process gets them, and no file does.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Stage:
     settings: dict[str, Any]
     needs: list["Stage"] = field(default_factory=list)
     uses: set[str] = field(default_factory=set)
+    secrets: dict[str, str] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -100,6 +102,8 @@ def resolve_stages(
         `ValueError`: for an unknown command, setting, variable or stage. The message names the stage.
     """
     common, injected = common or {}, injected or {}
+    for name in stages:
+        require_plain_name("stage", name)
     if unknown := sorted(set(skip) - set(stages)):
         raise ValueError(f"there is no stage {unknown[0]!r} to skip{nearest(unknown[0], stages)}")
     if twice := sorted(set(stages) & set(variables)):
@@ -153,6 +157,9 @@ def _resolve(name, command, given, found, left_out, variables, place, common, in
                     value = settings[key]
         except ValueError as error:
             raise ValueError(f"stage {name!r}, {key}: {error}") from error
+    stage.secrets = {
+        key: stage.settings.pop(key) for key in names_of(arguments_class(command), "secret") & set(stage.settings)
+    }
     stage.settings["output_dir"] = str(place(name, command, stage.settings, stage.uses))
     return stage
 
@@ -194,6 +201,19 @@ def _merged_settings(
             "do one anew, remove its folder and those of the stages that build on it."
         )
     return settings
+
+
+def require_plain_name(kind: str, name: str) -> None:
+    """
+    Refuses a name that cannot be that of one folder inside another.
+
+    Raises:
+        `ValueError`: it is empty, hidden, or holds a separator or what cannot be printed.
+    """
+    if not isinstance(name, str) or not name.isprintable() or name[:1] in ("", ".") or set(name) & set("/\\"):
+        raise ValueError(
+            f"{kind} {name!r}: its name is that of a folder, and must hold no slash and start with no dot"
+        )
 
 
 def merged(base: Mapping, changes: Mapping) -> dict:

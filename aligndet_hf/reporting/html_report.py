@@ -25,6 +25,7 @@ from .run_record import RunRecord, read_json, read_run
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 REPORT = "report.html"
+PICTURES = "Pictures"  # the section with the images of the data
 
 # What is drawn of a log, as far as it was logged: a panel each.
 CURVES = {
@@ -70,7 +71,7 @@ class Section:
     details: list[tuple[str, str]] = field(default_factory=list)
 
 
-def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
+def write_report(folder: str | Path, path: str | Path | None = None, with_pictures: bool = True) -> Path:
     """
     Writes one HTML file on what is in the folder of a run: numbers, curves, pictures, settings, versions.
 
@@ -81,6 +82,8 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     Args:
         folder (`str` or `Path`): The `output_dir` of a command.
         path (`str` or `Path`, *optional*): The file to write; `report.html` in the folder by default.
+        with_pictures (`bool`, *optional*, defaults to `True`): Whether to put the folder's pictures in it, which are
+            made of the user's images.
 
     Returns:
         `Path`: the file.
@@ -103,7 +106,10 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
             raise ValueError(f"{error}, nor a JSON file or a picture of another command") from error
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title, subtitle=subtitle, tiles=tiles, sections=sections
+        title=title,
+        subtitle=subtitle,
+        tiles=tiles,
+        sections=[section for section in sections if with_pictures or section.title != PICTURES],
     )
     write_text(path, page)
     return path
@@ -134,7 +140,7 @@ def _of_run(record: RunRecord, folder: Path) -> tuple[str, str, list[Section]]:
             )
         )
     sections.append(Section("Curves", pictures=list(_curves(folder))))
-    sections.append(Section("Pictures", pictures=list(_pictures(folder))))
+    sections.append(Section(PICTURES, pictures=list(_pictures(folder))))
     start = [describe_backbone(record.backbone)] if record.backbone else []
     if record.transfer:
         names = {kind: record.transfer.get(kind, []) for kind in ("kept", "reset", "mismatched", "frozen")}
@@ -162,7 +168,7 @@ def _source(record: RunRecord) -> str:
 
 def _of_files(folder: Path) -> list[Section]:
     """A section for every JSON file of a folder, and the pictures."""
-    sections = [Section("Pictures", pictures=list(_pictures(folder)))]
+    sections = [Section(PICTURES, pictures=list(_pictures(folder)))]
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
         if isinstance(content, Mapping) and path.name not in ("state.json", "dataset_info.json", "dataset_dict.json"):
@@ -200,8 +206,13 @@ def _curves(folder: Path) -> Iterable[tuple[str, str]]:
                 yield name, data_uri(plot_curves({name: history}, Path(scratch) / "curves.png", keys))
 
 
+def pictures_of(folder: Path) -> list[Path]:
+    """The pictures in the folder of a run, which show images of its data."""
+    return sorted(folder.glob("*.png"))
+
+
 def _pictures(folder: Path) -> Iterable[tuple[str, str]]:
-    for path in sorted(folder.glob("*.png")):
+    for path in pictures_of(folder):
         yield path.stem.replace("_", " "), data_uri(path)
 
 

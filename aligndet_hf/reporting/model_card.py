@@ -5,12 +5,12 @@ path of the machine it was written on.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from ..cards import BEGIN, END, citations, hub_ids, told, told_settings
+from ..cards import BEGIN, END, citations, hub_ids, inert, told, told_settings
 from ..data.dataset_card import describe_proposals
 from .run_record import RunRecord
 
@@ -106,7 +106,7 @@ def _unmeasured(record: RunRecord) -> list[str]:
 
 
 def _finetuning_card(record: RunRecord, name: str) -> str:
-    names = [record.config.id2label[index] for index in sorted(record.config.id2label)]
+    names = [inert(record.config.id2label[index]) for index in sorted(record.config.id2label)]
     limits = [
         "One run with one seed: differences of a point or two of AP can be chance.",
         "It knows the classes and the kind of images it was trained on, and was tested on no others.",
@@ -173,11 +173,12 @@ def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
         template_path=str(TEMPLATE),
         begin=BEGIN,
         end=END,
-        title=title,
+        title=inert(title),
+        inert=inert,
         plain=is_detector,
         summary=summary,
         usage=usage,
-        training=describe_training(record),
+        training=describe_training(record, inert),
         proposals=describe_proposals(record.proposals),
         settings=yaml.safe_dump(
             told_settings(record.settings), sort_keys=False, allow_unicode=True, width=100
@@ -186,12 +187,12 @@ def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
         versions=", ".join(f"{name} {version}" for name, version in record.versions.items()),
         limits=limits,
         citations=papers(record),
-        protocol=describe_protocol(record),
+        protocol=describe_protocol(record, inert),
         results=percentages(measured, COCO_KEYS),
         per_class=percentages(measured.get("per_class", {})),
         comparison=record.comparison,
         transfer=_transfer_table(record),
-        backbone=describe_backbone(record.backbone),
+        backbone=inert(describe_backbone(record.backbone)) if record.backbone else None,
     )
     return str(card)
 
@@ -209,21 +210,21 @@ def run_title(record: RunRecord) -> str:
     return f"{name} {methods[record.method] if record.kind == 'pretrain' else 'fine-tuned'} on {record.data_name}"
 
 
-def describe_training(record: RunRecord) -> str:
-    """What was run on how much, in a sentence."""
+def describe_training(record: RunRecord, quoted: Callable[[str], str] = str) -> str:
+    """What was run on how much, in a sentence; `quoted` is what a page makes of names."""
     amount = [(record.images, "images"), (record.steps, "optimizer steps")]
     amount = ", ".join(f"{count:,} {unit}" for count, unit in amount if count)
     command = f"aligndet {record.kind}" + (" --method soco" if record.method == "soco" else "")
-    return f"`{command}` on {record.data_name}" + (f" ({amount})." if amount else ".")
+    return f"`{command}` on {quoted(record.data_name)}" + (f" ({amount})." if amount else ".")
 
 
-def describe_protocol(record: RunRecord) -> str | None:
-    """What the metrics of a fine-tuning run were measured on, and how."""
+def describe_protocol(record: RunRecord, quoted: Callable[[str], str] = str) -> str | None:
+    """What the metrics of a fine-tuning run were measured on, and how; `quoted` is what a page makes of names."""
     if record.kind != "finetune" or not record.metrics:
         return None
     split, images = record.evaluation.get("split"), record.evaluation.get("images")
-    where = told(record.evaluation.get("dataset") or record.dataset)
-    where += (f", split `{split}`" if split else "") + (f", {images:,} images" if images else "")
+    where = quoted(told(record.evaluation.get("dataset") or record.dataset))
+    where += (f", split `{quoted(split)}`" if split else "") + (f", {images:,} images" if images else "")
     return (
         f"COCO box metrics in percent on {where}: images as the saved image processor prepares them, no test-time "
         "augmentation, no threshold on the scores, at most 100 detections an image."
@@ -270,7 +271,7 @@ def _some(names: Sequence[str], limit: int = 40) -> str:
 def _transfer_table(record: RunRecord) -> str | None:
     if record.transfer is None:
         return None
-    lines = [f"From {told(record.base_model)}, by tensor:" if record.base_model else "By tensor:", ""]
+    lines = [f"From {inert(told(record.base_model))}, by tensor:" if record.base_model else "By tensor:", ""]
     lines += ["| what became of it | tensors | such as |", "|---|---|---|"]
     for kind in ("kept", "reset", "mismatched", "frozen"):
         names = list(record.transfer.get(kind, ()))

@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 from ..data.augmentations import AUGMENTATIONS
 from ..data.bit_depth import parse_rule
 from ..detectors.build import DetectorArguments
-from ..flags import roles
+from ..evaluation.coco_metrics import SUMMARY
+from ..flags import nearest, roles
 from ..objects import name_objects
 from ..ranges import ANY, BELOW_ONE, COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, Range, check_values
 
@@ -296,6 +297,10 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         metadata={"role": "output", "help": "images of eval_dataset in the report, predictions beside ground truth"},
     )
     push_to_hub: bool = field(default=False, metadata={"role": "output", "help": "upload the result to the Hub"})
+    push_pictures: bool = field(
+        default=False,
+        metadata={"role": "output", "help": "upload the pictures of your images in the report as well"},
+    )
     hub_model_id: str | None = field(
         default=None,
         metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
@@ -316,6 +321,12 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         name_objects(self)
         check_values(self)
         parse_rule(self.pixel_window)
+        metric = (self.metric_for_best_model or "AP").removeprefix("eval_")
+        if metric not in SUMMARY and not metric.startswith("AP_"):
+            raise ValueError(
+                f"metric_for_best_model: there is no {metric!r}{nearest(metric, SUMMARY)}. There are "
+                f"{', '.join(SUMMARY)}, and AP_<class>"
+            )
         if not self.do_eval:
             self.eval_strategy = "no"
         if self.backbone_learning_rate is None:

@@ -1,11 +1,12 @@
 """What ends a run: its card, its report, and the upload of both with the detector."""
 
+import tempfile
 from pathlib import Path
 
 from .. import __version__
 from ..cards import write_card
 from ..hub import upload
-from ..reporting.html_report import REPORT, write_report
+from ..reporting.html_report import REPORT, pictures_of, write_report
 from ..reporting.model_card import model_card, run_title
 from ..reporting.run_record import read_run
 
@@ -18,11 +19,13 @@ def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: b
     Writes the card and the report of a finished run and, if asked to, uploads them with the detector.
 
     The repository has the plain detector (of SoCo the backbone) at its top, the report, the log and, of pre-training,
-    the whole model with its momentum copy in a folder named after the method.
+    the whole model with its momentum copy in a folder named after the method. The report goes up without the pictures
+    of the user's images unless `push_pictures` is set, and what goes up is said before.
 
     Args:
         output_dir (`Path`): The folder of the run.
-        arguments: Those of the run, of which `write_report`, `card_license`, `hub_revision` and `hub_token` count.
+        arguments: Those of the run, of which `write_report`, `card_license`, `push_pictures`, `hub_revision` and
+            `hub_token` count.
         repo_id (`str`, *optional*): The repository to upload to, see [`~aligndet_hf.hub.open_repository`].
         anew (`bool`, *optional*, defaults to `True`): Whether to replace the report if there is one.
 
@@ -46,16 +49,29 @@ def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: b
     else:
         files |= _model_files(output_dir / record.product)
         files |= {f"{record.method}/{name}": path for name, path in _model_files(output_dir).items()}
-    address = upload(
-        repo_id,
-        files,
-        model_card(record, repo_id),
-        message=f"{run_title(record)}: {record.steps} steps (aligndet_hf {__version__})",
-        local_card=card,
-        revision=arguments.hub_revision,
-        token=getattr(arguments, "hub_token", None),
-    )
+    pictures = [path.name for path in pictures_of(output_dir)] if REPORT in files else []
+    with tempfile.TemporaryDirectory() as scratch:
+        if pictures and not arguments.push_pictures:
+            files[REPORT] = write_report(output_dir, Path(scratch) / REPORT, with_pictures=False)
+        print(f"Uploading {len(files)} files to {repo_id}, {_told_pictures(pictures, arguments.push_pictures)}")
+        address = upload(
+            repo_id,
+            files,
+            model_card(record, repo_id),
+            message=f"{run_title(record)}: {record.steps} steps (aligndet_hf {__version__})",
+            local_card=card,
+            revision=arguments.hub_revision,
+            token=getattr(arguments, "hub_token", None),
+        )
     print(f"Uploaded to {address}")
+
+
+def _told_pictures(names: list[str], are_uploaded: bool) -> str:
+    """How much of the user's images an upload shows."""
+    if not names:
+        return "none of which shows your images"
+    listed = f"{len(names)} picture{'s' * (len(names) > 1)} of your images ({', '.join(names)})"
+    return f"with {listed} in {REPORT}" if are_uploaded else f"without the {listed}: --push_pictures uploads them too"
 
 
 def _model_files(folder: Path) -> dict[str, Path]:
