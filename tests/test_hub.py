@@ -96,19 +96,20 @@ def commands(folder):
     short = (
         "--image_sizes", 64, "--max_steps", 2, "--use_cpu", "true", "--disable_tqdm", "true", "--logging_steps", 1,
     )  # fmt: skip
+    public = ("--hub_private_repo", "false")
     return {
         "proposals": (
             "proposals", "--dataset", folder / "scenes", "--output_dir", folder / "boxes", "--num_workers", 0,
-            "--preset", "tiny", "--push_to_hub", "true", "--disable_tqdm", "true",
+            "--preset", "tiny", "--push_to_hub", "true", *public, "--disable_tqdm", "true",
         ),
         "pretrain": (
             "pretrain", "--dataset", "writer/boxes", "--detector", folder / "tiny", "--output_dir", folder / "start",
-            "--card_license", "apache-2.0", "--push_to_hub", "true", "--hub_private_repo", "false", *short,
+            "--card_license", "apache-2.0", "--push_to_hub", "true", *public, *short,
         ),
         "finetune": (
             "finetune", "--dataset", folder / "scenes", "--detector", "writer/start", "--output_dir", folder / "cells",
             "--report_to", "none", "--dataloader_num_workers", 0, "--dataloader_persistent_workers", "false",
-            "--num_pictures", 1, "--push_to_hub", "true", *short,
+            "--num_pictures", 1, "--push_to_hub", "true", *public, *short,
         ),
         "soco": (
             "pretrain", "--method", "soco", "--dataset", "writer/boxes", "--backbone", "test_resnet",
@@ -321,9 +322,8 @@ def test_who_may_not_write_learns_it_before_any_work(journey, hub, aligndet, com
 
 
 def test_repositories_are_private_and_without_pictures_unless_asked(journey, hub, aligndet, commands, folder):
-    private = {name: repository.private for (_, name), repository in hub.repositories.items()}
-    assert private["writer/boxes"] and private["writer/cells"] and private["writer/trunk"]
-    assert not private["writer/start"]  # with `--hub_private_repo false`
+    assert hub.repositories["models", "writer/trunk"].private
+    assert not hub.repositories["models", "writer/start"].private  # with `--hub_private_repo false`
     cells, heading = hub.repositories["models", "writer/cells"], b"<h2>Pictures</h2>"
     assert heading in (folder / "cells" / "report.html").read_bytes()
     assert heading not in cells.files()["report.html"]
