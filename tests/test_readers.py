@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from xml.sax.saxutils import quoteattr
 
 import datasets
@@ -558,3 +559,119 @@ def test_selected_rows_keep_their_objects(tmp_path):
     assert [row["objects"] for row in loaded] == [
         {"bbox": BOXES[2], "category": [1]}, {"bbox": BOXES[0], "category": [0, 0]},
     ]  # fmt: skip
+
+
+# ---- nothing outside the folder is read ----
+
+
+def swap(path, old, new):
+    text = path.read_text()
+    assert old in text
+    write_text(path, text.replace(old, new))
+
+
+def link(path, target):
+    path.unlink()
+    path.symlink_to(target)
+
+
+ESCAPES = {
+    "coco": (coco_original, lambda root, name: swap(root / "annotations/instances_train2017.json", "t0.png", name)),
+    "coco, ../": (
+        coco_up_and_over,
+        lambda root, name: swap(root / "annotations/train.json", "../pictures/train/t0.png", f"../{name}"),
+    ),
+    "yolo, list": (yolo_lists, lambda root, name: swap(root / "train.txt", "/home/bob/mine/images/t0.png", name)),
+    "yolo, data.yaml": (
+        yolo_ultralytics,
+        lambda root, name: swap(root / "dataset.yaml", "train: images/train", f"train: {name}"),
+    ),
+    "voc": (voc_labelimg, lambda root, name: swap(root / "train/t0.xml", "<filename>t0.png", f"<filename>{name}")),
+    "labelme": (labelme, lambda root, name: swap(root / "train/t0.json", "..\\\\elsewhere\\\\t0.png", name)),
+    "cvat": (cvat, lambda root, name: swap(root / "annotations.xml", '"t0.png"', f'"{name}"')),
+    "metadata": (
+        LAYOUTS["metadata, names"],
+        lambda root, name: swap(root / "training/metadata.jsonl", "t0.png", name),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["relative", "absolute", "link"])
+@pytest.mark.parametrize("layout", ESCAPES)
+def test_images_elsewhere_are_not_read(tmp_path, layout, place):
+    """A label file that somebody else made may name any file; those of other machines are looked for in the folder."""
+    root = tmp_path / "mine"
+    write_layout, point_to = ESCAPES[layout]
+    write_layout(root)
+    write_image(tmp_path / "secret.png", (40, 30), 200)
+    if place == "link":
+        link(next(root.rglob("t0.png")), tmp_path / "secret.png")
+    else:
+        point_to(root, "../" * 3 + "secret.png" if place == "relative" else str(tmp_path / "secret.png"))
+    try:
+        dataset = load_dataset_source(root, "train")
+    except DataError as error:
+        assert "secret.png" in str(error) or "t0" in str(error)
+    else:
+        shown = [int(decode_image(row["image"])[0, 0, 0]) for row in dataset]
+        assert 200 not in shown and len(shown) >= 2
+
+
+@pytest.mark.parametrize(
+    "layout, name",
+    [
+        ("coco, original", "train2017"),
+        ("coco, CVAT", "images"),
+        ("yolo, Ultralytics", "images/train"),
+        ("yolo, Roboflow", "train/images"),
+        ("yolo, beside", "train"),
+        ("voc, challenge", "JPEGImages"),
+        ("labelme", "train"),
+        ("cvat", "images"),
+        ("metadata, names", "training"),
+    ],
+)
+def test_links_to_folders_elsewhere_are_not_followed(tmp_path, layout, name):
+    LAYOUTS[layout](tmp_path / "mine")
+    (tmp_path / "mine" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "mine" / name).symlink_to(tmp_path / "elsewhere")
+    try:
+        dataset = load_dataset_source(tmp_path / "mine", "train")
+    except DataError:
+        return
+    assert not any("elsewhere" in os.path.realpath(row["image"]["path"]) for row in dataset)
+
+
+@pytest.mark.parametrize(
+    "write_layout, name",
+    [
+        (coco_original, "annotations/instances_train2017.json"),
+        (yolo_ultralytics, "labels/train/t0.txt"),
+        (yolo_ultralytics, "dataset.yaml"),
+        (yolo_lists, "train.txt"),
+        (yolo_beside, "classes.txt"),
+        (voc_challenge, "Annotations/t0.xml"),
+        (voc_challenge, "ImageSets/Main/train.txt"),
+        (labelme, "train/t0.json"),
+        (cvat, "annotations.xml"),
+        (LAYOUTS["metadata, names"], "training/metadata.jsonl"),
+        (LAYOUTS["metadata, names"], "labels.json"),
+    ],
+)
+def test_label_files_elsewhere_are_not_read(tmp_path, write_layout, name):
+    """A link to a file outside: whatever is done without it, nothing of its content is told or used."""
+    write_layout(tmp_path / "mine")
+    path = tmp_path / "mine" / name
+    secret = tmp_path / "secret"
+    secret.write_text(f"top secret {path.read_text()}" if path.suffix == ".txt" else path.read_text())
+    if path.suffix != ".txt":
+        swap(
+            secret, {"labels.json": "owl"}.get(path.name, "dog" if "dog" in secret.read_text() else "t0"), "top secret"
+        )
+    link(path, secret)
+    try:
+        dataset = load_dataset_source(tmp_path / "mine", "train")
+        text = str(dataset.to_list()) + str(dataset.features)
+    except DataError as error:
+        text = str(error)
+    assert "top secret" not in text

@@ -197,6 +197,7 @@ def is_inside(path: str | Path, root: str | Path) -> bool:
     return any(os.path.commonpath([real, folder]) == folder for folder in _real_folders(os.fspath(root)))
 
 
+@functools.lru_cache(maxsize=32)  # asked for every file of a data set
 def _real_folders(root: str) -> list[str]:
     """A folder without links and, of a snapshot in the Hub's cache, the files that the snapshot's links lead to."""
     folder = Path(os.path.realpath(root))

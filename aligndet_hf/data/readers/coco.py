@@ -7,7 +7,16 @@ from pathlib import Path
 
 from ..door import is_inside
 from ..errors import DataError
-from .files import inside, is_file, list_files, parse_json, read_start, read_text, split_of_file, split_of_folder
+from .files import (
+    inside,
+    is_file,
+    list_files,
+    parse_json,
+    read_start,
+    read_text,
+    split_of_file,
+    split_of_folder,
+)
 from .rows import Categories, LabelledImage, Labels, is_box
 
 logger = logging.getLogger(__name__)
@@ -137,6 +146,8 @@ def _read_categories(path: Path, text: str) -> list[dict]:
 
 def _key(value):
     """What an id is looked up by: 1, 1.0 and "1" are the same."""
+    if type(value) is int:
+        return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d*", value):
@@ -260,28 +271,31 @@ def _size(image: dict, name: str, where: str) -> int | None:
 def _add_annotations(path: Path, annotations: list[dict], images: dict, categories: list[dict]) -> None:
     labels = {_key(category["id"]): label for label, category in enumerate(categories)}
     for number, annotation in enumerate(annotations):
-        where = f"{path}, annotation {annotation.get('id', f'number {number}')}"
-        image = images.get(_key(annotation["image_id"]))
-        if image is None:
-            raise DataError(
-                f"{where}: no image has the id {annotation['image_id']!r} ({type(annotation['image_id']).__name__}). "
-                "Remove the annotation or add the image."
-            )
-        label = labels.get(_key(annotation.get("category_id")))
-        if label is None:
-            raise DataError(
-                f"{where}: no category has the id {annotation.get('category_id')!r}; found "
-                f"{[category['id'] for category in categories]}."
-            )
-        box, area, crowd = annotation.get("bbox"), annotation.get("area"), annotation.get("iscrowd") or 0
-        if not is_box(box):
-            raise DataError(f"{where}: 'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}.")
-        if area is not None and (isinstance(area, bool) or not isinstance(area, (int, float))):
-            raise DataError(f"{where}: 'area' must be a number or null, got {area!r}.")
-        if crowd not in (0, 1):
-            raise DataError(f"{where}: 'iscrowd' must be 0 or 1, got {crowd!r}.")
-        own_id = _key(annotation.get("id", number)) if not isinstance(annotation.get("id"), str) else annotation["id"]
-        image.add(box, label, area=area, iscrowd=int(crowd), id=own_id)
+        try:
+            _add_annotation(annotation, number, images, labels)
+        except DataError as error:
+            raise DataError(f"{path}, annotation {annotation.get('id', f'number {number}')}: {error}") from None
+
+
+def _add_annotation(annotation: dict, number: int, images: dict, labels: dict) -> None:
+    image = images.get(_key(annotation["image_id"]))
+    if image is None:
+        raise DataError(
+            f"no image has the id {annotation['image_id']!r} ({type(annotation['image_id']).__name__}). Remove the "
+            "annotation or add the image."
+        )
+    label = labels.get(_key(annotation.get("category_id")))
+    if label is None:
+        raise DataError(f"no category has the id {annotation.get('category_id')!r}; found {list(labels)}.")
+    box, area, crowd = annotation.get("bbox"), annotation.get("area"), annotation.get("iscrowd") or 0
+    if not is_box(box):
+        raise DataError(f"'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}.")
+    if area is not None and type(area) not in (int, float):
+        raise DataError(f"'area' must be a number or null, got {area!r}.")
+    if crowd not in (0, 1):
+        raise DataError(f"'iscrowd' must be 0 or 1, got {crowd!r}.")
+    own_id = annotation.get("id", number)
+    image.add(box, label, area=area, iscrowd=int(crowd), id=own_id if isinstance(own_id, str) else _key(own_id))
 
 
 def _require_unique(images: list[LabelledImage]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
     Two folders of the same split, `train` and `train2`, keep the names that they have.
     """
-    parts = [part for part in sorted(folder.iterdir()) if is_folder(part, folder) and not part.name.startswith(".")]
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    parts = [folder / name for name in names if is_folder(folder / name, folder)]
     if not any(split_of_folder(part.name) for part in parts):
         return {}
     splits = {}
@@ -55,8 +58,13 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def is_folder(path: Path, root: Path) -> bool:
-    """Whether there is a folder, and no link to one outside `root`."""
-    return path.is_dir() and door.is_inside(path, root)
+    """Whether there is a folder, and in `root`: of a link that leads elsewhere a warning tells."""
+    if not path.is_dir():
+        return False
+    if not door.is_inside(path, root):
+        logger.warning("%s: a link to a folder outside is not followed: give that folder itself.", path)
+        return False
+    return True
 
 
 def list_files(folder: Path, *endings: str) -> Iterator[Path]:
@@ -160,9 +168,9 @@ def parse_json(text: str, where: str):
         raise DataError(f"{where}: not valid JSON ({error}).") from error
 
 
-def read_json(path: Path):
+def read_json(path: Path, root: Path | None = None):
     """The content of a JSON file; errors as [`read_text`] and [`parse_json`] raise them."""
-    return parse_json(read_text(path), str(path))
+    return parse_json(read_text(path, root), str(path))
 
 
 def read_xml(path: Path) -> ElementTree.Element:

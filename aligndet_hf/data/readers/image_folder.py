@@ -25,7 +25,7 @@ from .files import (
     split_of_folder,
     tell_unlisted,
 )
-from .rows import Categories, LabelledImage, Labels
+from .rows import Categories, LabelledImage, Labels, is_box
 from .spellings import COLUMNS, find_spelling, lists_of
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def read_labels(folder: Path) -> list[str] | None:
     path = next(filter(None, (find_file(place, "labels.json") for place in places)), None)
     if path is None:
         return None
-    names = read_json(path)
+    names = read_json(path, path.parent)
     if isinstance(names, dict):
         try:
             numbers = sorted((int(key), name) for key, name in names.items())
@@ -191,7 +191,22 @@ def _read_objects(objects, column: str, where: str, spelling: dict[str, str]) ->
     if lists is None:
         found = ", ".join(names) if isinstance(names, dict) else type(names).__name__
         raise DataError(f"{where}: '{column}' must have the lists '{needed[0]}' and '{needed[1]}', found {found}.")
+    _check_lists(lists, where)
     return lists
+
+
+def _check_lists(lists: dict[str, list], where: str) -> None:
+    """One entry per box in each list, and four numbers per box."""
+    count = len(lists["bbox"]) if isinstance(lists["bbox"], list) else None
+    for name, values in lists.items():
+        if count is None or not isinstance(values, list) or len(values) != count:
+            has = "one entry per object" if count is None else f"one entry per box, as 'bbox' has {count}"
+            raise DataError(f"{where}: '{name}' must be a list with {has}, got {str(values)[:80]}.")
+    for box in lists["bbox"]:
+        if not is_box(box):
+            raise DataError(
+                f"{where}: a box in 'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}."
+            )
 
 
 def _labels_of(image: LabelledImage) -> list:

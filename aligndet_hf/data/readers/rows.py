@@ -14,6 +14,8 @@ from ..columns import objects_feature
 from ..errors import DataError
 from ..pixels import inspect_images
 
+_NUMBERS = {int, float}
+
 
 class Categories(NamedTuple):
     """
@@ -155,7 +157,7 @@ def _complete_objects(images: list[LabelledImage], categories: Categories | None
         objects = image.objects
         boxes = objects.setdefault("bbox", [])
         objects.setdefault("category", [])
-        _check_objects(image, categories)
+        _check_categories(image, categories)
         given = objects.get("area") or [None] * len(boxes)
         objects["area"] = [
             float(box[2]) * float(box[3]) if area is None else area for box, area in zip(boxes, given, strict=True)
@@ -171,39 +173,25 @@ def _complete_objects(images: list[LabelledImage], categories: Categories | None
 
 def is_box(value) -> bool:
     """Whether a value is a list of four numbers, none of which is too large for one."""
+    if type(value) is not list or len(value) != 4 or not _NUMBERS.issuperset(map(type, value)):
+        return False
     try:
-        return (
-            isinstance(value, list)
-            and len(value) == 4
-            and all(isinstance(part, (int, float)) and float(part) is not None for part in value)
-        )
+        return len(list(map(float, value))) == 4
     except OverflowError:
         return False
 
 
-def _check_objects(image: LabelledImage, categories: Categories | None) -> None:
-    """One entry per box in each list, four numbers per box, and only known categories."""
-    objects, where = image.objects, image.where
-    count = len(objects["bbox"]) if isinstance(objects["bbox"], list) else None
-    for name, values in objects.items():
-        if count is None or not isinstance(values, list) or len(values) != count:
-            has = "one entry per object" if count is None else f"one entry per box, as 'bbox' has {count}"
-            raise DataError(f"{where}: '{name}' must be a list with {has}, got {str(values)[:80]}.")
-    for box in objects["bbox"]:
-        if not is_box(box):
+def _check_categories(image: LabelledImage, categories: Categories | None) -> None:
+    for category in image.objects["category"]:
+        if type(category) is not int:
             raise DataError(
-                f"{where}: a box in 'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}."
-            )
-    for category in objects["category"]:
-        if not isinstance(category, int) or isinstance(category, bool):
-            raise DataError(
-                f"{where}: 'category' must hold integers, got {category!r}. Number the categories from 0 and list "
-                "their names in labels.json."
+                f"{image.where}: 'category' must hold integers, got {category!r}. Number the categories from 0 and "
+                "list their names in labels.json."
             )
         if category < 0 or (categories is not None and category >= len(categories.names)):
             names = categories.names if categories else []
             known = f"0 to {len(names) - 1} ({', '.join(names[:10])})" if names else "0 or more"
-            raise DataError(f"{where}: unknown category {category}, expected {known}.")
+            raise DataError(f"{image.where}: unknown category {category}, expected {known}.")
 
 
 def _column(values: list, type_: pa.DataType, name: str, images: list[LabelledImage]) -> pa.Array:

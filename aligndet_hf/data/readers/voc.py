@@ -145,13 +145,13 @@ def _find_image(folder: Path, file: Path, root: ElementTree.Element, image_dir: 
     name = (root.findtext("filename") or "").strip().replace("\\", "/")
     places = [image_dir] if image_dir else [file.parent, *(file.parent.parent / part for part in _IMAGE_FOLDERS)]
     for place in places:
-        if name:
-            path = inside(folder if folder in place.parents or place == folder else place, name, str(file), place)
+        root = folder if folder in place.parents or place == folder else place
+        names = [name] if name else []
+        names += [path.name for path in sorted(place.glob(f"{_escaped(file.stem)}.*")) if is_image(path)]
+        for one in names:
+            path = inside(root, one, str(file), place)
             if is_file(path):
                 return path
-        same = next((path for path in place.glob(f"{_escaped(file.stem)}.*") if is_image(path)), None)
-        if same:
-            return same
     raise DataError(
         f"{file}: cannot find its image {name or file.stem!r} in {', '.join(map(str, places))}. Give the folder as "
         "image_dir."

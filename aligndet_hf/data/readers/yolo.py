@@ -15,6 +15,7 @@ from .files import (
     inside,
     is_file,
     is_folder,
+    list_files,
     list_images,
     number,
     read_start,
@@ -44,7 +45,10 @@ def recognise(path: Path) -> bool:
     """Whether `path` is a `data.yaml`, or a folder with one, with `labels` beside `images`, or with label files."""
     if path.is_file():
         return path.suffix.lower() in (".yaml", ".yml") and bool(_read_config(path))
-    return bool(_find_config(path)) or any(_has_labels(folder) for folder in _layout(path).values())
+    if _find_config(path):
+        return True
+    has_texts = any(True for _ in list_files(path, ".txt"))
+    return has_texts and any(_has_labels(folder) for folder in _layout(path).values())
 
 
 def split_names(path: Path) -> list[str]:
