@@ -216,7 +216,9 @@ def run(command: str, argv: list[str] | None = None) -> int:
         text = str(error)
         if text.startswith("Caught ") and "Original Traceback" in text:  # what torch makes of an error in a worker
             text = text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        print(f"error: {text}", file=sys.stderr)
+        from .data.door import printable  # which loads datasets
+
+        print("error: " + "\n".join(map(printable, text.split("\n"))), file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         # `pretrain` raises a subclass after its clean save: which signal it was, and how to resume.

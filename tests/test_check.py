@@ -116,6 +116,18 @@ def test_nothing_there(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("error: Cannot load")
 
 
+def test_an_error_is_printed_safely(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    name = "\x1b]0;owned\x07.jpg"
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps({"file_name": name}))
+    write_image(tmp_path / "train" / "0.png", 0)
+    assert main(["proposals", "--dataset", str(tmp_path), "--output_dir", str(tmp_path / "\x1b[31mout")]) == 2
+    text = capsys.readouterr().err
+    assert "there is no file" in text and "\\x1b]0;owned\\x07.jpg" in text and "\x1b" not in text
+    assert main(["check", "--dataset", str(tmp_path / "\x1b[31m\udce9gone")]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
 # ---- many objects, and the same image twice ----
 
 
