@@ -181,7 +181,7 @@ def test_an_interrupted_chain_goes_on_where_it_was(argv, proposal_folder, detect
             stdout=output,
             stderr=output,
         )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 1200
     while not log.exists() or not log.read_text():
         assert chain.poll() is None and time.monotonic() < until, console.read_text()
         time.sleep(0.05)

@@ -362,7 +362,7 @@ def test_two_processes_gather_the_result_of_one(tmp_path):
     script = tmp_path / "process.py"
     script.write_text(PROCESS.format(paths=sys.path[:1] + [str(Path(__file__).parent)]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert finished.returncode == 0, finished.stderr[-2000:]
     truth, predictions = random_case(11, images=7, categories=3, detections=12)
     expected = measured(truth, predictions)

@@ -419,7 +419,7 @@ def test_a_folder_runs_in_a_pipeline_without_this_package(tmp_path):
         assert source == open(modeling_torchvision.__file__).read()
     environment = {"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PLAIN_PROCESS, *map(str, folders.values())]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=200)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=1200)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert all(found[str(folder)] for folder in folders.values())

@@ -131,7 +131,7 @@ def test_workers_change_nothing(twelve, num_workers):
         sampler = EpochBatchSampler(6, 2, seed=3, drop_last=True)
         sampler.set_epoch(1)
         options = {"num_workers": workers, "worker_init_fn": init_worker if workers else None}
-        options["timeout"] = 60 if workers else 0
+        options["timeout"] = 600 if workers else 0
         return list(DataLoader(views, batch_sampler=sampler, collate_fn=collate_views, **options))
 
     cv2.setNumThreads(2)

@@ -129,7 +129,7 @@ def launch(size: int, folder) -> list[dict]:
     port = free_port()
     command = [sys.executable, __file__, port, str(size)]
     processes = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(size)]
-    assert [process.wait(timeout=180) for process in processes] == [0] * size
+    assert [process.wait(timeout=1200) for process in processes] == [0] * size
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
 
 
@@ -194,7 +194,7 @@ def test_sharded_runs_are_those_of_ddp(proposal_folder, detector_folders, tmp_pa
     processes = [
         subprocess.Popen([*map(str, command)], env=environment | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
-    assert [process.wait(timeout=180) for process in processes] == [0, 0]
+    assert [process.wait(timeout=1200) for process in processes] == [0, 0]
     expected = tmp_path / "ddp"
     moments = torch.load(expected / "checkpoint-4" / "optimizer.pt", weights_only=True)["optimizer"]
     for name in ("fsdp", "taken over"):

@@ -1,6 +1,7 @@
 """`aligndet proposals`: what is written, resuming after a kill, what is left alone, and what is refused."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from aligndet_hf.data import shards, sources, stream_shards
 from aligndet_hf.data.columns import DataError, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
-from aligndet_hf.data.shards import content_hash
+from aligndet_hf.data.shards import content_hash, writing_to
 from aligndet_hf.proposals import opencv_selective_search
 
 QUICK = {
@@ -399,7 +400,7 @@ def test_killed_twice_and_started_again(tmp_path, counted):
             start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 1200
         while (
             len(list(work.glob("train-0*.arrow"))) < 3 * kill
             and process.poll() is None
@@ -682,3 +683,24 @@ def test_what_does_not_stream(tmp_path):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "out", streaming=True))
     with pytest.raises(ValueError, match="streaming does not go with"):
         arguments(tmp_path, tmp_path / "out", streaming=True, image_dir="x")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_writing"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "{parent}/out.partial"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "{parent}"), True),
+        (PermissionError(errno.EACCES, "Failed to open '{parent}/out.partial/x.arrow'"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "{parent}/images/a::b.png"), False),
+        (PermissionError(errno.EACCES, "Permission denied", "{parent}/images/a.png"), False),
+        (OSError("a model lacks its config"), False),
+    ],
+)
+def test_only_what_fails_in_writing_is_blamed_on_the_output(error, is_of_writing, tmp_path):
+    place = [part.format(parent=tmp_path) if isinstance(part, str) else part for part in error.args]
+    name = [error.filename.format(parent=tmp_path)] if error.filename else []
+    error = type(error)(*place, *name)
+    with pytest.raises(DataError if is_of_writing else type(error), match="Cannot write to" if is_of_writing else ""):
+        with writing_to(tmp_path / "out"):
+            raise error

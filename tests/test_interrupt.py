@@ -223,7 +223,7 @@ class SlowSteps:
 
 
 def wait_for(condition):
-    until = time.monotonic() + 60
+    until = time.monotonic() + 1200
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)

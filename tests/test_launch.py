@@ -82,7 +82,7 @@ def test_two_processes_share_the_work(images, tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=1200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     for rank, (output, _) in enumerate(outputs):
         assert f"main: 0 {rank} {rank == 0}" in output and "raised: only rank 0 does it" in output

@@ -47,7 +47,7 @@ def one_process(recipe, tmp_path_factory):
 
 def run(command, **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **kwargs)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800, **kwargs)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -211,7 +211,7 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
             print(f"{output} is complete: these proposals have been clustered with these settings. Nothing to do.")
         else:
             known = len(report["skipped"])
-            with writing_to(output.parent):
+            with writing_to(output):
                 _cluster(sources, features, report, folder, arguments)
             _print_report(report, known, output)
         result = datasets.load_from_disk(str(output))

@@ -285,7 +285,7 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
                     f"{folder.path} is complete: these images have been searched with these settings. Nothing to do."
                 )
         else:
-            with writing_to(folder.path.parent):
+            with writing_to(folder.path):
                 _generate(sources, settings, folder, arguments, launch)
         result = datasets.load_from_disk(str(folder.path))
         if arguments.export_json is not None:

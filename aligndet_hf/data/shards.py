@@ -4,6 +4,7 @@ Shards of proposals in a folder of unfinished work, and the data set that they b
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -281,17 +282,28 @@ def telling_progress(shards: list[Shard]):
 
 @contextlib.contextmanager
 def writing_to(folder: Path):
+    """What fails for want of space or permission in a folder, or in those beside it that have its name, says so."""
     try:
         yield
     except ChildProcessError:
         raise
     except OSError as error:
-        if type(error) is OSError and error.errno is None:  # transformers tells so what a model lacks
+        if not _is_of_writing(error, str(folder)):
             raise
         raise DataError(
-            f"Cannot write to {folder}: {error}. Choose another output_dir or, if the disk was full, make room and "
-            "run the same command again: what is finished is kept."
+            f"Cannot write to {folder.parent}: {error}. Choose another output_dir or, if the disk was full, make room "
+            "and run the same command again: what is finished is kept."
         ) from error
+
+
+def _is_of_writing(error: OSError, folder: str) -> bool:
+    """Whether an error is one of writing a folder; all others say by themselves what could not be read."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return True
+    if error.errno is None:  # transformers tells so what a model lacks
+        return False
+    name = str(error.filename or "")
+    return name.startswith(folder) or bool(name and folder.startswith(name)) or (not name and folder in str(error))
 
 
 def read_report(folder: Path) -> dict:
