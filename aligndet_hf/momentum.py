@@ -40,6 +40,19 @@ def cosine_momentum(step: int, total_steps: int, base: float = 0.996, end: float
     return end - (end - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
 
 
+def suited_momentum(total_steps: int) -> float:
+    """
+    The momentum to start a run of so many steps with.
+
+    The momentum detector is to leave its random start behind within a fiftieth of the run: 0.996, as published, from
+    12,500 steps on, and never less than 0.95, which a thousand steps have.
+
+    Args:
+        total_steps (`int`): Optimizer steps of the whole run.
+    """
+    return 1 - min(max(50 / total_steps, 0.004), 0.05)
+
+
 @torch.no_grad()
 def update_momentum(
     online: nn.Module, momentum_module: nn.Module, momentum: float, *, copied: tuple[str, ...] = ()

@@ -15,14 +15,22 @@ from pathlib import Path
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from aligndet_hf.commands.finetune import FinetuneArguments, finetune
-from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
-from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
-from aligndet_hf.data.formats import category_names, load_dataset_source
+from aligndet_hf import (
+    FinetuneArguments,
+    PretrainArguments,
+    ProposalsArguments,
+    RecallArguments,
+    category_names,
+    finetune,
+    generate_proposals,
+    load_dataset_source,
+    measure_recall,
+    pretrain,
+)
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.evaluation.coco_metrics import format_table
-from aligndet_hf.reporting.pictures import plot_predictions
+from aligndet_hf.reporting.pictures import has_matplotlib, plot_predictions
 from aligndet_hf.reporting.plots import plot_arms, plot_curves
 
 SIZE = 128  # pixels; everything here is small enough for a laptop's CPU
@@ -69,6 +77,11 @@ def main(output: Path) -> None:
             max_relative_size=0.7,
         )
     )
+
+    if has_matplotlib():
+        measure_recall(
+            RecallArguments(dataset=str(output / "proposals"), output_dir=str(output), num_pictures=8, num_boxes=8)
+        )
 
     banner("2. pre-training of the whole detector")
     pretrained = pretrain(

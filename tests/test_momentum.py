@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from aligndet_hf.momentum import cosine_momentum, update_momentum
+from aligndet_hf.momentum import cosine_momentum, suited_momentum, update_momentum
 
 INFO, CASE = golden_cases.load("c_momentum")
 
@@ -97,3 +97,10 @@ def test_tensors_that_a_module_holds_twice_move_once():
     expected = 0.75 * tied.weight + 0.25 * own.weight
     update_momentum(online, target, 0.75)
     torch.testing.assert_close(tied.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("steps", "momentum"), [(1, 0.95), (1000, 0.95), (2000, 0.975), (12500, 0.996), (10**6, 0.996)]
+)
+def test_momentum_suits_the_number_of_steps(steps, momentum):
+    assert suited_momentum(steps) == pytest.approx(momentum, abs=1e-12)

@@ -18,12 +18,14 @@ DEFAULTS = {
         "image_sizes": [640, 672, 704, 736, 768, 800],
         "max_proposals": 50,
         "proposal_sampling": "top",
+        "color": False,
     },
     "soco": {
         "image_sizes": {"fpn": [224, 224, 112], "star": [224, 224, 192, 112], "c4": [224, 224]},
         "max_proposals": 4,
         "proposal_sampling": "random",
         "crop_scale": [0.5, 1.0],
+        "color": True,
     },
 }
 
@@ -35,7 +37,7 @@ class PretrainArguments(DetectorArguments, HubArguments):
     help_groups = {
         "dataset": "Data",
         "image_sizes": "Views",
-        "method": "Method",
+        "preset": "Method",
         "num_train_epochs": "Optimisation",
         "output_dir": "Run",
         "hub_model_id": "Hub",
@@ -95,7 +97,13 @@ class PretrainArguments(DetectorArguments, HubArguments):
         metadata={"help": "longest side of a view in pixels; 5/3 of the drawn size if not given", "range": COUNT},
     )
     flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip", "range": SHARE})
-    color: bool = field(default=True, metadata={"help": "apply one random colour operation to each view"})
+    color: bool | None = field(
+        default=None,
+        metadata={
+            "help": "apply one random colour operation to each view: it teaches to overlook colours, which may tell "
+            "classes apart; SoCo and the preset `paper` do, if not given"
+        },
+    )
     crop_scale: list[float] | None = field(
         default=None,
         metadata={
@@ -104,6 +112,13 @@ class PretrainArguments(DetectorArguments, HubArguments):
         },
     )
 
+    preset: Literal["suited", "paper"] = field(
+        default="suited",
+        metadata={
+            "help": "where a value is not given, `suited` takes one that suits the number of steps and any images, "
+            "`paper` the published one: `base_momentum` 0.996, and random colours"
+        },
+    )
     method: Literal["aligndet", "soco"] = field(
         default="aligndet",
         metadata={
@@ -195,7 +210,8 @@ class PretrainArguments(DetectorArguments, HubArguments):
     def __post_init__(self):
         name_objects(self)
         check_values(self)
-        for name, value in DEFAULTS[self.method].items():
+        defaults = DEFAULTS[self.method] | ({"color": True} if self.preset == "paper" else {})
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 by_variant = isinstance(value, dict)
                 setattr(self, name, value.get(self.soco_config.get("variant", "fpn")) if by_variant else value)

@@ -22,7 +22,7 @@ from ..data.sampling import EpochBatchSampler
 from ..files import write_json
 from ..flags import told_of
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
-from ..momentum import cosine_momentum
+from ..momentum import cosine_momentum, suited_momentum
 from ..reporting.run_record import SUMMARY
 from ..runs import Interrupted
 from . import sharding
@@ -78,6 +78,9 @@ class Run:
             milestones=milestone_steps(arguments.lr_milestones, self.total_steps, len(sampler)),
         )
         config = self.method_model.config
+        if arguments.method == "aligndet" and arguments.preset == "suited":
+            if "base_momentum" not in arguments.aligndet_config:
+                config.base_momentum = suited_momentum(self.total_steps)
         momenta = {"total_steps": self.total_steps, "base": config.base_momentum, "end": config.end_momentum}
         self.momentum = lambda step: cosine_momentum(step + self.method.momentum_delay, **momenta)
         self.step = 0
