@@ -23,6 +23,7 @@ from aligndet_hf.ranges import (
     _kinds,
     check_values,
 )
+from aligndet_hf.training.finetune_arguments import require_metric
 
 
 @pytest.mark.parametrize(
@@ -162,3 +163,15 @@ def test_the_console_says_so_before_any_work(command, flags, message, tmp_path, 
 def test_configs_of_models_have_ranges_too(config, fields, message):
     with pytest.raises(ValueError, match=message):
         config(**fields)
+
+
+@pytest.mark.parametrize("name", [None, "AP", "eval_AP50", "AP_cat", "eval_AP_dog"])
+def test_the_best_model_is_chosen_by_what_is_measured(name):
+    require_metric(name)
+    require_metric(name, ["cat", "dog"])
+
+
+def test_an_unknown_class_is_refused_before_the_first_epoch():
+    require_metric("AP_cta")  # classes are not known yet
+    with pytest.raises(ValueError, match="there is no 'AP_cta'; did you mean 'AP_cat'"):
+        require_metric("AP_cta", ["cat", "dog"])

@@ -35,7 +35,7 @@ from ..reporting.run_record import RESULTS, SETTINGS
 from ..runs import RunFolder
 from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
-from ..training.finetune_arguments import FinetuneArguments
+from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import publish_run
 
 # What is written to `output_dir`, beside checkpoints and the results.
@@ -127,6 +127,7 @@ def _start(arguments: FinetuneArguments, folder: RunFolder, processes: PartialSt
     """The trainer, and what the results say of the run."""
     with processes.main_process_first():
         dataset, categories = _load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
+        require_metric(arguments.metric_for_best_model, categories)
         truth = None
         if arguments.do_eval:
             source = (arguments.eval_dataset, arguments.eval_split, arguments.eval_image_dir)

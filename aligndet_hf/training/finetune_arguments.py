@@ -321,12 +321,7 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         name_objects(self)
         check_values(self)
         parse_rule(self.pixel_window)
-        metric = (self.metric_for_best_model or "AP").removeprefix("eval_")
-        if metric not in SUMMARY and not metric.startswith("AP_"):
-            raise ValueError(
-                f"metric_for_best_model: there is no {metric!r}{nearest(metric, SUMMARY)}. There are "
-                f"{', '.join(SUMMARY)}, and AP_<class>"
-            )
+        require_metric(self.metric_for_best_model)
         if not self.do_eval:
             self.eval_strategy = "no"
         if self.backbone_learning_rate is None:
@@ -366,6 +361,26 @@ class FinetuneArguments(DetectorArguments, TrainingArguments):
         for item in fields(TrainingArguments):
             if item.init and roles(type(self))[item.name] == "refused" and not _is_default(self, item):
                 raise ValueError(f"{item.name} has no effect on the training of detectors here: leave it out")
+
+
+def require_metric(name: str | None, categories: list[str] | None = None) -> None:
+    """
+    Refuses a `metric_for_best_model` that no measurement will have, before the first epoch.
+
+    Args:
+        name (`str`, *optional*): A COCO number, or `AP_<class>`; with or without `eval_`.
+        categories (`list[str]`, *optional*): The classes, where they are known.
+
+    Raises:
+        ValueError: there is no such number.
+    """
+    metric = (name or "AP").removeprefix("eval_")
+    known = [*SUMMARY, *(f"AP_{category}" for category in categories or ())]
+    if metric not in known and (categories is not None or not metric.startswith("AP_")):
+        raise ValueError(
+            f"metric_for_best_model: there is no {metric!r}{nearest(metric, known)}. There are {', '.join(SUMMARY)}, "
+            "and AP_<class>"
+        )
 
 
 def _is_default(arguments, item) -> bool:
