@@ -151,3 +151,12 @@ def test_benchmark_of_the_views(run):
 def test_benchmark_of_the_momentum_update(run):
     results = run("ema", "--backbone", "resnet10t")
     assert len(results["times faster"]) == 3
+
+
+def test_benchmark_of_convnets(tmp_path):
+    words = ["--families", "torchvision_fcos", "--backbone", "resnet10t", "--height", "64", "--width", "96"]
+    words += ["--rows", "200", "--proposals", "10", "--repeats", "1", "--output", str(tmp_path / "convnets.json")]
+    results = load("convnets").main(words)
+    assert results["contrast, times faster"] > 1
+    row = results["rows"]["torchvision_fcos, step"]
+    assert row["times the unavoidable"] > 0.5 and row["loss in bf16 / in float32"] == pytest.approx(1, abs=0.05)

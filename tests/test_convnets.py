@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_detectors import random_batch, timm_backbone
 from torch import nn
 from torchvision.models.detection import (
@@ -40,6 +41,7 @@ from aligndet_hf.convnets.modeling_torchvision import (
     MODELS,
     DenseDetector,
     FasterRcnnForObjectDetection,
+    FcosConfig,
     FcosForObjectDetection,
     MaskRcnnForObjectDetection,
     RetinaNetForObjectDetection,
@@ -423,3 +425,44 @@ def test_a_folder_runs_in_a_pipeline_without_this_package(tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert all(found[str(folder)] for folder in folders.values())
+
+
+TORCHVISION_PROCESS = """
+import json, sys
+import torch
+from safetensors.torch import load_file
+from torchvision.models.detection import FCOS
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+folder = sys.argv[1]
+backbone = resnet_fpn_backbone(
+    backbone_name="resnet18", weights=None, returned_layers=[2, 3, 4], extra_blocks=LastLevelP6P7(256, 256)
+)
+detector = FCOS(backbone, num_classes=3, score_thresh=0.01)
+detector.load_state_dict(load_file(f"{folder}/torchvision.safetensors"), strict=True)
+detector.transform = GeneralizedRCNNTransform(64, 96, [0.0] * 3, [1.0] * 3).eval()
+case = load_file(f"{folder}/case.safetensors")
+found = detector.eval()([case["pixels"]])[0]
+assert not {"transformers", "aligndet_hf", "timm"} & set(sys.modules)
+assert len(found["scores"]) == len(case["scores"]) > 10
+torch.testing.assert_close(found["scores"], case["scores"], rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(found["boxes"], case["boxes"], rtol=1e-4, atol=1e-2)
+"""
+
+
+def test_the_exported_file_loads_strictly_and_detects_the_same_in_torchvision_alone(tmp_path):
+    torch.manual_seed(0)
+    config = TimmBackboneConfig(backbone="resnet18", out_indices=[2, 3, 4], freeze_batch_norm_2d=True)
+    detector = FcosForObjectDetection(FcosConfig(backbone_config=config, num_labels=CLASSES)).eval()
+    head = detector.detector.head.classification_head.cls_logits
+    head.weight.data.mul_(30)
+    head.bias.data.fill_(-1.0)
+    pixels = torch.randn(3, 64, 96)
+    with torch.no_grad():
+        outputs = detector(pixels[None])
+    found = DeformableDetrImageProcessor().post_process_object_detection(outputs, 0.01, [(64, 96)])[0]
+    save_file(detector.torchvision_state_dict(), tmp_path / "torchvision.safetensors")
+    case = {"pixels": pixels, "scores": found["scores"], "boxes": found["boxes"]}
+    save_file({name: tensor.contiguous() for name, tensor in case.items()}, tmp_path / "case.safetensors")
+    subprocess.run([sys.executable, "-c", TORCHVISION_PROCESS, str(tmp_path)], check=True, timeout=200)
