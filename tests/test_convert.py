@@ -9,6 +9,7 @@ from original_detectors import Detr, MmdetDetr, randomise
 from tiny_detectors import timm_backbone, tiny_detector
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from aligndet_hf import AlignDetForPreTraining
 from aligndet_hf.cli import main
 from aligndet_hf.commands.compare import CompareArguments, compare
 from aligndet_hf.commands.convert import ConvertArguments, convert
@@ -92,6 +93,8 @@ def test_a_file_is_taken_wherever_a_detector_is(original, published):
     detector = AutoModelForObjectDetection.from_pretrained(folder)
     assert torch.equal(detector.class_labels_classifier.weight, original.bbox_head.fc_cls.weight)
     assert AutoImageProcessor.from_pretrained(folder).size["shortest_edge"] == 800
+    model = AlignDetForPreTraining.from_detector(published)
+    assert torch.equal(model.online_detector.class_labels_classifier.weight, original.bbox_head.fc_cls.weight)
 
 
 def test_a_file_is_an_arm_of_a_comparison(published, tmp_path):

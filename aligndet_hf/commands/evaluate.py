@@ -28,7 +28,7 @@ class EvaluateArguments:
     help_groups = {"detector": "Measured", "batch_size": "Run", "output_dir": "Output"}
 
     detector: str = field(
-        metadata={"role": "start", "help": "folder or Hub id of a detector with its image processor"}
+        metadata={"role": "start", "help": "folder, published file or Hub id of a detector with its image processor"}
     )
     image_processor: str | None = field(
         default=None,

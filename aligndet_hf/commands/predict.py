@@ -54,7 +54,7 @@ class PredictArguments:
     }
 
     detector: str = field(
-        metadata={"role": "start", "help": "folder or Hub id of a detector with its image processor"}
+        metadata={"role": "start", "help": "folder, published file or Hub id of a detector with its image processor"}
     )
     images: list[str] = field(
         metadata={

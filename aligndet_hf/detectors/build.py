@@ -33,7 +33,7 @@ class DetectorArguments:
         default="rt_detr",
         metadata={
             "role": "start",
-            "help": "Folder or Hub id of a detector checkpoint, or a family to build a new detector of: "
+            "help": "Folder, published file or Hub id of a detector, or a family to build a new detector of: "
             + ", ".join(sorted(FAMILIES))
             + ".",
         },

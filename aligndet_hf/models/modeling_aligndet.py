@@ -20,6 +20,7 @@ from ..detectors.backbones import (
     normalize_in_one_pass,
     set_backbone_trainable,
 )
+from ..detectors.build import find_detector
 from ..detectors.criterion import NORMALIZER_EPSILON, use_no_loss, use_pretraining_loss
 from ..detectors.families import Family, ObjectRows, backbone_path, family_of
 from ..losses import best_box_diagnostics, contrastive_diagnostics, count_ids, object_contrastive_loss
@@ -142,7 +143,7 @@ class AlignDetForPreTraining(MomentumModel):
 
         Args:
             detector (`PreTrainedModel`, `str` or `Path`):
-                a detector of a supported family, or the folder or Hub id of one.
+                a detector of a supported family, or what [`~aligndet_hf.detectors.build.find_detector`] takes.
             config: fields of [`AlignDetConfig`].
 
         Raises:
@@ -150,7 +151,7 @@ class AlignDetForPreTraining(MomentumModel):
                 after adding adapters.
         """
         if not isinstance(detector, PreTrainedModel):
-            detector = AutoModelForObjectDetection.from_pretrained(detector)
+            detector = AutoModelForObjectDetection.from_pretrained(find_detector(detector))
         detector_config = copy.deepcopy(detector.config)
         detector_config._name_or_path = ""  # inside another config it would be saved
         model = cls(AlignDetConfig(detector_config=detector_config, **config))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForObjectDetection
 
 from ..build import detector_from_config
 from ..families import FAMILIES
@@ -274,7 +274,8 @@ def convert_tensors(
     config = _config(layout, found, source, fields or {})
     prepared = layout.prepare(dict(tensors), found.options) if layout.prepare else Prepared(tensors, {}, {})
     tensors = prepared.tensors
-    blank = detector_from_config(config)
+    with torch.device("meta"):
+        blank = AutoModelForObjectDetection.from_config(config)  # names and shapes
     report = ConversionReport(
         source, layout.name, layout.family, note=layout.note, repository=layout.repository, license=layout.license
     )
@@ -283,7 +284,6 @@ def convert_tensors(
         sources = layout.sources(name)
         if lost := [part.name for part in sources if part.name not in tensors]:
             report.missing[name] = _reason(layout.absent, name) or f"the file lacks {lost[0]}"
-            state[name] = expected
             continue
         tensor = (
             torch.cat([part.read(tensors) for part in sources], 1) if len(sources) > 1 else sources[0].read(tensors)
@@ -303,6 +303,9 @@ def convert_tensors(
     report.dropped = {name: _reason((*UNUSED, *layout.dropped), name) or "" for name in rest}
     report.dropped |= {name: _reason((*UNUSED, *OUTSIDE), name) or "" for name in found.outside} | prepared.dropped
     _refuse(report, layout, source, partial)
+    if report.missing:
+        anew = detector_from_config(config).state_dict()
+        state |= {name: anew[name] for name in report.missing}
     # Not `load_state_dict`: heads of several layers are tied until a file says that they differ.
     return type(blank).from_pretrained(None, config=config, state_dict=state), report
 
