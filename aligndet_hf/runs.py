@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,23 @@ class RunFolder:
             f"{folder} holds a run of another configuration, or of other data ({listed}). Give the same to resume it, "
             f"another --output_dir to leave it alone, or {self.overwrite_flag} to start anew."
         )
+
+
+@contextlib.contextmanager
+def measuring_folder(output_dir: str | Path | None, command: str, written: Iterable[str]) -> Iterator[None]:
+    """
+    Context of a command that measures, and replaces what it wrote into a folder before; without a folder nothing.
+
+    Raises:
+        ValueError: another process works in the folder, it is another command's run, or foreign.
+        OSError: it cannot be written to.
+    """
+    if output_dir is None:
+        yield
+        return
+    with RunFolder(output_dir, command, written=written) as folder:
+        folder.claim()
+        yield
 
 
 def _differences(record: dict, parts: dict) -> dict[str, tuple]:

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from aligndet_hf.pipelines import runner
-from aligndet_hf.pipelines.runner import is_finished, only_one, record_of, run_stages
+from aligndet_hf.pipelines.runner import is_finished, record_of, run_stages
 from aligndet_hf.pipelines.stages import Stage
-from aligndet_hf.runs import Interrupted
+from aligndet_hf.runs import Interrupted, RunFolder
 
 # A stage that writes when it started, works for a while or until another has started, and makes its folder.
 SCRIPT = """
@@ -98,7 +98,9 @@ def test_parallel_processes_share_cores_and_gpus_and_wait_for_what_they_need(mak
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     first = make("first", until="second")
-    with only_one(tmp_path) as lock:  # each ends only because the next one runs beside it
+    with RunFolder(tmp_path, "chain") as folder:  # each ends only because the next one runs beside it
+        folder.claim()
+        lock = folder.lock
         run_stages([first, make("second", until="third"), make("third", [first])], num_parallel=2, lock=lock)
     assert set(order(tmp_path)[:2]) == {"first", "second"} and order(tmp_path)[2] == "third"
     assert seen == [("2", "5", (lock,)), ("2", "7", (lock,)), ("2", "5", (lock,))]  # the third takes the first's place
@@ -130,27 +132,6 @@ def test_a_signal_ends_the_stage_and_nothing_more_starts(make, tmp_path, number)
     assert interrupted.value.signal == number
     assert process.wait() == 0 and order(tmp_path) == ["first"] and not is_finished(first)
     assert signal.getsignal(number) is before
-
-
-def test_a_stage_that_outlives_its_starter_keeps_others_out(tmp_path):
-    with only_one(tmp_path):
-        with pytest.raises(ValueError, match="another process works in"), only_one(tmp_path):
-            pass
-    with only_one(tmp_path) as lock:
-        stage = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], pass_fds=(lock,))
-    # Our file is closed, as it is when we are killed.
-    with pytest.raises(ValueError, match="a stage that outlived its starter"), only_one(tmp_path):
-        pass
-    stage.kill()
-    stage.wait()
-    with only_one(tmp_path):
-        pass
-
-
-def test_a_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "fcntl", None)  # Windows
-    with only_one(tmp_path) as lock, only_one(tmp_path) as other:
-        assert lock is None and other is None
 
 
 def test_a_bug_in_this_process_is_a_failed_stage(make, monkeypatch):

@@ -1,14 +1,16 @@
 """`aligndet chain`: several commands, each on the output of those before it, as one pipeline from one file."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..flags import nearest
-from ..pipelines.runner import is_finished, only_one, run_stages
+from ..pipelines.runner import is_finished, run_stages
 from ..pipelines.stages import Stage, merged, resolve_stages
 from ..ranges import check_values
+from ..runs import RECORD, RunFolder
 
 
 @dataclass(kw_only=True)
@@ -122,8 +124,11 @@ def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
         ChildProcessError: a stage failed; the message names it.
         Interrupted: SIGTERM or SIGINT; the stage that was running got it too.
     """
-    with only_one(arguments.output_dir) as lock:
+    with RunFolder(arguments.output_dir, "chain") as folder:
+        folder.claim()
         stages = plan_chain(arguments)
+        if any(stage.beside(".json") == Path(arguments.output_dir) / RECORD for stage in stages.values()):
+            raise ValueError(f"a stage cannot be called 'run': {RECORD} is the record of the chain's folder")
         for stage in stages.values():
             stage.write_recipe()
         for stage in stages.values():
@@ -138,7 +143,7 @@ def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
             num_parallel=0 if arguments.in_this_process else 1,
             launcher=arguments.launcher,
             on_end=tell,
-            lock=lock,
+            lock=folder.lock,
         )
     for stage, reason in failures.items():
         raise ChildProcessError(

@@ -15,13 +15,14 @@ from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.splits import nested_subsets
 from ..files import write_json
 from ..flags import names_of, nearest
-from ..pipelines.runner import is_finished, only_one, record_of, run_stages
+from ..pipelines.runner import is_finished, record_of, run_stages
 from ..pipelines.stages import Stage, command_of, fields_of, merged, require_plain_name, resolve_stages
 from ..ranges import PART, SEED, SHARE
 from ..recipes import find_recipe
 from ..reporting.comparison import environment, write_report
 from ..reporting.paired import Run, compare_runs
 from ..reporting.pictures import new_figure
+from ..runs import RunFolder
 from ..training.finetune_arguments import FinetuneArguments
 from .chain import PipelineArguments
 
@@ -161,7 +162,8 @@ def compare(arguments: CompareArguments) -> dict:
     """
     output_dir = Path(arguments.output_dir)
     new_figure(1, 1)  # says now, not after days, that matplotlib is missing
-    with only_one(output_dir) as lock:
+    with RunFolder(output_dir, "compare", written=[RESULTS, TABLE, LEAKAGE, SUBSETS, "report.md"]) as folder:
+        folder.claim()
         jobs = plan_jobs(arguments)
         stages = list(dict.fromkeys(stage for job in jobs for stage in job.stages))
         parsed = {stage: stage.write_recipe() for stage in stages}
@@ -193,7 +195,7 @@ def compare(arguments: CompareArguments) -> dict:
             logs=True,
             keep_going=True,
             on_end=tell,
-            lock=lock,
+            lock=folder.lock,
         )
         results = _report(arguments, jobs, failures, check, output_dir)
     print(f"Report: {output_dir / 'report.md'}")

@@ -28,6 +28,7 @@ from ..matching import match_queries
 from ..objects import name_objects
 from ..ranges import COUNT, SEED, check_values
 from ..reporting.pictures import PALETTE, new_figure, plain_axes, save_figure
+from ..runs import measuring_folder
 from .knn import knn_accuracy
 
 PICTURE, RESULTS = "embeddings.png", "embeddings.json"
@@ -120,6 +121,12 @@ def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
         ValueError: what is named is not a detector.
         OSError: there is none on the Hub, or it has no image processor.
     """
+    with measuring_folder(arguments.output_dir, "embeddings", [PICTURE, RESULTS]):
+        return _measure(arguments)
+
+
+def _measure(arguments: EmbeddingsArguments) -> dict:
+    """Does the work of [`compare_embeddings`]."""
     new_figure(1, 1)  # says now, not after the forward passes, that matplotlib is missing
     dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
     categories = category_names(dataset, arguments.dataset)

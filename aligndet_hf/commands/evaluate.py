@@ -19,6 +19,7 @@ from ..files import write_json
 from ..objects import name_objects
 from ..ranges import COUNT, SHARE, check_values
 from ..reporting.pictures import draw_detections, new_figure
+from ..runs import measuring_folder
 
 
 @dataclass(kw_only=True)
@@ -91,6 +92,12 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         ValueError: what is named is not a detector.
         OSError: there is none on the Hub, or it has no image processor.
     """
+    with measuring_folder(arguments.output_dir, "evaluate", ["results.json", "predictions.json", "predictions.png"]):
+        return _measure(arguments)
+
+
+def _measure(arguments: EvaluateArguments) -> dict:
+    """Does the work of [`evaluate`]."""
     dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
     categories = category_names(dataset, arguments.dataset)
     print(validate_objects(dataset, categories, arguments.dataset))

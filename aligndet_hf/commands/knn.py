@@ -16,6 +16,7 @@ from ..files import write_json
 from ..flags import told_of
 from ..objects import name_objects
 from ..ranges import COUNT, SEED, check_values
+from ..runs import measuring_folder
 
 
 def knn_accuracy(
@@ -126,6 +127,12 @@ def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
         DataError: there are no labels, they are broken, or an image cannot be read.
         ValueError: for an unknown backbone, weights that do not fit, or too few objects.
     """
+    with measuring_folder(arguments.output_dir, "knn", ["knn.json"]):
+        return _measure(arguments)
+
+
+def _measure(arguments: KnnArguments) -> dict[str, dict[str, float]]:
+    """Does the work of [`measure_knn`]."""
     dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True)
     print(validate_objects(dataset, category_names(dataset, arguments.dataset), arguments.dataset))
     results = {}

@@ -19,6 +19,7 @@ from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
 from ..ranges import COUNT, SEED, check_values
 from ..reporting.pictures import new_figure, plot_proposals, plot_recall
+from ..runs import measuring_folder
 
 # pycocotools' thresholds: .50:.05:.95
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -86,6 +87,12 @@ def measure_recall(arguments: RecallArguments) -> dict:
     Raises:
         DataError: there is no column `proposals`, it is broken, or an image cannot be read.
     """
+    with measuring_folder(arguments.output_dir, "recall", ["recall.json", "recall.png", "proposals.png"]):
+        return _measure(arguments)
+
+
+def _measure(arguments: RecallArguments) -> dict:
+    """Does the work of [`measure_recall`]."""
     dataset = load_dataset_source(arguments.dataset, arguments.split)
     print(validate_proposals(dataset, arguments.dataset))
     if arguments.output_dir is not None and (arguments.plot or arguments.num_pictures):

@@ -1,10 +1,12 @@
 """`aligndet report`: one HTML file on a run."""
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..ranges import check_values
 from ..reporting.html_report import REPORT, write_report
+from ..runs import RunFolder
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,9 @@ def report(arguments: ReportArguments) -> Path:
     Raises:
         ValueError: the folder holds nothing to report.
     """
-    path = write_report(arguments.run, arguments.output)
+    folder = Path(arguments.run).expanduser()
+    # Not while another process works there.
+    with RunFolder(folder, "report") if folder.is_dir() else contextlib.nullcontext():
+        path = write_report(arguments.run, arguments.output)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file with everything in it. Open it in a browser.")
     return path

@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -19,11 +18,6 @@ from .. import cli
 from ..files import write_json
 from ..runs import Interrupted
 from .stages import Stage
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps a second process out
-    fcntl = None
 
 _INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 _POLL_SECONDS = 0.1
@@ -50,7 +44,8 @@ def run_stages(
         keep_going (`bool`, *optional*, defaults to `False`): Go on with the others when a stage fails.
         on_end (`Callable`, *optional*): Called with each stage that is finished or failed, and with the reason or
             `None`.
-        lock (`int`, *optional*): An open file that the processes hold on to, see [`only_one`].
+        lock (`int`, *optional*): An open file that the processes hold on to, see
+            [`~aligndet_hf.runs.RunFolder`]: a stage that outlives its starter keeps others out.
 
     Returns:
         `dict[Stage, str]`: what failed, or could not run for that, and why.
@@ -121,34 +116,6 @@ def is_finished(stage: Stage) -> bool:
 def record_of(stage: Stage) -> dict:
     """What is known of a finished stage: its `settings`, and the `seconds` that its last process took."""
     return json.loads(stage.beside(".json").read_text())
-
-
-@contextlib.contextmanager
-def only_one(output_dir: str | Path) -> Iterator[int | None]:
-    """
-    Keeps a second process out of a folder, also while stages run on whose starter was killed.
-
-    Args:
-        output_dir (`str` or `Path`): The folder; it is created.
-
-    Yields:
-        `int`: the open lock file, which the processes of the stages inherit; `None` on a system without such locks.
-
-    Raises:
-        ValueError: another process works there.
-    """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield None
-        return
-    with open(Path(output_dir) / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another process works in {output_dir}, perhaps a stage that outlived its starter: wait, or end it."
-            ) from error
-        yield file.fileno()
 
 
 class _Signals:
