@@ -269,7 +269,7 @@ READER_OF = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC", "labelme": "la
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(tmp_path, layout):
+def test_layouts(tmp_path, layout, capsys):
     root = tmp_path / "mine"
     LAYOUTS[layout](root)
     assert find_reader(root).NAME == READER_OF.get(layout.split(",")[0], "image folder")
@@ -286,7 +286,10 @@ def test_layouts(tmp_path, layout):
             )
             np.testing.assert_allclose(row["objects"]["area"], [w * h for _, _, w, h in boxes_of(objects)], rtol=1e-5)
         assert validate_objects(dataset, NAMES).boxes == sum(len(objects) for _, objects in expected)
+    capsys.readouterr()
     assert len(load_dataset_source(root, "train+validation", labels=True)) == 5
+    told = f"{root}: {find_reader(root).NAME}, split train + validation of {', '.join(split_names(root))}.\n"
+    assert capsys.readouterr().out == ("" if find_reader(root).NAME == "image folder" else told)
 
 
 def test_the_group_of_roboflow_is_left_out_and_told(tmp_path, caplog):

@@ -1,6 +1,6 @@
 """Reading data sets, from wherever they are: files and folders in any format of `readers`, and the Hub."""
 
-import logging
+import os
 from pathlib import Path
 
 import datasets
@@ -9,12 +9,10 @@ from ..objects import Given, as_source
 from . import door
 from .columns import arrow_batches, read_values, require_columns
 from .errors import DataError
-from .readers import find_reader, saved
+from .readers import find_reader, image_folder, saved
 from .readers.image_folder import read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
-
-logger = logging.getLogger(__name__)
 
 
 def load_dataset_source(
@@ -64,7 +62,8 @@ def load_dataset_source(
     elif reader is not None:
         names = reader.split_names(path)
         chosen = names if path.is_file() and len(names) == 1 else _choose_splits(names, split, path)
-        logger.info("%s: %s, %s.", path, reader.NAME, f"splits {', '.join(names)}" if len(names) > 1 else "one split")
+        if path.is_dir() and reader is not image_folder and os.environ.get("RANK", "0") == "0":
+            print(f"{path}: {reader.NAME}, split {' + '.join(chosen)} of {', '.join(names)}.")
         dataset = build_dataset(reader.read(path, chosen, Path(image_dir) if image_dir else None), str(path))
     elif path.is_file():
         raise DataError(f"{path}: expected a folder or a COCO file ending in .json.")
