@@ -119,6 +119,17 @@ def test_mmdet(name):
         assert not biases if "fcos" not in name else all(n.endswith("_convs." + n[-11] + ".conv.bias") for n in biases)
 
 
+def test_fcos_of_mmdet_trains_and_starts_scales_at_one():
+    detector, _ = convert({"state_dict": calmed(MmdetFcos()).state_dict()})
+    labels = [{"boxes": torch.tensor([[0.5, 0.5, 0.4, 0.6]]), "class_labels": torch.tensor([1])}] * 2
+    detector.train()(images(), labels=labels).loss.backward()
+    gradients = [scale.scale.grad for scale in detector.detector.head.regression_head.scales]
+    assert any(gradient is not None and gradient != 0 for gradient in gradients)
+    state = {name: tensor for name, tensor in detector.state_dict().items() if ".scales." not in name}
+    again = type(detector).from_pretrained(None, config=detector.config, state_dict=state)
+    assert all(scale.scale == 1 for scale in again.detector.head.regression_head.scales)
+
+
 def test_norms_are_folded_and_told():
     _, report = convert({"state_dict": MmdetRetinaNet(norm="bn").state_dict()})
     key = "detector.backbone.fpn.extra_blocks.p7.bias"

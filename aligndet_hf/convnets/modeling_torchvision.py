@@ -479,6 +479,8 @@ class TorchvisionDetector(PreTrainedModel):
         """As torchvision starts its layers: what a checkpoint lacks, such as a class layer of other classes."""
         if isinstance(module, nn.Linear | nn.BatchNorm2d | nn.GroupNorm):
             module.reset_parameters()
+        elif isinstance(module, LevelScale):
+            nn.init.ones_(module.scale)
         elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             name = next(name for name, found in self.detector.named_modules() if found is module)
             start, options = next(start for part, start in STARTS.items() if name.startswith(part))
