@@ -9,8 +9,10 @@ import pytest
 
 from aligndet_hf.cli import main
 from aligndet_hf.commands.check import CheckArguments, check
+from aligndet_hf.commands.finetune import finetune
 from aligndet_hf.data.checks import leak_note, metric_note, objects_per_image, query_note, same_images
 from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.training.finetune_arguments import FinetuneArguments
 
 
 def write_image(path, seed, size=(80, 60)):
@@ -189,3 +191,35 @@ def test_problems_are_not_given_back(tmp_path, capsys):
     report = run(tmp_path / "x" / "labels.json", export="coco", output_dir=str(tmp_path / "out"))
     assert report.exit_code == 1 and not (tmp_path / "out" / "coco").exists()
     assert "Nothing is exported" in capsys.readouterr().out
+
+
+def test_finetune_tells_it_before_it_starts(tmp_path, capsys):
+    for split, boxes in (("train", [(1, 1, 9, 9)] * 4), ("validation", [(1, 1, 9, 9)])):
+        write_coco(tmp_path / split, 2, boxes=boxes)
+    tiny = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    tiny |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 3}
+    finetune(
+        FinetuneArguments(
+            dataset=str(tmp_path / "train" / "labels.json"),
+            eval_dataset=str(tmp_path / "validation" / "labels.json"),
+            output_dir=str(tmp_path / "out"),
+            detector="detr",
+            backbone="resnet10t",
+            detector_config=tiny,
+            image_sizes=[48],
+            max_steps=1,
+            per_device_train_batch_size=2,
+            dataloader_num_workers=0,
+            dataloader_persistent_workers=False,
+            report_to="none",
+            save_strategy="no",
+            num_pictures=0,
+            write_report=False,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+    )
+    text = capsys.readouterr().out
+    start = text[: text.index("Fine-tuning on 2 images")]
+    assert "note: 2 of 2 images have more objects, up to 4, than the detector has queries (3)" in start
+    assert "note: 2 of the 2 images to measure on" in start and "ids 0, 1" in start
