@@ -147,7 +147,8 @@ def _plain(value):
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if not str(key).endswith("token")}
+        known = {str(key): item for key, item in value.items() if item is not None and not str(key).endswith("token")}
+        return {key: _plain(item) for key, item in known.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, bool | int | float):
@@ -185,4 +186,8 @@ def command_line(command: str, arguments) -> str:
             value = _plain(value)
             many = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
             words += [f"--{item.name}", *(str(one) if not isinstance(one, bool) else str(one).lower() for one in many)]
+    if any(
+        item.name == "output_dir" and item.default is dataclasses.MISSING for item in dataclasses.fields(arguments)
+    ):
+        words += ["--output_dir", f"outputs/{command}"]  # required, but where it was is nobody else's business
     return shlex.join(words)

@@ -9,8 +9,14 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import DetrConfig
 
+from aligndet_hf.commands.finetune import settings_of
+from aligndet_hf.flags import told_of
+from aligndet_hf.models import AlignDetConfig
+from aligndet_hf.parser import parse_arguments
 from aligndet_hf.reporting.model_card import COCO_KEYS, model_card
 from aligndet_hf.reporting.run_record import RunRecord
+from aligndet_hf.training.finetune_arguments import FinetuneArguments
+from aligndet_hf.training.pretrain_arguments import PretrainArguments
 
 SETTINGS = {"learning_rate": 1e-4, "seed": 3, "hub_token": "secret"}
 
@@ -69,7 +75,9 @@ def test_finetuning_card(tmp_path, record):
     assert "| white\\|cell | 25.0 |" in card.text and "| platelet | no such object |" in card.text
     assert "205 images, 1,800 optimizer steps" in card.text and "split `validation`, 72 images" in card.text
     assert "| kept | 2 | `a.weight`, `b.weight` |" in card.text and "| reset | 1 | `head.weight` |" in card.text
-    assert yaml.safe_load(blocks(card, "yaml")[0]) == {"learning_rate": 1e-4, "seed": 3, "detector": "start"}
+    assert yaml.safe_load(blocks(card, "yaml")[0]) == {
+        "learning_rate": 1e-4, "seed": 3, "detector": "start", "output_dir": "outputs/finetune",
+    }  # fmt: skip
     assert blocks(card, "bash") == ["aligndet finetune --dataset blood"] and "Python 3.12, torch 2.15" in card.text
     assert str(tmp_path) not in text and "private" not in text and "secret" not in text
     assert r"red cell, white\|cell, platelet" in card.text and 'model="me/blood-detr"' in blocks(card, "python")[0]
@@ -129,3 +137,26 @@ def test_the_code_on_the_cards_parses(record):
         (usage,) = blocks(ModelCard(model_card(record(kind), "d")), "python")
         assert "aligndet_hf" not in usage
         ast.parse(usage)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_the_recipe_on_a_card_runs(record, kind, tmp_path):
+    given = {"dataset": "someone/cells", "detector": "detr", "backbone": "resnet18", "output_dir": str(tmp_path)}
+    if kind == "pretrain":
+        arguments = PretrainArguments(**given, max_steps=7)
+        numbers = {name: getattr(AlignDetConfig(), name) for name in AlignDetConfig.__annotations__}
+        numbers = {name: value for name, value in numbers.items() if name not in AlignDetConfig.sub_configs}
+        settings = told_of(arguments) | {"aligndet_config": numbers}
+    else:
+        arguments = FinetuneArguments(
+            **given, max_steps=7, per_device_train_batch_size=3, gradient_accumulation_steps=2
+        )
+        settings = settings_of(arguments)
+    text = blocks(ModelCard(model_card(record(kind, settings=settings), "me/run")), "yaml")[0]
+    assert "None" not in text and str(tmp_path) not in text
+    (tmp_path / "card.yaml").write_text(text)
+    again = parse_arguments(type(arguments), ["--config", str(tmp_path / "card.yaml")])
+    assert (again.dataset, again.backbone, again.max_steps) == ("someone/cells", "resnet18", 7)
+    assert again.learning_rate == arguments.learning_rate and again.image_sizes == arguments.image_sizes
+    if kind == "finetune":
+        assert again.per_device_train_batch_size == 6

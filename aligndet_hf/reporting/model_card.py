@@ -180,9 +180,7 @@ def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
         usage=usage,
         training=describe_training(record, inert),
         proposals=describe_proposals(record.proposals),
-        settings=yaml.safe_dump(
-            told_settings(record.settings), sort_keys=False, allow_unicode=True, width=100
-        ).strip(),
+        settings=yaml.safe_dump(_recipe(record), sort_keys=False, allow_unicode=True, width=100).strip(),
         command=record.command,
         versions=", ".join(f"{name} {version}" for name, version in record.versions.items()),
         limits=limits,
@@ -195,6 +193,14 @@ def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
         backbone=inert(describe_backbone(record.backbone)) if record.backbone else None,
     )
     return str(card)
+
+
+def _recipe(record: RunRecord) -> dict:
+    """The settings of a run as a recipe that `--config` takes: flags only, and all that are required."""
+    recipe = told_settings(record.settings)
+    if (images := recipe.pop("images_per_step", None)) is not None:  # however they were spread
+        recipe["per_device_train_batch_size"] = images
+    return recipe | {"output_dir": f"outputs/{record.kind}"}
 
 
 # ---- what cards and reports both say ----
