@@ -32,6 +32,11 @@ SIDE = 64
 def measure(family: str, num_images: int) -> dict:
     torch.manual_seed(0)
     detector = detector_from_config(tiny_config(family)).eval()
+    for (
+        module
+    ) in detector.modules():  # as PyTorch starts layers: transformers' start leaves nothing of an image to see
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.weight.any():
+            module.reset_parameters()
     for name, parameter in detector.named_parameters():
         if re.match(family_of(detector.config).class_heads, name):
             torch.nn.init.normal_(parameter, 0, 0.3)

@@ -225,6 +225,9 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
     record = json.loads((tmp_path / "new" / "results.json").read_text())
     assert record["metrics"] == results and record["images"] == 5 and record["split"] == "validation"
     assert (tmp_path / "new" / "predictions.png").stat().st_size > 10_000
+    diagnosis = json.loads((tmp_path / "new" / "diagnosis.json").read_text())
+    assert set(diagnosis["errors"].values()) == {0} and "errors at these thresholds" in printed
+    assert {found["f1"] for found in diagnosis["per_class"].values() if found["objects"]} == {1.0}
 
     # The predictions file alone gives the same numbers.
     detections = json.loads((tmp_path / "new" / "predictions.json").read_text())

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -15,6 +16,7 @@ from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import open_detector, open_image_processor
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
+from ..evaluation.diagnosis import Diagnosis, format_diagnosis
 from ..files import write_json
 from ..objects import name_objects
 from ..ranges import COUNT, SHARE, check_values
@@ -53,7 +55,7 @@ class EvaluateArguments:
     disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     output_dir: str | None = field(
-        default=None, metadata={"role": "place", "help": "folder for results.json and what follows"}
+        default=None, metadata={"role": "place", "help": "folder for results.json, diagnosis.json and what follows"}
     )
     save_predictions: bool = field(
         default=False,
@@ -120,10 +122,14 @@ def _measure(arguments: EvaluateArguments) -> dict:
     own_categories = category_ids(dataset, categories)
     drawn = {images.image_ids[row]: row for row in images.spread(arguments.num_pictures)}
     metrics, pictures, detections = images.metrics(), {}, []
+    diagnosis, rows = Diagnosis(categories), {image_id: row for row, image_id in enumerate(images.image_ids)}
     batches = predict_batches(detector, loader, image_processor, classes)
     for ids, predictions in tqdm(batches, total=len(loader), desc="evaluating", disable=arguments.disable_tqdm):
         metrics.update(predictions, ids)
         pictures |= {drawn[i]: found for i, found in zip(ids, predictions, strict=True) if i in drawn}
+        if arguments.output_dir is not None:
+            for image_id, found in zip(ids, predictions, strict=True):
+                diagnosis.update(own_ids[image_id], found, images.objects(rows[image_id], np.inf, np.inf))
         if arguments.save_predictions:
             for image_id, found in zip(ids, predictions, strict=True):
                 detections += coco_detections(own_ids[image_id], found, own_categories)
@@ -136,6 +142,9 @@ def _measure(arguments: EvaluateArguments) -> dict:
         measured = {"detector": arguments.detector, "dataset": arguments.dataset, "split": arguments.split}
         record = measured | {"images": len(images), "metrics": results}
         write_json(folder / "results.json", record)
+        told = diagnosis.compute()
+        write_json(folder / "diagnosis.json", told)
+        print(format_diagnosis(told, categories))
         if arguments.save_predictions:
             (folder / "predictions.json").write_text(json.dumps(detections), encoding="utf-8")
         if arguments.num_pictures:

@@ -1,0 +1,206 @@
+"""
+What a detector gets right and wrong, beyond its AP: thresholds, curves, confusions and kinds of error.
+
+The kinds of error are those of TIDE (Bolya et al., ECCV 2020): a detection that is none has the wrong class, the wrong
+place, both, is a double of a found object, or lies on background; an object that nothing hints at is missed.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+FOUND_IOU, NEAR_IOU = 0.5, 0.1  # from where a detection has an object, and from where it is about one
+ERRORS = ("wrong class", "wrong place", "wrong class and place", "double", "background")
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # areas in pixels, as COCO has them
+RECALLS = np.linspace(0, 1, 101)
+
+_LOWEST_SCORE = 0.01
+_PER_IMAGE = 100  # detections, as in COCO's AP
+
+
+class Diagnosis:
+    """
+    Gathers detections and objects image by image, and tells what is wrong with the detections.
+
+    Args:
+        categories (`Sequence[str]`): Names of the categories.
+    """
+
+    def __init__(self, categories: Sequence[str]):
+        self.categories = list(categories)
+        self.images: list[tuple] = []
+
+    def update(self, image_id, prediction: Mapping, truth: Mapping) -> None:
+        """
+        Adds an image.
+
+        Args:
+            image_id: What to call it.
+            prediction (`Mapping`): `boxes` (`[n, 4]`, xyxy in pixels), `scores` and `labels` (`[n]`).
+            truth (`Mapping`): `boxes` (`[m, 4]`, xyxy in pixels) and `labels` (`[m]`).
+        """
+        order = np.argsort(-np.asarray(prediction["scores"]), kind="stable")[:_PER_IMAGE]
+        order = order[np.asarray(prediction["scores"])[order] >= _LOWEST_SCORE]
+        found = [np.asarray(prediction[name])[order] for name in ("boxes", "scores", "labels")]
+        boxes = np.asarray(truth["boxes"], dtype=float).reshape(-1, 4)
+        self.images.append((image_id, *found, boxes, np.asarray(truth["labels"], dtype=int)))
+
+    def compute(self, worst: int = 20) -> dict:
+        """
+        Args:
+            worst (`int`, *optional*, defaults to 20): How many of the worst images to list.
+
+        Returns:
+            `dict`: `per_class` (name -> `objects`, `best_threshold`, where the F1 score is highest, and `precision`,
+            `recall` and `f1` there, and `curve`: the precision at recalls of 0, 0.01, ..., 1, as in COCO's AP at an
+            IoU of 0.5); and, of the detections from these thresholds on, `confusion` (`[C + 1, C + 1]`: rows are what
+            an object is, columns what it was taken for, the last ones the background), `errors` (kind -> number, with
+            `missed`), `by_size` (size -> `objects` and `found`), and `worst_images`: `image_id`, `false` and `missed`.
+        """
+        per_class = {name: self._class(label) for label, name in enumerate(self.categories)}
+        thresholds = np.array([found["best_threshold"] for found in per_class.values()])
+        count = len(self.categories)
+        confusion = np.zeros((count + 1, count + 1), dtype=int)
+        errors = dict.fromkeys((*ERRORS, "missed"), 0)
+        by_size = {name: {"objects": 0, "found": 0} for name in SIZES}
+        images = []
+        for image_id, boxes, scores, labels, true_boxes, true_labels in self.images:
+            sure = scores >= thresholds[labels]
+            boxes, labels = boxes[sure], labels[sure]
+            iou = _iou(boxes, true_boxes)
+            owner = _claims(iou, labels[:, None] == true_labels[None], FOUND_IOU)
+            kinds = _kinds(iou, labels, true_labels, owner)
+            taken = np.isin(np.arange(len(true_labels)), owner)
+            hinted = ((iou >= NEAR_IOU) & (owner < 0)[:, None]).any(axis=0)
+            for kind in kinds:
+                if kind is not None:
+                    errors[kind] += 1
+            errors["missed"] += int((~taken & ~hinted).sum())
+            _count_confusions(confusion, iou, labels, true_labels)
+            areas = np.prod(true_boxes[:, 2:] - true_boxes[:, :2], axis=1)
+            for name, (low, high) in SIZES.items():
+                of_size = (areas >= low) & (areas < high)
+                by_size[name]["objects"] += int(of_size.sum())
+                by_size[name]["found"] += int((of_size & taken).sum())
+            wrong = sum(kind is not None for kind in kinds)
+            images.append({"image_id": image_id, "false": wrong, "missed": int((~taken).sum())})
+        images = [image for image in images if image["false"] + image["missed"]]
+        images.sort(key=lambda image: -(image["false"] + image["missed"]))
+        return {
+            "per_class": per_class,
+            "confusion": confusion.tolist(),
+            "errors": errors,
+            "by_size": by_size,
+            "worst_images": images[:worst],
+        }
+
+    def _class(self, label: int) -> dict:
+        """Curve and best threshold of a class."""
+        scores, right, objects = [], [], 0
+        for _, boxes, found_scores, labels, true_boxes, true_labels in self.images:
+            own, true_own = labels == label, true_labels == label
+            iou = _iou(boxes[own], true_boxes[true_own])
+            scores.append(found_scores[own])
+            right.append(_claims(iou, np.ones_like(iou, dtype=bool), FOUND_IOU) >= 0)
+            objects += int(true_own.sum())
+        scores = np.concatenate(scores) if scores else np.zeros(0)
+        right = np.concatenate(right) if right else np.zeros(0, dtype=bool)
+        if not objects or not len(scores):
+            nothing = dict.fromkeys(("precision", "recall", "f1"), 0.0)
+            return {"objects": objects, "best_threshold": 1.0} | nothing | {"curve": [0.0] * len(RECALLS)}
+        order = np.argsort(-scores, kind="stable")
+        hits = np.cumsum(right[order])
+        recall, precision = hits / objects, hits / np.arange(1, len(hits) + 1)
+        last = np.append(np.diff(scores[order]) != 0, True)  # a threshold takes all detections of a score
+        f1 = np.where(last, 2 * hits / (np.arange(1, len(hits) + 1) + objects), -1)
+        best = int(f1.argmax())
+        ceiling = np.maximum.accumulate(precision[::-1])[::-1]
+        places = np.searchsorted(recall, RECALLS, side="left")
+        curve = np.where(places < len(ceiling), ceiling[np.minimum(places, len(ceiling) - 1)], 0)
+        return {
+            "objects": objects,
+            "best_threshold": float(scores[order][best]),
+            "precision": float(precision[best]),
+            "recall": float(recall[best]),
+            "f1": float(f1[best]),
+            "curve": curve.round(4).tolist(),
+        }
+
+
+def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU `[n, m]` of boxes xyxy."""
+    boxes, others = (np.asarray(values, dtype=float).reshape(-1, 4) for values in (boxes, others))
+    sides = np.minimum(boxes[:, None, 2:], others[None, :, 2:]) - np.maximum(boxes[:, None, :2], others[None, :, :2])
+    inside = np.prod(np.clip(sides, 0, None), axis=2)
+    areas = [np.prod(np.clip(values[:, 2:] - values[:, :2], 0, None), axis=1) for values in (boxes, others)]
+    return inside / np.maximum(areas[0][:, None] + areas[1][None] - inside, 1e-9)
+
+
+def _claims(iou: np.ndarray, allowed: np.ndarray, threshold: float) -> np.ndarray:
+    """The object that each detection claims, -1 for none: best score first, the free object with the highest IoU."""
+    claims = np.full(len(iou), -1)
+    free = np.ones(iou.shape[1], dtype=bool)
+    for number in range(len(iou)):
+        candidates = np.where(free & allowed[number], iou[number], -1)
+        if len(candidates) and candidates.max() >= threshold:
+            claims[number] = candidates.argmax()
+            free[claims[number]] = False
+    return claims
+
+
+def _kinds(iou: np.ndarray, labels: np.ndarray, true_labels: np.ndarray, owner: np.ndarray) -> list[str | None]:
+    """The kind of error of each detection, `None` for one that has found its object."""
+    kinds = []
+    for overlaps, label, object_ in zip(iou, labels, owner, strict=True):
+        same = true_labels == label
+        own = overlaps[same].max(initial=0)
+        other = overlaps[~same].max(initial=0)
+        if object_ >= 0:
+            kinds.append(None)
+        elif own >= FOUND_IOU:
+            kinds.append("double")
+        elif other >= FOUND_IOU:
+            kinds.append("wrong class")
+        elif own >= NEAR_IOU:
+            kinds.append("wrong place")
+        elif other >= NEAR_IOU:
+            kinds.append("wrong class and place")
+        else:
+            kinds.append("background")
+    return kinds
+
+
+def _count_confusions(confusion: np.ndarray, iou: np.ndarray, labels: np.ndarray, true_labels: np.ndarray) -> None:
+    """Pairs detections and objects by IoU alone, the own class first, and counts what was taken for what."""
+    background = len(confusion) - 1
+    same = labels[:, None] == true_labels[None]
+    preferred = np.where(iou >= FOUND_IOU, iou + same, 0)
+    free = set(range(len(true_labels)))
+    for number in np.argsort(-preferred.max(axis=1, initial=0), kind="stable"):
+        candidates = [place for place in free if preferred[number, place] > 0]
+        if candidates:
+            place = max(candidates, key=lambda place: preferred[number, place])
+            confusion[true_labels[place], labels[number]] += 1
+            free.remove(place)
+        else:
+            confusion[background, labels[number]] += 1
+    for place in free:
+        confusion[true_labels[place], background] += 1
+
+
+def format_diagnosis(diagnosis: dict, categories: Sequence[str]) -> str:
+    """The best threshold of each class, and the kinds of error, as a table to print."""
+    width = max(map(len, (*categories, "class")))
+    lines = [f"{'class':<{width}}  objects  threshold  precision  recall     F1"]
+    for name, found in diagnosis["per_class"].items():
+        lines.append(
+            f"{name:<{width}}  {found['objects']:>7}  {found['best_threshold']:>9.2f}  {found['precision']:>9.2f}  "
+            f"{found['recall']:>6.2f}  {found['f1']:>5.2f}"
+        )
+    counts = ", ".join(f"{kind} {number}" for kind, number in diagnosis["errors"].items())
+    sizes = ", ".join(
+        f"{name} {values['found']} of {values['objects']}"
+        for name, values in diagnosis["by_size"].items()
+        if values["objects"]
+    )
+    return "\n".join([*lines, f"errors at these thresholds: {counts}", f"objects found: {sizes}"])
