@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligndet_hf.evaluation.tiles import merge_views, tile_corners
@@ -24,6 +24,7 @@ def test_corners_by_hand():
     assert tile_corners(180, 100, 100, 0.2).tolist() == [[0, 0, 100, 100], [0, 80, 100, 180]]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 900), st.integers(1, 900), st.integers(16, 300), st.floats(0, 0.9))
 def test_tiles_cover_every_pixel_with_the_overlap(height, width, size, overlap):
     corners = tile_corners(height, width, size, overlap)
