@@ -112,7 +112,6 @@ def main() -> None:
     import torch
     from tiny_detectors import tiny_detector
 
-    from aligndet_hf import cli
     from aligndet_hf.data.synthetic import write_synthetic_folder
 
     torch.set_num_threads(1)
@@ -121,8 +120,9 @@ def main() -> None:
         root = Path(folder)
         write_synthetic_folder(root / "data", {"train": 8}, seed=0, image_size=(64, 64))
         tiny_detector("rt_detr", num_labels=1).save_pretrained(root / "detector")
+        # In a fork, as all else: threads of Arrow in this process would not survive later ones.
         found = ["--dataset", str(root / "data"), "--source", "random", "--max_boxes", "3", "--num_workers", "0"]
-        assert cli.main(["proposals", *found, "--output_dir", str(root / "found"), "--disable_tqdm"]) == 0
+        assert end(start("proposals", [*found, "--disable_tqdm"], root / "found")) == 0
         for command in arguments.commands:
             flags, patterns = commands(root)[command]
             print(attack(command, flags, patterns, root, arguments.kills, chance), flush=True)
