@@ -6,9 +6,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
+
 import datasets
 import pytest
 import torch
+
+# A suite that a shell has started in the background inherits that Ctrl-C is ignored. Tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 torch.set_num_threads(1)
 

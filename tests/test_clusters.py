@@ -300,7 +300,7 @@ def test_clusters_are_those_of_the_features(arguments, detector_folders):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command.Path, "unlink", lambda path, **_: None)
         patch.setattr(command, "put_in_place", lambda results, *_: (_ for _ in ()).throw(InterruptedError))
-        with pytest.raises(DataError):
+        with pytest.raises(InterruptedError):
             cluster_proposals(run)
     folder = command.Path(run.output_dir + ".partial")
     scratch = np.fromfile(folder / "features.f16", dtype=np.float16).reshape(40, -1)

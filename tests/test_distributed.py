@@ -229,7 +229,7 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="torch_compile and FSDP"):
         require_supported(Accelerator, "aligndet", compiled=True)
     Accelerator.distributed_type = DistributedType.DEEPSPEED
-    with pytest.raises(ValueError, match="does not run under DeepSpeed.*accelerate_fsdp2.yaml"):
+    with pytest.raises(ValueError, match="does not run under DeepSpeed.*accelerate_fsdp2"):
         require_supported(Accelerator, "aligndet")
 
 

@@ -45,7 +45,7 @@ from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.evaluation.detections import EvaluationImages
 from aligndet_hf.runs import Interrupted
-from aligndet_hf.training.checkpointing import find_last_checkpoint
+from aligndet_hf.training.checkpointing import find_last_checkpoint, new_checkpoint
 from aligndet_hf.training.detection_trainer import DetectionTrainer
 from aligndet_hf.training.parameter_groups import layer_depths, parameter_groups
 from aligndet_hf.training.weight_average import WEIGHTS
@@ -562,7 +562,9 @@ def test_a_checkpoint_is_a_detector(folder, interrupted, tmp_path):
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_checkpoints_restore_every_tensor(model_type, tmp_path):
     saved = make_trainer(model_type, tmp_path)
-    saved._save(str(tmp_path / "checkpoint-1"))
+    with new_checkpoint(tmp_path / "checkpoint-1") as unfinished:
+        saved._save(str(unfinished))
+        saved.state.save_to_json(str(unfinished / "trainer_state.json"))
     expected = {name: tensor.clone() for name, tensor in saved.model.state_dict().items()}
 
     resumed = make_trainer(model_type, tmp_path, seed=1)

@@ -370,7 +370,7 @@ def test_a_private_repository_without_a_token(journey, hub, aligndet, commands, 
 
     def swapped(command, **changes):
         words = list(commands[command])
-        for flag, value in {"push_to_hub": "false", "output_dir": folder / "never", **changes}.items():
+        for flag, value in {"push_to_hub": "false", "output_dir": folder / f"never-{command}", **changes}.items():
             words[words.index(f"--{flag}") + 1] = value
         return words
 

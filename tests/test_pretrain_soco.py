@@ -64,7 +64,7 @@ def test_what_is_written(arguments, capsys):
     names = {path.name for path in result.output_dir.iterdir()}
     assert names == {
         "README.md", "config.json", "model.safetensors", "backbone", "torchvision.safetensors", "log.jsonl",
-        "report.html",
+        "report.html", "run.json",
         "pretrain_summary.json", "backbone_report.json", "checkpoint-2", "checkpoint-3",
     }  # fmt: skip
     assert result.detector_dir == result.output_dir / "backbone"

@@ -208,7 +208,7 @@ def test_without_labels_boxes_are_counted_and_drawn(folder, tmp_path, capsys):
     run = {"output_dir": str(tmp_path / "out"), "num_pictures": 9, "num_boxes": 1, "disable_tqdm": True}
     results = measure_recall(RecallArguments(dataset=str(tmp_path / "plain"), **run))
     assert list(results) == ["boxes"] and results["boxes"]["per_image"]["max"] == 2
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["proposals.png", "recall.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["proposals.png", "recall.json", "run.json"]
     assert "without labels there is no recall" in capsys.readouterr().out
 
 

@@ -142,7 +142,7 @@ def test_another_detector_in_the_same_folder_is_not_the_same_run(images, detecto
     generate_proposals(run)
     generate_proposals(run)
     tiny_detector("detr", num_labels=2).save_pretrained(folder)
-    with pytest.raises(DataError, match="detector_content.*--overwrite"):
+    with pytest.raises(ValueError, match="detector_content.*--overwrite"):
         generate_proposals(run)
 
 
@@ -235,7 +235,7 @@ def test_the_content_of_the_column_counts(labelled, tmp_path):
     generate_proposals(run)
     other = datasets.load_from_disk(str(labelled)).select([1, 1])
     other.save_to_disk(str(tmp_path / "other"))
-    with pytest.raises(DataError, match="input_train.*--overwrite"):
+    with pytest.raises(ValueError, match="input_train.*--overwrite"):
         generate_proposals(arguments(tmp_path / "other", tmp_path / "out", source="column"))
 
 
@@ -271,7 +271,7 @@ def test_a_proposal_file_is_read_by_file_names(images, tmp_path, capsys):
         {"bbox": [], "score": []},
     ]
     proposal_file(path, categories=[])
-    with pytest.raises(DataError, match="proposals_file_content"):
+    with pytest.raises(ValueError, match="proposals_file_content"):
         generate_proposals(arguments(images, tmp_path / "out", source="json", proposals_file=str(path)))
 
 
