@@ -1,5 +1,7 @@
 """`aligndet pseudolabel`: what a teacher finds in unlabelled images, as labels for a student."""
 
+import contextlib
+import hashlib
 import os
 import shutil
 from collections import Counter
@@ -202,8 +204,8 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
 
 def _unseen(images, labelled, rows, arguments: PseudolabelArguments) -> list[int]:
     """The rows of images that the teacher did not learn from: it is told them by their content."""
-    seen = {_content(value) for value in _values(labelled.select(rows))}
-    unseen = [row for row, value in enumerate(_values(images)) if _content(value) not in seen]
+    seen = {_digest(value) for value in _values(labelled.select(rows))}
+    unseen = [row for row, value in enumerate(_values(images)) if _digest(value) not in seen]
     if not unseen:
         raise DataError(
             f"{arguments.dataset} (split {arguments.split}): all {len(images)} images are among the labelled ones. "
@@ -220,6 +222,11 @@ def _values(dataset: datasets.Dataset) -> Iterator[dict]:
 
 def _content(value: dict) -> bytes:
     return value["bytes"] if value.get("bytes") is not None else read_bytes(value["path"])
+
+
+def _digest(value: dict) -> bytes:
+    """What an image is told by: its file itself would hold a whole data set in memory."""
+    return hashlib.blake2b(_content(value), digest_size=16).digest()
 
 
 def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], folder: RunFolder) -> None:
@@ -286,7 +293,7 @@ def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> 
     if arguments.backbone is not None:
         source = build_detector("detr", backbone=arguments.backbone, backbone_weights=arguments.backbone_weights)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    features = BoxFeatures(source, _last_strides(source), device=device)
+    features = _frozen_backbone(source, device)
     objects = labelled.select_columns(["objects"]).with_format("arrow")
     vectors, classes = [], []
     for row, value in enumerate(tqdm(_values(labelled), "labelled", len(labelled), disable=arguments.disable_tqdm)):
@@ -305,15 +312,12 @@ def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> 
     return check_classes(np.concatenate(vectors), np.concatenate(classes), np.concatenate(unlabelled))
 
 
-def _last_strides(detector) -> list[int]:
-    """The strides of the last two feature maps of a detector's backbone."""
+def _frozen_backbone(detector, device: str) -> BoxFeatures:
+    """A detector's backbone, with the last two feature maps that it has."""
     for strides in ([16, 32], [8, 16], [32], [16]):
-        try:
-            BoxFeatures(detector, strides)
-        except ValueError:
-            continue
-        return strides
-    return BoxFeatures(detector, [8]) and [8]
+        with contextlib.suppress(ValueError):
+            return BoxFeatures(detector, strides, device=device)
+    return BoxFeatures(detector, [8], device=device)
 
 
 def _believe_neighbours(boxes: list[list[dict]], checked: CheckedClasses) -> None:
@@ -353,13 +357,14 @@ def _truth(arguments: PseudolabelArguments, images, found, boxes, names: list[st
             return {}
     except DataError:
         return {}
-    by_content = {_content(value): row for row, value in enumerate(_values(labels))}
+    rows = {_digest(value): row for row, value in enumerate(_values(labels))}
     column = labels.select_columns(["objects"]).with_format("arrow")
     kept = placed = right = 0
     for value, row in zip(_values(found), boxes, strict=True):
         chosen = [box for box in row if not box["ignore"]]
         kept += len(chosen)
-        truth = column[by_content[_content(value)]]["objects"] if _content(value) in by_content else None
+        number = rows.get(_digest(value))
+        truth = None if number is None else column[number]["objects"]
         if truth is None or not chosen or not len(true := read_boxes(truth)[0]):
             continue
         classes = read_values(truth, "category")[0].astype(int)
