@@ -1,8 +1,10 @@
 """Images with more than 8 bits: one decision for a data set, the same picture everywhere."""
 
+import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from transformers import AutoImageProcessor, pipeline
 
 from aligndet_hf.commands.evaluate import EvaluateArguments, evaluate
 from aligndet_hf.commands.finetune import finetune
@@ -27,6 +30,8 @@ from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.sampling import SampleKey
 from aligndet_hf.data.views import ViewConfig
+from aligndet_hf.detectors.build import save_image_processor
+from aligndet_hf.detectors.deep_images import open_image, to_8_bits
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
 
 LOW, HIGH = 7000, 9040  # 12 of the 16 bits, as thermal cameras have them: 8 levels for each of the 256
@@ -189,24 +194,67 @@ def test_the_detector_has_it(run, tmp_path):
     np.testing.assert_allclose(seen[0][:, :, 0], (levels(0) - LOW) / 32, atol=0.51)
 
 
-def test_the_pipeline_sees_what_training_saw_without_this_package(run, tmp_path):
-    """The lines of the card, in a process that cannot import the package."""
-    card = (run / "finetuned" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(from transformers import pipeline|import numpy.*?)```", card, re.DOTALL)
-    assert "7000 to 9040 become 0 to 255" in code
-    path = run / "data" / "validation" / "0.png"
-    code = re.sub(r'model="[^"]*"', f'model="{run / "finetuned"}"', code).replace("image.png", str(path))
-    code = (
-        "import sys\nsys.modules['aligndet_hf'] = None\n"
-        + code.replace("detect(", "x = detect.preprocess(").replace(", threshold=0.3)", ")")
-        + "\np = detect.image_processor\nx = x['pixel_values'][0].permute(1, 2, 0).numpy()"
-        "\nprint(repr(float(((x * p.image_std + p.image_mean) / p.rescale_factor).mean())))"
+SEEN = """
+pixels = detect.preprocess("{path}")["pixel_values"][0].permute(1, 2, 0).numpy()
+processor = detect.image_processor
+print(repr(float(((pixels * processor.image_std + processor.image_mean) / processor.rescale_factor).mean())))
+"""
+
+
+def run_card(folder, path, tmp_path, change=lambda code: code):
+    """Runs the lines of a card on a file, and prints the mean pixel that the detector sees, without the package."""
+    (code,) = re.findall(
+        r"```python\n(from transformers import pipeline.*?)```", (folder / "README.md").read_text(), re.S
     )
-    environment = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "7000 to 9040 become 0 to 255" in code
+    code = re.sub(r'model="[^"]*"', f'model="{folder}"', code).replace("image.png", str(path))
+    code = "import sys\nsys.modules['aligndet_hf'] = None\n" + change(code) + SEEN.format(path=path)
+    environment = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+
+def test_the_pipeline_sees_what_training_saw_without_this_package(run, tmp_path):
+    path = run / "data" / "validation" / "0.png"
+    done = run_card(run / "finetuned", path, tmp_path)
     assert done.returncode == 0, done.stderr
     dataset = load_dataset_source(run / "data", "validation")
     record_pixel_window(dataset, (LOW, HIGH))
     images = LabelledImages(dataset, ViewConfig([48], flip_probability=0, color=False))
     seen = images[SampleKey(0, 0, 0)]["image"].float().mean().item()
     assert abs(float(done.stdout.splitlines()[-1]) - seen) < 1 and 100 < seen < 160
+
+
+def test_the_pipeline_that_would_cut_the_levels_is_refused(run, tmp_path):
+    path = run / "data" / "validation" / "0.png"
+    done = run_card(run / "finetuned", path, tmp_path, lambda code: code.replace(", trust_remote_code=True", ""))
+    assert done.returncode == 1 and "trust_remote_code=True" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["file", "image", "base64", "array of 32 bits", "floating point"])
+def test_the_pipeline_scales_as_training_does(run, kind):
+    path = run / "data" / "validation" / "0.png"
+    image = path if kind == "file" else PIL.Image.open(path)
+    if kind == "array of 32 bits":
+        image = PIL.Image.fromarray(np.asarray(image).astype(np.int32))
+    if kind == "floating point":
+        image = PIL.Image.fromarray(np.asarray(image).astype(np.float32))
+    if kind == "base64":
+        image = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    scaled = to_8_bits(open_image(str(path) if kind == "file" else image), (LOW, HIGH))
+    np.testing.assert_array_equal(np.asarray(scaled.convert("RGB")), decode_image(path, (LOW, HIGH)))
+
+
+def test_eight_bits_stay_as_they_are():
+    image = PIL.Image.new("RGB", (4, 4), (1, 2, 3))
+    assert to_8_bits(image, (LOW, HIGH)) is image
+
+
+def test_a_detector_of_ordinary_images_has_the_stock_pipeline(run, tmp_path):
+    """Also one that comes from a detector of deep images."""
+    shutil.copytree(run / "finetuned", tmp_path / "detector")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "detector")
+    assert "custom_pipelines" in json.loads((tmp_path / "detector" / "config.json").read_text())
+    del processor.pixel_window
+    save_image_processor(processor, tmp_path / "detector")
+    assert "custom_pipelines" not in json.loads((tmp_path / "detector" / "config.json").read_text())
+    assert pipeline("object-detection", str(tmp_path / "detector")).image_processor.size == processor.size

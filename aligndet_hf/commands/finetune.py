@@ -21,7 +21,14 @@ from ..data.sources import model_hash
 from ..data.splits import nested_subsets
 from ..data.views import ViewConfig
 from ..detectors.backbones import freeze_batch_norms, get_backbone, set_backbone_trainable
-from ..detectors.build import DetectorArguments, build_image_processor, find_detector, is_new, load_detector
+from ..detectors.build import (
+    DetectorArguments,
+    build_image_processor,
+    find_detector,
+    is_new,
+    load_detector,
+    save_image_processor,
+)
 from ..detectors.criterion import use_correct_loss
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import TransferReport, transfer_detector
@@ -209,7 +216,7 @@ def _finish(
     if processes.is_main_process:
         with clear_write_errors(output_dir):
             trainer.model.save_pretrained(output_dir)
-            trainer.processing_class.save_pretrained(output_dir)
+            save_image_processor(trainer.processing_class, output_dir)
             trainer.save_state()
             if metrics and arguments.write_report and arguments.num_pictures and has_matplotlib():
                 draw_predictions(trainer.model, trainer.eval_dataset, output_dir, arguments.num_pictures)

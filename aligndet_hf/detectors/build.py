@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
+from ..files import write_json
 from ..objects import as_source, copy_of
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
@@ -362,3 +364,29 @@ def build_image_processor(detector: PreTrainedModel, size: int, max_size: int | 
         extent = {"shortest_edge": size, "longest_edge": max_size or round(size * 1333 / 800)}
     processor_class = getattr(transformers, family.image_processor)
     return processor_class(size=extent, do_normalize=True, image_mean=mean, image_std=std)
+
+
+def save_image_processor(image_processor: BaseImageProcessor, folder: str | Path) -> None:
+    """
+    Saves the image processor beside a detector that is saved already.
+
+    If the images have more than 8 bits, the folder gets a pipeline of its own for `object-detection`, which scales
+    them as training did. It needs `trust_remote_code=True`. The pipeline of transformers, which would cut the levels,
+    is refused.
+
+    Args:
+        image_processor (`BaseImageProcessor`): With `pixel_window`, if the images have more than 8 bits.
+        folder (`str` or `Path`): With the `config.json` of the detector.
+    """
+    image_processor.save_pretrained(folder)
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    inherited = config.pop("custom_pipelines", None)
+    if getattr(image_processor, "pixel_window", None) is not None:
+        source = Path(__file__).with_name("deep_images.py")
+        shutil.copyfile(source, Path(folder) / source.name)
+        pipeline = {"impl": f"{source.stem}.DeepImagesPipeline", "pt": ["AutoModelForObjectDetection"]}
+        config["custom_pipelines"] = {"object-detection": pipeline}
+    elif inherited is None:
+        return
+    write_json(path, config)

@@ -20,7 +20,7 @@ from ..detectors.backbones import (
     normalize_in_one_pass,
     set_backbone_trainable,
 )
-from ..detectors.build import find_detector
+from ..detectors.build import find_detector, save_image_processor
 from ..detectors.criterion import NORMALIZER_EPSILON, use_no_loss, use_pretraining_loss
 from ..detectors.families import Family, ObjectRows, backbone_path, family_of
 from ..losses import best_box_diagnostics, contrastive_diagnostics, count_ids, object_contrastive_loss
@@ -324,7 +324,7 @@ class AlignDetForPreTraining(MomentumModel):
         """
         self.online_detector.save_pretrained(path)
         if image_processor is not None:
-            image_processor.save_pretrained(path)
+            save_image_processor(image_processor, path)
 
 
 def _from_all_processes(online_rows: Tensor, momentum_rows: Tensor, online_ids: Tensor) -> dict[str, Tensor]:

@@ -116,25 +116,28 @@ def _finetuning_card(record: RunRecord, name: str) -> str:
     return _card(
         record,
         summary=f"Detects {len(names)} {'class' if len(names) == 1 else 'classes'}: {_some(names)}.",
-        usage=_pipeline_usage(name, record.pixel_window),
+        usage=_pipeline_usage(record, name),
         limits=limits,
     )
 
 
-def _pipeline_usage(name: str, window: Sequence[float] | None) -> str:
+def _pipeline_usage(record: RunRecord, name: str) -> str:
     """How to detect objects in a file; one with more than 8 bits becomes the picture that training has seen."""
-    load = f'detect = pipeline("object-detection", model="{name}")\n'
-    if window is None:
-        return f'from transformers import pipeline\n\n{load}detect("image.jpg", threshold=0.3)'
-    low, high = window
+    file, note, trust = "image.jpg", "", ""
+    if getattr(record.config, "auto_map", None):
+        note = "# The model's code lies beside its weights.\n"
+    if record.pixel_window is not None:
+        low, high = record.pixel_window
+        file = "image.png"
+        note = (
+            f"# The grey levels {low:g} to {high:g} become 0 to 255, as in training: deep_images.py, beside the\n"
+            "# weights, does it. Without it all levels above 255 would be white.\n"
+        )
+    if note:
+        trust = ", trust_remote_code=True"
     return (
-        "import numpy as np\nfrom PIL import Image\nfrom transformers import pipeline\n\n"
-        f"{load}"
-        f"# The grey levels {low:g} to {high:g} become 0 to 255, as in training. Given the file itself, the pipeline\n"
-        "# would see all levels above 255 as white: Pillow cuts them there.\n"
-        'levels = np.asarray(Image.open("image.png"), dtype=np.float64)\n'
-        f"levels = np.clip((levels - {low!r}) * (255 / {high - low!r}) + 0.5, 0, 255)\n"
-        "detect(Image.fromarray(levels.astype(np.uint8)), threshold=0.3)"
+        f'from transformers import pipeline\n\n{note}detect = pipeline("object-detection", model="{name}"{trust})\n'
+        f'detect("{file}", threshold=0.3)'
     )
 
 

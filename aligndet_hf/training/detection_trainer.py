@@ -18,7 +18,7 @@ from ..data.dataset import MixedImages, init_worker
 from ..data.launch import Launch
 from ..data.sampling import EpochBatchSampler, MixedBatchSampler
 from ..detectors.backbones import eval_frozen, get_backbone
-from ..detectors.build import build_image_processor
+from ..detectors.build import build_image_processor, save_image_processor
 from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
 from ..files import UNFINISHED
 from .checkpointing import STATE, clear_write_errors, damage_of, rotate, seal
@@ -362,7 +362,7 @@ class DetectionTrainer(Trainer):
             folder = output_dir or self.args.output_dir
             model = self.accelerator.unwrap_model(self.model)
             model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
-            self.processing_class.save_pretrained(folder)
+            save_image_processor(self.processing_class, folder)
             if self.average is not None:
                 self.average.save(folder)
 
