@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligndet_hf.proposals.filters import (
+    borders_touched,
     box_iou,
     filter_proposals,
     nms,
@@ -56,6 +57,23 @@ def test_bounds_are_inclusive():
     for name, kept in zip(tighter, [[2, 3], [0, 1, 3], [0, 1, 2]], strict=True):
         mask = filter_proposals(boxes, (200, 200), **{**bounds, name: tighter[name]})
         assert np.flatnonzero(mask).tolist() == kept
+
+
+def test_borders_by_hand():
+    boxes = [
+        [10, 10, 50, 20],
+        [1, 10, 50, 20],
+        [2.1, 10, 50, 20],
+        [0, 1, 50, 20],
+        [390, 50, 10, 49.5],
+        [0, 0, 400, 100],
+    ]
+    # 0.5 % of an image of 400 x 100 pixels: 2 pixels at the sides, half a pixel above and below.
+    assert borders_touched(np.array(boxes, float), (100, 400)).tolist() == [0, 1, 0, 1, 2, 4]
+    for most, kept in ((0, [0, 2]), (1, [0, 1, 2, 3]), (4, [0, 1, 2, 3, 4, 5])):
+        mask = filter_proposals(boxes, (100, 400), max_aspect_ratio=float("inf"), max_borders=most)
+        assert np.flatnonzero(mask).tolist() == kept
+    assert filter_proposals(boxes[4:], (100, 400), 9, max_borders=1, relax_if_empty=True).tolist() == [True, True]
 
 
 @pytest.mark.parametrize("strategy", ["", "ratio", "size3", "ratio3size0308pos", "post3", "Ratio3"])

@@ -50,6 +50,24 @@ def test_by_hand():
     assert results["below 0.1"]["objects"] == 0 and results["below 0.1"]["AR@10"] == -1
 
 
+def test_precision_by_hand():
+    objects = [[0, 0, 10, 10], [50, 50, 10, 10]]
+    proposals = [
+        [0, 0, 10, 10],  # right
+        [0, 0, 10, 5],  # IoU 0.5 with the same object: right too
+        [50, 50, 10, 4],  # IoU 0.4
+        [100, 100, 10, 10],
+        [50, 50, 10, 9],  # right, but the fifth
+    ]
+    wrong = [[200, 200, 10, 10]]
+    results = proposal_recall([proposals, wrong, wrong * 2], [objects, objects[:1], []])["all"]
+    assert [results[f"precision@{k}"] for k in (1, 4, 10)] == pytest.approx([1 / 3, 2 / 7, 3 / 8])
+    # The third image has no object: none could be found in it.
+    assert [results[f"images@{k}"] for k in (1, 4, 10)] == [0.5, 0.5, 0.5]
+    nothing = proposal_recall([[]], [[]])["all"]
+    assert nothing["precision@1"] == -1 and nothing["images@1"] == -1
+
+
 def test_one_box_finds_one_object():
     twins = [[0, 0, 10, 10], [0, 0, 10, 10]]
     assert proposal_recall([[[0, 0, 10, 10]]], [twins])["all"]["recall@10"] == 0.5
@@ -145,6 +163,7 @@ def test_table_has_a_row_for_each_list_and_a_block_for_each_size():
     lines = format_recall({"ours": meter.compute(), "control": meter.compute()}).splitlines()
     assert [line.strip() for line in lines if line.endswith("objects)")] == ["all (1 objects)", "small (1 objects)"]
     assert sum(line.strip().startswith("control") and line.count("100.0") == 10 for line in lines) == 2
+    assert lines[-1].split() == ["control", *["100.0"] * 6] and "boxes on an object" in lines[-4]
 
 
 # ---- the command ----

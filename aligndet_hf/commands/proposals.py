@@ -10,7 +10,9 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -156,12 +158,39 @@ class ProposalsArguments(HubArguments):
     max_relative_size: float = field(
         default=1.0, metadata={"help": "largest sqrt(box area / image area)", "range": POSITIVE}
     )
+    max_borders: int = field(
+        default=4,
+        metadata={
+            "help": "drop boxes that touch more than this many borders of the image; 1 leaves more objects among them",
+            "range": Range(0, 4),
+        },
+    )
     relax_if_empty: bool = field(
-        default=True, metadata={"help": "for an image left without boxes drop the size bounds, then the aspect ratio"}
+        default=True,
+        metadata={
+            "help": "for an image left without boxes drop the bounds of size and borders, then the aspect ratio"
+        },
     )
     strategy: str | None = field(
         default=None,
-        metadata={"help": "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the five above"},
+        metadata={"help": "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the six above"},
+    )
+    rerank: Literal["ring", "none"] = field(
+        default="none",
+        metadata={
+            "help": "ring: put those boxes first that differ most from the ring around them, in features of a frozen "
+            "backbone; so more of the first ones are objects"
+        },
+    )
+    backbone: str | None = field(
+        default=None, metadata={"role": "start", "help": "rerank: timm name of that backbone, or a folder"}
+    )
+    backbone_weights: str | None = field(
+        default=None,
+        metadata={
+            "role": "start",
+            "help": "rerank: a .safetensors file with timm's names, or 'timm' to download them",
+        },
     )
 
     num_workers: int | None = field(
@@ -221,6 +250,10 @@ class ProposalsArguments(HubArguments):
         if self.strategy is not None:
             parse_strategy(self.strategy)
         parse_rule(self.pixel_window)
+        if self.rerank == "none" and (self.backbone or self.backbone_weights):
+            raise ValueError("backbone and backbone_weights are for --rerank ring")
+        if self.rerank == "ring" and not (self.backbone and self.backbone_weights):
+            raise ValueError("--rerank ring needs --backbone and --backbone_weights: random features rank nothing")
 
     def source_settings(self) -> dict:
         """What the chosen source takes of these arguments."""
@@ -232,8 +265,8 @@ class ProposalsArguments(HubArguments):
 
     def selection(self) -> dict:
         """Keyword arguments of [`~aligndet_hf.proposals.filters.select_indices`]."""
-        names = ["max_aspect_ratio", "min_side", "min_relative_size", "max_relative_size", "relax_if_empty"]
-        filters = {name: getattr(self, name) for name in names}
+        names = ["max_aspect_ratio", "min_side", "min_relative_size", "max_relative_size", "max_borders"]
+        filters = {name: getattr(self, name) for name in [*names, "relax_if_empty"]}
         return {
             "max_boxes": self.max_boxes,
             "nms_threshold": self.nms_threshold,
@@ -315,6 +348,8 @@ def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArgument
         settings["detector_content"] = model_hash(arguments.detector)
     if arguments.source == "json":
         settings["proposals_file_content"] = file_hash(arguments.proposals_file)
+    if arguments.rerank != "none":
+        settings |= {"rerank": arguments.rerank, "backbone_content": _ring_features(arguments).weights_hash()}
     if arguments.streaming:
         return settings | {f"input_{name}": load_stream(arguments.dataset, name)[1] for name in sources}
     if windows := list(filter(None, map(pixel_window, sources.values()))):
@@ -337,6 +372,7 @@ def _generate(
         "numpy": np.__version__,
         "datasets": datasets.__version__,
         **SOURCES[arguments.source].versions(),
+        **({name: version(name) for name in ("torch", "torchvision", "timm")} if arguments.rerank != "none" else {}),
     }
     work, shards_of = folder.work, {"versions": versions, "shard_size": arguments.shard_size}
     folder.claim(shards=shards_of)
@@ -511,7 +547,27 @@ def _search_shards(
 
 
 def _open_source(arguments: ProposalsArguments) -> Search:
-    return SOURCES[arguments.source].open(**arguments.source_settings(), selection=arguments.selection())
+    source, selection = SOURCES[arguments.source], arguments.selection()
+    if arguments.rerank == "none":
+        return source.open(**arguments.source_settings(), selection=selection)
+    from ..evaluation.ring_contrast import CANDIDATES, RingContrast, reranked  # torchvision takes seconds to import
+
+    search = source.open(**arguments.source_settings(), selection=selection | CANDIDATES)
+    return reranked(search, RingContrast(_ring_features(arguments)), selection)
+
+
+def _ring_features(arguments: ProposalsArguments):
+    """What boxes are ranked by: features of the frozen backbone, on a GPU if there is one."""
+    import torch
+
+    from ..detectors.build import build_detector
+    from ..evaluation.box_features import BoxFeatures
+    from ..evaluation.ring_contrast import STRIDES
+
+    detector = build_detector(  # for its backbone only, so any family will do
+        "detr", backbone=arguments.backbone, backbone_weights=arguments.backbone_weights, strides=tuple(STRIDES)
+    )
+    return BoxFeatures(detector, STRIDES, normalize=False, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _number_of_cores() -> int:
@@ -541,6 +597,10 @@ def _init_worker(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and lets us finish the shard
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if arguments.rerank != "none":
+        import torch
+
+        torch.set_num_threads(1)  # the processes are the parallelism
     _worker.update(inputs=inputs, search=_open_source(arguments), with_clusters=with_clusters, arguments=arguments)
 
 

@@ -1,4 +1,4 @@
-"""`aligndet recall`: how many objects the proposals find, beside boxes that have not seen the image."""
+"""`aligndet recall`: which objects the proposals find, and which are objects, beside boxes that saw no image."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from ..runs import measuring_folder
 # pycocotools' thresholds: .50:.05:.95
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 LIMITS = (10, 50, 100, 300, 1000)
+RANKS = (1, 4, 10)  # pre-training takes no more than the first few boxes of an image
 
 # Bounds of the area in pixels, inclusive on both sides as in pycocotools.
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
@@ -171,12 +172,18 @@ class RecallMeter:
     enough and are not yet taken, the one it overlaps most. So one box finds one object at most. The numbers equal the
     average recall of pycocotools with the same `maxDets`.
 
+    Precision asks something else: whether a box is an object. A box is right where it overlaps any object with an IoU
+    of at least 0.5, also one that an earlier box overlaps as well.
+
     Args:
         limits (`tuple[int, ...]`, *optional*, defaults to `(10, 50, 100, 300, 1000)`): The values of k, ascending.
     """
 
     def __init__(self, limits: tuple[int, ...] = LIMITS):
         self.limits = limits
+        self.first = np.zeros(len(RANKS), dtype=np.int64)  # boxes among the first k of their image
+        self.right = np.zeros(len(RANKS), dtype=np.int64)
+        self.images_with_objects, self.images_found = 0, np.zeros(len(RANKS), dtype=np.int64)
         self.groups = ["all", *AREAS, *RELATIVE_SIZES]
         self.objects = np.zeros(len(self.groups), dtype=np.int64)
         self.found = np.zeros((len(self.groups), len(limits), len(IOU_THRESHOLDS)), dtype=np.int64)
@@ -204,20 +211,34 @@ class RecallMeter:
         boxes, objects = (np.asarray(value, dtype=np.float64).reshape(-1, 4) for value in (boxes, objects))
         member = np.stack([np.ones(len(objects), dtype=bool), *_size_groups(objects, areas, image_size).values()])
         ranks = _ranks_of_finders(boxes[: self.limits[-1]], objects, member)
+        self._count_right(boxes[: RANKS[-1]], objects)
         self.objects += member.sum(axis=1)
         self.found += (ranks[:, None] < np.array(self.limits)[:, None, None]).sum(axis=-1)
         self.images += 1
         self.boxes += len(boxes)
 
+    def _count_right(self, boxes: np.ndarray, objects: np.ndarray) -> None:
+        """Adds the first boxes of an image to the counts of precision."""
+        is_right = np.zeros(len(boxes), dtype=bool)
+        for truth in objects:
+            is_right |= box_iou(truth, boxes) >= IOU_THRESHOLDS[0]
+        self.images_with_objects += len(objects) > 0
+        for place, rank in enumerate(RANKS):
+            self.first[place] += len(boxes[:rank])
+            self.right[place] += is_right[:rank].sum()
+            self.images_found[place] += is_right[:rank].any()
+
     def compute(self) -> dict:
         """
-        The recall over what was added so far.
+        The recall and the precision over what was added so far.
 
         Returns:
             `dict`: for all objects (`"all"`) and each size (`"small"`, ..., `"below 0.1"`, ...) the number of
             `objects` and, per k, `recall@k` (IoU of at least 0.5) and `AR@k` (mean over the IoU thresholds
             .50:.05:.95), both between 0 and 1, or -1 where there is no such object; the number of `images`, and
-            `boxes_per_image`, the mean number of proposals.
+            `boxes_per_image`, the mean number of proposals. `"all"` has, for k = 1, 4 and 10, `precision@k`, the share
+            of right ones among the first k boxes of every image, and `images@k`, of the images with objects the share
+            with a right one among their first k; -1 where there are no boxes, or no objects.
 
         Raises:
             `ValueError`: If there was no image.
@@ -230,6 +251,10 @@ class RecallMeter:
             results[group] = {"objects": count}
             results[group] |= {f"recall@{k}": float(r[0]) for k, r in zip(self.limits, recalls, strict=True)}
             results[group] |= {f"AR@{k}": float(r.mean()) for k, r in zip(self.limits, recalls, strict=True)}
+        shares = {"precision": (self.right, self.first), "images": (self.images_found, [self.images_with_objects] * 3)}
+        for name, (found, counts) in shares.items():
+            pairs = zip(RANKS, found.tolist(), map(int, counts), strict=True)
+            results["all"] |= {f"{name}@{k}": right / count if count else -1.0 for k, right, count in pairs}
         return results
 
 
@@ -291,7 +316,21 @@ def format_recall(results: Mapping[str, Mapping]) -> str:
             cells = [f"{100 * values[group][column]:>7.1f}" for column in columns]
             cells.insert(len(limits), "   ")
             lines.append(f"  {name:<{width - 2}}" + "".join(cells))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_precision_lines(results, width)])
+
+
+def _precision_lines(results: Mapping[str, Mapping], width: int) -> list[str]:
+    """The rows of precision: are the first boxes objects?"""
+    half, names = 7 * len(RANKS), [f"{kind}@{rank}" for kind in ("precision", "images") for rank in RANKS]
+    lines = [
+        f"{'':<{width}}{'boxes on an object, %':>{half}}   {'images with one, %':>{half}}",
+        f"{'first boxes':<{width}}" + "   ".join(["".join(f"{rank:>7}" for rank in RANKS)] * 2),
+    ]
+    for name, values in results.items():
+        cells = [f"{100 * values['all'][column]:>7.1f}" for column in names]
+        cells.insert(len(RANKS), "   ")
+        lines.append(f"  {name:<{width - 2}}" + "".join(cells))
+    return lines
 
 
 def _rows(dataset: datasets.Dataset, source: str):

@@ -32,7 +32,8 @@ class BoxFeatures:
         device (`str`, *optional*, defaults to `"cpu"`): Where to compute.
 
     Attributes:
-        size (`int`): D, the numbers per box.
+        sizes (`list[int]`): The numbers per box of each stride.
+        size (`int`): D, all of them.
 
     Raises:
         `ValueError`: if the detector has no backbone, or the backbone no feature map of a stride.
@@ -52,7 +53,8 @@ class BoxFeatures:
                 f"the backbone has no feature map of stride {missing[0]}, it has {sorted(found)}: strides"
             )
         self.levels = [found[stride] for stride in strides]
-        self.size = sum(maps[level].shape[1] for level in self.levels)
+        self.sizes = [maps[level].shape[1] for level in self.levels]
+        self.size = sum(self.sizes)
 
     @torch.inference_mode()
     def feature_maps(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:

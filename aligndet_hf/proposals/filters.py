@@ -18,6 +18,7 @@ def filter_proposals(
     min_relative_size: float = 0.0,
     max_relative_size: float = 1.0,
     relax_if_empty: bool = False,
+    max_borders: int = 4,
 ) -> np.ndarray:
     """
     Says which boxes have an object-like shape and size.
@@ -32,8 +33,11 @@ def filter_proposals(
             Lower bound of `sqrt(w * h) / sqrt(W * H)`, the size relative to the image.
         max_relative_size (`float`, *optional*, defaults to 1.0): Upper bound of the relative size.
         relax_if_empty (`bool`, *optional*, defaults to `False`):
-            When no box passes, drop the size bounds; if still none passes, the aspect ratio too. `min_side` always
-            holds, so an image may still end up without boxes. SoCo's "post" rule.
+            When no box passes, drop the bounds of size and borders; if still none passes, the aspect ratio too.
+            `min_side` always holds, so an image may still end up without boxes. SoCo's "post" rule.
+        max_borders (`int`, *optional*, defaults to 4):
+            Borders of the image that a box may touch, see [`borders_touched`]: what touches two or more is more often
+            ground than object.
 
     Returns:
         `np.ndarray` of shape `[N]`: Boolean mask of the boxes to keep. All bounds are inclusive; boxes without an area
@@ -46,12 +50,29 @@ def filter_proposals(
     # Written as SoCo does: the rounding of the two roots decides for boxes exactly on a bound.
     relative_size = np.sqrt(np.maximum(width * height, 0)) / np.sqrt(image_size[0] * image_size[1])
     size_fits = (min_relative_size <= relative_size) & (relative_size <= max_relative_size)
-    keep = large_enough & shape_fits & size_fits
+    keep = large_enough & shape_fits & size_fits & (borders_touched(boxes, image_size) <= max_borders)
     if relax_if_empty and not keep.any():
         keep = large_enough & shape_fits
         if not keep.any():
             keep = large_enough
     return keep
+
+
+def borders_touched(boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """
+    How many of the four borders of the image a box comes close to: 0.5 % of the image's width or height.
+
+    Args:
+        boxes (`np.ndarray` of shape `[N, 4]`): Boxes, absolute `xywh` in pixels.
+        image_size (`tuple[int, int]`): `(height, width)` of the image in the same pixels.
+
+    Returns:
+        `np.ndarray` of shape `[N]`: 0 to 4.
+    """
+    size = np.array(image_size[::-1])
+    margin = size / 200
+    starts, ends = boxes[:, :2] <= margin, boxes[:, :2] + boxes[:, 2:] >= size - margin
+    return starts.sum(axis=1) + ends.sum(axis=1)
 
 
 def parse_strategy(strategy: str) -> dict:
@@ -149,6 +170,7 @@ def select_indices(
     min_relative_size: float = 0.04,
     max_relative_size: float = 1.0,
     relax_if_empty: bool = True,
+    max_borders: int = 4,
 ) -> np.ndarray:
     """
     Filters scored boxes, removes near duplicates and keeps the best.
@@ -159,7 +181,7 @@ def select_indices(
         image_size (`tuple[int, int]`): `(height, width)` of the image in the same pixels.
         nms_threshold (`float`, *optional*, defaults to 0.7): See [`nms`]; 1.0 keeps all.
         max_boxes (`int`, *optional*, defaults to 300): Keep at most so many; `None` for all.
-        max_aspect_ratio, min_side, min_relative_size, max_relative_size, relax_if_empty:
+        max_aspect_ratio, min_side, min_relative_size, max_relative_size, relax_if_empty, max_borders:
             See [`filter_proposals`].
 
     Returns:
@@ -167,7 +189,14 @@ def select_indices(
     """
     boxes = np.asarray(boxes).reshape(-1, 4)
     mask = filter_proposals(
-        boxes, image_size, max_aspect_ratio, min_side, min_relative_size, max_relative_size, relax_if_empty
+        boxes,
+        image_size,
+        max_aspect_ratio,
+        min_side,
+        min_relative_size,
+        max_relative_size,
+        relax_if_empty,
+        max_borders,
     )
     passed = np.flatnonzero(mask)
     # In the precision in which boxes are stored: what is kept does not change when the result is filtered again.
