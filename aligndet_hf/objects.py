@@ -44,7 +44,7 @@ def as_source(source: Any) -> Any:
         return source
     if isinstance(source, Path):
         return str(source)
-    for name in ("detector_dir", "output_dir"):  # of `PretrainResult` and `FinetuneResult`
+    for name in ("detector_dir", "backbone_dir", "output_dir"):  # of `PretrainResult` and `FinetuneResult`
         if isinstance(folder := getattr(source, name, None), Path):
             return str(folder)
     name = Given(f"{type(source).__name__}-{_content_of(source)}")

@@ -28,7 +28,7 @@ import torch
 from aligndet_hf.detectors.build import build_detector
 from aligndet_hf.detectors.families import FAMILIES
 from aligndet_hf.models import AlignDetForPreTraining
-from aligndet_hf.training.pretrain_setup import enable_gradient_checkpointing
+from aligndet_hf.training.pretrain_aligndet import enable_gradient_checkpointing
 
 VARIANTS = ("plain", "checkpointing", "bf16")
 NUM_PROPOSALS = 20

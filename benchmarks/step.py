@@ -35,7 +35,6 @@ from aligndet_hf.data.collate import normalize_images
 from aligndet_hf.detectors.build import build_detector
 from aligndet_hf.losses import object_contrastive_loss
 from aligndet_hf.training.compilation import compile_networks
-from aligndet_hf.training.pretrain_methods import METHODS
 
 MOMENTUM = 0.996
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -89,7 +88,7 @@ class Step:
         self.model = AlignDetForPreTraining.from_detector(copy.deepcopy(detector)).train().to(detector.device)
         self.precision = precision
         if compiled:
-            compile_networks(METHODS["aligndet"].networks(self.model))
+            compile_networks(self.model.networks())
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], 1e-4, fused=True)
 
     def __call__(self, batch: dict) -> None:

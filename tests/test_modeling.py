@@ -14,7 +14,7 @@ from transformers import AutoModelForObjectDetection, AutoModelForPreTraining
 from aligndet_hf import AlignDetConfig, AlignDetForPreTraining
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.detectors.families import backbone_path, family_of
-from aligndet_hf.training.pretrain_setup import enable_gradient_checkpointing
+from aligndet_hf.training.pretrain_aligndet import enable_gradient_checkpointing
 
 # Whose other layers predict no boxes in evaluation mode, see `Family.contrasts` and, for YOLOS, its loss.
 LAST_LAYER_ONLY = ["d_fine", "deimv2", "yolos"]

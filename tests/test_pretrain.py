@@ -18,10 +18,11 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoMo
 from aligndet_hf.commands import pretrain as pretrain_module
 from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
 from aligndet_hf.data.columns import DataError
+from aligndet_hf.data.dataset import ProposalViews
 from aligndet_hf.detectors.build import find_detector
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.models import AlignDetForPreTraining
-from aligndet_hf.training import pretrain_loop, pretrain_setup
+from aligndet_hf.training import pretrain_aligndet, pretrain_loop, pretrain_setup
 from aligndet_hf.training.pretrain_loop import MAX_SKIPPED_STEPS, _problem
 
 
@@ -49,7 +50,7 @@ def arguments(proposal_folder, detector_folders, tmp_path):
 
 @pytest.fixture
 def warnings_of(caplog, monkeypatch):
-    for module in (pretrain_module, pretrain_setup):
+    for module in (pretrain_module, pretrain_aligndet):
         monkeypatch.setattr(module, "logger", logging.getLogger("pretrain"))
     return caplog
 
@@ -449,10 +450,8 @@ def test_skipped_steps_are_counted_across_an_interruption(arguments, monkeypatch
 
 def test_nan_without_end_is_an_error_that_names_step_and_images(arguments, monkeypatch):
     poison(monkeypatch, range(2, 1000))
-    seen, views = [], pretrain_setup.ProposalViews.__getitem__
-    monkeypatch.setattr(
-        pretrain_setup.ProposalViews, "__getitem__", lambda self, key: (seen.append(key.index), views(self, key))[1]
-    )
+    seen, views = [], ProposalViews.__getitem__
+    monkeypatch.setattr(ProposalViews, "__getitem__", lambda self, key: (seen.append(key.index), views(self, key))[1])
     with pytest.raises(FloatingPointError) as error:
         pretrain(arguments(max_steps=MAX_SKIPPED_STEPS + 10))
     assert f"step {MAX_SKIPPED_STEPS + 2}: " in str(error.value)

@@ -3,6 +3,7 @@
 import json
 import math
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from transformers.models.resnet.modeling_resnet import ResNetBackbone
 
 from aligndet_hf import SoCoConfig, SoCoForPreTraining
 from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
+from aligndet_hf.data.bit_depth import record_pixel_window
 from aligndet_hf.detectors.backbones import get_backbone, tensors_of
 from aligndet_hf.training.pretrain_setup import build_optimizer
 
@@ -67,7 +69,7 @@ def test_what_is_written(arguments, capsys):
         "report.html", "run.json",
         "pretrain_summary.json", "backbone_report.json", "checkpoint-2", "checkpoint-3",
     }  # fmt: skip
-    assert result.detector_dir == result.output_dir / "backbone"
+    assert result.backbone_dir == result.output_dir / "backbone"
     entries = log_of(result)
     assert [entry["step"] for entry in entries] == [2, 3]
     expected = {"loss", "loss_view2", "loss_view3", "learning_rate", "momentum", "embedding_spread", "rank_accuracy"}
@@ -75,7 +77,7 @@ def test_what_is_written(arguments, capsys):
     assert entries[0]["loss"] == pytest.approx(entries[0]["loss_view2"] + entries[0]["loss_view3"])
     report = json.loads((result.output_dir / "backbone_report.json").read_text())
     assert report["matched"] and not report["missing"]
-    assert f"The backbone is in {result.detector_dir}: aligndet pretrain" in capsys.readouterr().out
+    assert f"The backbone is in {result.backbone_dir}: aligndet pretrain" in capsys.readouterr().out
     card = (result.output_dir / "README.md").read_text()
     assert "resnet pre-trained with SoCo on scenes" in card and "2106.02637" in card
     assert "plain `transformers` checkpoint" not in card and str(result.output_dir.parent) not in card
@@ -97,7 +99,7 @@ def test_everything_is_trained(arguments, backbone):
     model = AutoModelForPreTraining.from_pretrained(result.output_dir)
     before = load_file(backbone / "model.safetensors")
     assert all(not torch.equal(value, before[name]) for name, value in model.encoder.backbone.named_parameters())
-    exported = load_file(result.detector_dir / "model.safetensors")
+    exported = load_file(result.backbone_dir / "model.safetensors")
     state = tensors_of(model.encoder.backbone)
     assert exported.keys() == state.keys() and all(torch.equal(exported[name], state[name]) for name in state)
     whole = load_file(result.output_dir / "torchvision.safetensors")
@@ -172,7 +174,7 @@ def test_straight_into_the_box_domain_stage(arguments, tmp_path):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    new = {"detector": "detr", "backbone": str(soco.detector_dir), "detector_config": DETR}
+    new = {"detector": "detr", "backbone": str(soco.backbone_dir), "detector_config": DETR}
     aligned = pretrain(PretrainArguments(**common, **new, output_dir=str(tmp_path / "aligned")))
     report = json.loads((aligned.output_dir / "backbone_report.json").read_text())
     assert not report["missing"] and not report["mismatched"] and not report["unused"]
@@ -180,6 +182,14 @@ def test_straight_into_the_box_domain_stage(arguments, tmp_path):
     expected = tensors_of(AutoModelForPreTraining.from_pretrained(soco.output_dir).encoder.backbone)
     state = tensors_of(get_backbone(detector))  # frozen in this stage
     assert state and all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def test_images_with_more_than_8_bits(arguments, proposal_folder, tmp_path):
+    dataset = datasets.load_from_disk(proposal_folder)
+    record_pixel_window(dataset, (0, 255))
+    dataset.save_to_disk(tmp_path / "deep")
+    result = pretrain(arguments(dataset=str(tmp_path / "deep"), max_steps=1))
+    assert math.isfinite(result.metrics["loss"])
 
 
 def test_what_is_not_given_depends_on_the_method_and_its_variant():

@@ -15,22 +15,23 @@ from ..data.launch import Launch
 from ..data.shards import content_hash
 from ..files import write_json
 from ..hub import open_repository
+from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..reporting.run_record import SUMMARY
 from ..runs import RunFolder
-from ..training import sharding
+from ..training import pretrain_aligndet, pretrain_soco, sharding
 from ..training.checkpointing import CHECKPOINTS, DAMAGED
 from ..training.compilation import compile_networks
 from ..training.pretrain_arguments import PretrainArguments
 from ..training.pretrain_loop import Run, train, write_result
-from ..training.pretrain_methods import METHODS
 from ..training.pretrain_setup import (
     build_accelerator,
-    build_loader,
+    build_batches,
     build_optimizer,
     compared_configuration,
     open_stream,
 )
 from ..training.publish import publish_run
+from ..training.schedules import Schedules
 
 logger = logging.get_logger(__name__)
 
@@ -40,21 +41,26 @@ WRITTEN = [
     "backbone", "torchvision.safetensors", "backbone_report.json", "transfer_report.json",
 ]  # fmt: skip
 
+# Of each method the model, and the module that builds the model and its views.
+METHODS = {"aligndet": (AlignDetForPreTraining, pretrain_aligndet), "soco": (SoCoForPreTraining, pretrain_soco)}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainResult:
     """
     What [`pretrain`] returns.
 
     Attributes:
         output_dir (`Path`): The checkpoint of the method's model, with the log, the summary and the card.
-        detector_dir (`Path`): The plain detector and its image processor; of SoCo the backbone.
         metrics (`dict[str, float]`): The last entry of the log.
+        detector_dir (`Path`, *optional*): The plain detector and its image processor, of AlignDet.
+        backbone_dir (`Path`, *optional*): The backbone, of SoCo.
     """
 
     output_dir: Path
-    detector_dir: Path
     metrics: dict[str, float]
+    detector_dir: Path | None = None
+    backbone_dir: Path | None = None
 
 
 def pretrain(arguments: PretrainArguments) -> PretrainResult:
@@ -96,21 +102,25 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         changes = folder.claim({"max_steps", "num_train_epochs"}, settings=configuration)
         # Before any work, so that a missing token does not end a run that took days.
         repo_id = _open_repository(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
-        product = folder.path / METHODS[arguments.method].product
         if folder.is_finished and not changes:
             accelerator.print(f"The run in {folder.path} is finished; --overwrite_output_dir starts it anew.")
             if accelerator.is_main_process:
                 publish_run(folder.path, arguments, repo_id, anew=False)
-            return PretrainResult(folder.path, product, json.loads((folder.path / SUMMARY).read_text())["metrics"])
+            return _result(arguments, folder.path, json.loads((folder.path / SUMMARY).read_text())["metrics"])
         run = _start(arguments, accelerator, configuration, folder)
         train(run)
-        model = sharding.whole_model(accelerator, run.method_model)
+        model = sharding.whole_model(accelerator, run.model)
         if accelerator.is_main_process:
             write_result(run, model)
             publish_run(folder.path, arguments, repo_id)
         accelerator.wait_for_everyone()
         accelerator.end_training()
-    return PretrainResult(folder.path, product, run.metrics)
+    return _result(arguments, folder.path, run.progress.metrics)
+
+
+def _result(arguments: PretrainArguments, output_dir: Path, metrics: dict[str, float]) -> PretrainResult:
+    product = METHODS[arguments.method][0].product
+    return PretrainResult(output_dir=output_dir, metrics=metrics, **{f"{product}_dir": output_dir / product})
 
 
 def _open_repository(arguments: PretrainArguments) -> str:
@@ -124,7 +134,7 @@ def _open_repository(arguments: PretrainArguments) -> str:
 
 def _start(arguments: PretrainArguments, accelerator: Accelerator, configuration: dict, folder: RunFolder) -> Run:
     """The run, from its last checkpoint if it has one."""
-    method, on_main = METHODS[arguments.method], Launch().on_main
+    (_, method), on_main = METHODS[arguments.method], Launch().on_main
     if arguments.streaming:
         dataset, report, data = open_stream(arguments)
     else:
@@ -146,27 +156,21 @@ def _start(arguments: PretrainArguments, accelerator: Accelerator, configuration
     if (window := pixel_window(dataset)) is not None:
         image_processor.pixel_window = list(window)
     views, collate = method.build_views(arguments, accelerator, dataset, model.config)
-    sampler, loader = build_loader(arguments, accelerator, views, collate)
+    batches = build_batches(arguments, accelerator, views, collate)
     optimizer = build_optimizer(model, arguments)
     if arguments.torch_compile:
-        compile_networks(method.networks(model))
-    model, optimizer = sharding.prepare(accelerator, model, optimizer)
-    run = Run(
-        arguments,
-        accelerator,
-        model,
-        optimizer,
-        image_processor,
-        sampler,
-        loader,
-        about={
-            "configuration": configuration,
-            "data": data,
-            "world_size": accelerator.num_processes,
-            "proposals": proposal_record(dataset),
-            "versions": versions(),
-        },
-    )
+        compile_networks(model.networks())
+    prepared, optimizer = sharding.prepare(accelerator, model, optimizer)
+    model = accelerator.unwrap_model(prepared)
+    about = {
+        "configuration": configuration,
+        "data": data,
+        "world_size": accelerator.num_processes,
+        "proposals": proposal_record(dataset),
+        "versions": versions(),
+    }
+    schedules = Schedules(arguments, model, len(batches))
+    run = Run(arguments, accelerator, model, prepared, optimizer, image_processor, batches, schedules, about)
     run.resume(on_main)
     if changes:
         run.tell_changes(changes)

@@ -80,7 +80,7 @@ def collate_labelled(items: list[dict], pad_to_multiple: int = 1) -> dict:
 
 def normalize_images(
     pixel_values: torch.Tensor,
-    pixel_mask: torch.Tensor,
+    pixel_mask: torch.Tensor | None,
     mean: list[float],
     std: list[float],
     rescale_factor: float = 1 / 255,
@@ -92,7 +92,7 @@ def normalize_images(
 
     Args:
         pixel_values (`torch.Tensor` [B, 3, H, W]): uint8.
-        pixel_mask (`torch.Tensor` [B, H, W]): 1 on the image, 0 in the padding.
+        pixel_mask (`torch.Tensor` [B, H, W], *optional*): 1 on the image, 0 in the padding; `None` without padding.
         mean, std (`list[float]`): Per channel, as in the image processor.
         rescale_factor (`float`, *optional*, defaults to 1/255): As in the image processor.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the result.
@@ -103,4 +103,5 @@ def normalize_images(
     mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
     # A copy that blocks would wait for the device.
     scale, shift = (values.to(pixel_values.device, non_blocking=True) for values in (rescale_factor / std, mean / std))
-    return (pixel_values * scale).sub_(shift).mul_(pixel_mask[:, None]).to(dtype)
+    normalized = (pixel_values * scale).sub_(shift)
+    return (normalized if pixel_mask is None else normalized.mul_(pixel_mask[:, None])).to(dtype)

@@ -1,10 +1,11 @@
 """Which images form which batch: a pure function of (seed, epoch), whatever the number of processes and workers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 
 class SampleKey(NamedTuple):
@@ -164,3 +165,80 @@ class MixedBatchSampler(EpochBatchSampler):
             rows = rows[np.argsort(np.arange(len(rows)) % self.world_size, kind="stable")]
             rows = np.array_split(rows, self.world_size)[self.rank]
             yield [SampleKey(int(row), self.epoch, batch) for row in rows]
+
+
+class StepBatches(ABC):
+    """
+    The batches of one process for a loop of optimizer steps, which goes on after any of them.
+
+    Attributes:
+        global_batch_size (`int`): Images of one step, over all processes.
+        positions (`dict`): What a checkpoint has to keep, besides the step, for the next batches; JSON can hold it.
+    """
+
+    global_batch_size: int
+    positions: dict
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    @abstractmethod
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Chooses the batch that the next iteration begins with."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]:
+        """The batches from the chosen one to the end of the epoch."""
+
+    @abstractmethod
+    def rows(self, step: int) -> list:
+        """What tells the images of a step, the last that was yielded: rows of the data set, or places in a stream."""
+
+    @abstractmethod
+    def resume(self, step: int, positions: list[dict]) -> None:
+        """Goes on with a step; `positions` are those of every process before it."""
+
+    def from_step(self, step: int) -> Iterator[Any]:
+        """The batches from a step on, epoch after epoch, without end."""
+        while True:
+            self.set_epoch(*divmod(step, len(self)))
+            for batch in self:
+                yield batch
+                step += 1
+
+
+class EpochBatches(StepBatches):
+    """
+    The batches of a data set whose rows have numbers: they follow from the step.
+
+    Args:
+        sampler ([`EpochBatchSampler`]): Chooses the rows.
+        loader (`torch.utils.data.DataLoader`): With this batch sampler.
+    """
+
+    positions: dict = {}
+
+    def __init__(self, sampler: EpochBatchSampler, loader: DataLoader):
+        self.sampler = sampler
+        self.loader = loader
+        self.global_batch_size = sampler.global_batch_size
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self.sampler.set_epoch(epoch, start_batch)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def resume(self, step: int, positions: list[dict]) -> None:
+        """Nothing: the step is enough."""
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of a step, on all processes."""
+        own = self.sampler
+        whole = EpochBatchSampler(own.num_samples, own.global_batch_size, seed=own.seed, drop_last=own.drop_last)
+        whole.set_epoch(*divmod(step, len(whole)))
+        return [key.index for key in next(iter(whole))]

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .dataset import ProposalViews
 from .errors import DataError
-from .sampling import SampleKey
+from .sampling import SampleKey, StepBatches
 from .streaming import read_shard
 
 
@@ -68,6 +68,7 @@ class ViewStream(IterableDataset):
         self.seed = seed
         self.buffer_size = buffer_size
         self.classes = set(range(num_classes or 0))
+        self.rank = rank
         self.readers_here = max(1, num_workers)
         self.first_reader = rank * self.readers_here
         self.num_readers = world_size * self.readers_here
@@ -134,9 +135,9 @@ class ViewStream(IterableDataset):
         return divmod(int(chosen), self.num_stripes)
 
 
-class StreamBatches:
+class StreamBatches(StepBatches):
     """
-    The batches of a [`ViewStream`] with the interface of a sampler: `len` batches, which count as one epoch.
+    The batches of a [`ViewStream`], which all count as one epoch.
 
     Args:
         stream ([`ViewStream`]): The stream.
@@ -159,8 +160,14 @@ class StreamBatches:
 
     @property
     def positions(self) -> dict[int, Position]:
-        """Where this process's readers are, after the batch that was yielded last."""
+        """Where the readers of this process are, after the batch that was yielded last."""
         return self.stream.positions
+
+    def resume(self, step: int, positions: list[dict]) -> None:
+        self.stream.start(step, positions[self.stream.rank])
+
+    def rows(self, step: int) -> list[Position]:
+        return list(self.positions.values())
 
     def __iter__(self) -> Iterator:
         for (reader, position), batch in self.loader:

@@ -4,6 +4,7 @@ from .configuration_aligndet import AlignDetConfig
 from .configuration_soco import SoCoConfig
 from .modeling_aligndet import AlignDetForPreTraining, AlignDetOutput
 from .modeling_soco import SoCoForPreTraining, SoCoOutput
+from .momentum_model import MomentumModel
 
 AutoConfig.register("aligndet", AlignDetConfig)
 AutoModelForPreTraining.register(AlignDetConfig, AlignDetForPreTraining)
@@ -14,6 +15,7 @@ __all__ = [
     "AlignDetConfig",
     "AlignDetForPreTraining",
     "AlignDetOutput",
+    "MomentumModel",
     "SoCoConfig",
     "SoCoForPreTraining",
     "SoCoOutput",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForObjectDetection, PreTrainedModel
+from transformers import AutoModelForObjectDetection, BaseImageProcessor, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -112,6 +112,8 @@ class AlignDetForPreTraining(MomentumModel):
     config_class = AlignDetConfig
     supports_gradient_checkpointing = True
     momentum_networks = {"momentum_detector": "online_detector", "momentum_projector": "projector"}
+    product = "detector"
+    next_stage = "aligndet finetune --detector"
 
     def __init__(self, config: AlignDetConfig):
         super().__init__(config)
@@ -184,6 +186,14 @@ class AlignDetForPreTraining(MomentumModel):
         self.momentum_projector.eval()
         eval_frozen(self.backbone)
         return self
+
+    def networks(self) -> list[nn.Module]:
+        """The two detectors without their heads, whose losses no compiler takes."""
+        return [self.online_detector.base_model, self.momentum_detector.base_model]
+
+    def update_momentum(self, momentum: float) -> None:
+        """The same as [`~AlignDetForPreTraining.update_momentum_detector`]."""
+        self.update_momentum_detector(momentum)
 
     @torch.no_grad()
     def update_momentum_detector(self, momentum: float) -> None:
@@ -312,6 +322,10 @@ class AlignDetForPreTraining(MomentumModel):
             return (rows.features,)
         layers = rows.features.split(len(rows.features[rows.last]))
         return tuple(layer.unflatten(0, (images, -1)) for layer in layers)
+
+    def export(self, folder: Path, image_processor: BaseImageProcessor) -> None:
+        """Saves the plain detector with its image processor to `folder/detector`."""
+        self.export_detector(folder / self.product, image_processor)
 
     def export_detector(self, path: str | Path, image_processor: Any | None = None) -> None:
         """

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import FeaturePyramidNetwork, roi_align
-from transformers import AutoBackbone
+from transformers import AutoBackbone, BaseImageProcessor
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -175,6 +175,9 @@ class SoCoForPreTraining(MomentumModel):
 
     config_class = SoCoConfig
     momentum_networks = {"momentum_encoder": "encoder"}
+    momentum_delay = 1  # see `update_momentum_encoder`
+    product = "backbone"
+    next_stage = "aligndet pretrain --detector rt_detr --backbone"
 
     def __init__(self, config: SoCoConfig):
         super().__init__(config)
@@ -198,6 +201,14 @@ class SoCoForPreTraining(MomentumModel):
             module.reset_parameters()
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             super()._init_weights(module)
+
+    def networks(self) -> list[nn.Module]:
+        """The two encoders."""
+        return [self.encoder, self.momentum_encoder]
+
+    def update_momentum(self, momentum: float) -> None:
+        """The same as [`~SoCoForPreTraining.update_momentum_encoder`]."""
+        self.update_momentum_encoder(momentum)
 
     @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:
@@ -288,6 +299,15 @@ class SoCoForPreTraining(MomentumModel):
             ),
             embeddings=online,
         )
+
+    def export(self, folder: Path, image_processor: BaseImageProcessor) -> None:
+        """
+        Saves the backbone to `folder/backbone`, for `--backbone_weights`, and with pyramid and head to
+        `folder/torchvision.safetensors`.
+        """
+        self.export_backbone(folder / self.product, image_processor.image_mean, image_processor.image_std)
+        if self.encoder.head is not None:
+            self.export_torchvision(folder / TORCHVISION)
 
     def export_backbone(self, path: str | Path, image_mean: list[float], image_std: list[float]) -> None:
         """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..momentum import update_momentum
 
@@ -16,6 +18,8 @@ class MomentumModel(PreTrainedModel):
 
     However such a model is made, its momentum networks equal the online ones until they are updated: from a config,
     and from a checkpoint whose tensors are missing or have other shapes.
+
+    To the loop of pre-training, AlignDet and SoCo differ in `networks`, `update_momentum` and `export` alone.
     """
 
     # A name of a child here would be stripped from the keys of nested models on save, and lose them.
@@ -24,6 +28,23 @@ class MomentumModel(PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     #: Of each momentum network the name, and that of the online network that it follows.
     momentum_networks: ClassVar[dict[str, str]] = {}
+    #: The update after step k has the momentum of step k + `momentum_delay`.
+    momentum_delay: ClassVar[int] = 0
+    #: The folder in a run's folder that the next stage starts from, and the command that takes it.
+    product: ClassVar[str]
+    next_stage: ClassVar[str]
+
+    def networks(self) -> list[nn.Module]:
+        """The networks without losses, which `torch.compile` can take."""
+        raise NotImplementedError
+
+    def update_momentum(self, momentum: float) -> None:
+        """Moves the momentum networks towards the online ones; the share `momentum` of the old values stays."""
+        raise NotImplementedError
+
+    def export(self, folder: Path, image_processor: BaseImageProcessor) -> None:
+        """Writes what others load into the folder of a run; `image_processor` normalises as training did."""
+        raise NotImplementedError
 
     @classmethod
     def is_custom_code(cls) -> bool:

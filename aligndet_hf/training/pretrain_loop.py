@@ -8,41 +8,39 @@ not.
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
 from transformers.utils import logging
 
 from ..cards import command_line
-from ..data.sampling import EpochBatchSampler
+from ..data.sampling import StepBatches
 from ..files import write_json
 from ..flags import told_of
-from ..models import AlignDetForPreTraining, SoCoForPreTraining
-from ..momentum import cosine_momentum, suited_momentum
+from ..models import MomentumModel
 from ..reporting.run_record import SUMMARY
 from ..runs import Interrupted
 from . import sharding
-from .checkpointing import (
-    clear_write_errors,
-    find_last_checkpoint,
-    save_checkpoint,
-)
+from .checkpointing import clear_write_errors, find_last_checkpoint, save_checkpoint
 from .interrupts import StopSignals, stopped
-from .pretrain_methods import METHODS
+from .pretrain_arguments import PretrainArguments
+from .pretrain_setup import to_device
 from .run_log import RunLog
-from .schedules import learning_rate, milestone_steps
+from .schedules import Schedules
 
 logger = logging.get_logger(__name__)
 
 LOG = "log.jsonl"
 # How many steps in a row may be skipped for infinite or NaN gradients; loss scaling of fp16 needs some to settle.
 MAX_SKIPPED_STEPS = 20
-# The attributes of a run that its checkpoints keep.
-RUN_STATE = ("step", "skipped_steps", "skipped_in_a_row", "is_collapsed", "metrics")
 # What the progress bar shows.
 SHOWN = {"loss": "loss", "contrastive": "loss_contrastive", "rank_accuracy": "rank_accuracy"}
 # Below these diagnostics (see `contrastive_diagnostics`) embeddings have collapsed.
@@ -52,136 +50,120 @@ MAX_SAMENESS = 0.8  # above it (see `best_box_diagnostics`) the best box is the 
 SETTLED, SETTLED_STEPS = 0.1, 50
 
 
-class Run:
-    """What the loop works on: the model and its surroundings, and how far it is."""
+@dataclass
+class Progress:
+    """How far a run is: what its checkpoints keep of it."""
 
-    def __init__(self, arguments, accelerator, model, optimizer, image_processor, sampler, loader, about: dict):
-        self.arguments = arguments
-        self.method = METHODS[arguments.method]
-        self.accelerator = accelerator
-        self.model = model
-        self.method_model: AlignDetForPreTraining | SoCoForPreTraining = accelerator.unwrap_model(model)
-        self.optimizer = optimizer
-        self.image_processor = image_processor
-        self.sampler = sampler
-        self.loader = loader
-        self.about = about
-        self.total_steps = arguments.max_steps
-        if self.total_steps <= 0:
-            self.total_steps = max(1, math.ceil(arguments.num_train_epochs * len(sampler)))
-        self.learning_rate = partial(
-            learning_rate,
-            peak=arguments.learning_rate,
-            total_steps=self.total_steps,
-            schedule=arguments.lr_scheduler_type,
-            warmup_steps=arguments.warmup_steps,
-            milestones=milestone_steps(arguments.lr_milestones, self.total_steps, len(sampler)),
-        )
-        config = self.method_model.config
-        if arguments.method == "aligndet" and arguments.preset == "suited":
-            if "base_momentum" not in arguments.aligndet_config:
-                config.base_momentum = suited_momentum(self.total_steps)
-        momenta = {"total_steps": self.total_steps, "base": config.base_momentum, "end": config.end_momentum}
-        self.momentum = lambda step: cosine_momentum(step + self.method.momentum_delay, **momenta)
-        self.step = 0
-        self.skipped_steps = 0
-        self.skipped_in_a_row = 0
-        self.is_collapsed = False
-        self.metrics: dict[str, float] = {}
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    is_collapsed: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """
+    What the loop works on.
+
+    Attributes:
+        arguments ([`PretrainArguments`]): The configuration.
+        accelerator (`Accelerator`): Devices and processes.
+        model ([`MomentumModel`]): The model itself.
+        prepared (`nn.Module`): The same model as the accelerator wraps it, to be called.
+        optimizer (`Optimizer`): Of its trained parameters.
+        image_processor (`BaseImageProcessor`): Normalises the images, and is saved with what is exported.
+        batches ([`StepBatches`]): One for each step.
+        schedules ([`Schedules`]): The length of the run, learning rate and momentum.
+        about (`dict`): What checkpoints and summary tell of configuration, data and versions.
+        progress ([`Progress`]): How far the run is.
+    """
+
+    arguments: PretrainArguments
+    accelerator: Accelerator
+    model: MomentumModel
+    prepared: nn.Module
+    optimizer: Optimizer
+    image_processor: BaseImageProcessor
+    batches: StepBatches
+    schedules: Schedules
+    about: dict
+    progress: Progress = field(default_factory=Progress)
+    log: RunLog = field(init=False)
 
     def resume(self, on_main: Callable) -> None:
         """Continue from the last checkpoint, if there is one, and open the log."""
-        output_dir, totals = Path(self.arguments.output_dir), {}
+        output_dir, totals, total_steps = Path(self.arguments.output_dir), {}, self.schedules.total_steps
         if checkpoint := on_main(find_last_checkpoint, output_dir):
             state = checkpoint.state
-            if state["step"] > self.total_steps:
+            if state["step"] > total_steps:
                 raise ValueError(
-                    f"{checkpoint.path} is beyond the {self.total_steps} steps that are asked for: give at least "
+                    f"{checkpoint.path} is beyond the {total_steps} steps that are asked for: give at least "
                     f"--max_steps {state['step']}, which ends the run there"
                 )
-            saved = sharding.load_checkpoint(self.accelerator, checkpoint, self.method_model, self.optimizer)
+            saved = sharding.load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
             totals = state["totals"]
-            for name in RUN_STATE:
-                setattr(self, name, state[name])
-            if self.arguments.streaming:
-                self.sampler.stream.start(self.step, state["stream"][self.accelerator.process_index])
-            self.accelerator.print(f"Resuming from {checkpoint.path}: step {self.step} of {self.total_steps}.")
-        self.log = RunLog(self.accelerator, output_dir / LOG, self.step, totals)
+            self.progress = Progress(**{entry.name: state[entry.name] for entry in fields(Progress)})
+            self.batches.resume(self.progress.step, state["stream"])
+            self.accelerator.print(f"Resuming from {checkpoint.path}: step {state['step']} of {total_steps}.")
+        self.log = RunLog(self.accelerator, output_dir / LOG, self.progress.step, totals)
 
     def tell_changes(self, changes: dict[str, tuple]) -> None:
         """Say what a length that was changed on resuming does to the schedules."""
         listed = ", ".join(f"{name}: {before} before, {now} now" for name, (before, now) in changes.items())
+        step, schedules = self.progress.step, self.schedules
         self.accelerator.print(
-            f"The run is {self.total_steps} steps long now ({listed}). From step {self.step} on, the learning rate "
-            f"({self.learning_rate(self.step):.3g}) and the momentum ({self.momentum(self.step):.4f}) follow the "
+            f"The run is {schedules.total_steps} steps long now ({listed}). From step {step} on, the learning rate "
+            f"({schedules.learning_rate(step):.3g}) and the momentum ({schedules.momentum(step):.4f}) follow the "
             "schedules of that length; until here they followed those of the length before."
         )
 
     def save(self) -> None:
         """Write a checkpoint. All processes must call this."""
-        totals = self.log.totals()
-        model = sharding.whole_model(self.accelerator, self.method_model)
+        step, totals = self.progress.step, self.log.totals()
+        model = sharding.whole_model(self.accelerator, self.model)
         optimizer_state = sharding.whole_optimizer_state(self.accelerator, self.optimizer)
-        positions = gather_object([self.sampler.positions]) if self.arguments.streaming else None
+        positions = gather_object([self.batches.positions])
         if self.accelerator.is_main_process:
             # Skipped steps leave the weights alone, but not the running statistics of norms.
             if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
-                raise FloatingPointError(f"step {self.step}: {', '.join(broken)} infinite or NaN; nothing was saved")
+                raise FloatingPointError(f"step {step}: {', '.join(broken)} infinite or NaN; nothing was saved")
             scaler = self.accelerator.scaler
             tensors = {"optimizer": optimizer_state, "scaler": scaler.state_dict() if scaler else None}
-            state = {name: getattr(self, name) for name in RUN_STATE} | self.about
-            state |= {"totals": totals, "epoch": self.step / len(self.sampler), "stream": positions}
-            keep = self.arguments.save_total_limit
+            state = asdict(self.progress) | self.about
+            state |= {"totals": totals, "epoch": step / len(self.batches), "stream": positions}
             save_checkpoint(
                 self.arguments.output_dir,
                 model,
                 tensors,
                 state,
-                keep,
-                export=lambda folder: self.method.export(model, folder, self.image_processor),
+                self.arguments.save_total_limit,
+                export=lambda folder: model.export(folder, self.image_processor),
             )
         self.accelerator.wait_for_everyone()
 
-    def steps(self):
-        """Yield the micro-batches of every step that is left, epoch after epoch."""
-        step = self.step
-        while step < self.total_steps:
-            self.sampler.set_epoch(*divmod(step, len(self.sampler)))
-            for micro_batches in self.loader:
-                yield micro_batches
-                step += 1
-                if step == self.total_steps:
-                    return
-
-    def rows(self) -> list:
-        """The rows of the dataset that the current step uses, on all processes; of a stream, where this one is."""
-        own = self.sampler
-        if self.arguments.streaming:
-            return list(own.positions.values())
-        whole = EpochBatchSampler(own.num_samples, own.global_batch_size, seed=own.seed, drop_last=True)
-        whole.set_epoch(*divmod(self.step, len(whole)))
-        return [key.index for key in next(iter(whole))]
-
 
 def train(run: Run) -> None:
-    """The loop, from `run.step` to the end or to a signal."""
-    arguments, accelerator, model, log = run.arguments, run.accelerator, run.model, run.log
+    """The loop, from where the run is to its end or to a signal."""
+    arguments, accelerator, model, log = run.arguments, run.accelerator, run.prepared, run.log
+    progress, schedules, total_steps = run.progress, run.schedules, run.schedules.total_steps
     show_progress = accelerator.is_main_process and not arguments.disable_tqdm
-    progress = tqdm(total=run.total_steps, initial=run.step, desc="pre-training", disable=not show_progress)
-    with StopSignals(accelerator) as stop, progress:
-        for micro_batches in run.steps():
+    bar = tqdm(total=total_steps, initial=progress.step, desc="pre-training", disable=not show_progress)
+    with StopSignals(accelerator) as stop, bar:
+        steps = range(progress.step, total_steps)
+        for step, micro_batches in zip(steps, run.batches.from_step(progress.step), strict=False):
             for group in run.optimizer.param_groups:
-                group["lr"] = run.learning_rate(run.step)
+                group["lr"] = schedules.learning_rate(step)
             for index, batch in enumerate(micro_batches):
                 # Dropout and denoising noise depend on the place of the micro-batch, not on what came before.
                 place = accelerator.process_index * len(micro_batches) + index
-                torch.manual_seed(_seed(arguments.seed, run.step, place))
+                torch.manual_seed(_seed(arguments.seed, step, place))
                 is_last = index + 1 == len(micro_batches)
                 with nullcontext() if is_last else accelerator.no_sync(model):
                     with accelerator.autocast():
-                        output = model(**run.method.to_device(batch, accelerator.device, run.image_processor))
+                        output = model(**to_device(batch, accelerator.device, run.image_processor))
                     accelerator.backward(output.loss / len(micro_batches))
                 log.add({"loss": output.loss, **output.loss_dict, **output.metrics})
             gradient_norm = sharding.whole(accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm))
@@ -189,32 +171,34 @@ def train(run: Run) -> None:
             if _is_usable(run, gradient_norm):
                 run.optimizer.step()
             run.optimizer.zero_grad()
-            run.method.update_momentum(run.method_model, run.momentum(run.step))
+            run.model.update_momentum(schedules.momentum(step))
             sharding.share_buffers(accelerator, model)
 
-            run.step += 1
-            progress.update()
-            is_over = run.step == run.total_steps
-            if run.step % arguments.logging_steps == 0 or is_over:
-                _write_log(run, progress)
+            progress.step += 1
+            bar.update()
+            is_over = progress.step == total_steps
+            if progress.step % arguments.logging_steps == 0 or is_over:
+                _write_log(run, bar)
             signal_number = stop.received()
-            if run.step % arguments.save_steps == 0 or is_over or signal_number:
+            if progress.step % arguments.save_steps == 0 or is_over or signal_number:
                 run.save()
             if signal_number and not is_over:
-                message = stopped(signal_number, run.step, run.total_steps, arguments.output_dir)
+                message = stopped(signal_number, progress.step, total_steps, arguments.output_dir)
                 raise Interrupted(message, signal_number)
 
 
 def _is_usable(run: Run, gradient_norm: torch.Tensor) -> bool:
     """Whether to take the optimizer step: not with infinite or NaN gradients, which are those of all processes."""
+    progress = run.progress
     if gradient_norm.isfinite():  # Waits for the device, as the matching does in every forward pass.
-        run.skipped_in_a_row = 0
+        progress.skipped_in_a_row = 0
         return True
-    run.skipped_steps += 1
-    run.skipped_in_a_row += 1
+    progress.skipped_steps += 1
+    progress.skipped_in_a_row += 1
     fp16 = run.accelerator.scaler is not None
-    where = f"step {run.step + 1}: infinite or NaN gradients, from the images of rows {run.rows()}"
-    if run.skipped_in_a_row == MAX_SKIPPED_STEPS:
+    rows = run.batches.rows(progress.step)
+    where = f"step {progress.step + 1}: infinite or NaN gradients, from the images of rows {rows}"
+    if progress.skipped_in_a_row == MAX_SKIPPED_STEPS:
         raise FloatingPointError(
             f"{where}. {MAX_SKIPPED_STEPS} steps in a row were skipped. Try a lower --learning_rate, a longer "
             "--warmup_steps or --mixed_precision bf16, and look at these images; the last checkpoint is sound."
@@ -224,21 +208,23 @@ def _is_usable(run: Run, gradient_norm: torch.Tensor) -> bool:
     return fp16  # The scaler skips the step by itself, and has to see it to lower its scale.
 
 
-def _write_log(run: Run, progress: tqdm) -> None:
+def _write_log(run: Run, bar: tqdm) -> None:
     """Write an entry of the log, and warn when the embeddings collapse."""
-    rates = {"learning_rate": run.learning_rate(run.step - 1), "momentum": run.momentum(run.step - 1)}
-    run.metrics = run.log.write(
-        run.step,
-        run.sampler.global_batch_size,
-        epoch=run.step / len(run.sampler),
-        **rates,
-        skipped_steps=run.skipped_steps,
+    progress, schedules = run.progress, run.schedules
+    progress.metrics = run.log.write(
+        progress.step,
+        run.batches.global_batch_size,
+        epoch=progress.step / len(run.batches),
+        learning_rate=schedules.learning_rate(progress.step - 1),
+        momentum=schedules.momentum(progress.step - 1),
+        skipped_steps=progress.skipped_steps,
     )
-    progress.set_postfix({name: f"{run.metrics[key]:.3g}" for name, key in SHOWN.items() if key in run.metrics})
-    problem = _problem(run.metrics) if run.step >= max(SETTLED * run.total_steps, SETTLED_STEPS) else None
-    if problem and not run.is_collapsed and run.accelerator.is_main_process:
-        logger.warning(f"step {run.step}: {problem}")
-    run.is_collapsed = problem is not None
+    bar.set_postfix({name: f"{progress.metrics[key]:.3g}" for name, key in SHOWN.items() if key in progress.metrics})
+    is_settled = progress.step >= max(SETTLED * schedules.total_steps, SETTLED_STEPS)
+    problem = _problem(progress.metrics) if is_settled else None
+    if problem and not progress.is_collapsed and run.accelerator.is_main_process:
+        logger.warning(f"step {progress.step}: {problem}")
+    progress.is_collapsed = problem is not None
 
 
 def _problem(metrics: dict[str, float]) -> str | None:
@@ -266,22 +252,22 @@ def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def write_result(run: Run, model: AlignDetForPreTraining | SoCoForPreTraining) -> None:
+def write_result(run: Run, model: MomentumModel) -> None:
     """Save and export the model. The summary comes last: it says that the run is finished."""
-    output_dir = Path(run.arguments.output_dir)
+    output_dir, total_steps = Path(run.arguments.output_dir), run.schedules.total_steps
     with clear_write_errors(output_dir):
         model.save_pretrained(output_dir)
-        run.method.export(model, output_dir, run.image_processor)
+        model.export(output_dir, run.image_processor)
         summary = {
-            "metrics": run.metrics,
-            "steps": run.total_steps,
-            "epochs": run.total_steps / len(run.sampler),
-            "skipped_steps": run.skipped_steps,
+            "metrics": run.progress.metrics,
+            "steps": total_steps,
+            "epochs": total_steps / len(run.batches),
+            "skipped_steps": run.progress.skipped_steps,
             **run.about,
             "arguments": told_of(run.arguments),
             "card_license": run.arguments.card_license,
             "command": command_line("pretrain", run.arguments),
         }
         write_json(output_dir / SUMMARY, summary)
-    product = output_dir / run.method.product
-    run.accelerator.print(f"Finished. The {run.method.product} is in {product}: {run.method.next_stage} {product} ...")
+    product = output_dir / model.product
+    run.accelerator.print(f"Finished. The {model.product} is in {product}: {model.next_stage} {product} ...")

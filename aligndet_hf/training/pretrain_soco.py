@@ -1,39 +1,32 @@
-"""What a SoCo run is made of, beside what every pre-training run is: model, views and export."""
+"""SoCo's own part of a pre-training run: its model and its views."""
 
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable
 
 import datasets
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from transformers import BaseImageProcessor, DetrImageProcessor
 
-from ..data.collate import collate_soco, normalize_images
+from ..data.collate import collate_soco
 from ..data.dataset import SoCoViews
-from ..detectors.backbone_weights import load_weights
+from ..detectors.backbone_weights import BackboneReport, load_weights
 from ..detectors.backbones import build_backbone_config, image_statistics
 from ..models import SoCoConfig, SoCoForPreTraining
-from ..models.modeling_soco import TORCHVISION
 from ..processes import is_distributed
 from .pretrain_arguments import PretrainArguments
 
 
-class Statistics(NamedTuple):
-    """Mean and standard deviation that images are normalised with, per channel in 0..1."""
-
-    image_mean: list[float]
-    image_std: list[float]
-
-
-def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
-    """The model to train, the statistics of its images, and the report of the weights that its backbone got."""
+def build_model(
+    arguments: PretrainArguments, dataset: datasets.Dataset
+) -> tuple[SoCoForPreTraining, BaseImageProcessor, BackboneReport | None]:
+    """The model to train, what normalises its images, and the report of the weights that its backbone got."""
     torch.manual_seed(arguments.seed)
     strides = (16, 32) if arguments.soco_config.get("variant") == "c4" else (4, 8, 16, 32)
     backbone, _, _ = build_backbone_config(arguments.backbone or "resnet50", strides, freeze_batch_norm=False)
     checkpoint, backbone._name_or_path = backbone._name_or_path, ""
     config = SoCoConfig(backbone_config=backbone, **arguments.soco_config)
     config._name_or_path = checkpoint  # where the statistics are
-    statistics = Statistics(*image_statistics(config))
+    mean, std = image_statistics(config)
     config._name_or_path = ""
     model = SoCoForPreTraining(config).train().to(memory_format=torch.channels_last)  # on CPUs a fourth faster
     weights = arguments.backbone_weights or checkpoint
@@ -44,10 +37,12 @@ def build_model(arguments: PretrainArguments, dataset: datasets.Dataset):
 
         # The statistics are those of the whole batch, as in the official code; PyTorch has that for GPUs alone.
         model = convert_sync_batchnorm(model)
-    return model, statistics, report
+    return model, DetrImageProcessor(image_mean=mean, image_std=std), report
 
 
-def build_views(arguments: PretrainArguments, accelerator: Accelerator, dataset: datasets.Dataset, config: SoCoConfig):
+def build_views(
+    arguments: PretrainArguments, accelerator: Accelerator, dataset: datasets.Dataset, config: SoCoConfig
+) -> tuple[SoCoViews, Callable]:
     """The data set of views for a model of this config, and the function that makes batches of its items."""
     level_sizes = None if config.variant == "c4" else config.level_sizes
     if level_sizes and max(arguments.image_sizes) > level_sizes[-1]:
@@ -68,22 +63,3 @@ def build_views(arguments: PretrainArguments, accelerator: Accelerator, dataset:
         color=arguments.color,
     )
     return views, collate_soco
-
-
-def to_device(batch: dict, device: torch.device, statistics: Statistics) -> dict:
-    """Copy a batch to the device, and normalise its images there."""
-    batch = send_to_device(batch, device, non_blocking=True)
-    batch["pixel_values"] = [
-        normalize_images(view, view.new_ones(1, 1, 1), *statistics) for view in batch["pixel_values"]
-    ]
-    return batch
-
-
-def export(model: SoCoForPreTraining, output_dir: Path, statistics: Statistics) -> None:
-    """
-    Write the backbone to `output_dir/backbone`, for `--backbone_weights`, and with pyramid and head to
-    `output_dir/torchvision.safetensors`.
-    """
-    model.export_backbone(output_dir / "backbone", *statistics)
-    if model.config.variant != "c4":
-        model.export_torchvision(output_dir / TORCHVISION)

@@ -1,7 +1,50 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
+"""Learning rate and momentum as pure functions of the step, so that a resumed run needs no scheduler state."""
 
 import math
 from collections.abc import Sequence
+
+from ..models import MomentumModel
+from ..momentum import cosine_momentum, suited_momentum
+from .pretrain_arguments import PretrainArguments
+
+
+class Schedules:
+    """
+    The length of a pre-training run, and the learning rate and the momentum of its steps.
+
+    Args:
+        arguments ([`PretrainArguments`]): The configuration.
+        model ([`MomentumModel`]): Its config has the momenta. The config gets the one that suits the length of the
+            run, unless one was given.
+        steps_per_epoch (`int`): Optimizer steps of one epoch.
+    """
+
+    def __init__(self, arguments: PretrainArguments, model: MomentumModel, steps_per_epoch: int):
+        self.arguments = arguments
+        self.model = model
+        self.total_steps = arguments.max_steps
+        if self.total_steps <= 0:
+            self.total_steps = max(1, math.ceil(arguments.num_train_epochs * steps_per_epoch))
+        self.milestones = milestone_steps(arguments.lr_milestones, self.total_steps, steps_per_epoch)
+        if arguments.method == "aligndet" and arguments.preset == "suited":
+            if "base_momentum" not in arguments.aligndet_config:
+                model.config.base_momentum = suited_momentum(self.total_steps)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of the step after `step` others."""
+        return learning_rate(
+            step,
+            peak=self.arguments.learning_rate,
+            total_steps=self.total_steps,
+            schedule=self.arguments.lr_scheduler_type,
+            warmup_steps=self.arguments.warmup_steps,
+            milestones=self.milestones,
+        )
+
+    def momentum(self, step: int) -> float:
+        """The momentum of the update in that step."""
+        config, step = self.model.config, step + self.model.momentum_delay
+        return cosine_momentum(step, self.total_steps, config.base_momentum, config.end_momentum)
 
 
 def learning_rate(

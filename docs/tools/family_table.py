@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from aligndet_hf import AlignDetForPreTraining
 from aligndet_hf.detectors.families import family_of, num_queries
-from aligndet_hf.training.pretrain_setup import enable_gradient_checkpointing
+from aligndet_hf.training.pretrain_aligndet import enable_gradient_checkpointing
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from tiny_detectors import CONFIGS, random_batch, tiny_detector  # noqa: E402
