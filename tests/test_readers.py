@@ -1,8 +1,10 @@
 """Every layout of labelled images that people have reads as it is: the same images, boxes, names and splits."""
 
+import csv
 import json
 import logging
 import os
+import unicodedata
 from xml.sax.saxutils import quoteattr
 
 import datasets
@@ -374,6 +376,7 @@ def test_ids_of_every_type_are_kept(tmp_path, changes, image_ids, label_ids, own
         ({"annotations": None}, r"'annotations' must be a list, got None \(NoneType\)"),
         ({"images": [{"id": [1], "file_name": "a.png"}]}, r"entry 0 of 'images': an id .* got \[1\] of the type list"),
         ({"images": [{"id": True, "file_name": "a.png"}]}, "got True of the type bool"),
+        ({"annotations": annotation(image_id=True)}, r"annotation 9: no image has the id True \(bool\)"),
         ({"images": [{"id": 1, "file_name": None}]}, "image 1: 'file_name' must be a text, got None"),
         (
             {"images": [{"id": 1, "file_name": "a.png", "width": "40"}]},
@@ -385,6 +388,31 @@ def test_ids_of_every_type_are_kept(tmp_path, changes, image_ids, label_ids, own
 def test_wrong_types_are_named_with_place_and_value(tmp_path, changes, message):
     with pytest.raises(DataError, match=f"labels.json.*{message}"):
         load_dataset_source(small_coco(tmp_path, **changes), labels=True)
+
+
+@pytest.mark.parametrize("stored, named", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_accents_in_either_form_of_unicode(tmp_path, stored, named):
+    """An archive of macOS takes accents apart, its label file does not."""
+    stored, named = (unicodedata.normalize(form, "\u00e9.png") for form in (stored, named))
+    write_image(tmp_path / stored, (40, 30), 0)
+    path = small_coco(tmp_path, images=[{"id": 2, "file_name": named}])
+    assert load_dataset_source(path).with_format("arrow")[:]["image"][0]["path"].as_py() == str(tmp_path / stored)
+
+
+def test_a_name_with_other_capitals_is_told(tmp_path):
+    path = small_coco(tmp_path, images=[{"id": 1, "file_name": "b.png"}, {"id": 2, "file_name": "A.PNG"}])
+    with pytest.raises(DataError, match="image 2: there is no file .*A.PNG; 'a.png' is there: capitals count."):
+        load_dataset_source(path)
+
+
+def test_a_coco_file_without_annotations_has_no_labels(tmp_path):
+    path = small_coco(tmp_path)
+    content = json.loads(path.read_text())
+    del content["annotations"]
+    write_text(path, content)
+    assert len(load_dataset_source(path)) == 2
+    with pytest.raises(DataError, match="labels.json: no column 'objects'; .* The file has no list 'annotations'."):
+        category_names(load_dataset_source(path), path)
 
 
 def test_splits_that_disagree_about_a_category(tmp_path):
@@ -550,6 +578,39 @@ def test_spellings_of_objects(tmp_path, column, objects, names):
         assert [row["objects"]["category"] for row in dataset] == expected
         assert [row["objects"]["bbox"] for row in dataset] == BOXES
         assert validate_objects(dataset, category_names(dataset)).boxes == 3
+
+
+@pytest.mark.parametrize("labels", [[[2, 0], [], [1]], [["c", "a"], [], ["b"]]], ids=["numbers", "names"])
+@pytest.mark.parametrize("kind", ["saved", "metadata.jsonl", "metadata.csv"])
+def test_lists_beside_the_image_are_objects(tmp_path, kind, labels):
+    """Boxes and labels in columns of their own, beside an id and a text that are none of theirs."""
+    folder, columns = tmp_path / "data", {"bboxes": BOXES, "label": labels, "id": [7, 8, 9], "note": ["[a"] * 3}
+    if kind == "saved":
+        images = [PIL.Image.new("RGB", (40, 30))] * 3
+        datasets.Dataset.from_dict({"image": images} | columns).save_to_disk(folder)
+    else:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for number, row in enumerate(rows):
+            write_image(folder / f"{number}.png", (40, 30), number)
+            row["file_name"] = f"{number}.png"
+        if kind == "metadata.csv":
+            with open(folder / kind, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+        else:
+            write_text(folder / kind, "\n".join(map(json.dumps, rows)))
+    dataset = load_dataset_source(folder, labels=True)
+    assert [row["objects"]["bbox"] for row in dataset] == BOXES
+    assert [row["objects"]["category"] for row in dataset] == [[2, 0], [], [1]]
+    assert category_names(dataset) == (["a", "b", "c"] if labels[0] == ["c", "a"] else ["0", "1", "2"])
+
+
+def test_a_category_that_is_null_is_named(tmp_path):
+    rows = [{"bbox": [[1, 2, 3, 4]], "category": [0]}, {"bbox": [[1, 2, 3, 4]] * 2, "category": [1, None]}]
+    dataset = load_dataset_source(saved(tmp_path / "saved", train={"objects": rows}))
+    with pytest.raises(DataError, match="mine, row 1, column 'objects': a category is null, expected a number."):
+        category_names(dataset, "mine")
 
 
 def test_selected_rows_keep_their_objects(tmp_path):

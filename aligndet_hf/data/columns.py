@@ -117,7 +117,7 @@ def _nearest(name: str, candidates) -> str:
     """A hint for a name that is not there."""
     near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     found = ", ".join(f"'{candidate}'" for candidate in candidates) or "none"
-    return f"found {found}" + (f"; did you mean '{near[0]}'?" if near else "")
+    return f"found {found}" + (f"; did you mean '{near[0]}'?" if near else ".")
 
 
 def require_columns(dataset: datasets.Dataset, columns: list[str], source: str = "the data set") -> None:
@@ -129,10 +129,13 @@ def require_columns(dataset: datasets.Dataset, columns: list[str], source: str =
     """
     for column in columns:
         if column not in dataset.column_names:
+            labels = "Labels in a COCO file? Give that file instead of its folder."
+            if str(source).lower().endswith(".json"):
+                labels = "The file has no list 'annotations'."
             fix = {
                 "proposals": "Make it with `aligndet proposals`.",
                 "objects": "Labelled data needs it: a struct of lists with 'bbox' (absolute xywh) and 'category'. "
-                "Labels in a COCO file? Give that file instead of its folder.",
+                + labels,
             }.get(column, f"Rename the column that holds it: dataset.rename_column(old, '{column}').")
             raise DataError(f"{source}: no column '{column}'; {_nearest(column, dataset.column_names)} {fix}")
 

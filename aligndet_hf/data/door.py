@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +230,7 @@ def inside(root: str | Path, name: str, base: str | Path | None = None) -> Path:
         path = place
     else:
         name = name.replace("\\", "/")
-        path = os.path.join(base, name)
+        path = os.path.join(base, spelt_as_there(base, name))
     path = os.path.normpath(path)
     is_foreign = "://" in name or "\0" in name or re.match(r"[A-Za-z]:[/\\]", name)
     if is_foreign or not is_inside(path, root):
@@ -237,6 +238,18 @@ def inside(root: str | Path, name: str, base: str | Path | None = None) -> Path:
             f"the file name '{printable(name)}' leads out of {printable(root)}; expected a relative path inside it"
         )
     return Path(path)
+
+
+def spelt_as_there(folder: str | Path, name: str) -> str:
+    """
+    A file name as the folder has it, which may take its accents apart (NFD, as macOS does) or not (NFC).
+
+    Args:
+        folder (`str` or `Path`): Where the name starts from.
+        name (`str`): A path, with slashes. It comes back as it is if there is no such file in either form.
+    """
+    forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    return next((form for form in [name, *forms] if os.path.lexists(os.path.join(folder, form))), name)
 
 
 @dataclass

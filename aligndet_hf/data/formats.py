@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import datasets
+import numpy as np
 
 from ..objects import Given, as_source
 from . import door
@@ -126,7 +127,7 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
     the numbers themselves up to the largest one in use.
 
     Raises:
-        [`DataError`]: if there is no column `objects` with a field `category`, or no category in it.
+        [`DataError`]: if there is no column `objects` with a field `category`, no category in it, or one that is null.
     """
     require_columns(dataset, ["objects"], str(source))
     feature = dataset.features["objects"]
@@ -137,11 +138,17 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
         return category.feature.names
     names = read_labels(Path(source))
     if names is None:
-        used = [read_values(table["objects"], "category")[0] for _, table in arrow_batches(dataset, ["objects"])]
-        largest = max((int(values.max()) for values in used if len(values)), default=None)
-        if largest is None:
+        largest = []
+        for start, table in arrow_batches(dataset, ["objects"]):
+            values, counts = read_values(table["objects"], "category")
+            is_null = np.isnan(values.astype(np.float64))
+            if is_null.any():
+                row = start + np.repeat(np.arange(len(counts)), counts)[is_null][0]
+                raise DataError(f"{source}, row {row}, column 'objects': a category is null, expected a number.")
+            largest += [int(values.max())] if len(values) else []
+        if not largest:
             raise DataError(f"{source}: column 'objects', field 'category' is empty in all rows.")
-        names = [str(number) for number in range(largest + 1)]
+        names = [str(number) for number in range(max(largest) + 1)]
     return names
 
 

@@ -5,7 +5,7 @@ import logging
 import re
 from pathlib import Path
 
-from ..door import is_inside
+from ..door import is_inside, spelt_as_there
 from ..errors import DataError
 from .files import (
     inside,
@@ -152,7 +152,7 @@ def _key(value):
         return int(value)
     if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d*", value):
         return int(value)
-    return value if isinstance(value, (int, float, str)) else str(value)
+    return value if type(value) in (float, str) else str(value)
 
 
 def _own_id(value) -> int | str:
@@ -322,7 +322,7 @@ def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[s
     looked_at = [name.replace("\\", "/") for name in names[:_LOOKED_AT]]
     for place in places:
         is_near = is_inside(place, here) or is_inside(place, above)  # no link to elsewhere
-        if is_near and any(is_file(place / name) for name in looked_at):
+        if is_near and any(is_file(place / spelt_as_there(place, name)) for name in looked_at):
             return place, outer if place == here else place
     # A name that leads out is an error of its own; another one says where it was looked for.
     for name in names[:1]:

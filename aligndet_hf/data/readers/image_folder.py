@@ -154,8 +154,8 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _cell(name: str, value: str, where: str):
-    """A cell of a CSV file: objects are JSON, or what Python prints of a dictionary; sizes and ids are integers."""
-    if name in COLUMNS:
+    """A cell of a CSV file: objects and lists are JSON, or what Python prints; sizes and ids are integers."""
+    if name in COLUMNS or value.startswith("["):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
@@ -163,6 +163,8 @@ def _cell(name: str, value: str, where: str):
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+            if name not in COLUMNS:
+                return value
             raise DataError(f"{where}: '{name}' must be JSON, got {value[:80]!r}.") from error
     return int(value) if name in ("image_id", *_SIZES) and value.removeprefix("-").isdecimal() else value
 
@@ -176,8 +178,11 @@ def _read_row(path: Path, where: str, row, spelling: dict[str, str]) -> Labelled
     if type(row.get("width")) is int and type(row.get("height")) is int:
         image.width, image.height = row["width"], row["height"]
     column = next((column for column in COLUMNS if column in row), None)
+    at_top = {name: value for name, value in row.items() if isinstance(value, list)}
     if column is not None:
         image.objects = _read_objects(row[column], column, where, spelling)
+    elif {"bbox", "category"} <= set(find_spelling(at_top)):
+        image.objects = _read_objects(at_top, "the row", where, spelling)
     return image
 
 

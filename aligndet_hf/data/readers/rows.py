@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,12 +122,24 @@ def _images(images: list[LabelledImage], source: str) -> pa.Array:
     faults = inspect_images([pa.array(structs, datasets.Image.pa_type)], len(images)).faults
     lines = []
     for row, reason in faults.items():
-        is_there = os.path.lexists(images[row].path)
-        reason = reason if is_there else f"there is no file {door.printable(images[row].path)}."
+        if not os.path.lexists(images[row].path):
+            reason = f"there is no file {door.printable(images[row].path)}{_with_other_capitals(images[row].path)}."
         lines.append(f"{images[row].where}: {reason}")
     if len(lines) == 1:
         raise DataError(lines[0])
     raise DataError(f"{source}: {len(lines)} of {len(images)} images cannot be read:\n  {door.first(lines)}")
+
+
+def _with_other_capitals(path: Path) -> str:
+    """What to say of a file whose name differs in capitals only; file systems of Windows and macOS take it as well."""
+    names = _names_in_lower_case(path.parent)
+    near = names.get(path.name.lower())
+    return f"; '{door.printable(near)}' is there: capitals count" if near else ""
+
+
+@lru_cache(maxsize=1)
+def _names_in_lower_case(folder: Path) -> dict[str, str]:
+    return {name.lower(): name for name in os.listdir(folder)} if folder.is_dir() else {}
 
 
 def _add_ids(images: list[LabelledImage], features: dict, columns: dict) -> None:

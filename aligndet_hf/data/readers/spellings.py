@@ -83,7 +83,7 @@ def standard_objects(splits: dict[str, datasets.Dataset], source: str) -> dict[s
 def has_numbers_only(dataset: datasets.Dataset) -> bool:
     """Whether there are categories, in any spelling, without a list of their names."""
     column = next((name for name in COLUMNS if name in dataset.column_names), None)
-    feature = dataset.features.get(column)
+    feature = _lists_at_top(dataset) if column is None else dataset.features[column]
     fields = getattr(feature, "feature", feature)
     if not isinstance(fields, dict) or "category" not in find_spelling(fields):
         return False
@@ -93,7 +93,9 @@ def has_numbers_only(dataset: datasets.Dataset) -> bool:
 
 def _with_our_names(dataset: datasets.Dataset) -> datasets.Dataset:
     column = next((name for name in COLUMNS if name in dataset.column_names), None)
-    feature = dataset.features.get(column)
+    if column is None:
+        return _with_lists_joined(dataset)
+    feature = dataset.features[column]
     as_structs = isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(feature.feature, dict)
     fields = feature.feature if as_structs else feature
     if not isinstance(fields, dict):
@@ -117,6 +119,27 @@ def _with_our_names(dataset: datasets.Dataset) -> datasets.Dataset:
     return _replaced(dataset, column, array, feature)
 
 
+def _lists_at_top(dataset: datasets.Dataset) -> dict:
+    """The columns of lists that are fields of objects, `boxes` and `labels` beside `image`; `{}` unless both are."""
+    spelling = find_spelling(
+        name for name, feature in dataset.features.items() if isinstance(feature, (datasets.List, datasets.LargeList))
+    )
+    return (
+        {spelt: dataset.features[spelt] for spelt in spelling.values()}
+        if {"bbox", "category"} <= set(spelling)
+        else {}
+    )
+
+
+def _with_lists_joined(dataset: datasets.Dataset) -> datasets.Dataset:
+    fields = _lists_at_top(dataset)
+    if not fields:
+        return dataset
+    own = {spelt: name for name, spelt in find_spelling(fields).items()}
+    array = pa.StructArray.from_arrays([_column_of(dataset, spelt) for spelt in own], names=list(own.values()))
+    return _replaced(dataset, list(own), array, {name: fields[spelt] for spelt, name in own.items()})
+
+
 def _column_of(dataset: datasets.Dataset, column: str) -> pa.Array:
     values = dataset.select_columns([column]).with_format("arrow")[:][column]
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
@@ -128,7 +151,7 @@ def _offsets(lists: pa.Array) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
 
 
-def _replaced(dataset: datasets.Dataset, column: str, array: pa.Array, feature: dict) -> datasets.Dataset:
+def _replaced(dataset: datasets.Dataset, column: str | list[str], array: pa.Array, feature: dict) -> datasets.Dataset:
     array = array.cast(datasets.Features(objects=feature).arrow_schema.field("objects").type)
     return dataset.remove_columns(column).add_column("objects", array, feature=feature)
 
