@@ -11,7 +11,7 @@ demo: $(READY)  ## the whole journey on generated images, in minutes: writes dem
 	$(PYTHON) scripts/demo.py
 
 test: $(READY)  ## the test suite; TESTS="tests/test_cli.py -k help" runs a part
-	$(PYTHON) -m pytest -n auto --dist loadfile $(TESTS)
+	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 bench: $(READY)  ## the claims about speed, in a quarter of an hour on a CPU: writes benchmarks/results/
 	for name in contrastive criterion ema views step; do $(PYTHON) benchmarks/$$name.py || exit 1; done

@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
+import re
 import signal
 
 import datasets
@@ -18,6 +20,35 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 torch.set_num_threads(1)
+
+re._MAXCACHE = 10_000  # transformers compiles some hundred patterns whenever it loads or saves a model
+
+
+# A worker that gets one of these last is alone in the end.
+LONG = (
+    "finetune",
+    "modeling",
+    "pretrain",
+    "interrupt",
+    "distributed",
+    "compare",
+    "hub",
+    "readme",
+    "generate",
+    "export",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first."""
+    names = [f"test_{name}" for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays: the collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,11 @@
 
 import base64
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import datasets
+import forks
 import numpy as np
 import PIL.Image
 import pytest
@@ -201,33 +199,31 @@ print(repr(float(((pixels * processor.image_std + processor.image_mean) / proces
 """
 
 
-def run_card(folder, path, tmp_path, change=lambda code: code):
-    """Runs the lines of a card on a file, and prints the mean pixel that the detector sees, without the package."""
+def lines_of_card(folder, path) -> str:
+    """The lines of a card, for a file, which then print the mean pixel that the detector sees."""
     (code,) = re.findall(
         r"```python\n(from transformers import pipeline.*?)```", (folder / "README.md").read_text(), re.S
     )
     assert "7000 to 9040 become 0 to 255" in code
-    code = re.sub(r'model="[^"]*"', f'model="{folder}"', code).replace("image.png", str(path))
-    code = "import sys\nsys.modules['aligndet_hf'] = None\n" + change(code) + SEEN.format(path=path)
-    environment = os.environ | {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    return re.sub(r'model="[^"]*"', f'model="{folder}"', code).replace("image.png", str(path)) + SEEN.format(path=path)
 
 
 def test_the_pipeline_sees_what_training_saw_without_this_package(run, tmp_path):
     path = run / "data" / "validation" / "0.png"
-    done = run_card(run / "finetuned", path, tmp_path)
-    assert done.returncode == 0, done.stderr
+    printed = forks.run_alone(lines_of_card(run / "finetuned", path), folder=tmp_path)
     dataset = load_dataset_source(run / "data", "validation")
     record_pixel_window(dataset, (LOW, HIGH))
     images = LabelledImages(dataset, ViewConfig([48], flip_probability=0, color=False))
     seen = images[SampleKey(0, 0, 0)]["image"].float().mean().item()
-    assert abs(float(done.stdout.splitlines()[-1]) - seen) < 1 and 100 < seen < 160
+    assert abs(float(printed.splitlines()[-1]) - seen) < 1 and 100 < seen < 160
 
 
 def test_the_pipeline_that_would_cut_the_levels_is_refused(run, tmp_path):
     path = run / "data" / "validation" / "0.png"
-    done = run_card(run / "finetuned", path, tmp_path, lambda code: code.replace(", trust_remote_code=True", ""))
-    assert done.returncode == 1 and "trust_remote_code=True" in done.stderr.splitlines()[-1]
+    code = lines_of_card(run / "finetuned", path).replace(", trust_remote_code=True", "")
+    with pytest.raises(AssertionError) as error:
+        forks.run_alone(code, folder=tmp_path)
+    assert "trust_remote_code=True" in str(error.value).splitlines()[-1]
 
 
 @pytest.mark.parametrize("kind", ["file", "image", "base64", "array of 32 bits", "floating point"])

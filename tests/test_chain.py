@@ -1,14 +1,13 @@
 """`aligndet chain`: real stages on small data, resuming, and what is refused before anything runs."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import yaml
@@ -169,24 +168,23 @@ def test_assignments_reach_into_mappings_and_keep_types():
         ChainArguments(output_dir="out")
 
 
+def run_command(argv):
+    sys.exit(cli.main(argv))
+
+
 def test_an_interrupted_chain_goes_on_where_it_was(argv, proposal_folder, detector_folders, tmp_path, capsys):
     """In processes of their own, as users run it: the stage saves, and the same command resumes it."""
     argv += [f"start={detector_folders('rt_detr')}", f"proposals.dataset={proposal_folder}"]
     argv += ["pretrain.max_steps=20", "pretrain.logging_steps=1", "--skip", "proposals", "direct", "finetune"]
     log, console = tmp_path / "out" / "pretrain" / "log.jsonl", tmp_path / "console"
-    with open(console, "w") as output:
-        chain = subprocess.Popen(
-            [sys.executable, "-m", "aligndet_hf", *(word for word in argv if word != "--in_this_process")],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=output,
-            stderr=output,
-        )
-    until = time.monotonic() + 1200
+    words = [word for word in argv if word != "--in_this_process"]
+    chain = forks.start(run_command, words, console=console, environment={"PYTHONPATH": str(ROOT)})
     while not log.exists() or not log.read_text():
-        assert chain.poll() is None and time.monotonic() < until, console.read_text()
+        assert chain.is_alive(), console.read_text()
         time.sleep(0.05)
-    chain.send_signal(signal.SIGTERM)
-    assert chain.wait() == 128 + signal.SIGTERM
+    chain.terminate()
+    chain.join()
+    assert chain.exitcode == 128 + signal.SIGTERM
     said = console.read_text()
     assert "SIGTERM: stopped after step" in said and "same command again to go on" in said and "Traceback" not in said
     assert not (tmp_path / "out" / "pretrain.json").exists()

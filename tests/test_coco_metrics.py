@@ -3,14 +3,14 @@
 import contextlib
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
+import forks
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -337,38 +337,28 @@ def test_wrong_ground_truth_is_refused(change, message):
         CocoMetrics({**TRUTH, **change})
 
 
-PROCESS = """
-import json, pathlib, sys
-sys.path[:0] = {paths!r}
-from accelerate import PartialState
-from test_coco_metrics import CocoMetrics, random_case
-
-state = PartialState(cpu=True)
-truth, predictions = random_case(11, images=7, categories=3, detections=12)
-ids = list(predictions)
-ids = ids + ids[: len(ids) % 2]  # an odd number: the first image comes twice
-metrics = CocoMetrics(truth)
-for image_id in ids[state.process_index :: 2]:
-    metrics.update([predictions[image_id]], [image_id])
-assert len(metrics.predictions) < len(predictions)
-metrics.gather()
-results = metrics.compute()
-pathlib.Path(f"{{__file__}}.{{state.process_index}}").write_text(json.dumps([state.num_processes, results]))
-state.destroy_process_group()
-"""
+def measure_a_part(folder: Path) -> None:
+    state = PartialState(cpu=True)
+    truth, predictions = random_case(11, images=7, categories=3, detections=12)
+    ids = list(predictions)
+    ids = ids + ids[: len(ids) % 2]  # an odd number: the first image comes twice
+    metrics = CocoMetrics(truth)
+    for image_id in ids[state.process_index :: 2]:
+        metrics.update([predictions[image_id]], [image_id])
+    assert len(metrics.predictions) < len(predictions)
+    metrics.gather()
+    results = metrics.compute()
+    (folder / f"{state.process_index}.json").write_text(json.dumps([state.num_processes, results]))
+    state.destroy_process_group()
 
 
 def test_two_processes_gather_the_result_of_one(tmp_path):
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS.format(paths=sys.path[:1] + [str(Path(__file__).parent)]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    forks.run_ranks(2, measure_a_part, tmp_path, folder=tmp_path)
     truth, predictions = random_case(11, images=7, categories=3, detections=12)
     expected = measured(truth, predictions)
     assert 0.05 < expected["AP"] < 0.95
     for rank in range(2):
-        assert json.loads(Path(f"{script}.{rank}").read_text()) == [2, expected]
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [2, expected]
 
 
 def test_gather_alone_changes_nothing():

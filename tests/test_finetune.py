@@ -6,10 +6,9 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import timm
 import torch
@@ -248,16 +247,18 @@ def test_an_interrupted_run_ends_bit_identical_in_a_fresh_process(folder, tmp_pa
     # Loading in another process changes nothing either.
     flags = changes | {"dataloader_num_workers": 1}
     settings = {**_given(arguments_for(folder, tmp_path / "parts")), **flags}
-    code = "import json, sys; from aligndet_hf.commands.finetune import *; "
-    code += "finetune(FinetuneArguments(**json.loads(sys.argv[1])))"
-    run = subprocess.run([sys.executable, "-c", code, json.dumps(settings)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    forks.run(finetune_with, settings, console=tmp_path / "console.txt")
 
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
     assert json.loads((tmp_path / "parts" / "results.json").read_text())["metrics"] == whole.metrics
     start = weights_of(folder / "detector")
     moved = [name for name, tensor in weights_of(tmp_path / "whole").items() if not torch.equal(tensor, start[name])]
     assert len(moved) > 50
+
+
+def finetune_with(settings: dict) -> None:
+    torch.set_num_threads(1)
+    finetune(FinetuneArguments(**settings))
 
 
 def _given(arguments: FinetuneArguments) -> dict:
@@ -730,17 +731,16 @@ def measure_and_train(output_dir: Path, batch_size: int) -> dict:
     }
 
 
+def one_of_two(folder: Path) -> None:
+    torch.set_num_threads(1)
+    result = measure_and_train(folder, 2)
+    if torch.distributed.get_rank() == 0:
+        torch.save(result, folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
 def test_two_processes_do_what_one_does(tmp_path):
-    code = (
-        "import sys; from pathlib import Path; import torch; sys.path.insert(0, sys.argv[1]); import test_finetune; "
-    )
-    code += "result = test_finetune.measure_and_train(Path(sys.argv[2]), 2); "
-    code += "torch.distributed.get_rank() or torch.save(result, Path(sys.argv[2]) / 'result.pt')"
-    (tmp_path / "two.py").write_text(code)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(tmp_path / "two.py"), str(Path(__file__).parent), str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    forks.run_ranks(2, one_of_two, tmp_path, folder=tmp_path)
     two = torch.load(tmp_path / "result.pt", weights_only=True)
     one = measure_and_train(tmp_path, 4)
 

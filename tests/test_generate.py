@@ -5,13 +5,13 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
 from pathlib import Path
 
 import datasets
+import forks
 import numpy as np
 import PIL.Image
 import pytest
@@ -386,29 +386,26 @@ def test_two_at_the_same_time_one_is_refused(tmp_path, counted, monkeypatch):
     assert len(counted) == 3 and sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
 
 
+def in_a_session(argv):
+    os.setsid()
+    sys.exit(cli.main(argv))
+
+
 def test_killed_twice_and_started_again(tmp_path, counted):
     """kill -9 of the command with two workers: they end too, finished shards stay, the result is the same."""
     write_images(tmp_path / "images", 40)
     run = arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100)
     names = ["dataset", "output_dir", "source", "mode", "short_side", "shard_size"]
     flags = [f"--{name}={getattr(run, name)}" for name in names]
-    command = [sys.executable, "-m", "aligndet_hf", "proposals", *flags]
     work, finished = tmp_path / "out.partial", {}
     for kill, workers in ((1, 2), (2, 0)):
-        process = subprocess.Popen(
-            [*command, f"--num_workers={workers}"],
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
-        )
-        deadline = time.monotonic() + 1200
-        while (
-            len(list(work.glob("train-0*.arrow"))) < 3 * kill
-            and process.poll() is None
-            and time.monotonic() < deadline
-        ):
+        argv = ["proposals", *flags, f"--num_workers={workers}"]
+        process = forks.start(in_a_session, argv, console=tmp_path / "console.txt")
+        while len(list(work.glob("train-0*.arrow"))) < 3 * kill and process.is_alive():
             time.sleep(0.01)
         process.kill()
-        process.wait()
+        process.join()
+        deadline = time.monotonic() + 1200
         while time.monotonic() < deadline:
             try:
                 os.killpg(process.pid, 0)

@@ -1,12 +1,10 @@
 """Several processes of a launcher: who does what, and what the others learn of it."""
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
+import forks
 import numpy as np
 import PIL.Image
 import pytest
@@ -15,27 +13,23 @@ from aligndet_hf.commands import proposals as generate
 from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
 from aligndet_hf.data.launch import Launch
 
-SCRIPT = """
-import os, sys
-from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
-from aligndet_hf.data.launch import Launch
 
 def fail():
     raise ValueError(f"only rank {os.environ['RANK']} does it")
 
-with Launch() as launch:
-    print("main:", launch.on_main(lambda: int(os.environ["RANK"])), launch.rank, launch.is_main)
-    try:
-        launch.on_main(fail)
-    except ValueError as error:
-        print("raised:", error)
-    launch.wait()
-    for arguments in (sys.argv[1:3], sys.argv[1:3]):
-        found = generate_proposals(ProposalsArguments(
-            dataset=arguments[0], output_dir=arguments[1], preset="tiny", shard_size=2, num_workers=0
-        ))
-        print("rows:", len(found))
-"""
+
+def one_of_two(images: Path, output: Path) -> None:
+    with Launch() as launch:
+        print("main:", launch.on_main(lambda: int(os.environ["RANK"])), launch.rank, launch.is_main)
+        try:
+            launch.on_main(fail)
+        except ValueError as error:
+            print("raised:", error)
+        launch.wait()
+        fields = {"preset": "tiny", "shard_size": 2, "num_workers": 0}
+        for _ in range(2):
+            found = generate_proposals(ProposalsArguments(dataset=str(images), output_dir=str(output), **fields))
+            print("rows:", len(found))
 
 
 @pytest.fixture
@@ -61,30 +55,8 @@ def test_alone_the_main_process_is_this_one(monkeypatch):
 
 
 def test_two_processes_share_the_work(images, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(images), str(tmp_path / "out")],
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=1200) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    for rank, (output, _) in enumerate(outputs):
+    outputs = forks.run_ranks(2, one_of_two, images, tmp_path / "out", folder=tmp_path)
+    for rank, output in enumerate(outputs):
         assert f"main: 0 {rank} {rank == 0}" in output and "raised: only rank 0 does it" in output
         assert output.count("rows: 8") == 2
         assert ("Saved to" in output, "Nothing to do" in output) == (rank == 0, rank == 0)  # only the main one talks

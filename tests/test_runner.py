@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -54,10 +55,11 @@ def order(tmp_path) -> list[str]:
 def test_stages_run_after_those_they_need_and_only_once(make, tmp_path):
     first = make("first")
     stages = [first, make("second", [first])]
-    ended = []
+    ended, start = [], time.perf_counter()
     assert run_stages(stages, on_end=lambda stage, failure: ended.append((stage.name, failure))) == {}
     assert order(tmp_path) == ["first", "second"] and ended == [("first", None), ("second", None)]
-    assert record_of(first)["settings"] == first.settings and record_of(first)["seconds"] < 30
+    assert record_of(first)["settings"] == first.settings
+    assert 0 < record_of(first)["seconds"] < time.perf_counter() - start + 0.1  # which is rounded
     assert run_stages(stages) == {} and order(tmp_path) == ["first", "second"]
 
     first.settings["seconds"] = 0.1  # other settings: its command has to say whether that matters
