@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
 HOUSE = [
     {"boxes", "convnets", "files", "flags", "recipes", "ranges"},
     {"cards", "objects", "parser", "runs"},
-    {"hub", "losses", "matching", "momentum", "processes"},
+    {"hub", "box_losses", "losses", "matching", "momentum", "processes"},
     {"proposals"},
     {"data"},
     {"detectors"},

@@ -18,6 +18,7 @@ from ..files import write_json
 from ..objects import as_source, copy_of
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
+from .class_losses import CLASS_LOSSES
 from .families import FAMILIES, Family, family_of
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     detector = AutoModelForObjectDetection.from_config(config)
     family = family_of(config)
     is_class_head, is_last_box_layer = re.compile(family.class_heads).match, re.compile(family.last_box_layers).match
-    has_prior = family.losses(config).class_loss in ("focal", "iou_aware")
+    has_prior = CLASS_LOSSES[family.losses(config).class_loss].has_prior
     of_backbone = set(get_backbone(detector).modules())
     for name, module in detector.named_modules():
         if module in of_backbone:

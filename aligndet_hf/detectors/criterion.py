@@ -11,44 +11,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..boxes import cxcywh_to_xyxy, iou_and_giou
-from ..losses import (
-    box_losses,
-    edge_bins,
-    fine_grained_localization_loss,
-    focal_class_loss,
-    iou_aware_class_loss,
-    localization_distillation,
-    matchability_class_loss,
-    softmax_class_loss,
-    varifocal_class_loss,
-)
-from ..matching import Matching, start_matching
+from ..box_losses import box_losses, edge_bins, fine_grained_localization_loss, localization_distillation
+from ..matching import Matching
 from ..processes import mean_over_processes
-from .families import LossSettings, family_of, num_groups, require_trainable
+from .class_losses import CLASS_LOSSES
+from .families import LossSettings, family_of, require_trainable
+from .loss_inputs import Edges, LossInputs, Predictions, Supervised
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.utils import ModelOutput
 
 # Added to every normaliser by mmdetection (float32 machine epsilon): the recorded values depend on it.
 NORMALIZER_EPSILON = 1.1920929e-07
 NUM_COUNTS = 4
-# A query whose box overlaps an ignored one by this much is not taught that it sees background.
-IGNORED_IOU = 0.5
-
-CLASS_TERMS = {
-    "softmax": "loss_ce",
-    "focal": "loss_ce",
-    "iou_aware": "loss_ce",
-    "varifocal": "loss_vfl",
-    "matchability": "loss_mal",
-}
 
 
 def use_correct_loss(detector: PreTrainedModel, loss_function: Callable[..., Any] | None = None) -> PreTrainedModel:
@@ -136,7 +117,7 @@ def detection_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]
     Returns:
         `tuple`: the scalar loss, its named terms, and the predictions of the auxiliary layers (`None` without them).
     """
-    predictions = _Predictions(*args, **kwargs)
+    predictions = Predictions(LossInputs.of(*args, **kwargs))
     loss, terms = _losses(predictions, predictions.start_matching()())
     return loss, terms, predictions.auxiliary_outputs()
 
@@ -161,7 +142,7 @@ def loss_and_matching(
         `tuple`: the scalar loss, its named terms, and the [`~aligndet_hf.matching.Matching`] of the
         contrasted decoder layers.
     """
-    predictions = _Predictions(*args, **kwargs)
+    predictions = Predictions(LossInputs.of(*args, **kwargs))
     matching = predictions.start_matching()()
     if not classes:
         predictions.settings = replace(predictions.settings, class_weight=0.0)
@@ -181,279 +162,12 @@ def matching_only(*args: Any, **kwargs: Any) -> tuple[None, None, Callable[[], M
         `tuple`: two `None`, and a function without arguments that waits for the
         [`~aligndet_hf.matching.Matching`] of the contrasted decoder layers and returns it.
     """
-    predictions = _Predictions(*args, **kwargs)
+    predictions = Predictions(LossInputs.of(*args, **kwargs))
     return None, None, predictions.start_matching(predictions.contrasted)
 
 
-class _Edges(NamedTuple):
-    """
-    D-FINE's edge distributions of the first sets: `logits` `[sets, images, queries, 4, bins]`, the boxes they are
-    offset from, and the distributions and best class scores of the last layer, which the others learn from.
-    """
-
-    logits: Tensor
-    references: Tensor
-    teacher: Tensor
-    teacher_scores: Tensor
-
-
-class _Sets(NamedTuple):
-    """
-    Predictions of the same queries by several layers: `logits` `[sets, images, queries, classes]`, `boxes`
-    `[sets, images, queries, 4]`, and what transformers appends to the names of every set's terms in `loss_dict`.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    suffixes: list[str]
-    edges: _Edges | None = None
-
-
-class _Supervised(NamedTuple):
-    """Sets and their targets: `classes` of all boxes, who learns which class and which box, and the normalisers."""
-
-    sets: _Sets
-    classes: Tensor
-    class_matching: Matching
-    box_matching: Matching
-    num_boxes: int
-    num_box_pairs: int
-    box_weights: Tensor | None = None
-    query_weights: Tensor | None = None
-
-
-class _Predictions:
-    """
-    What a detector passes to its loss, in one layout.
-
-    `detections` holds the decoder layers and, after them, the encoder's proposals where the family trains them;
-    `denoising` the decoder layers' denoising queries; `tokens` the proposals of every encoder token.
-    """
-
-    def __init__(
-        self,
-        logits: Tensor,
-        labels: list[dict[str, Tensor]],
-        device: torch.device,
-        pred_boxes: Tensor,
-        config: PreTrainedConfig,
-        outputs_class: Tensor | None = None,
-        outputs_coord: Tensor | None = None,
-        enc_outputs_class: Tensor | None = None,
-        enc_outputs_coord: Tensor | None = None,
-        enc_topk_logits: Tensor | None = None,
-        enc_topk_bboxes: Tensor | None = None,
-        denoising_meta_values: dict[str, Any] | None = None,
-        predicted_corners: Tensor | None = None,
-        initial_reference_points: Tensor | None = None,
-        token_logits: Tensor | None = None,
-        token_boxes: Tensor | None = None,
-        **unused: Any,
-    ):
-        family = family_of(config)
-        self.settings: LossSettings = family.losses(config)
-        self.labels = labels
-        self.classes = torch.cat([label["class_labels"] for label in labels])
-        self.box_weights = _box_weights(labels)
-        self.denoising_meta = denoising_meta_values
-        split = None if denoising_meta_values is None else denoising_meta_values["dn_num_split"]
-
-        def halves(tensor: Tensor | None, layer_dim: int) -> tuple[Tensor | None, Tensor | None]:
-            """Denoising and real queries of a tensor, layers first."""
-            if tensor is None:
-                return None, None
-            tensor = _at_least_float32(tensor.movedim(layer_dim, 0))
-            return (None, tensor) if split is None else tensor.split(split, dim=2)
-
-        def as_boxes(tensor: Tensor | None) -> Tensor | None:
-            return tensor.clamp(0, 1) if self.settings.clamp_boxes and tensor is not None else tensor
-
-        _, last_logits = halves(logits[None], 0)
-        _, last_boxes = halves(as_boxes(pred_boxes)[None], 0)
-        self.target_boxes = torch.cat([label["boxes"] for label in labels]).to(last_boxes.dtype)
-        parts, suffixes = [(last_logits, last_boxes)], [""]
-        edges = self.denoising = None
-        if config.auxiliary_loss:
-            dn_logits, layer_logits = halves(outputs_class, family.layer_dim)
-            dn_boxes, layer_boxes = halves(as_boxes(outputs_coord), family.layer_dim)
-            dn_edges, layer_edges = halves(predicted_corners, family.layer_dim)
-            dn_references, references = halves(initial_reference_points, family.layer_dim)
-            # D-FINE has one more layer of predictions than of edge distributions; transformers pairs them from the
-            # first on and leaves out those left over.
-            layers = len(layer_logits if layer_edges is None else layer_edges)
-            if layers > 1:
-                # The last layer is the detector's own output: some decoders give it one more norm than the others.
-                parts.insert(0, (layer_logits[: layers - 1], layer_boxes[: layers - 1]))
-                suffixes = [self.settings.auxiliary_suffix.format(layer) for layer in range(layers - 1)] + [""]
-                edges = _edges(layer_edges, references, layer_logits, layers - 1)
-            if split is not None:
-                self.denoising = _Sets(
-                    dn_logits[:layers],
-                    dn_boxes[:layers],
-                    [f"_dn_{layer}" for layer in range(layers)],
-                    _edges(dn_edges, dn_references, dn_logits, layers),
-                )
-        self.num_layers = len(suffixes)
-        if config.auxiliary_loss and enc_topk_logits is not None:
-            parts.append(
-                (_at_least_float32(enc_topk_logits)[None], as_boxes(_at_least_float32(enc_topk_bboxes))[None])
-            )
-            suffixes.append(self.settings.auxiliary_suffix.format(self.num_layers - 1))
-        if enc_outputs_class is not None:
-            parts.append((_at_least_float32(enc_outputs_class)[None], _at_least_float32(enc_outputs_coord)[None]))
-            suffixes.append("_enc")
-        self.detections = _Sets(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), suffixes, edges)
-        self.contrasted = slice(self.num_layers - 1 if family.contrasts == "last" else 0, self.num_layers)
-        self.num_groups = num_groups(config, self.detections.logits.shape[2])
-        self.tokens = None
-        if token_logits is not None:
-            self.tokens = _Sets(_at_least_float32(token_logits)[None], _at_least_float32(token_boxes)[None], ["_enc"])
-
-    def start_matching(self, sets: slice = slice(None)) -> Callable[[], Matching]:
-        """
-        Hungarian matching of some of the `detections`, by default of all; group by group where there are groups. See
-        [`~aligndet_hf.matching.start_matching`].
-        """
-        groups, images = self.num_groups, len(self.labels)
-        finish = self._start_matching(
-            *(
-                tensor[sets].unflatten(2, (groups, -1)).transpose(1, 2).flatten(1, 2)
-                for tensor in (self.detections.logits, self.detections.boxes)
-            ),
-            [label["class_labels"] for label in self.labels] * groups,
-            [label["boxes"] for label in self.labels] * groups,
-        )
-        if groups == 1:
-            return finish
-        queries = self.detections.logits.shape[2] // groups
-
-        def ungrouped() -> Matching:
-            layer, image, query, target = finish()
-            query = query + image // images * queries
-            return Matching(layer, image % images, query, target % max(len(self.classes), 1))
-
-        return ungrouped
-
-    def _start_matching(
-        self, logits: Tensor, boxes: Tensor, classes: list[Tensor], target_boxes: list[Tensor]
-    ) -> Callable[[], Matching]:
-        settings = self.settings
-        return start_matching(
-            logits.detach(),
-            boxes.detach(),
-            classes,
-            target_boxes,
-            class_cost=settings.class_cost,
-            bbox_cost=settings.bbox_cost,
-            giou_cost=settings.giou_cost,
-            class_activation=settings.class_activation,
-            alpha=settings.match_alpha,
-            gamma=settings.match_gamma,
-        )
-
-    def _target_rows(self) -> tuple[Tensor, ...]:
-        """The rows of every image's boxes among those of the batch."""
-        sizes = [len(label["class_labels"]) for label in self.labels]
-        return torch.arange(sum(sizes), device=self.classes.device).split(sizes)
-
-    def supervised(self, matching: Matching) -> list[_Supervised]:
-        """All sets with their targets; `matching` is that of the `detections`, on the CPU."""
-        device, num_boxes, num_sets = self.classes.device, len(self.classes), len(self.detections.logits)
-        boxes = num_boxes * self.num_groups
-        united = _united(matching, len(self.labels), num_sets) if self.settings.dense_matching else None
-        pairs = matching = matching.to(device)
-        num_pairs = boxes
-        if united is not None:
-            pairs, num_pairs = united.to(device), len(united.layer) // num_sets
-        groups = [_Supervised(self.detections, self.classes, matching, pairs, boxes, num_pairs)]
-        if self.denoising is not None:
-            matching, boxes = self._denoising_matching(), num_boxes * self.denoising_meta["dn_num_group"]
-            groups.append(_Supervised(self.denoising, self.classes, matching, matching, boxes, boxes))
-        if self.tokens is not None:
-            # Tokens only tell objects from background, by the score of class 0.
-            classes = torch.zeros_like(self.classes)
-            labels = [label["class_labels"] * 0 for label in self.labels]
-            matching = self._start_matching(*self.tokens[:2], labels, [label["boxes"] for label in self.labels])()
-            matching = matching.to(device)
-            groups.append(_Supervised(self.tokens, classes, matching, matching, num_boxes, num_boxes))
-        if self.box_weights is not None:
-            groups = [group._replace(**self._weights(group)) for group in groups]
-        return groups
-
-    def _weights(self, group: _Supervised) -> dict[str, Tensor]:
-        """
-        The weights of the boxes, and those of the queries' class losses `[sets, images, queries]`: a matched query has
-        the weight of its box, and an unmatched one that lies on an ignored box has none. It is not background.
-        """
-        weights = group.sets.logits.new_ones(group.sets.logits.shape[:3])
-        for image, label in enumerate(self.labels):
-            ignored = label.get("ignored_boxes")
-            if ignored is not None and len(ignored):
-                found = cxcywh_to_xyxy(group.sets.boxes[:, image].detach().unsqueeze(2))
-                iou, _ = iou_and_giou(found, cxcywh_to_xyxy(ignored.to(found.dtype)))
-                weights[:, image] = (iou.amax(2) < IGNORED_IOU).to(weights.dtype)
-        matching, boxes = group.class_matching, self.box_weights.to(weights.dtype)
-        weights[matching.queries] = boxes[matching.target]
-        return {"box_weights": boxes, "query_weights": weights}
-
-    def _denoising_matching(self) -> Matching:
-        """The boxes that the positive denoising queries were made from; the same in every layer."""
-        num_groups, queries = self.denoising_meta["dn_num_group"], self.denoising_meta["dn_positive_idx"]
-        image = torch.cat([torch.full_like(query, i) for i, query in enumerate(queries)])
-        target = torch.cat([rows.tile(num_groups) for rows in self._target_rows()])
-        return _in_every_layer(image, torch.cat(queries), target, len(self.denoising.logits))
-
-    def auxiliary_outputs(self) -> list[dict[str, Tensor]] | None:
-        """The sets that transformers returns beside the last decoder layer."""
-        outputs = [
-            {"logits": logits, "pred_boxes": boxes}
-            for logits, boxes, suffix in zip(*self.detections[:3], strict=True)
-            if suffix not in ("", "_enc")
-        ]
-        return outputs or None
-
-
-def _box_weights(labels: list[dict[str, Tensor]]) -> Tensor | None:
-    """The weights of all boxes, or `None` if no label has any, and nothing is to be ignored."""
-    if not any("weights" in label or "ignored_boxes" in label for label in labels):
-        return None
-    return torch.cat([label.get("weights", torch.ones_like(label["boxes"][:, 0])) for label in labels])
-
-
-def _edges(logits: Tensor | None, references: Tensor | None, class_logits: Tensor, num_sets: int) -> _Edges | None:
-    if logits is None:
-        return None
-    logits = logits.unflatten(-1, (4, -1))
-    scores = class_logits[-1].detach().sigmoid().amax(-1)
-    return _Edges(logits[:num_sets], references[:num_sets].detach(), logits[-1].detach(), scores)
-
-
-def _in_every_layer(image: Tensor, query: Tensor, target: Tensor, num_layers: int) -> Matching:
-    layer = torch.arange(num_layers, device=query.device).repeat_interleave(len(query))
-    return Matching(layer, *(index.repeat(num_layers) for index in (image, query, target)))
-
-
-def _united(matching: Matching, num_images: int, num_layers: int) -> Matching:
-    """
-    One matching for all layers out of theirs: every query that some layer matches keeps its most frequent target.
-
-    DEIM's dense matching: a target may have several queries. Ties are broken as in transformers, by the order of an
-    unstable sort, so that the losses are equal.
-    """
-    pairs = torch.stack([matching.query, matching.target], 1)
-    images, kept = [], []
-    for image in range(num_images):
-        distinct, votes = torch.unique(pairs[matching.image == image], dim=0, return_counts=True)
-        distinct = distinct[votes.argsort(descending=True)]
-        distinct = distinct[distinct[:, 0].argsort(stable=True)]
-        is_first = distinct[:, 0].diff(prepend=distinct.new_full((1,), -1)) != 0
-        kept.append(distinct[is_first])
-        images.append(torch.full_like(kept[-1][:, 0], image))
-    return _in_every_layer(torch.cat(images), *torch.cat(kept).unbind(1), num_layers)
-
-
 def _losses(
-    predictions: _Predictions, matching: Matching, normalize_class_loss_by: str = "weights"
+    predictions: Predictions, matching: Matching, normalize_class_loss_by: str = "weights"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The total loss and its terms, every term named and weighted in the report as transformers does."""
     settings = predictions.settings
@@ -465,9 +179,9 @@ def _losses(
     means = mean_over_processes(torch.cat([*normalizers, missing]))
     normalizers = means.split([len(vector) for vector in normalizers] + [len(missing)])[: len(sums)]
 
-    class_term = CLASS_TERMS[settings.class_loss]
+    class_loss = CLASS_LOSSES[settings.class_loss]
     weights = {
-        class_term: settings.class_weight,
+        class_loss.term: settings.class_weight,
         "loss_bbox": settings.bbox_weight,
         "loss_giou": settings.giou_weight,
         "loss_fgl": settings.fgl_weight,
@@ -480,9 +194,9 @@ def _losses(
             normalizer[NUM_COUNTS:],
         )
         num_boxes, num_pairs = (count.clamp(min=1) + NORMALIZER_EPSILON for count in (num_boxes, num_pairs))
-        by_weights = settings.class_loss == "softmax" and normalize_class_loss_by == "weights"
+        by_weights = class_loss.has_background and normalize_class_loss_by == "weights"
         values = {
-            class_term: group_sums["class"] / (class_weights + NORMALIZER_EPSILON if by_weights else num_boxes),
+            class_loss.term: group_sums["class"] / (class_weights + NORMALIZER_EPSILON if by_weights else num_boxes),
             "loss_bbox": group_sums["l1"] / num_pairs,
             "loss_giou": group_sums["giou"] / num_pairs,
         }
@@ -506,7 +220,7 @@ def _losses(
     return total, terms
 
 
-def _sums(settings: LossSettings, group: _Supervised, target_boxes: Tensor) -> dict[str, Tensor]:
+def _sums(settings: LossSettings, group: Supervised, target_boxes: Tensor) -> dict[str, Tensor]:
     """
     Sums of the `class`, `l1`, `giou` and `fgl` losses of every set, `[sets]`, of `ddf` over matched and other queries,
     `[sets, 2]`, and the `normalizers` of this process: boxes, pairs, matched and other edges, which are `NUM_COUNTS`
@@ -520,66 +234,61 @@ def _sums(settings: LossSettings, group: _Supervised, target_boxes: Tensor) -> d
     # Every set has the same number of matches, and they are ordered by set.
     sums = {"l1": l1.view(num_sets, -1).sum(1), "giou": giou.view(num_sets, -1).sum(1)}
 
-    matching = group.class_matching
-    background = logits.shape[-1] - 1 if settings.class_loss == "softmax" else logits.shape[-1]
-    classes = matching.scatter(group.classes, logits.shape[:3], background)
-    class_weights = logits.new_zeros(0)
-    if settings.class_loss == "softmax":
-        sums["class"], class_weights = softmax_class_loss(
-            logits, classes, settings.background_weight, group.query_weights
-        )
-    elif settings.class_loss == "focal":
-        sums["class"] = focal_class_loss(logits, classes, settings.alpha, settings.gamma, group.query_weights)
-    else:
-        own = pairs is matching
-        own_iou = iou if own else box_losses(boxes[matching.queries], target_boxes[matching.target])[2]
-        quality = logits.new_zeros(logits.shape[:3])
-        quality[matching.queries] = own_iou.to(quality.dtype)
-        of_query = {"quality": quality, "query_weights": group.query_weights}
-        if settings.class_loss == "varifocal":
-            sums["class"] = varifocal_class_loss(
-                logits, classes, alpha=settings.alpha, gamma=settings.gamma, **of_query
-            )
-        elif settings.class_loss == "matchability":
-            sums["class"] = matchability_class_loss(
-                logits, classes, alpha=settings.alpha, gamma=settings.gamma, **of_query
-            )
-        else:
-            sums["class"] = iou_aware_class_loss(logits, classes, alpha=settings.alpha, **of_query)
-
+    sums["class"], class_weights = _class_sums(settings, group, target_boxes, iou)
     if edges is not None:
-        num_layers = len(edges.logits)
-        first = pairs.layers(0, num_layers, of=num_sets)
-        bins = edge_bins(settings.num_bins, settings.bins_up, settings.bins_scale, logits.device)
-        weight = iou[: len(first.query)]
-        if group.box_weights is not None:
-            weight = weight * group.box_weights[first.target]
-        fgl = fine_grained_localization_loss(
-            edges.logits[first.queries],
-            edges.references[first.queries],
-            target_boxes[first.target],
-            weight,
-            bins.to(logits.dtype),
-            settings.bins_scale,
-        )
-        sums["fgl"] = fgl.view(num_layers, -1).sum(1)
-        weights = edges.teacher_scores.repeat(num_layers, 1, 1)
-        weights[first.queries] = weight.to(weights.dtype)
-        is_pair = torch.zeros_like(weights, dtype=torch.bool)
-        is_pair[first.queries] = True
-        divergence = localization_distillation(edges.logits, edges.teacher, weights)
-        sums["ddf"] = torch.stack([divergence * is_pair, divergence * ~is_pair], -1).flatten(1, 2).sum(1)
+        sums |= _edge_sums(settings, edges, group, target_boxes, iou)
     matched_edges = 4 * (len(pairs.query) // num_sets)
     counts = [group.num_boxes, group.num_box_pairs, matched_edges, 4 * logits[0, ..., 0].numel() - matched_edges]
     sums["normalizers"] = torch.cat([_copied_to(logits, counts), class_weights])
     return sums
 
 
+def _class_sums(settings: LossSettings, group: Supervised, target_boxes: Tensor, iou: Tensor) -> tuple[Tensor, Tensor]:
+    """The class loss of every set, `[sets]`, and of a loss with background the weights `[sets]` to divide it by."""
+    loss, logits, matching = CLASS_LOSSES[settings.class_loss], group.sets.logits, group.class_matching
+    classes = matching.scatter(group.classes, logits.shape[:3], logits.shape[-1] - int(loss.has_background))
+    arguments = {name: getattr(settings, name) for name in loss.settings}
+    if loss.needs_iou:
+        if group.box_matching is not matching:
+            iou = box_losses(group.sets.boxes[matching.queries], target_boxes[matching.target])[2]
+        arguments["quality"] = logits.new_zeros(logits.shape[:3])
+        arguments["quality"][matching.queries] = iou.to(logits.dtype)
+    sums = loss.function(logits, classes, query_weights=group.query_weights, **arguments)
+    return sums if loss.has_background else (sums, logits.new_zeros(0))
+
+
+def _edge_sums(
+    settings: LossSettings, edges: Edges, group: Supervised, target_boxes: Tensor, iou: Tensor
+) -> dict[str, Tensor]:
+    """D-FINE's losses of the sets that have edge distributions: `fgl`, and `ddf` of matched and of other queries."""
+    num_layers = len(edges.logits)
+    first = group.box_matching.layers(0, num_layers, of=len(group.sets.logits))
+    bins = edge_bins(settings.num_bins, settings.bins_up, settings.bins_scale, edges.logits.device)
+    weight = iou[: len(first.query)]
+    if group.box_weights is not None:
+        weight = weight * group.box_weights[first.target]
+    fgl = fine_grained_localization_loss(
+        edges.logits[first.queries],
+        edges.references[first.queries],
+        target_boxes[first.target],
+        weight,
+        bins.to(group.sets.logits.dtype),
+        settings.bins_scale,
+    )
+    weights = edges.teacher_scores.repeat(num_layers, 1, 1)
+    weights[first.queries] = weight.to(weights.dtype)
+    is_pair = torch.zeros_like(weights, dtype=torch.bool)
+    is_pair[first.queries] = True
+    divergence = localization_distillation(edges.logits, edges.teacher, weights)
+    ddf = torch.stack([divergence * is_pair, divergence * ~is_pair], -1).flatten(1, 2).sum(1)
+    return {"fgl": fgl.view(num_layers, -1).sum(1), "ddf": ddf}
+
+
 @torch.no_grad()
-def _cardinality_error(predictions: _Predictions) -> Tensor:
+def _cardinality_error(predictions: Predictions) -> Tensor:
     """Mean absolute error of the number of objects found in every set, `[sets]`; DETR's diagnostic, not a loss."""
     logits = predictions.detections.logits
-    if predictions.settings.class_loss == "softmax":
+    if CLASS_LOSSES[predictions.settings.class_loss].has_background:
         is_object = logits.argmax(-1) != logits.shape[-1] - 1
     else:
         is_object = logits.max(-1).values > 0
@@ -590,7 +299,3 @@ def _cardinality_error(predictions: _Predictions) -> Tensor:
 def _copied_to(like: Tensor, numbers: list[int]) -> Tensor:
     """The numbers as a tensor on the device of another; `new_tensor` would wait for the device."""
     return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

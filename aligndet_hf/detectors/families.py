@@ -29,7 +29,7 @@ class LossSettings:
     The numbers of a family's matcher and criterion, read from a detector's config.
 
     Attributes:
-        class_loss: which classification loss the family trains with.
+        class_loss: which class loss the family trains with, a row of [`~aligndet_hf.detectors.class_losses`].
         class_cost, bbox_cost, giou_cost: weights of the matching cost.
         class_activation: class term of the matching cost, see [`~aligndet_hf.matching.match_queries`].
         match_alpha, match_gamma: focal parameters of the matching cost.
@@ -41,7 +41,7 @@ class LossSettings:
         clamp_boxes: whether predicted boxes are cut to 0..1 before matching and losses.
         dense_matching: whether all layers learn boxes from the union of their matchings (DEIM).
         fgl_weight, ddf_weight: weights of D-FINE's losses on edge distributions.
-        num_bins, bins_up, bins_scale: the distributions' bins, see [`~aligndet_hf.losses.edge_bins`].
+        num_bins, bins_up, bins_scale: the distributions' bins, see [`~aligndet_hf.box_losses.edge_bins`].
     """
 
     class_loss: Literal["softmax", "focal", "varifocal", "matchability", "iou_aware"]
