@@ -1,13 +1,16 @@
 """
 What is known of flags, without importing anything heavy.
 
-A fact about a flag stands at the flag, in the metadata of its field: `help`; `role`, one of [`ROLES`]; and `range`
-(see `ranges`).
+A fact about a flag stands at the flag, in the metadata of its field: `help`; `role`, one of [`ROLES`]; `range` (see
+`ranges`); and `was`, what the last release called it (see [`takes_old_names`]).
 """
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 # The roles of a flag. The first three make a run what it is, and may not change when it is resumed.
 ROLES = {
@@ -47,7 +50,7 @@ SYNONYMS = [
     {"max_boxes", "max_proposals", "num_proposals", "top_k", "max_det"},
     {"score_threshold", "conf", "confidence", "threshold", "score_thr"},
     {"nms_threshold", "nms", "iou", "iou_threshold"},
-    {"optimizer", "optim"},
+    {"optim", "optimizer"},
     {"lr_scheduler_type", "scheduler", "lr_schedule", "lr_scheduler"},
     {"warmup_steps", "warmup", "warmup_ratio", "num_warmup_steps"},
     {"max_grad_norm", "grad_clip", "clip_grad", "clip_max_norm", "gradient_clipping"},
@@ -64,6 +67,7 @@ SYNONYMS = [
     {"color", "color_jitter", "hsv"},
     {"crop_scale", "crop", "random_crop"},
     {"flip_probability", "flip", "fliplr"},
+    {"num_neighbors", "neighbors", "k", "n_neighbors"},
 ]  # fmt: skip
 
 
@@ -91,6 +95,51 @@ def _declared(cls: type) -> Iterable[str]:
 def names_of(cls: type, *wanted: str) -> set[str]:
     """The names of the flags that have one of these roles."""
     return {name for name, role in roles(cls).items() if role in wanted}
+
+
+def old_names(cls: type) -> dict[str, dict[str, Callable]]:
+    """
+    What the last release called the flags of a dataclass of arguments.
+
+    Returns:
+        `dict[str, dict[str, Callable]]`: for every old name the flags that it stands for, and what makes the value of
+        each from the value of the old one.
+    """
+    found: dict[str, dict[str, Callable]] = {}
+    for item in dataclasses.fields(cls):
+        was = item.metadata.get("was", {})
+        for name, convert in ({was: same_value} if isinstance(was, str) else was).items():
+            found.setdefault(name, {})[item.name] = convert
+    return found
+
+
+def takes_old_names(cls: type) -> type:
+    """Class decorator of a dataclass of arguments: it takes the names of the last release as well, with a notice."""
+    init, old = cls.__init__, old_names(cls)
+
+    @functools.wraps(init)
+    def with_old_names(self, *args, **given):
+        for name in sorted(set(given) & set(old)):
+            value = given.pop(name)
+            for now, convert in old[name].items():
+                if given.get(now, convert(value)) != convert(value):
+                    raise ValueError(f"{name}={value!r} is called {now} now, and {now}={given[now]!r}: give one")
+                given[now] = convert(value)
+            tell_new_names(name, old[name])
+        init(self, *args, **given)
+
+    cls.__init__ = with_old_names
+    return cls
+
+
+def tell_new_names(name: str, now: Iterable[str]) -> None:
+    """Says on stderr what an old name is called now."""
+    print(f"note: {name} is called {' or '.join(now)} now; the next release refuses {name}", file=sys.stderr)
+
+
+def same_value(value: Any) -> Any:
+    """What a flag that only got another name makes of its value."""
+    return value
 
 
 def told_of(arguments) -> dict:

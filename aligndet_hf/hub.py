@@ -9,12 +9,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .arguments import again
 from .cards import merge_card
 
 
 @dataclass(kw_only=True)
 class HubArguments:
     """What commands that upload a result have in common; they inherit it."""
+
+    help_groups = {"push_to_hub": "Hub"}
 
     push_to_hub: bool = field(default=False, metadata={"role": "output", "help": "upload the result to the Hub"})
     hub_private_repo: bool | None = field(
@@ -39,6 +42,27 @@ class HubArguments:
             "help": "licence of what is uploaded, for its card, by its Hub name, e.g. apache-2.0",
         },
     )
+
+
+@dataclass(kw_only=True)
+class HubModelArguments(HubArguments):
+    """Of commands that upload a model."""
+
+    help_groups = {"hub_model_id": "Hub"}
+
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
+    )
+
+
+@dataclass(kw_only=True)
+class HubDatasetArguments(HubArguments):
+    """Of commands that upload a data set."""
+
+    help_groups = {"hub_dataset_id": "Hub"}
+
+    hub_dataset_id: str | None = again(HubModelArguments, "hub_model_id")
 
 
 def open_repository(

@@ -1,8 +1,17 @@
 """What processes that train together tell each other: means of numbers, and each other's rows."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def device_of(use_cpu: bool) -> str:
+    """What a network runs on: a GPU if there is one, each process of this machine on its own; or else the CPU."""
+    if not use_cpu and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    return "mps" if not use_cpu and torch.backends.mps.is_available() else "cpu"
 
 
 def is_distributed() -> bool:

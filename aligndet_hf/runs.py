@@ -53,7 +53,6 @@ class RunFolder:
         result (`str`, *optional*): The file that is written last: the mark of a finished run.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to start anew, and clear another run of the same
             command. With `aside` the same run goes on nevertheless.
-        overwrite_flag (`str`, *optional*): What the command calls that.
         aside (`bool`, *optional*, defaults to `False`): Work in `<output_dir>.partial`, which takes the place of
             `output_dir` at the end (see [`put_in_place`]), so that all or nothing is there.
         on_main (`Callable`, *optional*): Calls a function in the main process of several, with what comes of it in all
@@ -78,7 +77,6 @@ class RunFolder:
         kept: Iterable[str] = (),
         result: str | None = None,
         overwrite: bool = False,
-        overwrite_flag: str = "--overwrite_output_dir",
         aside: bool = False,
         on_main: Callable = lambda function, *args: function(*args),
     ):
@@ -89,7 +87,6 @@ class RunFolder:
         self.kept = [*kept, *([result] if result else [])]
         self.written = [*written, *self.kept]
         self.overwrite = overwrite
-        self.overwrite_flag = overwrite_flag
         self.aside = aside
         self.is_finished = False
         self._on_main = on_main
@@ -289,7 +286,7 @@ class RunFolder:
         listed = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changes.items())
         return (
             f"{folder} holds a run of another configuration, or of other data ({listed}). Give the same to resume it, "
-            f"another --output_dir to leave it alone, or {self.overwrite_flag} to start anew."
+            f"another --output_dir to leave it alone, or --overwrite_output_dir to start anew."
         )
 
 

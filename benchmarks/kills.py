@@ -30,7 +30,7 @@ def commands(root: Path) -> dict[str, tuple[list[str], list[str]]]:
     trained = ["--per_device_train_batch_size", "2", "--dataloader_num_workers", "0", "--write_report", "false"]
     return {
         "proposals": (
-            ["--dataset", data, "--source", "opencv", "--short_side", "64", "--shard_size", "1", "--num_workers", "2"],
+            ["--dataset", data] + "--source opencv --short_side 64 --shard_size 1 --dataloader_num_workers 2".split(),
             ["**/*.arrow", "**/proposals.json"],
         ),
         "pretrain": (
@@ -121,7 +121,8 @@ def main() -> None:
         write_synthetic_folder(root / "data", {"train": 8}, seed=0, image_size=(64, 64))
         tiny_detector("rt_detr", num_labels=1).save_pretrained(root / "detector")
         # In a fork, as all else: threads of Arrow in this process would not survive later ones.
-        found = ["--dataset", str(root / "data"), "--source", "random", "--max_boxes", "3", "--num_workers", "0"]
+        found = ["--dataset", str(root / "data"), "--source", "random", "--max_boxes", "3"]
+        found += ["--dataloader_num_workers", "0"]
         assert end(start("proposals", [*found, "--disable_tqdm"], root / "found")) == 0
         for command in arguments.commands:
             flags, patterns = commands(root)[command]

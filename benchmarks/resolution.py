@@ -80,7 +80,8 @@ def generated(folder: Path, size: int, images: int) -> tuple[str, str]:
     if not data.exists():
         scenes = {"unlabelled": images, "train": -(-images // 3), "validation": -(-images // 3)}
         write_synthetic_folder(data, scenes, seed=0, image_size=(size, size), max_objects=5)
-    generate_proposals(ProposalsArguments(dataset=str(data / "unlabelled"), output_dir=str(proposals), num_workers=0))
+    settings = {"dataset": str(data / "unlabelled"), "output_dir": str(proposals), "dataloader_num_workers": 0}
+    generate_proposals(ProposalsArguments(**settings))
     return str(data), str(proposals)
 
 

@@ -133,7 +133,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deep")
     write_folder(folder / "data" / "train", 4)
     write_folder(folder / "data" / "validation", 2, seed=50)
-    arguments = {"source": "random", "max_boxes": 3, "num_workers": 0, "disable_tqdm": True}
+    arguments = {"source": "random", "max_boxes": 3, "dataloader_num_workers": 0, "disable_tqdm": True}
     generate_proposals(
         ProposalsArguments(dataset=str(folder / "data"), output_dir=str(folder / "proposals"), **arguments)
     )
@@ -186,7 +186,7 @@ def test_the_detector_has_it(run, tmp_path):
         patch.setattr(detections, "decode_image", lambda *args: seen.append(original(*args)) or seen[-1])
         evaluate(
             EvaluateArguments(
-                detector=str(run / "finetuned"), dataset=str(tmp_path / "dark"), device="cpu", disable_tqdm=True
+                detector=str(run / "finetuned"), dataset=str(tmp_path / "dark"), use_cpu=True, disable_tqdm=True
             )
         )
     np.testing.assert_allclose(seen[0][:, :, 0], (levels(0) - LOW) / 32, atol=0.51)

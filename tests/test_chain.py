@@ -29,7 +29,13 @@ CHAIN = {
     "variables": {"data": None, "start": None},
     "common": {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0},
     "stages": {
-        "proposals": {"dataset": "${data}", "split": "train", "source": "random", "num_workers": 0, "max_boxes": 5},
+        "proposals": {
+            "dataset": "${data}",
+            "split": "train",
+            "source": "random",
+            "dataloader_num_workers": 0,
+            "max_boxes": 5,
+        },
         "pretrain": {"dataset": "${proposals}", "detector": "${start}", "image_sizes": [64], "max_steps": 1},
         "direct": FINETUNE | {"detector": "${pretrain}/detector", "image_sizes": [64], "learning_rate": 1e-3},
         # No learning: what comes out is what the stage before passed on.

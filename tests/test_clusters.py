@@ -355,11 +355,11 @@ def test_workers_change_nothing(arguments):
 def test_second_run_does_nothing_and_other_settings_need_overwrite(arguments, counted, capsys):
     first = rows_of(cluster_proposals(arguments()))
     assert len(counted) == 2 * 11
-    assert rows_of(cluster_proposals(arguments(overwrite=True))) == first
+    assert rows_of(cluster_proposals(arguments(overwrite_output_dir=True))) == first
     assert len(counted) == 2 * 11 and "Nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match="clusters.num_clusters: 6 there, 7 now, clusters.seed: 0 there, 2 now.*over"):
         cluster_proposals(arguments(num_clusters=7, seed=2))
-    again = rows_of(cluster_proposals(arguments(num_clusters=7, seed=2, overwrite=True)))
+    again = rows_of(cluster_proposals(arguments(num_clusters=7, seed=2, overwrite_output_dir=True)))
     assert len(counted) == 4 * 11 and {c for row in again for c in row["proposals"]["cluster"]} > set(range(5))
 
 
@@ -595,7 +595,7 @@ def test_from_images_to_a_detector_of_pseudo_classes(tmp_path, detector_folders,
 
     pretrain = ["--detector", detector, "--output_dir", paths["pretrained"], "--use_clusters", "true"]
     pretrain += ["--image_sizes", 64, "--max_steps", 1, "--use_cpu", "true"]
-    search = ["--source", "opencv", "--mode", "single", "--num_workers", 1]
+    search = ["--source", "opencv", "--mode", "single", "--dataloader_num_workers", 1]
     assert run("proposals", "images", "--output_dir", paths["proposals"], *search) == 0
     assert run("pretrain", "proposals", *pretrain) == 2
     assert "'proposals' has no field 'cluster'" in (error := capsys.readouterr().err) and "aligndet clusters" in error

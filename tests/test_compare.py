@@ -29,7 +29,13 @@ def settings(data, detector_folders):
     common = {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "image_sizes": [64], "max_steps": 2}
     finetune = {"dataset": "${data}", "detector": "${pretrain}/detector", "per_device_train_batch_size": 2}
     finetune |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "report_to": "none"}
-    proposals = {"dataset": "${data}", "split": "train", "source": "random", "num_workers": 0, "max_boxes": 5}
+    proposals = {
+        "dataset": "${data}",
+        "split": "train",
+        "source": "random",
+        "dataloader_num_workers": 0,
+        "max_boxes": 5,
+    }
     return {
         "variables": {"data": str(data)},
         "common": common,

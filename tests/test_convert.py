@@ -82,9 +82,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
     with pytest.raises(
         ValueError, match="no published layout becomes a detector of family 'rt_detr'; known are condit"
     ):
-        convert(ConvertArguments(source="page.pth", family="rt_detr", output_dir=str(tmp_path / "out")))
+        convert(ConvertArguments(detector="page.pth", family="rt_detr", output_dir=str(tmp_path / "out")))
     with pytest.raises(ValueError, match="are for reading a file, not for --to mmdet"):
-        ConvertArguments(source="x", to="mmdet", partial=True, output_dir="y")
+        ConvertArguments(detector="x", to="mmdet", partial=True, output_dir="y")
 
 
 def test_a_file_is_taken_wherever_a_detector_is(original, published):
@@ -118,7 +118,7 @@ def test_a_file_is_an_arm_of_a_comparison(published, tmp_path):
 
 
 def test_mmdet_gets_its_own_names(original, published, converted, tmp_path):
-    path = convert(ConvertArguments(source=str(converted), to="mmdet", output_dir=str(tmp_path)))
+    path = convert(ConvertArguments(detector=str(converted), to="mmdet", output_dir=str(tmp_path)))
     content = torch.load(path, weights_only=True)
     assert content["meta"]["dataset_meta"]["classes"] == list(SYNTHETIC_CATEGORIES)
     again = MmdetDetr(3, len(SYNTHETIC_CATEGORIES))
@@ -132,7 +132,7 @@ def test_mmdet_gets_its_own_names(original, published, converted, tmp_path):
 def test_torchvision_gets_its_own_file(tmp_path):
     detector = tiny_detector("torchvision_fcos", backbone_config=timm_backbone("resnet18", (2, 3, 4)))
     detector.save_pretrained(tmp_path / "detector")
-    path = convert(ConvertArguments(source=str(tmp_path / "detector"), to="torchvision", output_dir=str(tmp_path)))
+    path = convert(ConvertArguments(detector=str(tmp_path / "detector"), to="torchvision", output_dir=str(tmp_path)))
     assert path == tmp_path / "torchvision.safetensors"
     again, report = read_detector(path)
     assert not [name for name in report.missing if not name.endswith("num_batches_tracked")]
@@ -151,4 +151,6 @@ def test_a_detector_that_would_compute_otherwise_is_not_written(tmp_path):
     ):
         tiny_detector(model_type, **fields).save_pretrained(tmp_path / model_type)
         with pytest.raises(ValueError, match=message):
-            convert(ConvertArguments(source=str(tmp_path / model_type), to="mmdet", output_dir=str(tmp_path / "out")))
+            convert(
+                ConvertArguments(detector=str(tmp_path / model_type), to="mmdet", output_dir=str(tmp_path / "out"))
+            )

@@ -221,7 +221,7 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         require_supported(Accelerator, "aligndet")
     Accelerator.is_fsdp2, Accelerator.mixed_precision = True, "fp16"
-    with pytest.raises(ValueError, match="no or bf16, got fp16"):
+    with pytest.raises(ValueError, match="float32 or with bf16, got fp16"):
         require_supported(Accelerator, "aligndet")
     Accelerator.mixed_precision = "no"
     with pytest.raises(ValueError, match="for --method aligndet, this is soco"):

@@ -129,7 +129,7 @@ def test_the_command(folder, tmp_path, capsys):
     "flags, message",
     [
         (("--split", "few"), "split few: .*too few"),
-        (("--neighbors", "0"), "neighbors must be positive"),
+        (("--num_neighbors", "0"), "num_neighbors must be positive"),
         (("--detector", "two", "./two"), "the same detector twice"),
     ],
 )

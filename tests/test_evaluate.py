@@ -215,7 +215,7 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
             batch_size=2,
             save_predictions=True,
             num_pictures=2,
-            device="cpu",
+            use_cpu=True,
             disable_tqdm=True,
         )
     )

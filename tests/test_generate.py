@@ -31,7 +31,7 @@ QUICK = {
     "mode": "single",
     "short_side": 48,
     "shard_size": 2,
-    "num_workers": 0,
+    "dataloader_num_workers": 0,
     "disable_tqdm": True,
 }
 
@@ -189,7 +189,7 @@ def test_images_that_cannot_be_read_are_left_out_and_listed(tmp_path, capsys, wo
     paths = write_images(tmp_path / "images", 7)
     paths[0].write_bytes(b"no image")
     paths[3].write_bytes(paths[3].read_bytes()[:400])  # truncated
-    result = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", num_workers=workers))
+    result = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", dataloader_num_workers=workers))
     good = [path for number, path in enumerate(paths) if number not in (0, 3)]
     assert [row["image"]["bytes"] for row in rows_of(result)] == [path.read_bytes() for path in good]
     for path, row in zip(good, rows_of(result), strict=True):
@@ -222,7 +222,7 @@ def test_strategy_by_name_replaces_the_filters(tmp_path):
 def test_several_processes_give_the_same(tmp_path):
     write_images(tmp_path / "images", 9)
     one = generate_proposals(arguments(tmp_path / "images", tmp_path / "one"))
-    two = generate_proposals(arguments(tmp_path / "images", tmp_path / "two", num_workers=2, shard_size=3))
+    two = generate_proposals(arguments(tmp_path / "images", tmp_path / "two", dataloader_num_workers=2, shard_size=3))
     assert rows_of(one) == rows_of(two)
 
 
@@ -234,7 +234,9 @@ def test_second_run_does_nothing(tmp_path, counted, capsys):
     first = generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
     assert len(counted) == 5
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    second = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", num_workers=2, overwrite=True))
+    second = generate_proposals(
+        arguments(tmp_path / "images", tmp_path / "out", dataloader_num_workers=2, overwrite_output_dir=True)
+    )
     assert len(counted) == 5 and "Nothing to do" in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert rows_of(first) == rows_of(second)
@@ -256,7 +258,7 @@ def test_other_settings_need_overwrite(tmp_path, counted):
     ):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "out", **changed))
     assert rows_of(datasets.load_from_disk(str(tmp_path / "out"))) == before and len(counted) == 3
-    after = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", overwrite=True, **changed))
+    after = generate_proposals(arguments(tmp_path / "images", tmp_path / "out", overwrite_output_dir=True, **changed))
     assert len(counted) == 6 and max(len(row["score"]) for row in after["proposals"]) == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
 
@@ -267,7 +269,7 @@ def test_folders_of_others_are_never_overwritten(tmp_path):
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="holds thesis.tex.*was not written by `aligndet proposals`"):
-            generate_proposals(arguments(tmp_path / "images", tmp_path / "out", overwrite=overwrite))
+            generate_proposals(arguments(tmp_path / "images", tmp_path / "out", overwrite_output_dir=overwrite))
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
     (tmp_path / "empty").mkdir()
     assert len(generate_proposals(arguments(tmp_path / "images", tmp_path / "empty"))) == 2
@@ -328,7 +330,7 @@ def test_unfinished_run_of_other_settings_is_not_mixed_in(tmp_path, counted, mon
     with pytest.raises(ValueError, match="shard_size: 2 there, 3 now"):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "out", shard_size=3))
     assert len(counted) == 4
-    generate_proposals(arguments(tmp_path / "images", tmp_path / "out", short_side=50, overwrite=True))
+    generate_proposals(arguments(tmp_path / "images", tmp_path / "out", short_side=50, overwrite_output_dir=True))
     assert len(counted) == 8
 
 
@@ -347,7 +349,7 @@ def test_shards_of_other_settings_are_never_delivered(tmp_path, counted, monkeyp
     (work).mkdir()
     (work / "train-000000000.arrow").touch()
     with pytest.raises(ValueError, match="out.partial holds train-000000000.arrow, but no run.json"):
-        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", max_boxes=3, overwrite=True))
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", max_boxes=3, overwrite_output_dir=True))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -361,7 +363,7 @@ def test_a_signal_says_where_it_stopped(tmp_path, counted, monkeypatch, number, 
         return search(*args, **kwargs)
 
     flags = [f"--dataset={tmp_path / 'images'}", f"--output_dir={tmp_path / 'out'}", "--shard_size=2"]
-    flags += ["--source=opencv", "--short_side=48", "--num_workers=0"]
+    flags += ["--source=opencv", "--short_side=48", "--dataloader_num_workers=0"]
     with monkeypatch.context() as patch:
         patch.setattr(sources, "opencv_selective_search", signalled)
         assert cli.main(["proposals", *flags]) == 128 + number
@@ -376,7 +378,7 @@ def test_two_at_the_same_time_one_is_refused(tmp_path, counted, monkeypatch):
     search = sources.opencv_selective_search
 
     def second(*args, **kwargs):
-        for change in ({}, {"max_boxes": 3, "overwrite": True}):
+        for change in ({}, {"max_boxes": 3, "overwrite_output_dir": True}):
             with pytest.raises(ValueError, match=f"in use by process {os.getpid()} .*aligndet proposals"):
                 generate_proposals(arguments(tmp_path / "images", tmp_path / "out", **change))
         return search(*args, **kwargs)
@@ -399,7 +401,7 @@ def test_killed_twice_and_started_again(tmp_path, counted):
     flags = [f"--{name}={getattr(run, name)}" for name in names]
     work, finished = tmp_path / "out.partial", {}
     for kill, workers in ((1, 2), (2, 0)):
-        argv = ["proposals", *flags, f"--num_workers={workers}"]
+        argv = ["proposals", *flags, f"--dataloader_num_workers={workers}"]
         process = forks.start(in_a_session, argv, console=tmp_path / "console.txt")
         while len(list(work.glob("train-0*.arrow"))) < 3 * kill and process.is_alive():
             time.sleep(0.01)
@@ -470,7 +472,7 @@ def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
     write_images(tmp_path / "images", 4)
     monkeypatch.setattr(generate, "_init_worker", os._exit)
     with pytest.raises(ChildProcessError, match="run the same again, with fewer"):
-        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", num_workers=2))
+        generate_proposals(arguments(tmp_path / "images", tmp_path / "out", dataloader_num_workers=2))
 
 
 # ---- what is refused ----
@@ -520,7 +522,7 @@ def test_bad_input_is_named(tmp_path):
     [
         ({"mode": "slow"}, "mode must be one of single, fast, quality, got 'slow'"),
         ({"short_side": 0}, "short_side must be positive"),
-        ({"num_workers": -1}, "num_workers must be 0 or more"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be 0 or more"),
         ({"strategy": "size3"}, "Unknown filter strategy 'size3'"),
     ],
 )
@@ -565,7 +567,7 @@ def test_command_line(tmp_path, capsys):
     write_images(tmp_path / "images", 2)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"dataset: {tmp_path / 'images'}\nsource: opencv\nmode: single\nshort_side: 48\nnum_workers: 1\n"
+        f"dataset: {tmp_path / 'images'}\nsource: opencv\nmode: single\nshort_side: 48\ndataloader_num_workers: 1\n"
     )
     argv = ["proposals", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), "--disable_tqdm"]
     assert cli.main(argv) == 0
@@ -593,7 +595,7 @@ def parquet(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_gives_the_same(parquet, tmp_path, counted, capsys, workers):
     expected = generate_proposals(arguments(parquet, tmp_path / "whole"))
-    run = arguments(parquet, tmp_path / "out", streaming=True, num_workers=workers)
+    run = arguments(parquet, tmp_path / "out", streaming=True, dataloader_num_workers=workers)
     result = generate_proposals(run)
     assert result.features == expected.features and rows_of(result) == rows_of(expected)
     report = json.loads((tmp_path / "out" / "proposals.json").read_text())
@@ -671,7 +673,7 @@ def test_an_empty_split_of_a_stream_is_told(parquet, tmp_path):
     for path in parquet.iterdir():
         datasets.Dataset.from_parquet(str(path)).select([]).to_parquet(path)
     with pytest.raises(DataError, match="The split 'train' of the stream has no rows"):
-        generate_proposals(arguments(parquet, tmp_path / "out", streaming=True, num_workers=0))
+        generate_proposals(arguments(parquet, tmp_path / "out", streaming=True, dataloader_num_workers=0))
 
 
 def test_what_does_not_stream(tmp_path):

@@ -99,7 +99,8 @@ def commands(folder):
     public = ("--hub_private_repo", "false")
     return {
         "proposals": (
-            "proposals", "--dataset", folder / "scenes", "--output_dir", folder / "boxes", "--num_workers", 0,
+            "proposals", "--dataset", folder / "scenes", "--output_dir", folder / "boxes",
+            "--dataloader_num_workers", 0,
             "--preset", "tiny", "--push_to_hub", "true", *public, "--disable_tqdm", "true",
         ),
         "pretrain": (

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
 # Low to high. A room may import the rooms below it and its own modules.
 HOUSE = [
     {"boxes", "convnets", "files", "flags", "recipes", "ranges"},
-    {"cards", "objects", "parser", "runs"},
+    {"arguments", "cards", "objects", "parser", "runs"},
     {"hub", "box_losses", "losses", "matching", "momentum", "processes"},
     {"proposals"},
     {"data"},

@@ -86,5 +86,5 @@ def test_some_of_many_objects(scenes, capsys):
 def test_without_labels_there_is_nothing_to_measure(proposal_folder):
     with pytest.raises(DataError, match="objects"):
         measure_knn(KnnArguments(dataset=str(proposal_folder), backbone="resnet10t"))
-    with pytest.raises(ValueError, match="k must be positive"):
-        KnnArguments(dataset="data", backbone="resnet10t", k=0)
+    with pytest.raises(ValueError, match="num_neighbors must be positive"):
+        KnnArguments(dataset="data", backbone="resnet10t", num_neighbors=0)

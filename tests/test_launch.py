@@ -26,7 +26,7 @@ def one_of_two(images: Path, output: Path) -> None:
         except ValueError as error:
             print("raised:", error)
         launch.wait()
-        fields = {"preset": "tiny", "shard_size": 2, "num_workers": 0}
+        fields = {"preset": "tiny", "shard_size": 2, "dataloader_num_workers": 0}
         for _ in range(2):
             found = generate_proposals(ProposalsArguments(dataset=str(images), output_dir=str(output), **fields))
             print("rows:", len(found))
@@ -88,7 +88,7 @@ def test_a_rank_searches_its_shards_only(images, tmp_path, monkeypatch, rank):
             raise Stop
 
     monkeypatch.setattr(generate, "Launch", OneOfThree)
-    fields = {"preset": "tiny", "shard_size": 2, "num_workers": 0, "disable_tqdm": True}
+    fields = {"preset": "tiny", "shard_size": 2, "dataloader_num_workers": 0, "disable_tqdm": True}
     run = ProposalsArguments(dataset=str(images), output_dir=str(tmp_path / "out"), **fields)
     with pytest.raises(Stop):
         generate_proposals(run)

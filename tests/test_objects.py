@@ -49,7 +49,12 @@ def test_each_function_takes_what_the_one_before_returned(labelled, detector, tm
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     boxes = aligndet_hf.generate_proposals(
         aligndet_hf.ProposalsArguments(
-            dataset=images, source="random", max_boxes=4, num_workers=0, disable_tqdm=True, output_dir=f"{tmp_path}/p"
+            dataset=images,
+            source="random",
+            max_boxes=4,
+            dataloader_num_workers=0,
+            disable_tqdm=True,
+            output_dir=f"{tmp_path}/p",
         )
     )
     assert len(boxes) == 4 and "proposals" in boxes.column_names

@@ -243,7 +243,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monk
     assert len(look(photos, again, **settings)) == 7 and again.seen == 0
     with pytest.raises(ValueError, match="score_threshold: 0.3 there, 0.5 now"):
         look(photos, again, score_threshold=0.5, **settings)
-    look(photos, again, score_threshold=0.5, overwrite=True, **settings)
+    look(photos, again, score_threshold=0.5, overwrite_output_dir=True, **settings)
     assert again.seen == 7
 
 

@@ -120,7 +120,7 @@ def test_the_command(folder, tmp_path, text_ids):
         split="test",
         output_dir=str(tmp_path / "out"),
         save_predictions=True,
-        device="cpu",
+        use_cpu=True,
         disable_tqdm=True,
     )
     evaluate(arguments)

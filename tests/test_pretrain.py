@@ -364,7 +364,7 @@ def test_half_precision_trains_float32_weights(arguments):
         reset_partial_state=True
     )  # Accelerate keeps the precision of the process's first run.
     try:
-        result = pretrain(arguments("rt_detr", mixed_precision="bf16"))
+        result = pretrain(arguments("rt_detr", bf16=True))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert {value.dtype for value in weights_of(result).values()} == {torch.float32, torch.int64}

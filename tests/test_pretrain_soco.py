@@ -234,7 +234,7 @@ def test_settings_that_cannot_run(arguments, wrong, message):
 def test_lars_has_a_rate_for_each_layer(arguments):
     """A step by hand: trust 0.001 * |w| / (|g| + decay * |w|) for matrices, the common rate for the rest."""
     model = torch.nn.Linear(3, 2)
-    run = arguments(optimizer="lars", learning_rate=2.0, weight_decay=0.1, decay_norms_and_biases=False)
+    run = arguments(optim="lars", learning_rate=2.0, weight_decay=0.1, decay_norms_and_biases=False)
     optimizer = build_optimizer(model, run)
     weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
     model.weight.grad, model.bias.grad = torch.full((2, 3), 0.5), torch.full((2,), 0.25)

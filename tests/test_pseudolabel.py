@@ -64,7 +64,7 @@ def _seen(objects: dict) -> dict:
 
 def arguments_for(folder, **changes) -> PseudolabelArguments:
     settings = {"detector": str(folder / "teacher"), "dataset": str(folder / "data"), "label_fraction": 0.25}
-    return PseudolabelArguments(**settings | {"disable_tqdm": True, "class_check": "none", "device": "cpu"} | changes)
+    return PseudolabelArguments(**settings | {"disable_tqdm": True, "class_check": "none", "use_cpu": True} | changes)
 
 
 def test_labels_of_a_teacher(folder, oracle, tmp_path):

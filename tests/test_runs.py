@@ -23,7 +23,7 @@ def training(folder, command="pretrain", **options):
 
 def data_set(folder, **options):
     """The folder of a run that works aside."""
-    return RunFolder(folder, "proposals", kept=["*.arrow"], aside=True, overwrite_flag="--overwrite", **options)
+    return RunFolder(folder, "proposals", kept=["*.arrow"], aside=True, **options)
 
 
 def begin(folder, *made, settings=SETTINGS, **options):

@@ -32,7 +32,7 @@ EVERYTHING = {"nms_threshold": 1.0, "max_aspect_ratio": float("inf"), "min_relat
 
 
 def arguments(dataset, output, **changes) -> ProposalsArguments:
-    run = {"num_workers": 0, "shard_size": 3, "disable_tqdm": True}
+    run = {"dataloader_num_workers": 0, "shard_size": 3, "disable_tqdm": True}
     return ProposalsArguments(**{"dataset": str(dataset), "output_dir": str(output), **run, **changes})
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ..arguments import OutputArguments, again
 from ..flags import nearest
 from ..pipelines.runner import is_finished, run_stages
 from ..pipelines.stages import Stage, merged, resolve_stages
@@ -14,34 +15,38 @@ from ..runs import RECORD, RunFolder
 
 
 @dataclass(kw_only=True)
-class PipelineArguments:
+class PipelineArguments(OutputArguments):
     """What a chain and a comparison of chains are made of."""
 
-    help_groups = {"stages": "Stages", "output_dir": "Run"}
+    help_groups = {"stages": "Stages", "launcher": "Run"}
 
     stages: dict[str, Any] = field(
         default_factory=dict,
         metadata={
+            "role": "result",
             "help": "the stages in order: a name and the flags of the command of that name, or of `command`; "
-            "${name} is the output folder of an earlier stage, or a variable"
+            "${name} is the output folder of an earlier stage, or a variable",
         },
     )
     common: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "flags of all stages whose command knows them"}
+        default_factory=dict, metadata={"role": "result", "help": "flags of all stages whose command knows them"}
     )
     variables: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "names and their values; null for one that --set must give"}
+        default_factory=dict,
+        metadata={"role": "result", "help": "names and their values; null for one that --set must give"},
     )
     set: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=VALUE of variables, STAGE.FLAG=VALUE of stages; values are read as in the file"},
+        metadata={
+            "role": "result",
+            "help": "NAME=VALUE of variables, STAGE.FLAG=VALUE of stages; values are read as in the file",
+        },
     )
 
-    output_dir: str = field(
-        metadata={
-            "role": "place",
-            "help": "folder for the folders of the stages; the same command again goes on where it stopped",
-        }
+    output_dir: str = again(
+        OutputArguments,
+        "output_dir",
+        help="folder for the folders of the stages; the same command again goes on where it stopped",
     )
     launcher: str = field(
         default="",
@@ -87,7 +92,10 @@ class ChainArguments(PipelineArguments):
 
     skip: list[str] = field(
         default_factory=list,
-        metadata={"help": "stages to leave out; a flag that refers to one takes the value that it has there"},
+        metadata={
+            "role": "result",
+            "help": "stages to leave out; a flag that refers to one takes the value that it has there",
+        },
     )
     in_this_process: bool = field(
         default=False, metadata={"role": "run", "help": "run the stages in this process, to debug them"}

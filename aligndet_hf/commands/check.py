@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from ..arguments import LabelledArguments, MeasureArguments, ProgressArguments, ViewArguments, again
 from ..data.checks import metric_note, objects_per_image, query_note
 from ..data.columns import BoxReport, arrow_batches, read_boxes, read_values, validate_objects, validate_proposals
 from ..data.dataset import LabelledImages
@@ -19,6 +20,7 @@ from ..data.pixels import ImageFacts, inspect_images
 from ..data.sampling import SampleKey
 from ..data.views import ViewConfig, view_shape
 from ..files import write_json
+from ..flags import takes_old_names
 from ..ranges import COUNT, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
 
@@ -26,56 +28,44 @@ _SIDES = (8, 16, 32)  # pixels of a view; the finest feature map of most detecto
 _LISTED = 10
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class CheckArguments:
+class CheckArguments(MeasureArguments, ProgressArguments, ViewArguments, LabelledArguments):
     """Arguments of [`check`]: the flags of `aligndet check` and the keys of its recipes."""
 
-    help_groups = {"dataset": "Data", "image_sizes": "As training will see it", "output_dir": "Output"}
+    help_groups = {"resize": "Views", "find_copies": "Data", "num_pictures": "Output"}
 
-    dataset: str = field(
-        metadata={
-            "role": "data",
-            "help": "images, with or without labels: folder, label file, folder of save_to_disk or Hub id",
-        }
-    )
-    split: str | None = field(
-        default=None, metadata={"role": "data", "help": "split of the dataset; all of them if not given"}
-    )
-    image_dir: str | None = field(
-        default=None,
-        metadata={"role": "data", "help": "folder of the images of a label file, if they are not found beside it"},
-    )
-
-    image_sizes: list[int] = field(
-        default_factory=lambda: list(range(480, 801, 32)),
-        metadata={
-            "help": "sizes in pixels that images will be resized to: the shorter side, or both sides",
-            "range": COUNT,
-        },
-    )
-    max_size: int | None = field(
-        default=None, metadata={"help": "longest side in pixels; 5/3 of the drawn size if not given", "range": COUNT}
+    dataset: str = again(
+        LabelledArguments,
+        "dataset",
+        help="images, with or without labels: folder, label file, folder of save_to_disk or Hub id",
     )
     resize: str = field(
         default="shortest_edge",
-        metadata={"help": "shortest_edge, as DETR does; or square, as RT-DETR, D-FINE and YOLOS do"},
+        metadata={"role": "result", "help": "shortest_edge, as DETR does; or square, as RT-DETR, D-FINE and YOLOS do"},
     )
     num_queries: int | None = field(
         default=None,
         metadata={
+            "role": "result",
             "help": "object queries of the detector: 100 of DETR, 300 of RT-DETR and most others",
             "range": COUNT,
         },
     )
     find_copies: bool = field(
-        default=True, metadata={"help": "decode all images, to find copies that look the same as well"}
+        default=True,
+        metadata={"role": "result", "help": "decode all images, to find copies that look the same as well"},
     )
 
-    output_dir: str | None = field(
-        default=None, metadata={"role": "place", "help": "folder for check.json and the sheet of pictures"}
+    output_dir: str | None = again(
+        MeasureArguments, "output_dir", help="folder for check.json and the sheet of pictures"
     )
     num_pictures: int = field(
-        default=12, metadata={"help": "put this many images of a split, with their boxes, on a sheet: check-SPLIT.jpg"}
+        default=12,
+        metadata={
+            "role": "output",
+            "help": "draw this many images of a split, with their boxes, on a sheet: check-SPLIT.jpg",
+        },
     )
     export: str | None = field(
         default=None,
@@ -85,7 +75,6 @@ class CheckArguments:
             "of that name in output_dir: coco, yolo or voc",
         },
     )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
         check_values(self)

@@ -11,11 +11,19 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..arguments import (
+    DatasetArguments,
+    FeatureArguments,
+    LoadingArguments,
+    OptimisationArguments,
+    ReadyDetectorArguments,
+    RunArguments,
+    again,
+)
 from ..data.bit_depth import pixel_window
 from ..data.columns import (
     arrow_batches,
@@ -47,11 +55,12 @@ from ..detectors.backbones import check_backbone
 from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import sync
-from ..flags import names_of
-from ..hub import HubArguments
+from ..flags import names_of, takes_old_names
+from ..hub import HubDatasetArguments
 from ..objects import name_objects
+from ..processes import device_of
 from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
-from ..ranges import COUNT, SEED, check_values
+from ..ranges import COUNT, check_values
 from ..reporting.pictures import new_figure, plot_crops
 from ..runs import RunFolder
 from .proposals import open_dataset_repository
@@ -61,30 +70,16 @@ _SHARD_SIZE = 64  # images between two saves
 _CROPS = 12  # pictures of a cluster
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class ClustersArguments(HubArguments):
+class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, FeatureArguments, DatasetArguments):
     """Arguments of [`cluster_proposals`]: the flags of `aligndet clusters` and the keys of its recipes."""
 
-    help_groups = {
-        "dataset": "Data",
-        "backbone": "Features",
-        "num_clusters": "Clusters",
-        "device": "Run",
-        "hub_dataset_id": "Hub",
-    }
+    help_groups = {"backbone": "Features", "num_clusters": "Clusters", "num_pictures": "Output"}
 
-    dataset: str = field(
-        metadata={
-            "role": "data",
-            "help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
-        }
-    )
-    output_dir: str = field(
-        metadata={"role": "place", "help": "folder for the dataset with the clusters; must be new"}
-    )
-    split: str | None = field(
-        default=None,
-        metadata={"role": "data", "help": "split of the dataset; if not given, all of them, with the same clusters"},
+    output_dir: str = again(RunArguments, "output_dir", help="folder for the dataset with the clusters; must be new")
+    split: str | None = again(
+        DatasetArguments, "split", help="split of the dataset; all of them, with the same clusters, if not given"
     )
 
     backbone: str = field(
@@ -98,59 +93,50 @@ class ClustersArguments(HubArguments):
             "help": "a .safetensors file with timm's names, or 'timm' to download timm's own weights",
         },
     )
-    detector: str | None = field(
+    detector: str | None = again(
+        ReadyDetectorArguments,
+        "detector",
         default=None,
-        metadata={
-            "role": "start",
-            "help": "folder or Hub id of a detector whose backbone to take, instead of these two",
-        },
-    )
-    # Strides, size and scaling were chosen by the agreement with the labels of blood cells and of photographs: fine
-    # strides are best for the cells, coarse ones for the photographs, and both together lose little on either.
-    strides: list[int] = field(
-        default_factory=lambda: [16, 32],
-        metadata={
-            "help": "feature maps to use, by stride in pixels: fine ones tell small objects apart",
-            "range": COUNT,
-        },
-    )
-    short_side: int = field(
-        default=448, metadata={"help": "shorter side in pixels of the images that the backbone sees", "range": COUNT}
+        help="folder, published file or Hub id of a detector whose backbone to take, instead of these two",
     )
     normalize: bool = field(
-        default=True, metadata={"help": "scale the features of a box to length 1, those of each stride by themselves"}
+        default=True,
+        metadata={
+            "role": "result",
+            "help": "scale the features of a box to length 1, those of each stride by themselves",
+        },
     )
 
-    num_clusters: int = field(default=256, metadata={"help": "pseudo-classes; AlignDet has 256", "range": COUNT})
-    pca_dim: int = field(default=128, metadata={"help": "numbers per box that PCA leaves for k-means", "range": COUNT})
+    num_clusters: int = field(
+        default=256, metadata={"role": "result", "help": "pseudo-classes; AlignDet has 256", "range": COUNT}
+    )
+    pca_dim: int = field(
+        default=128, metadata={"role": "result", "help": "numbers per box that PCA leaves for k-means", "range": COUNT}
+    )
     fit_boxes: int = field(
         default=50_000,
         metadata={
+            "role": "result",
             "help": "boxes that PCA and k-means are fitted to, of random images; all get a cluster",
             "range": COUNT,
         },
     )
     fit_boxes_per_image: int = field(
-        default=50, metadata={"help": "of each of these images the best boxes, at most so many", "range": COUNT}
+        default=50,
+        metadata={
+            "role": "result",
+            "help": "take at most this many boxes of each of these images, the best first",
+            "range": COUNT,
+        },
     )
-    seed: int = field(default=0, metadata={"help": "seed of the choice of images and of k-means", "range": SEED})
+    seed: int = again(OptimisationArguments, "seed", help="seed of the choice of images and of k-means")
 
-    device: str | None = field(
-        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
-    )
-    dataloader_num_workers: int = field(default=0, metadata={"role": "run", "help": "processes that load images"})
     num_pictures: int = field(
         default=0,
-        metadata={"role": "output", "help": f"draw boxes of so many clusters, the largest: {PICTURE} in output_dir"},
-    )
-    overwrite: bool = field(
-        default=False,
-        metadata={"role": "place", "help": "replace clusters in output_dir that were made with other settings"},
-    )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
-    hub_dataset_id: str | None = field(
-        default=None,
-        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
+        metadata={
+            "role": "output",
+            "help": f"draw boxes of this many clusters, the largest first: {PICTURE} in output_dir",
+        },
     )
 
     def __post_init__(self):
@@ -253,7 +239,7 @@ def load_features(arguments: ClustersArguments) -> BoxFeatures:
             backbone_weights=arguments.backbone_weights,
             strides=tuple(sorted(arguments.strides)),
         )
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(arguments.use_cpu)
     return BoxFeatures(detector, arguments.strides, arguments.normalize, device)
 
 

@@ -52,34 +52,44 @@ class CompareArguments(PipelineArguments):
     arms: dict[str, Any] = field(
         default_factory=lambda: {"plain": {"pretrain": None}, "aligndet": {}},
         metadata={
+            "role": "result",
             "help": "names of starting points, and what each changes: stages and their flags, null to leave one out, "
-            "or `chain: FILE` for the stages of another chain before the last one"
+            "or `chain: FILE` for the stages of another chain before the last one",
         },
     )
     checkpoints: list[str] = field(
         default_factory=list,
-        metadata={"help": "NAME=DETECTOR: an arm for each, that starts from this checkpoint (folder or Hub id)"},
+        metadata={
+            "role": "result",
+            "help": "NAME=DETECTOR: an arm for each, that starts from this checkpoint (folder or Hub id)",
+        },
     )
     baseline: str | None = field(
-        default=None, metadata={"help": "the arm to compare with: `plain`, or else the first, if not given"}
+        default=None,
+        metadata={"role": "result", "help": "the arm to compare with: `plain`, or else the first, if not given"},
     )
     fractions: list[float] = field(
         default_factory=lambda: [0.01, 0.05, 0.1, 0.2, 1.0],
-        metadata={"help": "shares of the labels to fine-tune with", "range": PART},
+        metadata={"role": "result", "help": "shares of the labels to fine-tune with", "range": PART},
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2],
         metadata={
+            "role": "result",
             "help": "each draws its labels and trains all arms; a stage with `seed` of its own is run once",
             "range": SEED,
         },
     )
     target_ap: list[float] = field(
         default_factory=list,
-        metadata={"help": "AP values (0 to 1) to count the steps to, beside the baseline's last", "range": SHARE},
+        metadata={
+            "role": "output",
+            "help": "AP values (0 to 1) to count the steps to, beside the baseline's last",
+            "range": SHARE,
+        },
     )
     allow_leakage: bool = field(
-        default=False, metadata={"help": "run although evaluation images are among the training images"}
+        default=False, metadata={"role": "run", "help": "run although evaluation images are among the training images"}
     )
 
     num_parallel: int = field(

@@ -6,64 +6,79 @@ from typing import Any, Literal
 
 from transformers import AutoModelForObjectDetection
 
+from ..arguments import RunArguments, again
 from ..cards import BEGIN, END, citations, describe_versions, write_card
-from ..detectors.build import find_detector
+from ..detectors.build import DetectorArguments, find_detector
 from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
 from ..files import write_json
+from ..flags import takes_old_names
+from ..hub import HubArguments
 from ..ranges import COUNT, check_values
 from ..runs import RunFolder
 
 FILES = {"mmdet": "mmdet.pth", "torchvision": "torchvision.safetensors"}
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class ConvertArguments:
+class ConvertArguments(RunArguments):
     """Arguments of [`convert`]: the flags of `aligndet convert` and the keys of its recipes."""
 
-    help_groups = {"source": "Converted", "output_dir": "Output"}
+    help_groups = {"detector": "Detector", "card_license": "Output"}
 
-    source: str = field(
+    detector: str = field(
         metadata={
+            "role": "start",
             "aliases": ["--from"],
-            "help": "the published file: .pth, .pkl or .safetensors; with --to, folder or Hub id of a detector. The "
-            "flag can be written --from",
+            "help": "published file of a detector: .pth, .pkl or .safetensors; with --to, folder or Hub id. The flag "
+            "can be written --from",
+            "was": "source",
         }
     )
     family: str | None = field(
         default=None,
-        metadata={"help": "the family that it becomes, where its tensors leave a choice; recognised if not given"},
-    )
-    detector_config: dict[str, Any] = field(
-        default_factory=dict,
         metadata={
-            "help": "fields of the detector's config that the file does not tell, such as "
-            "'{\"encoder_attention_heads\": 4}'; 8 heads are the default"
+            "role": "start",
+            "help": "the family that it becomes, where its tensors leave a choice; recognised if not given",
         },
     )
+    detector_config: dict[str, Any] | None = again(
+        DetectorArguments,
+        "detector_config",
+        help="fields of the detector's config that the file does not tell, such as "
+        "'{\"encoder_attention_heads\": 4}'; 8 heads are the default",
+    )
     partial: bool = field(
-        default=False, metadata={"help": "accept a file that lacks tensors, or has unknown ones, and take what fits"}
+        default=False,
+        metadata={
+            "role": "start",
+            "help": "accept a file that lacks tensors, or has unknown ones, and take what fits",
+        },
     )
     to: Literal["transformers", "mmdet", "torchvision"] = field(
         default="transformers",
-        metadata={"help": "write the detector for this library: transformers, mmdet 3 or torchvision"},
+        metadata={
+            "role": "result",
+            "help": "write the detector for this library: transformers, mmdet 3 or torchvision",
+        },
+    )
+    eval_size: int = field(
+        default=PUBLISHED_SIZE,
+        metadata={
+            "role": "result",
+            "help": "size to measure and to deploy with: the shorter side in pixels to which the image processor "
+            "resizes images",
+            "range": COUNT,
+            "was": "image_size",
+        },
     )
 
-    output_dir: str = field(
-        metadata={"role": "place", "help": "folder for the detector, its card and conversion_report.json"}
+    output_dir: str = again(
+        RunArguments, "output_dir", help="folder for the detector, its card and conversion_report.json"
     )
-    overwrite: bool = field(
-        default=False, metadata={"role": "place", "help": "replace another conversion in output_dir"}
-    )
-    image_size: int = field(
-        default=PUBLISHED_SIZE,
-        metadata={"help": "shorter side in pixels to which the image processor resizes images", "range": COUNT},
-    )
-    card_license: str | None = field(
-        default=None,
-        metadata={"role": "output", "help": "licence of the weights, for the card, by its Hub name, e.g. apache-2.0"},
-    )
+    card_license: str | None = again(HubArguments, "card_license")
 
     def __post_init__(self):
         check_values(self)
@@ -92,17 +107,18 @@ def convert(arguments: ConvertArguments) -> Path:
         "convert",
         written=["config.json", "model*.safetensors", "preprocessor_config.json", *FILES.values()],
         result=FILES.get(arguments.to, ConversionReport.file_name),
-        overwrite=arguments.overwrite,
-        overwrite_flag="--overwrite",
+        overwrite=arguments.overwrite_output_dir,
     )
     with folder:
         return (_write_for_other if to_other else _write_detector)(arguments, folder)
 
 
 def _write_detector(arguments: ConvertArguments, folder: RunFolder) -> Path:
-    detector, report = read_detector(arguments.source, arguments.family, arguments.detector_config, arguments.partial)
+    detector, report = read_detector(
+        arguments.detector, arguments.family, arguments.detector_config or {}, arguments.partial
+    )
     folder.claim(settings={"source": report.source, "to": arguments.to})
-    save_detector(detector, folder.path, arguments.image_size)
+    save_detector(detector, folder.path, arguments.eval_size)
     write_card(folder.path / "README.md", conversion_card(report, arguments.card_license))
     write_json(folder.path / report.file_name, report.to_dict())
     print(report)
@@ -111,9 +127,9 @@ def _write_detector(arguments: ConvertArguments, folder: RunFolder) -> Path:
 
 
 def _write_for_other(arguments: ConvertArguments, folder: RunFolder) -> Path:
-    detector = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.source))
+    detector = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.detector))
     path = folder.path / FILES[arguments.to]
-    folder.claim(settings={"source": Path(arguments.source).name, "to": arguments.to})
+    folder.claim(settings={"source": Path(arguments.detector).name, "to": arguments.to})
     export_detector(detector, arguments.to, path)
     print(f"{path}: a {detector.config.model_type} for {arguments.to}")
     return path

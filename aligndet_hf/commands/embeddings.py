@@ -12,6 +12,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 
+from ..arguments import (
+    InferenceArguments,
+    LabelledArguments,
+    NeighborArguments,
+    OptimisationArguments,
+    OutputArguments,
+    ReadyDetectorArguments,
+    again,
+)
 from ..boxes import cxcywh_to_xyxy, iou_and_giou
 from ..cards import told, versions
 from ..data.collate import collate_labelled, normalize_images
@@ -24,9 +33,11 @@ from ..detectors.build import detector_from_config, find_detector
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
+from ..flags import takes_old_names
 from ..matching import match_queries
 from ..objects import name_objects
-from ..ranges import COUNT, SEED, check_values
+from ..processes import device_of
+from ..ranges import check_values
 from ..reporting.pictures import PALETTE, new_figure, plain_axes, save_figure
 from ..runs import measuring_folder
 from .knn import knn_accuracy
@@ -35,46 +46,33 @@ PICTURE, RESULTS = "embeddings.png", "embeddings.json"
 UNTRAINED = "before: random but for the backbone"
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class EmbeddingsArguments:
+class EmbeddingsArguments(
+    OutputArguments, InferenceArguments, NeighborArguments, LabelledArguments, ReadyDetectorArguments
+):
     """Arguments of [`compare_embeddings`]: the flags of `aligndet embeddings` and the keys of its recipes."""
 
-    help_groups = {"detector": "Compared", "max_objects": "Measuring", "batch_size": "Run"}
+    help_groups = {"seed": "Neighbours"}
 
-    detector: list[str] = field(
-        metadata={
-            "role": "start",
-            "help": "folders or Hub ids of detectors with their image processors, or folders of runs",
-        }
-    )
-    dataset: str = field(metadata={"role": "data", "help": "labelled images: folder, COCO-JSON file or Hub id"})
-    output_dir: str = field(metadata={"role": "place", "help": f"folder for {PICTURE} and {RESULTS}"})
-    split: str = field(default="validation", metadata={"role": "data", "help": "split of the dataset"})
-    image_dir: str | None = field(
-        default=None,
-        metadata={"role": "data", "help": "folder of the images of a COCO file, if they are not found beside it"},
+    detector: list[str] = again(
+        ReadyDetectorArguments,
+        "detector",
+        help="folders or Hub ids of detectors with their image processors, or folders of runs",
     )
     untrained: bool = field(
         default=True,
-        metadata={"help": "also the first detector as it was before pre-training: random but for its backbone"},
+        metadata={
+            "role": "result",
+            "help": "add the first detector as it was before pre-training: random but for its backbone",
+        },
     )
-
-    max_objects: int = field(
-        default=2000, metadata={"help": "objects that are drawn, of all a random choice", "range": COUNT}
+    output_dir: str = again(OutputArguments, "output_dir", help=f"folder for {PICTURE} and {RESULTS}")
+    split: str = again(LabelledArguments, "split", default="validation", help="split of the dataset")
+    max_objects: int = again(NeighborArguments, "max_objects", default=2000)
+    seed: int = again(
+        OptimisationArguments, "seed", help="seed of the choice, of t-SNE, and of the untrained detector"
     )
-    neighbors: int = field(
-        default=10, metadata={"help": "neighbours that vote for the class of an object", "range": COUNT}
-    )
-    seed: int = field(
-        default=0, metadata={"help": "seed of the choice, of t-SNE, and of the untrained detector", "range": SEED}
-    )
-
-    batch_size: int = field(default=8, metadata={"role": "run", "help": "images per forward pass", "range": COUNT})
-    dataloader_num_workers: int = field(default=0, metadata={"role": "run", "help": "processes that load images"})
-    device: str | None = field(
-        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
         name_objects(self)
@@ -131,7 +129,7 @@ def _measure(arguments: EmbeddingsArguments) -> dict:
     dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
     categories = category_names(dataset, arguments.dataset)
     print(validate_objects(dataset, categories, arguments.dataset))
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(arguments.use_cpu)
     folders = [find_detector(name) for name in arguments.detector]
     names = _short_names(arguments.detector)
     arms = [(name, folder, False) for name, folder in zip(names, folders, strict=True)]
@@ -145,13 +143,17 @@ def _measure(arguments: EmbeddingsArguments) -> dict:
             detector = untrained_copy(detector, arguments.seed)
         images = EvaluationImages(dataset, categories, AutoImageProcessor.from_pretrained(folder))
         found[name] = embed_objects(
-            detector.to(device), images, arguments.batch_size, arguments.dataloader_num_workers, arguments.disable_tqdm
+            detector.to(device),
+            images,
+            arguments.per_device_eval_batch_size,
+            arguments.dataloader_num_workers,
+            arguments.disable_tqdm,
         )
         try:
             measured = knn_accuracy(
                 found[name].features,
                 found[name].labels,
-                k=arguments.neighbors,
+                k=arguments.num_neighbors,
                 seed=arguments.seed,
                 groups=found[name].rows,
             )
@@ -166,7 +168,7 @@ def _measure(arguments: EmbeddingsArguments) -> dict:
     record = {
         "dataset": told(arguments.dataset),
         "split": arguments.split,
-        "neighbors": arguments.neighbors,
+        "neighbors": arguments.num_neighbors,
         "seed": arguments.seed,
         "detectors": results,
         "versions": versions(),

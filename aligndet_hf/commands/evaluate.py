@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..arguments import InferenceArguments, LabelledArguments, MeasureArguments, ReadyDetectorArguments, again
 from ..data.collate import collate_labelled
 from ..data.columns import category_ids, image_ids, validate_objects
 from ..data.dataset import init_worker
@@ -18,21 +18,21 @@ from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
 from ..evaluation.diagnosis import Diagnosis, format_diagnosis
 from ..files import write_json
+from ..flags import takes_old_names
 from ..objects import name_objects
-from ..ranges import COUNT, SHARE, check_values
+from ..processes import device_of
+from ..ranges import SHARE, check_values
 from ..reporting.pictures import draw_detections, new_figure
 from ..runs import measuring_folder
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class EvaluateArguments:
+class EvaluateArguments(MeasureArguments, InferenceArguments, LabelledArguments, ReadyDetectorArguments):
     """Arguments of [`evaluate`]: the flags of `aligndet evaluate` and the keys of its recipes."""
 
-    help_groups = {"detector": "Measured", "batch_size": "Run", "output_dir": "Output"}
+    help_groups = {"save_predictions": "Output"}
 
-    detector: str = field(
-        metadata={"role": "start", "help": "folder, published file or Hub id of a detector with its image processor"}
-    )
     image_processor: str | None = field(
         default=None,
         metadata={
@@ -40,22 +40,10 @@ class EvaluateArguments:
             "help": "folder or Hub id of another image processor; needed for a detector that is given as an object",
         },
     )
-    dataset: str = field(metadata={"role": "data", "help": "labelled images: folder, COCO-JSON file or Hub id"})
-    split: str = field(default="validation", metadata={"role": "data", "help": "split of the dataset"})
-    image_dir: str | None = field(
-        default=None,
-        metadata={"role": "data", "help": "folder of the images of a COCO file, if they are not found beside it"},
-    )
+    split: str = again(LabelledArguments, "split", default="validation", help="split of the dataset")
 
-    batch_size: int = field(default=8, metadata={"role": "run", "help": "images per forward pass", "range": COUNT})
-    dataloader_num_workers: int = field(default=0, metadata={"role": "run", "help": "processes that load images"})
-    device: str | None = field(
-        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
-
-    output_dir: str | None = field(
-        default=None, metadata={"role": "place", "help": "folder for results.json, diagnosis.json and what follows"}
+    output_dir: str | None = again(
+        MeasureArguments, "output_dir", help="folder for results.json, diagnosis.json and what follows"
     )
     save_predictions: bool = field(
         default=False,
@@ -65,11 +53,12 @@ class EvaluateArguments:
         default=0,
         metadata={
             "role": "output",
-            "help": "draw predictions beside ground truth for so many images: predictions.png",
+            "help": "draw predictions beside ground truth for this many images: predictions.png",
         },
     )
     score_threshold: float = field(
-        default=0.3, metadata={"role": "output", "help": "lowest score that is drawn; no effect on AP", "range": SHARE}
+        default=0.3,
+        metadata={"role": "output", "help": "draw boxes with at least this score; no effect on AP", "range": SHARE},
     )
 
     def __post_init__(self):
@@ -105,7 +94,7 @@ def _measure(arguments: EvaluateArguments) -> dict:
     print(validate_objects(dataset, categories, arguments.dataset))
     if arguments.num_pictures:
         new_figure(1, 1)  # says now, not after the evaluation, that matplotlib is missing
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(arguments.use_cpu)
     detector = open_detector(arguments.detector).to(device)
     image_processor = open_image_processor(arguments.image_processor or arguments.detector)
     classes = match_categories(detector.config.id2label, categories)
@@ -113,7 +102,7 @@ def _measure(arguments: EvaluateArguments) -> dict:
     images = EvaluationImages(dataset, categories, image_processor)
     loader = DataLoader(
         images,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.per_device_eval_batch_size,
         collate_fn=collate_labelled,
         num_workers=arguments.dataloader_num_workers,
         worker_init_fn=init_worker,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from ..arguments import DatasetArguments, ReadyDetectorArguments, RunArguments, again
 from ..data.bit_depth import window_of
 from ..data.image_list import list_images
 from ..data.sources import model_hash
@@ -19,26 +20,25 @@ from ..exporting import run_onnx
 from ..exporting.onnx_graph import describe, export_onnx
 from ..exporting.parity import BOX_TOLERANCE, SCORE_TOLERANCE, compare
 from ..files import write_json
+from ..flags import takes_old_names
 from ..ranges import COUNT, SHARE, check_values
 from ..runs import RunFolder
 
 _COMPLETE = "complete"
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class ExportArguments:
+class ExportArguments(RunArguments, ReadyDetectorArguments):
     """Arguments of [`export`]: the flags of `aligndet export` and the keys of its recipes."""
 
-    help_groups = {"detector": "Input", "opset": "The graph", "images": "Comparison", "output_dir": "Output"}
-
-    detector: str = field(
-        metadata={"role": "start", "help": "folder or Hub id of a detector with its image processor"}
-    )
+    help_groups = {"opset": "The graph", "images": "Comparison"}
 
     opset: int | None = field(
-        default=None, metadata={"help": "write operators of this version of ONNX; the newest if not given"}
+        default=None,
+        metadata={"role": "result", "help": "write operators of this version of ONNX; the newest if not given"},
     )
-    fp16: bool = field(default=False, metadata={"help": "store weights and calculate in float16"})
+    fp16: bool = field(default=False, metadata={"role": "result", "help": "store weights and calculate in float16"})
 
     images: list[str] | None = field(
         default=None,
@@ -48,20 +48,18 @@ class ExportArguments:
             "rendered scenes if not given",
         },
     )
-    split: str | None = field(
-        default=None, metadata={"role": "data", "help": "split of the data sets; all of them if not given"}
-    )
+    split: str | None = again(DatasetArguments, "split", help="split of the data sets; all of them if not given")
     num_images: int = field(
-        default=8, metadata={"help": "compare on at most this many images, evenly spaced", "range": COUNT}
+        default=8,
+        metadata={"role": "output", "help": "compare on at most this many images, evenly spaced", "range": COUNT},
     )
     score_threshold: float = field(
-        default=0.1, metadata={"help": "compare boxes with at least this score", "range": SHARE}
+        default=0.1, metadata={"role": "output", "help": "compare boxes with at least this score", "range": SHARE}
     )
 
-    output_dir: str = field(
-        metadata={"role": "place", "help": "folder for model.onnx, model.json and run.py; must be new"}
+    output_dir: str = again(
+        RunArguments, "output_dir", help="folder for model.onnx, model.json and run.py; must be new"
     )
-    overwrite: bool = field(default=False, metadata={"role": "place", "help": "replace another export in output_dir"})
 
     def __post_init__(self):
         check_values(self)
@@ -94,9 +92,7 @@ def export(arguments: ExportArguments) -> dict:
     settings = {"detector": model_hash(source)} | {name: getattr(arguments, name) for name in names}
     images = _images(arguments)
     images.window = window_of(image_processor)
-    folder = RunFolder(
-        arguments.output_dir, "export", aside=True, overwrite=arguments.overwrite, overwrite_flag="--overwrite"
-    )
+    folder = RunFolder(arguments.output_dir, "export", aside=True, overwrite=arguments.overwrite_output_dir)
     with folder:
         folder.claim(settings=settings, data={"images": images.identity()})
         if folder.is_finished:

@@ -7,15 +7,25 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..arguments import (
+    DeviceArguments,
+    FeatureArguments,
+    LabelledArguments,
+    MeasureArguments,
+    NeighborArguments,
+    OptimisationArguments,
+    again,
+)
 from ..data.columns import read_values, validate_objects
 from ..data.errors import ImageError
 from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import build_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import write_json
-from ..flags import told_of
+from ..flags import takes_old_names, told_of
 from ..objects import name_objects
-from ..ranges import COUNT, SEED, check_values
+from ..processes import device_of
+from ..ranges import check_values
 from ..runs import measuring_folder
 
 
@@ -67,17 +77,14 @@ def knn_accuracy(
     }
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class KnnArguments:
+class KnnArguments(MeasureArguments, DeviceArguments, NeighborArguments, FeatureArguments, LabelledArguments):
     """Arguments of [`measure_knn`]: the flags of `aligndet knn` and the keys of its recipes."""
 
-    help_groups = {"dataset": "Data", "backbone": "Features", "k": "Neighbours", "output_dir": "Run"}
+    help_groups = {"backbone": "Features", "seed": "Neighbours"}
 
-    dataset: str = field(metadata={"role": "data", "help": "labelled images: a folder, COCO JSON or Hub id"})
-    split: str | None = field(
-        default=None, metadata={"role": "data", "help": "split of the dataset, if there are several"}
-    )
-
+    split: str | None = again(LabelledArguments, "split", help="split of the dataset, if there are several")
     backbone: str = field(
         metadata={
             "role": "start",
@@ -87,24 +94,10 @@ class KnnArguments:
     backbone_weights: str | None = field(
         default=None, metadata={"role": "start", "help": "its weights, if it does not come with any"}
     )
-    strides: list[int] = field(
-        default_factory=lambda: [16, 32], metadata={"help": "feature maps to use, by stride in pixels", "range": COUNT}
+    seed: int = again(
+        OptimisationArguments, "seed", help="seed of the choice, of the five parts, and of random weights"
     )
-    short_side: int = field(
-        default=448, metadata={"help": "shorter side in pixels of the images that the backbone sees", "range": COUNT}
-    )
-
-    k: int = field(default=10, metadata={"help": "neighbours that vote", "range": COUNT})
-    max_objects: int = field(default=5000, metadata={"help": "of more objects, so many are drawn", "range": COUNT})
-    seed: int = field(
-        default=0, metadata={"help": "seed of that, of the five parts, and of the random weights", "range": SEED}
-    )
-
-    output_dir: str | None = field(default=None, metadata={"role": "place", "help": "folder for knn.json"})
-    device: str | None = field(
-        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
+    output_dir: str | None = again(MeasureArguments, "output_dir", help="folder for knn.json")
 
     def __post_init__(self):
         name_objects(self)
@@ -133,7 +126,7 @@ def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
 
 def _measure(arguments: KnnArguments) -> dict[str, dict[str, float]]:
     """Does the work of [`measure_knn`]."""
-    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True)
+    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
     print(validate_objects(dataset, category_names(dataset, arguments.dataset), arguments.dataset))
     results = {}
     for name in ("trained", "random"):
@@ -146,10 +139,10 @@ def _measure(arguments: KnnArguments) -> dict[str, dict[str, float]]:
         if name == "random":
             torch.manual_seed(arguments.seed)
             detector = type(detector)(detector.config)
-        device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device_of(arguments.use_cpu)
         features = BoxFeatures(detector, arguments.strides, device=device)
         found = _object_features(features, dataset, arguments)
-        results[name] = knn_accuracy(*found[:2], groups=found[2], k=arguments.k, seed=arguments.seed)
+        results[name] = knn_accuracy(*found[:2], groups=found[2], k=arguments.num_neighbors, seed=arguments.seed)
         shown = ", ".join(f"{key.replace('_', ' ')} {100 * value:.1f}" for key, value in results[name].items())
         print(f"{name} weights, {len(found[1])} objects: {shown} %")
     if arguments.output_dir is not None:

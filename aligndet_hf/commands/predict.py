@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from ..arguments import DatasetArguments, InferenceArguments, ReadyDetectorArguments, RunArguments, again
 from ..data.errors import DataError
 from ..data.image_list import ImageList, list_images
 from ..data.images import decode_image
@@ -30,6 +31,8 @@ from ..evaluation.predicted_rows import (
 )
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import write_json
+from ..flags import takes_old_names
+from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes, jpeg_bytes
 from ..runs import RunFolder
@@ -41,21 +44,18 @@ _SHARD_SIZE = 64  # images between two saves; a killed run loses no more
 _LISTED_IMAGES = 10
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class PredictArguments:
+class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments):
     """Arguments of [`predict`]: the flags of `aligndet predict` and the keys of its recipes."""
 
     help_groups = {
-        "detector": "Who looks at what",
+        "images": "Data",
         "score_threshold": "Which boxes to keep",
         "tile_size": "Tiles, for large images and small objects",
-        "batch_size": "Run",
-        "output_dir": "Output",
+        "formats": "Output",
     }
 
-    detector: str = field(
-        metadata={"role": "start", "help": "folder, published file or Hub id of a detector with its image processor"}
-    )
     images: list[str] = field(
         metadata={
             "role": "data",
@@ -63,40 +63,38 @@ class PredictArguments:
             "save_to_disk or Hub ids of data sets; one or several",
         }
     )
-    split: str | None = field(
-        default=None, metadata={"role": "data", "help": "split of the data sets; all of them if not given"}
-    )
+    split: str | None = again(DatasetArguments, "split", help="split of the data sets; all of them if not given")
 
     score_threshold: float = field(
-        default=0.3, metadata={"help": "keep boxes with at least this score", "range": SHARE}
+        default=0.3, metadata={"role": "result", "help": "keep boxes with at least this score", "range": SHARE}
     )
 
     tile_size: int | None = field(
         default=None,
-        metadata={"help": "look at square tiles with sides of this many pixels as well", "range": Range(16)},
+        metadata={
+            "role": "result",
+            "help": "look at square tiles with sides of this many pixels as well",
+            "range": Range(16),
+        },
     )
     tile_overlap: float = field(
-        default=0.2, metadata={"help": "let neighbouring tiles share this part of a side", "range": BELOW_ONE}
+        default=0.2,
+        metadata={"role": "result", "help": "let neighbouring tiles share this part of a side", "range": BELOW_ONE},
     )
-    whole_image: bool = field(default=True, metadata={"help": "look at the whole image beside its tiles"})
+    whole_image: bool = field(
+        default=True, metadata={"role": "result", "help": "look at the whole image beside its tiles"}
+    )
     nms_threshold: float = field(
         default=0.5,
-        metadata={"help": "drop a box of another tile that overlaps a better one by more (IoU)", "range": SHARE},
+        metadata={
+            "role": "result",
+            "help": "drop a box of another tile that overlaps a better one by more (IoU)",
+            "range": SHARE,
+        },
     )
 
-    batch_size: int = field(
-        default=8, metadata={"role": "run", "help": "images, or tiles, per forward pass", "range": COUNT}
-    )
-    dataloader_num_workers: int = field(
-        default=0, metadata={"role": "run", "help": "processes that decode and resize images"}
-    )
-    device: str | None = field(
-        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
-
-    output_dir: str | None = field(
-        default=None, metadata={"role": "place", "help": "folder for what follows; must be new"}
+    output_dir: str | None = again(
+        RunArguments, "output_dir", default=None, help="folder for what follows; must be new"
     )
     formats: list[str] = field(
         default_factory=lambda: ["coco", "results", "sheet"],
@@ -113,9 +111,6 @@ class PredictArguments:
     )
     picture_size: int = field(
         default=1600, metadata={"role": "output", "help": "longest side of a picture in pixels", "range": COUNT}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"role": "place", "help": "replace the predictions of another run in output_dir"}
     )
 
     def __post_init__(self):
@@ -202,11 +197,7 @@ def _load(arguments: PredictArguments, image_processor) -> tuple:
         detector = AutoModelForObjectDetection.from_pretrained(source)
     elif image_processor is None:
         source = detector.config._name_or_path
-    device = arguments.device
-    if device is None:
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    return detector.to(device), image_processor or AutoImageProcessor.from_pretrained(source)
+    return detector.to(device_of(arguments.use_cpu)), image_processor or AutoImageProcessor.from_pretrained(source)
 
 
 def _run(arguments: PredictArguments, detector, image_processor, images: ImageList, indices) -> Iterator[Prediction]:
@@ -218,7 +209,7 @@ def _run(arguments: PredictArguments, detector, image_processor, images: ImageLi
         indices,
         score_threshold=arguments.score_threshold,
         tiling=arguments.tiling(),
-        batch_size=arguments.batch_size,
+        batch_size=arguments.per_device_eval_batch_size,
         num_workers=arguments.dataloader_num_workers,
         encode=arguments.output_dir is not None,
     )
@@ -237,8 +228,7 @@ def _predict_to_folder(arguments: PredictArguments, images: ImageList, image_pro
             arguments.output_dir,
             "predict",
             aside=True,
-            overwrite=arguments.overwrite,
-            overwrite_flag="--overwrite",
+            overwrite=arguments.overwrite_output_dir,
             on_main=launch.on_main,
         )
         with folder:

@@ -19,6 +19,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..arguments import (
+    InferenceArguments,
+    LabelledArguments,
+    LoadingArguments,
+    PixelWindowArguments,
+    ProgressArguments,
+    RunArguments,
+    again,
+)
 from ..data.bit_depth import parse_rule, pixel_window, record_pixel_window, settle_pixel_window, window_line
 from ..data.columns import require_columns
 from ..data.dataset_card import push_dataset
@@ -45,7 +54,8 @@ from ..data.shards import (
 from ..data.sources import SOURCES, Search, file_hash, model_hash
 from ..data.stream_shards import read_rows, read_streams
 from ..data.streaming import load_stream, stream_splits
-from ..hub import HubArguments, open_repository
+from ..flags import takes_old_names
+from ..hub import HubArguments, HubDatasetArguments, open_repository
 from ..objects import name_objects
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
@@ -56,33 +66,31 @@ from ..runs import RunFolder
 _LISTED_IMAGES = 10
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class ProposalsArguments(HubArguments):
+class ProposalsArguments(
+    HubDatasetArguments, RunArguments, ProgressArguments, PixelWindowArguments, LabelledArguments
+):
     """Arguments of [`generate_proposals`]: the flags of `aligndet proposals` and the keys of its recipes."""
 
     help_groups = {
-        "dataset": "Data",
+        "streaming": "Data",
         "source": "Where boxes come from",
         "max_boxes": "Which to keep",
-        "num_workers": "Run",
-        "hub_dataset_id": "Hub",
+        "dataloader_num_workers": "Run",
+        "export_json": "Output",
     }
 
-    dataset: str = field(
-        metadata={
-            "role": "data",
-            "help": "images: folder, COCO-JSON file, folder of save_to_disk or Hub id; labels are not needed",
-        }
+    dataset: str = again(
+        LabelledArguments,
+        "dataset",
+        help="images: folder, label file, folder of save_to_disk or Hub id; labels are not needed",
     )
-    output_dir: str = field(
-        metadata={"role": "place", "help": "folder for the dataset with the column `proposals`; must be new"}
+    output_dir: str = again(
+        RunArguments, "output_dir", help="folder for the dataset with the column `proposals`; must be new"
     )
-    split: str | None = field(
-        default=None,
-        metadata={"role": "data", "help": "split of the dataset; if not given, all of them, each by itself"},
-    )
-    image_dir: str | None = field(
-        default=None, metadata={"role": "data", "help": "folder that the file names of a COCO-JSON file start from"}
+    split: str | None = again(
+        LabelledArguments, "split", help="split of the dataset; all of them, each by itself, if not given"
     )
     streaming: bool = field(
         default=False,
@@ -92,75 +100,95 @@ class ProposalsArguments(HubArguments):
         },
     )
 
-    pixel_window: str = field(
-        default="range",
-        metadata={
-            "help": "grey levels of images with more than 8 bits that become black and white: range, the lowest and "
-            "the highest of the data; percentile, 0.1 and 99.9 percent of pixels; or two numbers such as 7000,9000"
-        },
-    )
-
     source: str | None = field(
         default=None,
         metadata={
+            "role": "result",
             "help": "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; "
             "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo; random: boxes that "
             "have not seen the image, as a control. If not given, the one that the following flags are of, else "
-            "selective_search"
+            "selective_search",
         },
     )
     preset: str | None = field(
-        default=None, metadata={"help": "selective_search: tiny (fastest), default, or quality (most boxes)"}
+        default=None,
+        metadata={"role": "result", "help": "selective_search: tiny (fastest), default, or quality (most boxes)"},
     )
     mode: str | None = field(
         default=None,
-        metadata={"help": "opencv: single, fast (the default) or quality (about 0.03, 0.2 and 0.8 s an image)"},
+        metadata={
+            "role": "result",
+            "help": "opencv: single, fast (the default) or quality (about 0.03, 0.2 and 0.8 s an image)",
+        },
     )
     short_side: int | None = field(
         default=None,
         metadata={
+            "role": "result",
             "help": "opencv: search on a copy with this shorter side in pixels, 200 if not given",
             "range": COUNT,
         },
     )
     detector: str | None = field(
         default=None,
-        metadata={"help": "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM"},
+        metadata={
+            "role": "start",
+            "help": "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM",
+        },
     )
     score_threshold: float | None = field(
-        default=None, metadata={"help": "detector: lowest score of a box, 0.05 if not given", "range": SHARE}
+        default=None,
+        metadata={"role": "result", "help": "detector: lowest score of a box, 0.05 if not given", "range": SHARE},
     )
-    batch_size: int | None = field(
-        default=None, metadata={"help": "detector: images per forward pass, 8 if not given", "range": COUNT}
+    per_device_eval_batch_size: int | None = again(
+        InferenceArguments,
+        "per_device_eval_batch_size",
+        default=None,
+        help="detector: images per forward pass, 8 if not given",
     )
     column: str | None = field(
-        default=None, metadata={"help": "column: its name, proposals if not given; objects for the labels"}
+        default=None,
+        metadata={"role": "data", "help": "column: its name, proposals if not given; objects for the labels"},
     )
     proposals_file: str | None = field(
-        default=None, metadata={"help": "json: the file, in COCO format; every annotation is a proposal"}
+        default=None,
+        metadata={"role": "data", "help": "json: the file, in COCO format; every annotation is a proposal"},
     )
 
-    max_boxes: int = field(default=300, metadata={"help": "boxes stored per image, the best first", "range": COUNT})
+    max_boxes: int = field(
+        default=300,
+        metadata={
+            "role": "result",
+            "help": "store at most this many boxes of an image, the best first",
+            "range": COUNT,
+        },
+    )
     nms_threshold: float = field(
         default=0.7,
         metadata={
-            "help": "of boxes with a larger IoU only the best stays; less variety, more objects",
+            "role": "result",
+            "help": "drop a box that overlaps a better one by more (IoU); less variety, more objects",
             "range": SHARE,
         },
     )
     max_aspect_ratio: float = field(
-        default=3.0, metadata={"help": "longer side over shorter side", "range": Range(1, also=math.inf)}
+        default=3.0,
+        metadata={"role": "result", "help": "longer side over shorter side", "range": Range(1, also=math.inf)},
     )
-    min_side: float = field(default=0, metadata={"help": "smallest width and height in pixels of the image"})
+    min_side: float = field(
+        default=0, metadata={"role": "result", "help": "smallest width and height in pixels of the image"}
+    )
     min_relative_size: float = field(
-        default=0.04, metadata={"help": "smallest sqrt(box area / image area); large values lose small objects"}
+        default=0.04,
+        metadata={"role": "result", "help": "smallest sqrt(box area / image area); large values lose small objects"},
     )
     max_relative_size: float = field(
-        default=1.0, metadata={"help": "largest sqrt(box area / image area)", "range": POSITIVE}
+        default=1.0, metadata={"role": "result", "help": "largest sqrt(box area / image area)", "range": POSITIVE}
     )
     max_borders: int = field(
         default=4,
         metadata={
+            "role": "result",
             "help": "drop boxes that touch more than this many borders of the image; 1 leaves more objects among them",
             "range": Range(0, 4),
         },
@@ -168,18 +196,23 @@ class ProposalsArguments(HubArguments):
     relax_if_empty: bool = field(
         default=True,
         metadata={
-            "help": "for an image left without boxes drop the bounds of size and borders, then the aspect ratio"
+            "role": "result",
+            "help": "for an image left without boxes drop the bounds of size and borders, then the aspect ratio",
         },
     )
     strategy: str | None = field(
         default=None,
-        metadata={"help": "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the six above"},
+        metadata={
+            "role": "result",
+            "help": "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the six above",
+        },
     )
     rerank: Literal["ring", "none"] = field(
         default="none",
         metadata={
+            "role": "result",
             "help": "ring: put those boxes first that differ most from the ring around them, in features of a frozen "
-            "backbone; so more of the first ones are objects"
+            "backbone; so more of the first ones are objects",
         },
     )
     backbone: str | None = field(
@@ -193,29 +226,20 @@ class ProposalsArguments(HubArguments):
         },
     )
 
-    num_workers: int | None = field(
+    dataloader_num_workers: int | None = again(
+        LoadingArguments,
+        "dataloader_num_workers",
         default=None,
-        metadata={
-            "role": "run",
-            "help": "processes that search; 0: this one; by default one per core, but 0 for the source detector",
-        },
+        help="processes that load images and search them; 0: this one; one per core, but 0 for the source detector, "
+        "if not given",
     )
     shard_size: int = field(
         default=32,
         metadata={"role": "run", "help": "images between two saves; a killed run loses no more", "range": COUNT},
     )
-    overwrite: bool = field(
-        default=False,
-        metadata={"role": "place", "help": "replace proposals in output_dir that were made with other settings"},
-    )
     export_json: str | None = field(
         default=None,
         metadata={"role": "output", "help": "also write the proposals to this file, in AlignDet's COCO format"},
-    )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
-    hub_dataset_id: str | None = field(
-        default=None,
-        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
     )
 
     def __post_init__(self):
@@ -505,7 +529,7 @@ def _search_shards(
         total = sum(shard.stop - shard.start for shard in shards)
         shards = [shard for shard in shards if not os.path.exists(shard.path)]
         done = total - sum(shard.stop - shard.start for shard in shards)
-    workers = arguments.num_workers
+    workers = arguments.dataloader_num_workers
     if workers is None:
         workers = 0 if arguments.source == "detector" else max(1, _number_of_cores() // launch.local_size)
     if inputs is not None:
@@ -626,7 +650,7 @@ def _search_shard(
         inputs = datasets.Dataset.from_file(str(Path(shard.path).with_suffix(".rows")))
     else:
         inputs = reopened(inputs[shard.split], range(shard.start, shard.stop))
-    batch_size = arguments.source_settings().get("batch_size", 1)
+    batch_size = arguments.source_settings().get("per_device_eval_batch_size", 1)
     window = pixel_window(inputs) or parse_rule(arguments.pixel_window)
     results = []
     for start in range(shard.start, shard.stop, batch_size):

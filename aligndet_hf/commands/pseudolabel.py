@@ -16,6 +16,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForObjectDetection
 
+from ..arguments import (
+    InferenceArguments,
+    LabelledArguments,
+    LabelShareArguments,
+    ReadyDetectorArguments,
+    RunArguments,
+    again,
+)
 from ..boxes import iou_and_giou
 from ..data.bit_depth import pixel_window
 from ..data.columns import clean_boxes, read_boxes, read_crowds, read_values, validate_objects
@@ -30,7 +38,9 @@ from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import CheckedClasses, check_classes, crop_features, suppress
 from ..files import write_json
-from ..ranges import COUNT, PART, SEED, SHARE, check_values
+from ..flags import takes_old_names
+from ..processes import device_of
+from ..ranges import COUNT, SHARE, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
 from ..runs import RunFolder
 from .predict import PredictArguments, _identity, predict
@@ -39,54 +49,45 @@ REPORT, SHEET = "pseudolabel.json", "pseudolabel.jpg"
 _CORRECT_IOU = 0.5
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class PseudolabelArguments:
+class PseudolabelArguments(
+    RunArguments, InferenceArguments, LabelShareArguments, LabelledArguments, ReadyDetectorArguments
+):
     """Arguments of [`pseudolabel`]: the flags of `aligndet pseudolabel` and the keys of its recipes."""
 
     help_groups = {
-        "detector": "Data",
+        "labelled_dataset": "Data",
         "score_threshold": "Which boxes to keep",
         "class_check": "Are their classes right?",
-        "batch_size": "Run",
-        "output_dir": "Output",
+        "num_pictures": "Output",
     }
 
-    detector: str = field(
-        metadata={"role": "start", "help": "the teacher: folder of a fine-tuned detector, or its Hub id"}
+    detector: str = again(
+        ReadyDetectorArguments,
+        "detector",
+        help="folder, published file or Hub id of the teacher: a fine-tuned detector",
     )
-    dataset: str = field(
-        metadata={"role": "data", "help": "unlabelled images: a folder, COCO JSON or Hub id; labels are not used"}
+    dataset: str = again(
+        LabelledArguments, "dataset", help="unlabelled images: folder, label file or Hub id; labels are not used"
     )
-    split: str = field(default="train", metadata={"role": "data", "help": "split of the dataset"})
+    split: str = again(LabelledArguments, "split", default="train", help="split of the dataset")
     labelled_dataset: str | None = field(
-        default=None, metadata={"help": "what the teacher learned from; `dataset` if not given"}
+        default=None, metadata={"role": "data", "help": "what the teacher learned from; `dataset` if not given"}
     )
-    labelled_split: str = field(default="train", metadata={"help": "its split"})
-    label_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "share of labelled_dataset that the teacher learned from, as for finetune",
-            "range": PART,
-        },
-    )
-    label_seed: int = field(
-        default=0,
-        metadata={
-            "help": "seed of the choice of these images, as for finetune",
-            "range": SEED,
-        },
+    labelled_split: str = field(default="train", metadata={"role": "data", "help": "its split"})
+    label_fraction: float = again(
+        LabelShareArguments, "label_fraction", help="share of labelled_dataset that the teacher learned from"
     )
 
     score_threshold: float = field(
         default=0.5,
-        metadata={
-            "help": "make labels of boxes with at least this score",
-            "range": SHARE,
-        },
+        metadata={"role": "result", "help": "make labels of boxes with at least this score", "range": SHARE},
     )
     ignore_threshold: float = field(
         default=0.2,
         metadata={
+            "role": "result",
             "help": "leave boxes from this score on out of account: they are neither object nor background",
             "range": SHARE,
         },
@@ -94,6 +95,7 @@ class PseudolabelArguments:
     nms_threshold: float = field(
         default=0.6,
         metadata={
+            "role": "result",
             "help": "drop a box that overlaps a better one by more (IoU), whatever their classes",
             "range": SHARE,
         },
@@ -102,44 +104,23 @@ class PseudolabelArguments:
     class_check: Literal["neighbours", "none"] = field(
         default="neighbours",
         metadata={
+            "role": "result",
             "help": "`neighbours`: keep a box only where the nearest labelled object and label spreading agree on its "
-            "class, in features of a frozen backbone; `none`: believe the teacher"
+            "class, in features of a frozen backbone; `none`: believe the teacher",
         },
     )
     backbone: str | None = field(
-        default=None, metadata={"help": "that backbone: a timm name or a folder; the teacher's own if not given"}
+        default=None,
+        metadata={"role": "start", "help": "that backbone: a timm name or a folder; the teacher's own if not given"},
     )
-    backbone_weights: str | None = field(default=None, metadata={"help": "its weights"})
+    backbone_weights: str | None = field(default=None, metadata={"role": "start", "help": "its weights"})
 
-    batch_size: int = field(
-        default=8,
-        metadata={
-            "role": "run",
-            "help": "images per forward pass",
-            "range": COUNT,
-        },
-    )
-    dataloader_num_workers: int = field(
-        default=0, metadata={"role": "run", "help": "processes that decode and resize images"}
-    )
-    device: str | None = field(
-        default=None, metadata={"role": "run", "help": "cpu, cuda, cuda:1, ...; a GPU if there is one"}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
-
-    output_dir: str = field(
-        metadata={"role": "place", "help": "folder for the data set of images with pseudo-labels, and the report"}
+    output_dir: str = again(
+        RunArguments, "output_dir", help="folder for the data set of images with pseudo-labels, and the report"
     )
     num_pictures: int = field(
         default=24,
-        metadata={
-            "role": "output",
-            "help": "images on the sheet of pictures",
-            "range": COUNT,
-        },
-    )
-    overwrite: bool = field(
-        default=False, metadata={"role": "place", "help": "replace what another run wrote to output_dir"}
+        metadata={"role": "output", "help": "put this many images on the sheet of pictures", "range": COUNT},
     )
 
     def __post_init__(self):
@@ -178,14 +159,13 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     names = category_names(labelled, arguments.labelled_dataset)
     print(validate_objects(labelled, names, arguments.labelled_dataset))
     rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
-    images = load_dataset_source(arguments.dataset, arguments.split)
+    images = load_dataset_source(arguments.dataset, arguments.split, image_dir=arguments.image_dir)
     unseen = _unseen(images, labelled, rows, arguments)
     folder = RunFolder(
         arguments.output_dir,
         "pseudolabel",
         aside=True,
-        overwrite=arguments.overwrite,
-        overwrite_flag="--overwrite",
+        overwrite=arguments.overwrite_output_dir,
     )
     with folder:
         settings = {
@@ -238,9 +218,9 @@ def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], 
             detector=arguments.detector,
             images=images,
             score_threshold=arguments.ignore_threshold,
-            batch_size=arguments.batch_size,
+            per_device_eval_batch_size=arguments.per_device_eval_batch_size,
             dataloader_num_workers=arguments.dataloader_num_workers,
-            device=arguments.device,
+            use_cpu=arguments.use_cpu,
             disable_tqdm=arguments.disable_tqdm,
             formats=[],
             output_dir=str(folder.work / "predictions"),
@@ -292,7 +272,7 @@ def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> 
     source = teacher
     if arguments.backbone is not None:
         source = build_detector("detr", backbone=arguments.backbone, backbone_weights=arguments.backbone_weights)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(arguments.use_cpu)
     features = _frozen_backbone(source, device)
     objects = labelled.select_columns(["objects"]).with_format("arrow")
     vectors, classes = [], []
@@ -352,7 +332,7 @@ def _truth(arguments: PseudolabelArguments, images, found, boxes, names: list[st
     if "objects" not in images.column_names:
         return {}
     try:
-        labels = load_dataset_source(arguments.dataset, arguments.split, labels=True)
+        labels = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
         if category_names(labels, arguments.dataset) != names:
             return {}
     except DataError:

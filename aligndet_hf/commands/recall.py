@@ -8,16 +8,18 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..arguments import DatasetArguments, MeasureArguments, OptimisationArguments, ProgressArguments, again
 from ..data.bit_depth import pixel_window
 from ..data.columns import arrow_batches, find_faults, read_boxes, read_values, validate_proposals
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..files import write_json
+from ..flags import takes_old_names
 from ..objects import name_objects
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
-from ..ranges import COUNT, SEED, check_values
+from ..ranges import COUNT, check_values
 from ..reporting.pictures import new_figure, plot_proposals, plot_recall
 from ..runs import measuring_folder
 
@@ -33,39 +35,34 @@ RELATIVE_SIZES = {"below 0.1": (0, 0.1), "0.1 to 0.3": (0.1, 0.3), "above 0.3": 
 _NAMES = {name: f"{name} of the image's size" for name in RELATIVE_SIZES}
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class RecallArguments:
+class RecallArguments(MeasureArguments, ProgressArguments, DatasetArguments):
     """Arguments of [`measure_recall`]: the flags of `aligndet recall` and the keys of its recipes."""
 
-    help_groups = {"dataset": "Measured", "seed": "Control", "output_dir": "Output"}
+    help_groups = {"seed": "Control", "plot": "Output"}
 
-    dataset: str = field(
-        metadata={
-            "role": "data",
-            "help": "images with a column `proposals`, and `objects` to compare with; without labels the boxes are "
-            "counted and drawn",
-        }
+    dataset: str = again(
+        DatasetArguments,
+        "dataset",
+        help="images with a column `proposals`, and `objects` to compare with; without labels the boxes are counted "
+        "and drawn",
     )
-    split: str | None = field(
-        default=None, metadata={"role": "data", "help": "split of the dataset, if there are several"}
-    )
+    split: str | None = again(DatasetArguments, "split", help="split of the dataset, if there are several")
 
-    seed: int = field(default=0, metadata={"help": "seed of the random boxes beside the proposals", "range": SEED})
+    seed: int = again(OptimisationArguments, "seed", help="seed of the random boxes beside the proposals")
 
-    output_dir: str | None = field(
-        default=None, metadata={"role": "place", "help": "folder for recall.json and the pictures"}
-    )
+    output_dir: str | None = again(MeasureArguments, "output_dir", help="folder for recall.json and the pictures")
     plot: bool = field(
         default=True, metadata={"role": "output", "help": "draw the recall over the number of boxes: recall.png"}
     )
     num_pictures: int = field(
-        default=0, metadata={"role": "output", "help": "draw the first boxes of so many images: proposals.png"}
+        default=0, metadata={"role": "output", "help": "draw the first boxes of this many images: proposals.png"}
     )
     num_boxes: int = field(
         default=10,
-        metadata={"role": "output", "help": "how many boxes a picture shows, the best ones", "range": COUNT},
+        metadata={"role": "output", "help": "draw this many boxes of an image, the best ones", "range": COUNT},
     )
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
 
     def __post_init__(self):
         name_objects(self)

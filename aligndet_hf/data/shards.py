@@ -250,7 +250,7 @@ def data_folder(
     The folder of a command that makes a data set: the work is done in `<output_dir>.partial`.
 
     Args:
-        arguments: With `output_dir` and `overwrite`.
+        arguments: With `output_dir` and `overwrite_output_dir`.
         command (`str`): The command.
         kept (`Iterable[str]`, *optional*): What it goes on from, beside shards.
         on_main (`Callable`, *optional*): See [`RunFolder`].
@@ -259,8 +259,7 @@ def data_folder(
         arguments.output_dir,
         command,
         kept=["*-[0-9]*.arrow", *kept],
-        overwrite=arguments.overwrite,
-        overwrite_flag="--overwrite",
+        overwrite=arguments.overwrite_output_dir,
         aside=True,
         on_main=on_main,
     )

@@ -58,7 +58,7 @@ def _open_opencv(mode: str, short_side: int, selection: dict) -> Search:
     return search
 
 
-def _open_detector(detector: str, score_threshold: float, batch_size: int, selection: dict) -> Search:
+def _open_detector(detector: str, score_threshold: float, per_device_eval_batch_size: int, selection: dict) -> Search:
     find = load_box_finder(detector, score_threshold)
 
     def search(images, rows):
@@ -118,7 +118,7 @@ SOURCES = {
     ),
     "detector": Source(
         _open_detector,
-        {"detector": None, "score_threshold": 0.05, "batch_size": 8},
+        {"detector": None, "score_threshold": 0.05, "per_device_eval_batch_size": 8},
         lambda: {name: version(name) for name in ("torch", "transformers")},
     ),
     "column": Source(_open_column, {"column": "proposals"}, dict),

@@ -28,51 +28,52 @@ if TYPE_CHECKING:
 CLASS_PRIOR = 0.01
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DetectorArguments:
-    """The detector a command works on."""
+    """The detector that a training starts from."""
+
+    help_groups = {"detector": "Detector"}
 
     detector: str = field(
         default="rt_detr",
         metadata={
             "role": "start",
-            "help": "Folder, published file or Hub id of a detector, or a family to build a new detector of: "
-            + ", ".join(sorted(FAMILIES))
-            + ".",
+            "help": "folder, published file or Hub id of a detector, or a family to build a new detector of: "
+            + ", ".join(sorted(FAMILIES)),
         },
     )
     backbone: str | None = field(
         default=None,
         metadata={
             "role": "start",
-            "help": "A new detector's backbone: a timm name, or a folder or Hub id of a transformers checkpoint "
+            "help": "a new detector's backbone: a timm name, or a folder or Hub id of a transformers checkpoint "
             "(`facebook/dinov2-small`), whose weights come with it. resnet50 if not given; not for "
             + ", ".join(sorted(name for name, family in FAMILIES.items() if not family.strides))
-            + ", which have their own. Ignored for checkpoints.",
+            + ", which have their own. Ignored for checkpoints",
         },
     )
     backbone_weights: str | None = field(
         default=None,
         metadata={
             "role": "start",
-            "help": "Weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or "
+            "help": "weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or "
             "SoCo, `timm` to download timm's own, or `none` for random ones. If not given: `timm` for the default "
-            "backbone, those that come with a transformers checkpoint, and random ones for another timm name.",
+            "backbone, those that come with a transformers checkpoint, and random ones for another timm name",
         },
     )
     freeze_batch_norm: bool = field(
         default=True,
         metadata={
             "role": "start",
-            "help": "Keep the statistics of a new detector's backbone norms. Set to false when a random backbone is "
-            "to be trained.",
+            "help": "keep the statistics of a new detector's backbone norms. Set to false when a random backbone is "
+            "to be trained",
         },
     )
     detector_config: dict[str, Any] | None = field(
         default=None,
         metadata={
             "role": "start",
-            "help": "Fields of a new detector's config as JSON (a mapping in YAML), e.g. '{\"num_queries\": 60}'.",
+            "help": "fields of a new detector's config as JSON (a mapping in YAML), e.g. '{\"num_queries\": 60}'",
         },
     )
 

@@ -6,11 +6,20 @@ from typing import Literal
 from datasets import IterableDataset
 from huggingface_hub.errors import StrictDataclassError
 
+from ..arguments import (
+    AugmentationArguments,
+    DatasetArguments,
+    LoadingArguments,
+    OptimisationArguments,
+    TrainingRunArguments,
+    again,
+)
 from ..detectors.build import DetectorArguments
-from ..hub import HubArguments
+from ..flags import takes_old_names
+from ..hub import HubModelArguments
 from ..models import AlignDetConfig, SoCoConfig
 from ..objects import name_objects
-from ..ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, check_values
+from ..ranges import COUNT, POSITIVE, check_values
 
 # What is not given depends on the method.
 DEFAULTS = {
@@ -30,26 +39,22 @@ DEFAULTS = {
 }
 
 
+@takes_old_names
 @dataclass(kw_only=True)
-class PretrainArguments(DetectorArguments, HubArguments):
+class PretrainArguments(
+    HubModelArguments,
+    TrainingRunArguments,
+    LoadingArguments,
+    OptimisationArguments,
+    AugmentationArguments,
+    DetectorArguments,
+    DatasetArguments,
+):
     """Arguments of [`pretrain`]: the flags of `aligndet pretrain` and the keys of its recipes."""
 
-    help_groups = {
-        "dataset": "Data",
-        "image_sizes": "Views",
-        "preset": "Method",
-        "num_train_epochs": "Optimisation",
-        "output_dir": "Run",
-        "hub_model_id": "Hub",
-    }
+    help_groups = {"streaming": "Data", "preset": "Method", "optim": "Optimisation", "report_to": "Output"}
 
-    dataset: str = field(
-        metadata={
-            "role": "data",
-            "help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
-        }
-    )
-    split: str = field(default="train", metadata={"role": "data", "help": "split of the dataset"})
+    split: str = again(DatasetArguments, "split", default="train", help="split of the dataset")
     streaming: bool = field(
         default=False,
         metadata={"role": "data", "help": "read the dataset as a stream instead of downloading it; needs max_steps"},
@@ -57,17 +62,23 @@ class PretrainArguments(DetectorArguments, HubArguments):
     stream_buffer: int = field(
         default=256,
         metadata={
-            "help": "streaming: images that are shuffled together, of each data loading process",
+            "role": "data",
+            "help": "streaming: shuffle this many images together, in each data loading process",
             "range": COUNT,
         },
     )
     num_clusters: int | None = field(
         default=None,
-        metadata={"help": "streaming: clusters of the proposals, which are counted otherwise", "range": COUNT},
+        metadata={
+            "role": "result",
+            "help": "streaming: clusters of the proposals, which are counted otherwise",
+            "range": COUNT,
+        },
     )
     max_proposals: int | None = field(
         default=None,
         metadata={
+            "role": "data",
             "help": "proposals per image, never more than the detector has queries; 50 if not given. SoCo: per crop; "
             "4",
             "range": COUNT,
@@ -76,135 +87,94 @@ class PretrainArguments(DetectorArguments, HubArguments):
     proposal_sampling: Literal["top", "random"] | None = field(
         default=None,
         metadata={
+            "role": "data",
             "help": "`top`: always the best by score; `random`: drawn anew each epoch; `top`, for SoCo `random`, if "
-            "not given"
+            "not given",
         },
     )
     use_clusters: bool = field(
-        default=False, metadata={"help": "use the proposals' clusters as classes instead of one class `object`"}
+        default=False,
+        metadata={"role": "data", "help": "use the proposals' clusters as classes instead of one class `object`"},
     )
 
-    image_sizes: list[int] | None = field(
+    image_sizes: list[int] | None = again(
+        AugmentationArguments,
+        "image_sizes",
         default=None,
-        metadata={
-            "help": "sizes in pixels that views are resized to at random: the shorter side, or both sides; 640 672 "
-            "... 800 if not given. SoCo: both sides of each view, that of the whole image first; 224 224 112",
-            "range": COUNT,
-        },
+        help="sizes in pixels that images are resized to at random: the shorter side, or both sides; 640 672 ... 800 "
+        "if not given. SoCo: both sides of each view, that of the whole image first; 224 224 112",
     )
-    max_size: int | None = field(
+    color: bool | None = again(
+        AugmentationArguments,
+        "color",
         default=None,
-        metadata={"help": "longest side of a view in pixels; 5/3 of the drawn size if not given", "range": COUNT},
+        help="apply one random colour operation to each image: it teaches to overlook colours, which may tell classes "
+        "apart; SoCo and the preset `paper` do, if not given",
     )
-    flip_probability: float = field(default=0.5, metadata={"help": "probability of a horizontal flip", "range": SHARE})
-    color: bool | None = field(
+    crop_scale: list[float] | None = again(
+        AugmentationArguments,
+        "crop_scale",
         default=None,
-        metadata={
-            "help": "apply one random colour operation to each view: it teaches to overlook colours, which may tell "
-            "classes apart; SoCo and the preset `paper` do, if not given"
-        },
-    )
-    crop_scale: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "smallest and largest area of a random crop; no crop if not given. SoCo: 0.5 1.0",
-            "range": PART,
-        },
+        help="smallest and largest area of a random crop, as shares of the image; no crop if not given. SoCo: 0.5 1.0",
     )
 
     preset: Literal["suited", "paper"] = field(
         default="suited",
         metadata={
+            "role": "result",
             "help": "where a value is not given, `suited` takes one that suits the number of steps and any images, "
-            "`paper` the published one: `base_momentum` 0.996, and random colours"
+            "`paper` the published one: `base_momentum` 0.996, and random colours",
         },
     )
     method: Literal["aligndet", "soco"] = field(
         default="aligndet",
         metadata={
+            "role": "result",
             "help": "`aligndet`: the whole detector; `soco`: a backbone, with a feature pyramid and a box head. Of "
-            "the detector's flags SoCo takes `backbone` and `backbone_weights`"
+            "the detector's flags SoCo takes `backbone` and `backbone_weights`",
         },
     )
     aligndet_config: dict = field(
         default_factory=dict,
-        metadata={"help": "fields of AlignDetConfig to set, e.g. contrastive_loss_coefficient, freeze_backbone"},
-    )
-    soco_config: dict = field(
-        default_factory=dict, metadata={"help": "fields of SoCoConfig to set, e.g. variant, level_sizes, mlp_dim"}
-    )
-
-    num_train_epochs: float = field(default=50, metadata={"help": "epochs", "range": POSITIVE})
-    max_steps: int = field(
-        default=-1, metadata={"help": "optimizer steps; if positive, overrides the epochs", "range": LIMIT}
-    )
-    per_device_train_batch_size: int = field(
-        default=2, metadata={"role": "batch", "help": "images per process and forward pass", "range": COUNT}
-    )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"role": "batch", "help": "forward passes per optimizer step", "range": COUNT}
-    )
-    optimizer: Literal["adamw", "lars"] = field(
-        default="adamw", metadata={"help": "`lars` is for large batches: SGD with a rate for each layer"}
-    )
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate", "range": POSITIVE})
-    weight_decay: float = field(default=1e-4, metadata={"help": "weight decay"})
-    decay_norms_and_biases: bool = field(default=True, metadata={"help": "decay one-dimensional parameters too"})
-    max_grad_norm: float = field(
-        default=0.1, metadata={"help": "gradients are clipped to this norm", "range": POSITIVE}
-    )
-    lr_scheduler_type: Literal["constant", "step", "cosine"] = field(
-        default="step", metadata={"help": "learning rate after the warm-up; `step` divides it by 10 at each milestone"}
-    )
-    lr_milestones: list[float] = field(
-        default_factory=lambda: [0.8],
-        metadata={"help": "fractions of the run (below 1) or epochs, for `step`", "range": POSITIVE},
-    )
-    warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up"})
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"role": "run", "help": "compute the layers again in the backward pass: slower, with less memory"},
-    )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = field(
-        default=None,
-        metadata={"role": "run", "help": "precision of the forward pass; what `accelerate launch` says if not given"},
-    )
-    torch_compile: bool = field(
-        default=False,
         metadata={
-            "help": "compile the networks with torch.compile: minutes at the start, and again for new image sizes, "
-            "for faster steps; a network that cannot be compiled runs without"
+            "role": "result",
+            "help": "fields of AlignDetConfig to set, e.g. contrastive_loss_coefficient, freeze_backbone",
         },
     )
-    seed: int = field(default=0, metadata={"help": "seed of the weights, the data and all noise", "range": SEED})
+    soco_config: dict = field(
+        default_factory=dict,
+        metadata={"role": "result", "help": "fields of SoCoConfig to set, e.g. variant, level_sizes, mlp_dim"},
+    )
 
-    output_dir: str = field(metadata={"role": "place", "help": "folder of the run; the same command again resumes it"})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"role": "place", "help": "start anew, and remove the old checkpoints"}
+    per_device_train_batch_size: int = again(OptimisationArguments, "per_device_train_batch_size", default=2)
+    optim: Literal["adamw_torch_fused", "lars"] = field(
+        default="adamw_torch_fused",
+        metadata={
+            "role": "result",
+            "help": "optimizer; `lars` is for large batches: SGD with a rate for each layer",
+            "was": {"optimizer": lambda value: {"adamw": "adamw_torch_fused"}.get(value, value)},
+        },
     )
-    save_steps: int = field(default=500, metadata={"role": "run", "help": "steps between checkpoints", "range": COUNT})
-    save_total_limit: int = field(
-        default=2, metadata={"role": "output", "help": "checkpoints to keep", "range": COUNT}
+    learning_rate: float = again(OptimisationArguments, "learning_rate", default=2e-4, range=POSITIVE)
+    decay_norms_and_biases: bool = field(
+        default=True, metadata={"role": "result", "help": "decay one-dimensional parameters too"}
     )
-    logging_steps: int = field(
-        default=50,
-        metadata={"role": "run", "help": "steps between entries of the log (log.jsonl, trackers)", "range": COUNT},
+    max_grad_norm: float = again(OptimisationArguments, "max_grad_norm", range=POSITIVE)
+    lr_scheduler_type: Literal["constant", "step", "cosine"] = again(
+        OptimisationArguments,
+        "lr_scheduler_type",
+        default="step",
+        help="learning rate after the warm-up; `step` divides it by 10 at each of lr_milestones",
     )
+    lr_milestones: list[float] = again(OptimisationArguments, "lr_milestones", default_factory=lambda: [0.8])
+    warmup_steps: int = again(OptimisationArguments, "warmup_steps", help="steps of linear warm-up")
+
+    save_steps: int = again(TrainingRunArguments, "save_steps", range=COUNT)
+    save_total_limit: int = again(TrainingRunArguments, "save_total_limit", help="keep this many checkpoints")
+    logging_steps: int = again(TrainingRunArguments, "logging_steps", default=50, range=COUNT)
     report_to: list[str] = field(
         default_factory=list,
         metadata={"role": "output", "help": "trackers of Accelerate: tensorboard, wandb, ... (or none)"},
-    )
-    dataloader_num_workers: int = field(
-        default=0, metadata={"role": "run", "help": "data loading processes per training process"}
-    )
-    use_cpu: bool = field(default=False, metadata={"role": "run", "help": "train on the CPU even if there is a GPU"})
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
-    write_report: bool = field(
-        default=True, metadata={"role": "output", "help": "write report.html at the end; its curves need matplotlib"}
-    )
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
     )
 
     def __post_init__(self):
@@ -223,9 +193,10 @@ class PretrainArguments(DetectorArguments, HubArguments):
             raise ValueError("streaming needs max_steps: the length of a stream is not known")
         if self.streaming and self.use_clusters and self.num_clusters is None:
             raise ValueError("streaming with use_clusters needs num_clusters: a stream is not read to count them")
-        if self.crop_scale is not None and (len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]):
-            raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
-        if self.optimizer == "lars" and not self.weight_decay > 0:
+        self.check_crop_scale()
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are two precisions: give one of them")
+        if self.optim == "lars" and not self.weight_decay > 0:
             raise ValueError("LARS adapts the rates of the layers that decay: weight_decay must be positive")
         for method, config in (("aligndet", AlignDetConfig), ("soco", SoCoConfig)):
             name = f"{method}_config"

@@ -201,7 +201,7 @@ def _is_usable(run: Run, gradient_norm: torch.Tensor) -> bool:
     if progress.skipped_in_a_row == MAX_SKIPPED_STEPS:
         raise FloatingPointError(
             f"{where}. {MAX_SKIPPED_STEPS} steps in a row were skipped. Try a lower --learning_rate, a longer "
-            "--warmup_steps or --mixed_precision bf16, and look at these images; the last checkpoint is sound."
+            "--warmup_steps or --bf16, and look at these images; the last checkpoint is sound."
         )
     if run.accelerator.is_main_process and not fp16:
         logger.warning(f"{where}; the step is skipped")

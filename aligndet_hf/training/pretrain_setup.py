@@ -35,7 +35,7 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
         )
     accelerator = Accelerator(
         cpu=arguments.use_cpu,
-        mixed_precision=arguments.mixed_precision,
+        mixed_precision="bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None,  # or what the launcher says
         log_with=[name for name in arguments.report_to if name != "none"] or None,
         project_dir=arguments.output_dir,
         # A batch without any proposal leaves denoising embeddings without a gradient.
@@ -47,7 +47,7 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
 
 def compared_configuration(arguments: PretrainArguments, accelerator: Accelerator) -> dict:
     """What has to be the same when a run is resumed."""
-    compared = names_of(type(arguments), "result", "data", "start")
+    compared = names_of(type(arguments), "result", "data", "start") - {"bf16", "fp16"}  # or the launcher's
     values = {key: value for key, value in dataclasses.asdict(arguments).items() if key in compared}
     # The batch counts as the images of one step, however they are spread over processes and micro-batches.
     images = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
@@ -118,7 +118,7 @@ def to_device(batch: dict, device: torch.device, image_processor: BaseImageProce
 def build_optimizer(model: torch.nn.Module, arguments: PretrainArguments) -> torch.optim.Optimizer:
     """AdamW, or LARS (You et al., 2017) with momentum 0.9, which leaves what does not decay at the common rate."""
     groups = parameter_groups(model, arguments)
-    if arguments.optimizer == "lars":
+    if arguments.optim == "lars":
         from timm.optim import Lars
 
         return Lars(groups, arguments.learning_rate, momentum=0.9)

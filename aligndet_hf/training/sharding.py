@@ -38,7 +38,7 @@ def require_supported(accelerator: Accelerator, method: str, compiled: bool = Fa
         if not accelerator.is_fsdp2:
             raise ValueError("pre-training runs under FSDP of version 2 only: set fsdp_version: 2")
         if accelerator.mixed_precision == "fp16":
-            raise ValueError("pre-training under FSDP runs with mixed_precision no or bf16, got fp16")
+            raise ValueError("pre-training under FSDP runs in float32 or with bf16, got fp16")
         if method != "aligndet":
             raise ValueError(f"FSDP is for --method aligndet, this is {method}")
         if compiled:

@@ -1,0 +1,408 @@
+"""
+The arguments that several commands have: each stands here once, with its help, its role and its range.
+
+A command's dataclass inherits what it has, and says with [`again`] what is different: another default, or words that
+fit the command better. Names are those of `transformers.TrainingArguments`, where it has one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .flags import same_value
+from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE
+
+
+def again(mixin: type, name: str, **changes: Any) -> Any:
+    """
+    A field of a mixin, changed for one command.
+
+    Args:
+        mixin (`type`): The dataclass that has it.
+        name (`str`): Its name.
+        changes: `default` or `default_factory`; and entries of the metadata, such as `help`, in place of those it has.
+    """
+    known = mixin.__dataclass_fields__[name]
+    names = ("default", "default_factory")
+    default = {key: changes.pop(key) for key in names if key in changes}
+    default = default or {key: getattr(known, key) for key in names}
+    return field(**default, metadata={**known.metadata, **changes})
+
+
+def is_cpu(device: Any) -> bool:
+    """What `use_cpu` is for a value of `device`, which it was called before."""
+    kind, _, index = str(device or "cuda").partition(":")
+    if index not in ("", "0"):
+        raise ValueError(f"device {device} is chosen by the variable CUDA_VISIBLE_DEVICES={index} now")
+    return kind == "cpu"
+
+
+def is_precision(name: str) -> Callable:
+    """What `bf16` or `fp16` is for a value of `mixed_precision`, which they were called before."""
+
+    def convert(value: Any) -> bool:
+        if value not in (None, False, "False", "no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {value!r}")
+        return value == name
+
+    return convert
+
+
+# ---- what is read ----
+
+
+@dataclass(kw_only=True)
+class DatasetArguments:
+    """The images that a command reads."""
+
+    help_groups = {"dataset": "Data"}
+
+    dataset: str = field(
+        metadata={
+            "role": "data",
+            "help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
+        }
+    )
+    split: str | None = field(
+        default=None, metadata={"role": "data", "help": "split of the dataset; all of them if not given"}
+    )
+
+
+@dataclass(kw_only=True)
+class LabelledArguments(DatasetArguments):
+    """Images with their labels, which may come from a label file."""
+
+    help_groups = {"dataset": "Data"}
+
+    dataset: str = again(DatasetArguments, "dataset", help="labelled images: folder, label file or Hub id")
+    image_dir: str | None = field(
+        default=None,
+        metadata={"role": "data", "help": "folder of the images of a label file, if they are not found beside it"},
+    )
+
+
+@dataclass(kw_only=True)
+class LabelShareArguments:
+    """A part of the labels."""
+
+    help_groups = {"label_fraction": "Data"}
+
+    label_fraction: float = field(
+        default=1.0,
+        metadata={
+            "role": "data",
+            "help": "share of the labelled images to use; smaller ones lie inside larger ones",
+            "range": PART,
+        },
+    )
+    label_seed: int = field(
+        default=0, metadata={"role": "data", "help": "seed of the choice of these images", "range": SEED}
+    )
+
+
+@dataclass(kw_only=True)
+class PixelWindowArguments:
+    """How grey levels become pixels."""
+
+    help_groups = {"pixel_window": "Data"}
+
+    pixel_window: str = field(
+        default="range",
+        metadata={
+            "role": "data",
+            "help": "grey levels of images with more than 8 bits that become black and white, unless the detector or "
+            "the dataset has them: range, the lowest and the highest of the data; percentile, 0.1 and 99.9 percent of "
+            "the pixels; or two numbers such as 7000,9000",
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class ReadyDetectorArguments:
+    """A detector that is used as it is."""
+
+    help_groups = {"detector": "Detector"}
+
+    detector: str = field(
+        metadata={"role": "start", "help": "folder, published file or Hub id of a detector with its image processor"}
+    )
+
+
+# ---- how images are seen ----
+
+
+@dataclass(kw_only=True)
+class ViewArguments:
+    """The size of the images that a detector sees in training."""
+
+    help_groups = {"image_sizes": "Views"}
+
+    image_sizes: list[int] = field(
+        default_factory=lambda: list(range(480, 801, 32)),
+        metadata={
+            "role": "result",
+            "help": "sizes in pixels that images are resized to at random: the shorter side, or both sides",
+            "range": COUNT,
+        },
+    )
+    max_size: int | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "longest side in pixels; 5/3 of the drawn size if not given",
+            "range": COUNT,
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class AugmentationArguments(ViewArguments):
+    """How images are changed at random in training."""
+
+    help_groups = {"flip_probability": "Views"}
+
+    flip_probability: float = field(
+        default=0.5, metadata={"role": "result", "help": "probability of a horizontal flip", "range": SHARE}
+    )
+    color: bool | None = field(
+        default=False, metadata={"role": "result", "help": "apply one random colour operation to each image"}
+    )
+    crop_scale: list[float] | None = field(
+        default_factory=lambda: [0.3, 1.0],
+        metadata={
+            "role": "result",
+            "help": "smallest and largest area of a random crop, as shares of the image; `1 1` for no crop",
+            "range": PART,
+        },
+    )
+
+    def check_crop_scale(self) -> None:
+        """Refuses what is not an interval."""
+        if self.crop_scale is not None and (len(self.crop_scale) != 2 or self.crop_scale[0] > self.crop_scale[1]):
+            raise ValueError(f"crop_scale takes the smallest and the largest area, got {self.crop_scale}")
+
+
+@dataclass(kw_only=True)
+class FeatureArguments:
+    """What a frozen backbone says of boxes."""
+
+    help_groups = {"strides": "Features"}
+
+    # Strides, size and scaling were chosen by the agreement with the labels of blood cells and of photographs: fine
+    # strides are best for the cells, coarse ones for the photographs, and both together lose little on either.
+    strides: list[int] = field(
+        default_factory=lambda: [16, 32],
+        metadata={
+            "role": "result",
+            "help": "feature maps to use, by stride in pixels: fine ones tell small objects apart",
+            "range": COUNT,
+        },
+    )
+    short_side: int = field(
+        default=448,
+        metadata={
+            "role": "result",
+            "help": "shorter side in pixels of the images that the backbone sees",
+            "range": COUNT,
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class NeighborArguments:
+    """Objects that are told apart by their neighbours."""
+
+    help_groups = {"max_objects": "Neighbours"}
+
+    max_objects: int = field(
+        default=5000,
+        metadata={"role": "result", "help": "look at a random choice of at most this many objects", "range": COUNT},
+    )
+    num_neighbors: int = field(
+        default=10,
+        metadata={
+            "role": "result",
+            "help": "neighbours that vote for the class of an object",
+            "range": COUNT,
+            "was": {"neighbors": same_value, "k": same_value},
+        },
+    )
+
+
+# ---- how a command runs ----
+
+
+@dataclass(kw_only=True)
+class ProgressArguments:
+    """Whether a command tells how far it is."""
+
+    help_groups = {"disable_tqdm": "Run"}
+
+    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
+
+
+@dataclass(kw_only=True)
+class DeviceArguments(ProgressArguments):
+    """What a network runs on."""
+
+    help_groups = {"use_cpu": "Run"}
+
+    use_cpu: bool = field(
+        default=False,
+        metadata={"role": "run", "help": "use the CPU even if there is a GPU", "was": {"device": is_cpu}},
+    )
+
+
+@dataclass(kw_only=True)
+class LoadingArguments(DeviceArguments):
+    """How a network gets its images."""
+
+    help_groups = {"dataloader_num_workers": "Run"}
+
+    dataloader_num_workers: int = field(
+        default=0,
+        metadata={"role": "run", "help": "processes that load images, of each training process", "was": "num_workers"},
+    )
+
+
+@dataclass(kw_only=True)
+class InferenceArguments(LoadingArguments):
+    """How a network sees images without learning from them."""
+
+    help_groups = {"per_device_eval_batch_size": "Run"}
+
+    per_device_eval_batch_size: int = field(
+        default=8,
+        metadata={"role": "run", "help": "images per forward pass", "range": COUNT, "was": "batch_size"},
+    )
+
+
+# ---- what a training is made of ----
+
+
+@dataclass(kw_only=True)
+class OptimisationArguments:
+    """How a network learns."""
+
+    help_groups = {"num_train_epochs": "Optimisation"}
+
+    num_train_epochs: float = field(default=50, metadata={"role": "result", "help": "epochs", "range": POSITIVE})
+    max_steps: int = field(
+        default=-1,
+        metadata={"role": "result", "help": "optimizer steps; if positive, overrides the epochs", "range": LIMIT},
+    )
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"role": "batch", "help": "images per process and forward pass", "range": COUNT}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"role": "batch", "help": "forward passes per optimizer step", "range": COUNT}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"role": "result", "help": "peak learning rate"})
+    weight_decay: float = field(default=1e-4, metadata={"role": "result", "help": "weight decay"})
+    max_grad_norm: float = field(default=0.1, metadata={"role": "result", "help": "clip gradients to this norm"})
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={
+            "role": "result",
+            "help": "learning rate after the warm-up: cosine, linear, constant_with_warmup, ...",
+        },
+    )
+    lr_milestones: list[float] = field(
+        default_factory=list,
+        metadata={
+            "role": "result",
+            "help": "fractions of the run (below 1) or epochs at which the rate falls to a tenth",
+            "range": POSITIVE,
+        },
+    )
+    warmup_steps: float = field(
+        default=0, metadata={"role": "result", "help": "steps of linear warm-up, or below 1 a share of the run"}
+    )
+    bf16: bool = field(
+        default=False,
+        metadata={
+            "role": "result",
+            "help": "run forward passes in bfloat16 (autocast)",
+            "was": {"mixed_precision": is_precision("bf16")},
+        },
+    )
+    fp16: bool = field(
+        default=False,
+        metadata={
+            "role": "result",
+            "help": "run forward passes in float16 (autocast), with scaled losses",
+            "was": {"mixed_precision": is_precision("fp16")},
+        },
+    )
+    torch_compile: bool = field(
+        default=False,
+        metadata={
+            "role": "result",
+            "help": "compile the networks with torch.compile: minutes at the start, and again for new image sizes, "
+            "for faster steps",
+        },
+    )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={"role": "run", "help": "compute the layers again in the backward pass: slower, with less memory"},
+    )
+    seed: int = field(
+        default=0, metadata={"role": "result", "help": "seed of new weights, the data and all noise", "range": SEED}
+    )
+
+
+# ---- what is written ----
+
+
+@dataclass(kw_only=True)
+class OutputArguments:
+    """Where a command writes to."""
+
+    help_groups = {"output_dir": "Output"}
+
+    output_dir: str = field(metadata={"role": "place", "help": "folder of the run; the same command again resumes it"})
+
+
+@dataclass(kw_only=True)
+class RunArguments(OutputArguments):
+    """A folder that belongs to one run of a command."""
+
+    help_groups = {"overwrite_output_dir": "Output"}
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "role": "place",
+            "help": "start anew, and replace what another run of this command wrote to output_dir",
+            "was": "overwrite",
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class MeasureArguments:
+    """A folder that a measuring command writes to if it is given one."""
+
+    help_groups = {"output_dir": "Output"}
+
+    output_dir: str | None = again(OutputArguments, "output_dir", default=None)
+
+
+@dataclass(kw_only=True)
+class TrainingRunArguments(RunArguments):
+    """What a training leaves in its folder."""
+
+    help_groups = {"save_total_limit": "Output"}
+
+    save_steps: float = field(
+        default=500, metadata={"role": "run", "help": "steps between checkpoints", "range": POSITIVE}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"role": "output", "help": "keep this many checkpoints, besides the best", "range": COUNT}
+    )
+    logging_steps: float = field(
+        default=20, metadata={"role": "run", "help": "steps between entries of the log", "range": POSITIVE}
+    )
+    write_report: bool = field(
+        default=True, metadata={"role": "output", "help": "write report.html at the end; its curves need matplotlib"}
+    )
