@@ -254,7 +254,7 @@ def arguments(proposed, detector_folders, tmp_path):
             "short_side": 64,
             "num_clusters": 6,
             "pca_dim": 8,
-            "device": "cpu",
+            "use_cpu": True,
             "disable_tqdm": True,
         }
         return ClustersArguments(**defaults | changes)

@@ -212,7 +212,7 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
             detector=str(saved / "detector"),
             dataset=str(saved / "data"),
             output_dir=str(tmp_path / "new"),
-            batch_size=2,
+            per_device_eval_batch_size=2,
             save_predictions=True,
             num_pictures=2,
             use_cpu=True,

@@ -87,7 +87,7 @@ def test_the_script_beside_it_finds_the_same_without_pytorch(exported, photos):
     )
     names = sorted(str(path) for path in photos.iterdir())
     run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True)
-    expected = predict(str(detector), names, score_threshold=0.3, batch_size=1)
+    expected = predict(str(detector), names, score_threshold=0.3, per_device_eval_batch_size=1)
     lines = [line.split(" ") for line in run.stdout.splitlines()]
     assert len(lines) == sum(len(found["boxes"]) for found in expected) > 10
     for name, found in zip(names, expected, strict=True):

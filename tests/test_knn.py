@@ -66,11 +66,17 @@ def scenes(tmp_path_factory):
 def test_objects_are_measured_with_the_weights_and_with_random_ones(scenes, tmp_path, capsys):
     torch.manual_seed(3)
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.safetensors")
-    settings = {"dataset": str(scenes), "backbone": "resnet10t", "short_side": 96, "k": 3, "disable_tqdm": True}
+    settings = {
+        "dataset": str(scenes),
+        "backbone": "resnet10t",
+        "short_side": 96,
+        "num_neighbors": 3,
+        "disable_tqdm": True,
+    }
     weights = str(tmp_path / "weights.safetensors")
     results = measure_knn(KnnArguments(**settings, backbone_weights=weights, output_dir=str(tmp_path / "out")))
     record = json.loads((tmp_path / "out" / "knn.json").read_text())
-    assert record["results"] == results and record["k"] == 3
+    assert record["results"] == results and record["num_neighbors"] == 3
     assert results["trained"] != results["random"]
     assert results["random"] == measure_knn(KnnArguments(**settings))["random"]
     printed = capsys.readouterr().out

@@ -144,7 +144,9 @@ def test_a_video_of_300_frames_in_order(tmp_path):
     for number in range(300):
         writer.write(scene([(number % 50, number // 8, 8, 8, 0)])[:, :, ::-1])
     writer.release()
-    dataset = look(tmp_path / "v.avi", output_dir=str(tmp_path / "out"), dataloader_num_workers=2, batch_size=16)
+    dataset = look(
+        tmp_path / "v.avi", output_dir=str(tmp_path / "out"), dataloader_num_workers=2, per_device_eval_batch_size=16
+    )
     assert dataset["file_name"] == [f"v.avi/{number:06d}.jpg" for number in range(300)]
     boxes = [objects["bbox"][0] for objects in dataset["objects"]]
     np.testing.assert_allclose(boxes, [[n % 50, n // 8, 8, 8] for n in range(300)], atol=0.01)
