@@ -92,7 +92,7 @@ def enable_gradient_checkpointing(model: AlignDetForPreTraining) -> None:
     except ValueError as error:
         raise ValueError(
             f"gradient_checkpointing: transformers has none for {model.config.detector_config.model_type} "
-            "(docs/families.md). To save memory, lower the image_sizes or the batch, or set mixed_precision to bf16"
+            "(docs/families.md). To save memory, lower the image_sizes or the batch, or give --bf16"
         ) from error
 
 
