@@ -20,9 +20,10 @@ style: $(READY)  ## format, and fix what ruff can fix
 	$(PYTHON) -m ruff format $(SOURCES)
 	$(PYTHON) -m ruff check --fix $(SOURCES)
 
-quality: $(READY)  ## check what `make style` would change
+quality: $(READY)  ## check what `make style` would change, and the types of the public face
 	$(PYTHON) -m ruff format --check $(SOURCES)
 	$(PYTHON) -m ruff check $(SOURCES)
+	$(PYTHON) -m mypy
 
 clean:
 	rm -rf $(VENV) demo_output build dist *.egg-info

@@ -18,7 +18,7 @@ class SampleKey(NamedTuple):
         visit (`tuple[int, ...]`): Of a stream, which has no epochs: the number of the visit to the row's shard.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple's own `index` is not needed
     epoch: int
     batch: int
     visit: tuple[int, ...] = ()
@@ -173,11 +173,14 @@ class StepBatches(ABC):
 
     Attributes:
         global_batch_size (`int`): Images of one step, over all processes.
-        positions (`dict`): What a checkpoint has to keep, besides the step, for the next batches; JSON can hold it.
     """
 
     global_batch_size: int
-    positions: dict
+
+    @property
+    @abstractmethod
+    def positions(self) -> dict:
+        """What a checkpoint has to keep, besides the step, for the next batches; JSON can hold it."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -217,12 +220,15 @@ class EpochBatches(StepBatches):
         loader (`torch.utils.data.DataLoader`): With this batch sampler.
     """
 
-    positions: dict = {}
-
     def __init__(self, sampler: EpochBatchSampler, loader: DataLoader):
         self.sampler = sampler
         self.loader = loader
         self.global_batch_size = sampler.global_batch_size
+
+    @property
+    def positions(self) -> dict:
+        """Nothing: the step is enough."""
+        return {}
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -234,7 +240,7 @@ class EpochBatches(StepBatches):
         return iter(self.loader)
 
     def resume(self, step: int, positions: list[dict]) -> None:
-        """Nothing: the step is enough."""
+        """There is nothing to do."""
 
     def rows(self, step: int) -> list[int]:
         """The rows of a step, on all processes."""

@@ -187,7 +187,7 @@ def _losses(
         "loss_fgl": settings.fgl_weight,
         "loss_ddf": settings.ddf_weight,
     }
-    total, terms = predictions.detections.logits.new_zeros(()), {}
+    total, terms = predictions.detections.logits.new_zeros(()), dict[str, Tensor]()
     for group, group_sums, normalizer in zip(groups, sums, normalizers, strict=True):
         (num_boxes, num_pairs, pair_edges, other_edges), class_weights = (
             normalizer[:NUM_COUNTS],

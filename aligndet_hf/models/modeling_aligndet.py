@@ -269,13 +269,18 @@ class AlignDetForPreTraining(MomentumModel):
             momentum_rows = self._family.object_rows(self.momentum_detector, momentum, momentum_labels)
             momentum_embeddings = self._project(self.momentum_projector, momentum_rows)
 
-        embeddings = (online_embeddings, momentum_embeddings)
+        assert rows.ids is not None and momentum_rows.ids is not None  # since there are labels
         loss_contrastive = object_contrastive_loss(
-            *embeddings,
+            online_embeddings,
+            momentum_embeddings,
             rows.ids,
             momentum_rows.ids,
             self.config.contrastive_temperature,
-            **(_from_all_processes(*embeddings, rows.ids) if self.config.gather_negatives else {}),
+            **(
+                _from_all_processes(online_embeddings, momentum_embeddings, rows.ids)
+                if self.config.gather_negatives
+                else {}
+            ),
             **({} if self._family.own_loss else _known_counts(rows, labels)),
         )
         last, momentum_last = rows.last, momentum_rows.last
@@ -356,7 +361,7 @@ def _from_all_processes(online_rows: Tensor, momentum_rows: Tensor, online_ids: 
 
 def _known_counts(rows: ObjectRows, labels: list[dict[str, Tensor]]) -> dict[str, int]:
     """What a GPU need not be asked for: in every layer a proposal has one query, if there are enough."""
-    per_layer = len(rows.ids[rows.last])
-    layers, queries = len(rows.ids) // per_layer, per_layer // len(labels)
+    per_layer = len(rows.features[rows.last])
+    layers, queries = len(rows.features) // per_layer, per_layer // len(labels)
     matched = sum(min(len(label["proposal_ids"]), queries) for label in labels)
     return {"num_anchors": layers * matched, "max_rows_per_id": 2 * layers}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,9 +80,9 @@ class SoCoEncoder(nn.Module):
             self.projector = _mlp(channels[-1], config.mlp_dim, config.projection_dim)
             split_network(self.backbone)  # raises if that cannot be
         else:
-            if len(channels) != len(config.level_sizes):
+            if len(channels) != len(config.level_sizes or []):
                 raise ValueError(
-                    f"the backbone gives {len(channels)} feature maps, but there are {len(config.level_sizes)} "
+                    f"the backbone gives {len(channels)} feature maps, but there are {len(config.level_sizes or [])} "
                     f"level_sizes: {config.level_sizes}"
                 )
             width = config.fpn_channels
@@ -109,7 +110,7 @@ class SoCoEncoder(nn.Module):
         maps = self.backbone(pixel_values).feature_maps
         return list(self.neck(OrderedDict(enumerate(maps))).values())
 
-    def embed(self, maps: list[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
+    def embed(self, maps: Sequence[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
         """The embeddings of boxes, as [`~SoCoEncoder.forward`] takes them, in these feature maps."""
         images, count, _ = boxes.shape
         index = torch.arange(images, device=boxes.device).repeat_interleave(count)
@@ -127,7 +128,7 @@ def _pool(feature_map: Tensor, rois: Tensor, size: int) -> Tensor:
     return roi_align(feature_map, rois * rois.new_tensor([1, width, height, width, height]), size, aligned=True)
 
 
-def _pool_levels(maps: list[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
+def _pool_levels(maps: Sequence[Tensor], rois: Tensor, levels: Tensor) -> Tensor:
     """RoIAlign to 7 x 7 of each roi from its own feature map, in the order of the rois."""
     levels = torch.where(levels < 0, len(maps) - 1, levels)
     order = levels.argsort(stable=True)
@@ -330,7 +331,7 @@ class SoCoForPreTraining(MomentumModel):
         Raises:
             `ValueError`: for the variant "c4", which has neither a pyramid nor such a head.
         """
-        if self.encoder.head is None:
+        if self.encoder.neck is None or self.encoder.head is None:
             raise ValueError("variant 'c4' trains no feature pyramid and no box head: export the backbone")
         parts = {
             "backbone.body.": tensors_of(self.encoder.backbone),

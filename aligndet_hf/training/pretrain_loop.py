@@ -126,7 +126,7 @@ class Run:
         model = sharding.whole_model(self.accelerator, self.model)
         optimizer_state = sharding.whole_optimizer_state(self.accelerator, self.optimizer)
         positions = gather_object([self.batches.positions])
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and model is not None:
             # Skipped steps leave the weights alone, but not the running statistics of norms.
             if broken := [name for name, value in model.state_dict().items() if not value.isfinite().all()]:
                 raise FloatingPointError(f"step {step}: {', '.join(broken)} infinite or NaN; nothing was saved")
