@@ -74,11 +74,11 @@ def localization_distillation(
     edge_logits: Tensor, teacher_edge_logits: Tensor, weight: Tensor, temperature: float = 5.0
 ) -> Tensor:
     """
-    How far the edge distributions of the layers are from those of the last, one value a query (DDF).
+    How far the edge distributions of the layers are from the last layer's, one value a query (DDF).
 
     Args:
         edge_logits (`torch.Tensor` of shape `[sets, images, queries, 4, bins]`): distributions of the layers.
-        teacher_edge_logits (`torch.Tensor` of shape `[images, queries, 4, bins]`): those of the last layer; no
+        teacher_edge_logits (`torch.Tensor` of shape `[images, queries, 4, bins]`): the last layer's; no
             gradient flows into them.
         weight (`torch.Tensor` of shape `[sets, images, queries]`): detached weight of a query.
         temperature (`float`, *optional*, defaults to 5.0): softness of the distributions.

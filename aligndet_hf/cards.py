@@ -37,7 +37,7 @@ def merge_card(generated: str, *cards: str) -> str:
 
     Args:
         generated (`str`): The new card, with metadata.
-        cards (`str`): The cards that are there; of two values for a key of the metadata that of the first stays.
+        cards (`str`): The cards that are there; of two values for a key of the metadata the first card's stays.
 
     Returns:
         `str`: the card to write.
@@ -117,7 +117,7 @@ def describe_versions() -> str:
 
 
 def told(source) -> str:
-    """A Hub id as it is; of a path only the last part that says something: that of `run/detector` is `run`."""
+    """A Hub id as it is; of a path only the last part that says something: for `run/detector` it is `run`."""
     path = Path(str(source).replace("\\", "/"))
     return (
         source if hub_ids(source) else (path.parent.name if path.name in ("detector", "backbone") else "") or path.name

@@ -195,7 +195,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
 
     Args:
         command (`str`): A key of `COMMANDS`.
-        argv (`list[str]`, *optional*): The flags; those of the process by default.
+        argv (`list[str]`, *optional*): The flags; by default the flags of the process.
 
     Returns:
         `int`: the exit code, as [`main`] does.

@@ -14,7 +14,7 @@ from typing import Any
 
 # The roles of a flag. The first three make a run what it is, and may not change when it is resumed.
 ROLES = {
-    "result": "has an influence on what comes out; that of a flag that names none",
+    "result": "has an influence on what comes out; the role of a flag that names none",
     "data": "says what is read",
     "start": "says what training starts from, and how much of it is trained",
     "best": "has an influence only where the best weights are chosen by measuring",

@@ -77,7 +77,7 @@ def open_repository(
     """
     Creates a repository if there is none, and makes sure that it can be written to.
 
-    To be called before the work of which it shall hold the result: a run of days must not end at a missing token.
+    To be called before the work whose result it shall hold: a run of days must not end at a missing token.
 
     Args:
         name (`str`): `owner/name`, or the name alone for the owner of the token.
@@ -86,7 +86,7 @@ def open_repository(
             stays as it is.
         revision (`str`, *optional*): The branch to write to; created if there is none.
         license (`str`, *optional*): The licence that its card will name.
-        token (`str`, *optional*): That of `hf auth login` or `HF_TOKEN` by default.
+        token (`str`, *optional*): By default the token of `hf auth login` or `HF_TOKEN`.
 
     Returns:
         `str`: its id, `owner/name`.
@@ -135,7 +135,7 @@ def upload(
         repo_id (`str`): `owner/name`, see [`open_repository`].
         files (`Mapping[str, Path]`): Path in the repository to the file to upload.
         card (`str`): The generated card, with metadata.
-        local_card (`Path`, *optional*): A card of which to take what a person wrote, where the Hub's has nothing.
+        local_card (`Path`, *optional*): A card to take what a person wrote from, where the Hub's has nothing.
         message (`str`): The commit message.
         repo_type, revision, token: As for [`open_repository`].
 
@@ -175,7 +175,7 @@ def clear_hub_errors(repo_id: str, token: str | None = None) -> Iterator[None]:
 
     Args:
         repo_id (`str`): The repository.
-        token (`str`, *optional*): The token in use; that of `hf auth login` or `HF_TOKEN` by default.
+        token (`str`, *optional*): The token in use; by default the token of `hf auth login` or `HF_TOKEN`.
     """
     from huggingface_hub import get_token
 

@@ -275,7 +275,7 @@ def best_box_diagnostics(scores: Tensor, boxes: Tensor) -> dict[str, Tensor]:
     """
     Whether a detector looks at its images: one that does not finds the same box in all of them.
 
-    A detector that answers every image with the same large rectangle has falling losses and similarities like those of
+    A detector that answers every image with the same large rectangle has falling losses and similarities like
     one that has learnt, and nothing to pass on.
 
     Args:
@@ -441,7 +441,7 @@ def iou_aware_class_loss(
     prob = logits.sigmoid()
     target = (prob.detach() ** alpha * quality[..., None] ** (1 - alpha)).clamp(min=0.01) * is_class
     negative_weight = torch.where(is_class, 1 - target, prob**2)
-    # The logarithms from the logits: those of a rounded probability are infinite at its ends.
+    # The logarithms from the logits: the logarithm of a rounded probability is infinite at its ends.
     loss = -target * F.logsigmoid(logits) - negative_weight * F.logsigmoid(-logits)
     return _sum_of_sets(loss, query_weights)
 

@@ -14,7 +14,7 @@ from .boxes import cxcywh_to_xyxy, iou_and_giou
 
 # Stands in for NaN and infinite costs: larger than any real cost, small enough that sums of it stay exact.
 INVALID_COST = 1e8
-# From so many costs on, a second thread is worth its trouble.
+# From this many costs on, a second thread is worth its trouble.
 PARALLEL_COSTS = 200_000
 
 
@@ -163,7 +163,7 @@ def start_matching(
 
 
 def _assign(cost: np.ndarray, sizes: list[int], target_boxes: list[Tensor]) -> Matching:
-    """Assignment of the least cost `[layers, images, queries, boxes]`, of which an image has the first `sizes`."""
+    """Assignment of the least cost `[layers, images, queries, boxes]`; an image has the first `sizes` boxes."""
     if np.isnan(cost).all((0, 2)).any():
         _require_valid(target_boxes)
     cost = np.nan_to_num(cost, nan=INVALID_COST, posinf=INVALID_COST, neginf=INVALID_COST)

@@ -42,7 +42,7 @@ def cosine_momentum(step: int, total_steps: int, base: float = 0.996, end: float
 
 def suited_momentum(total_steps: int) -> float:
     """
-    The momentum to start a run of so many steps with.
+    The momentum to start a run of this many steps with.
 
     The momentum detector is to leave its random start behind within a fiftieth of the run: 0.996, as published, from
     12,500 steps on, and never less than 0.95, which a thousand steps have.
@@ -91,8 +91,8 @@ def _pairs(online: nn.Module, momentum_module: nn.Module, prefix: str = "") -> I
     """
     Every tensor of the momentum module that is its own: `id`, and name, tensor and the online module's of that name.
 
-    A walk of both modules side by side, in half the time of a look-up in the names of all online tensors, of which a
-    frozen backbone has the most.
+    A walk of both modules side by side, in half the time of a look-up in the names of all online tensors; a
+    frozen backbone has the most of them.
     """
     if momentum_module is online:
         return

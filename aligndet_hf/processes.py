@@ -38,7 +38,7 @@ def rows_of_other_processes(rows: Tensor) -> Tensor:
         rows (`torch.Tensor` of shape `[N, D]`): this process's rows; the processes may have different numbers of them.
 
     Returns:
-        `torch.Tensor` of shape `[M, D]`: those of the others, in the order of the processes; none in a single process.
+        `torch.Tensor` of shape `[M, D]`: the others' rows, in the order of the processes; none in a single process.
     """
     if not is_distributed():
         return rows[:0]

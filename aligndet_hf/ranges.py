@@ -46,7 +46,7 @@ class Range:
 
 
 ANY = Range()
-NOT_NEGATIVE = Range(0)  # that of a number whose field says nothing else
+NOT_NEGATIVE = Range(0)  # the range of a number whose field says nothing else
 COUNT = Range(1)
 POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
@@ -96,7 +96,7 @@ def require(name: str, number: float, allowed: Range) -> None:
 
 @functools.cache
 def _kinds(cls: type) -> dict[str, set[type]]:
-    """The plain types in the annotation of every field: those of `list[int] | None` are int and NoneType."""
+    """The plain types in the annotation of every field: for `list[int] | None` they are int and NoneType."""
 
     def plain(hint) -> set[type]:
         parts = typing.get_args(hint)

@@ -136,10 +136,10 @@ class RunFolder:
 
     def claim(self, may_change: Iterable[str] = (), **parts: Mapping[str, Any]) -> dict[str, tuple]:
         """
-        Makes the folder that of this run, or refuses.
+        Makes the folder this run's, or refuses.
 
         Args:
-            may_change (`Iterable[str]`, *optional*): Keys that may differ from those of the run that is there. The
+            may_change (`Iterable[str]`, *optional*): Keys that may differ from the run that is there. The
                 record has the values now after [`extend`].
             parts (`Mapping`): What tells this run from others, as JSON has it: `settings`, and `data` with hashes of
                 the content. What is known later can be given in a second call.

@@ -313,7 +313,7 @@ def _box_sides(dataset: datasets.Dataset, sizes: np.ndarray, arguments: CheckArg
 
 
 def _copies(prints: Fingerprints) -> list[dict]:
-    """Images that look like one before them: compared with those of their own split."""
+    """Images that look like one before them: compared with images of their own split."""
     copies = []
     for number in range(1, len(prints.names)):
         before = Fingerprints(prints.names[:number], prints.contents[:number], prints.looks[:number], 0)

@@ -260,7 +260,7 @@ def plan_jobs(arguments: CompareArguments) -> list[Job]:
 
 
 def _of_arm(arguments: CompareArguments, changes: Mapping) -> tuple[dict, set[str], dict]:
-    """The stages of an arm, those of them that it leaves out, and the variables."""
+    """The stages of an arm, the stages that it leaves out, and the variables."""
     changes = dict(changes)
     stages, variables, measured = dict(arguments.stages), arguments.variables, arguments.measured
     if file := changes.pop("chain", None):

@@ -107,7 +107,7 @@ def _measure(arguments: EvaluateArguments) -> dict:
         num_workers=arguments.dataloader_num_workers,
         worker_init_fn=init_worker,
     )
-    own_ids = dict(zip(images.image_ids, image_ids(dataset), strict=True))  # those of the label file
+    own_ids = dict(zip(images.image_ids, image_ids(dataset), strict=True))  # as in the label file
     own_categories = category_ids(dataset, categories)
     drawn = {images.image_ids[row]: row for row in images.spread(arguments.num_pictures)}
     metrics, pictures, detections = images.metrics(), {}, []

@@ -118,7 +118,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
             listed = ", ".join(f"{name}: {before} before, {now} now" for name, (before, now) in changes.items())
             processes.print(
                 f"The run is {trainer.total_steps()} steps long now ({listed}). From its checkpoint on, the learning "
-                "rates follow the schedule of that length; until there they followed that of the length before."
+                "rates follow the schedule of that length; until there they followed the former schedule."
             )
         if processes.is_main_process:
             write_json(folder.path / SETTINGS, settings)

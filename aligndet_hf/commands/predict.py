@@ -144,7 +144,7 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
             What to look at, one or a list: paths of images, videos and folders, patterns, PIL images, arrays (RGB
             uint8 `[H, W, 3]`), a `datasets.Dataset`. See [`~aligndet_hf.data.image_list.list_images`].
         image_processor (`BaseImageProcessor`, *optional*):
-            That of the detector; by default the one that is saved with it.
+            The detector's; by default the one that is saved with it.
         settings: Further fields of [`PredictArguments`], such as `score_threshold` and `tile_size`.
 
     Returns:

@@ -256,7 +256,7 @@ class RecallMeter:
 
 
 class BoxStatistics:
-    """How many boxes there are in an image, and of which sizes; fed image by image."""
+    """How many boxes there are in an image, and how large they are; fed image by image."""
 
     def __init__(self):
         self.counts = []
@@ -269,7 +269,7 @@ class BoxStatistics:
             self.sizes[name] += int(member.sum())
 
     def compute(self) -> dict:
-        """`per_image`: `min`, `median`, `mean` and `max`; `share`: of all boxes those of a size, between 0 and 1."""
+        """`per_image`: `min`, `median`, `mean` and `max`; `share` of a size among all boxes, between 0 and 1."""
         total = max(sum(self.counts), 1)
         statistics = {name: float(getattr(np, name)(self.counts)) for name in ("min", "median", "mean", "max")}
         return {"per_image": statistics, "share": {name: count / total for name, count in self.sizes.items()}}
@@ -368,7 +368,7 @@ def _draw(dataset: datasets.Dataset, path: Path, num_pictures: int, num_boxes: i
 
 
 def _size_groups(boxes: np.ndarray, areas: np.ndarray | None, image_size: tuple[int, int] | None) -> dict:
-    """Which boxes `[N, 4]` (xywh) are of which size: boolean masks `[N]`."""
+    """Which boxes `[N, 4]` (xywh) have each size: boolean masks `[N]`."""
     area = boxes[:, 2] * boxes[:, 3]
     size = np.full(len(boxes), np.nan) if image_size is None else np.sqrt(np.maximum(area, 0) / np.prod(image_size))
     area = area if areas is None else np.asarray(areas, dtype=np.float64)

@@ -3,7 +3,7 @@ torchvision's RetinaNet, FCOS, Faster R-CNN and Mask R-CNN as models of transfor
 
 Below `detector.` is torchvision's own module tree, so that weights go to torchvision and come from it by name. Images
 arrive padded and normalised, as every image processor makes them; torchvision's own transform is never called. Losses
-are those of torchvision, with normalisers that are right under any number of processes.
+are torchvision's, with normalisers that are right under any number of processes.
 
 This file needs nothing but torch, torchvision and transformers: it is saved beside the weights, and runs with
 `trust_remote_code=True` where this package is not installed.
@@ -66,7 +66,7 @@ STARTS = {
 
 class TorchvisionDetectorConfig(PreTrainedConfig):
     r"""
-    What the four have in common. The defaults are those of torchvision, but for a lower `score_threshold`, which
+    What the four have in common. The defaults are torchvision's, but for a lower `score_threshold`, which
     decides what average precision sees.
 
     Args:
@@ -112,9 +112,9 @@ class TorchvisionDetectorConfig(PreTrainedConfig):
             fields = dict(self.backbone_config or default | {"freeze_batch_norm_2d": True})
             self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         if self.version not in (1, 2):
-            raise ValueError(f"version is that of torchvision's builders, 1 or 2, got {self.version}")
+            raise ValueError(f"version is the one of torchvision's builders, 1 or 2, got {self.version}")
         if self.conventions not in ("torchvision", "mmdet"):
-            raise ValueError(f"conventions are those of torchvision or mmdet, got {self.conventions!r}")
+            raise ValueError(f"conventions are torchvision's or mmdet's, got {self.conventions!r}")
         if self.anchor_sizes is None:
             self.anchor_sizes = [self.default_anchors(size) for size in (32, 64, 128, 256, 512)]
         super().__post_init__(**kwargs)
@@ -166,7 +166,7 @@ class FasterRcnnConfig(TorchvisionDetectorConfig):
 
     Args:
         box_head (`str`, *optional*): "fc" for two fully connected layers (the default of version 1), "conv" for four
-            convolutions and one fully connected layer (that of version 2, and AlignDet's).
+            convolutions and one fully connected layer (as in version 2, and AlignDet's).
         box_head_size (`int`, *optional*, defaults to 1024): width of the fully connected layers.
         rpn_batch_size, roi_batch_size (`int`): anchors and RoIs of an image that are trained on.
         rpn_positive_fraction, roi_positive_fraction (`float`): share of objects among them at most.
@@ -215,7 +215,7 @@ class TorchvisionDetectorOutput(ModelOutput):
         object_features (`torch.Tensor` of shape `[R, width]`): what enters the class layer. Without labels of every
             detection, `R = images * N`; with labels of sampled anchors, points or RoIs. Only with
             `output_hidden_states`.
-        object_index (`torch.Tensor` of shape `[R]`): the box that each stands for, as its row among those of the
+        object_index (`torch.Tensor` of shape `[R]`): the box that each stands for, as its row among the boxes of the
             whole batch; -1 for background.
         object_slots (`torch.Tensor` of shape `[R]`): which anchor of its location it is.
     """
@@ -555,7 +555,7 @@ class TorchvisionDetector(PreTrainedModel):
 
     @staticmethod
     def rows_of_batch(matched: list[Tensor], targets: Targets) -> Tensor:
-        """Indices of each image's boxes as indices among those of the whole batch; background stays -1."""
+        """Indices of each image's boxes as indices among the boxes of the whole batch; background stays -1."""
         index, first = [], 0
         for own, target in zip(matched, targets, strict=True):
             index.append(torch.where(own >= 0, own + first, BACKGROUND))
@@ -573,7 +573,7 @@ class TorchvisionDetector(PreTrainedModel):
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep], "rows": rows[keep]}
 
     def as_queries(self, found: list[dict[str, Tensor]], sizes: list[tuple[int, int]]) -> TorchvisionDetectorOutput:
-        """Detections of images as the predictions of so many "queries", of which the last may be empty."""
+        """Detections of images as predictions of as many "queries"; the last ones may be empty."""
         shape = (len(found), self.config.detections_per_image)
         logits = found[0]["scores"].new_full((*shape, self.config.num_labels), NO_LOGIT)
         boxes = logits.new_zeros(*shape, 4)

@@ -132,7 +132,7 @@ def usable_boxes(column: pa.Array | pa.ChunkedArray, width: float, height: float
         width, height (`float`): Size of the image in pixels.
 
     Returns:
-        `tuple`: the boxes (float32 [n, 4], xywh) and their indices among those of the row (int64 [n]).
+        `tuple`: the boxes (float32 [n, 4], xywh) and their indices among the boxes of the row (int64 [n]).
     """
     objects = np.flatnonzero(~read_crowds(column))
     boxes, kept = clean_boxes(read_boxes(column)[0][objects], width, height)

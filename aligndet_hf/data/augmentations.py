@@ -240,7 +240,7 @@ def _scaled(sample: Sample, scale: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _clipped(boxes: np.ndarray, window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes cut off at a window (top, left, bottom, right), without those of which too little is left; their rows."""
+    """Boxes cut off at a window (top, left, bottom, right), without boxes that too little is left of; their rows."""
     top, left, bottom, right = window
     first = np.clip(boxes[:, :2], (left, top), (right, bottom))
     last = np.clip(boxes[:, :2] + boxes[:, 2:], (left, top), (right, bottom))

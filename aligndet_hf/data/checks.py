@@ -14,7 +14,7 @@ COCO_DETECTIONS = 100  # of one category in one image that COCO's metrics count,
 
 def objects_per_image(dataset: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """
-    How many objects each image has, without crowds: all of them, and those of its commonest category.
+    How many objects each image has, without crowds: all of them, and the objects of its commonest category.
 
     Returns:
         `tuple`: two arrays, int64 `[rows]`.

@@ -359,7 +359,7 @@ def validate_objects(
 
     Raises:
         [`DataError`]: for a missing column or field, lists of different lengths, an unknown category, a repeated image
-            id, images that cannot be read, sizes in the labels that are not those of the images, boxes in another
+            id, images that cannot be read, sizes in the labels that the images do not have, boxes in another
             format, more unusable boxes than usable ones.
     """
     _require_fields(dataset, "objects", ["bbox", "category"], source)

@@ -168,7 +168,7 @@ class SoCoViews(Dataset):
         dataset (`datasets.Dataset`):
             With the columns `image` and `proposals`.
         sizes (`list[int]`):
-            Both sides of each view in pixels, that of the whole image first.
+            Both sides of each view in pixels, the view of the whole image first.
         box_sets (`tuple[int]`):
             For each view but the first, which crop and set of boxes it shows: views of the same set differ in size.
         level_sizes (`list[float]`, *optional*):

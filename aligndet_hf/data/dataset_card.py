@@ -119,7 +119,7 @@ def _source(settings: Mapping) -> str:
         "selective_search": "boxes of selective search",
         "opencv": "boxes of OpenCV's selective search",
         "detector": f"what a trained model finds ({inert(told(settings.get('detector')))})",
-        "json": "those of a proposal file",
+        "json": "boxes of a proposal file",
         "column": "boxes that the data set had",
         "random": "random boxes, as a control",
     }.get(settings.get("source"), "boxes of an unrecorded source")

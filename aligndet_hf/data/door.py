@@ -258,7 +258,7 @@ class Found:
     The images of a folder.
 
     Attributes:
-        files (`list[Path]`): In a fixed order: the files of a folder by name, then those of its folders.
+        files (`list[Path]`): In a fixed order: the files of a folder by name, then the files of its folders.
         skipped (`dict[str, list[str]]`): What might be an image and is left out: names by reason.
     """
 

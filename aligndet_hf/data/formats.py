@@ -181,6 +181,6 @@ def _load_hub(source: str, split: str | None) -> datasets.Dataset:
     if isinstance(loaded, datasets.DatasetDict):
         name = _choose_splits(list(loaded), None, source)[0]
         return standard_objects(dict(loaded), source)[name]
-    # Categories without names count as far as those of all splits, which `load_dataset` has fetched anyway.
+    # Categories without names count as far as in all splits, which `load_dataset` has fetched anyway.
     others = dict(_load_from_hub(source, None)) if has_numbers_only(loaded) else {}
     return standard_objects(others | {split: loaded}, source)[split]

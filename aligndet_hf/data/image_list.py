@@ -153,7 +153,7 @@ class ImageList:
 
     Attributes:
         names (`list[str]`): What each image is called in the output: a relative path with slashes, no two the same.
-        ids (`list[int]`): The `image_id` of each: that of the data sets or, where they give none or one twice, the
+        ids (`list[int]`): The `image_id` of each: as in the data sets or, where they give none or one twice, the
             number of the image, from 1 on.
         faults (`list[dict]`):
             What is no image of the list and might have been, such as a video that cannot be read, or not to its end:

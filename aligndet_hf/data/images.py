@@ -35,7 +35,7 @@ def image_name(value) -> str:
 
 
 class _Buffer(io.RawIOBase):
-    """A buffer as a file, of which only those pages are read from disk that somebody reads from the file."""
+    """A buffer as a file; only the pages that somebody reads from the file are read from disk."""
 
     def __init__(self, buffer: pa.Buffer):
         self.view, self.place = memoryview(buffer).cast("B"), 0

@@ -81,7 +81,7 @@ def find_leaks(seen: Fingerprints, held_out: Fingerprints, max_distance: int = _
     Args:
         seen (`Fingerprints`): Of the training images.
         held_out (`Fingerprints`): Of the evaluation images.
-        max_distance (`int`, *optional*, defaults to 32): So many of the 256 bits of a [`difference_hash`] may differ
+        max_distance (`int`, *optional*, defaults to 32): This many of the 256 bits of a [`difference_hash`] may differ
             for two images to count as copies.
 
     Returns:

@@ -18,7 +18,7 @@ from .door import first
 from .errors import DataError, ImageError
 from .images import decode_image, read_header
 
-# Images of at most so many pixels together are decoded to see whether they are whole, a matter of seconds. Of
+# Images of at most this many pixels together are decoded to see whether they are whole, a matter of seconds. Of
 # more, the ends of the files are looked at.
 MAX_DECODED_PIXELS = 300_000_000
 _LISTED_ROWS = 10
@@ -167,7 +167,7 @@ def _without_a_copy(scalar: pa.StructScalar) -> dict:
 
 def check_declared_sizes(facts: ImageFacts, declared: np.ndarray, source: str) -> None:
     """
-    Compares the sizes that a label file tells with those of the images.
+    Compares the sizes that a label file tells with the images' own.
 
     Args:
         facts ([`ImageFacts`]): Of the images.

@@ -66,7 +66,7 @@ def import_proposals(path: str | Path, sources: dict[str, datasets.Dataset]) -> 
         if missing == len(keys):
             raise DataError(
                 f"{path} lists none of the images of the split '{split}', such as {next(_names(source))}: neither its "
-                "file names nor, if there is a column 'image_id', its ids are those of the images."
+                "file names nor, if there is a column 'image_id', its ids are the images'."
             )
         if missing:
             print(f"{path}: {missing} of {len(keys)} images of the split '{split}' are not in this file.")
@@ -88,7 +88,7 @@ def export_proposals(dataset: datasets.Dataset, path: str | Path) -> None:
 
     The only category is `selective_search`, whatever made the proposals, as in AlignDet's files; with clusters there
     is one per cluster, whose id is its number. Every proposal is an annotation with its `score`. Images have their own
-    ids and names, or those of their rows and files if there are no columns `image_id` and `file_name`.
+    ids and names; without columns `image_id` and `file_name`, the numbers of their rows and the names of their files.
 
     Args:
         dataset (`datasets.Dataset`): With the columns `image` (not decoded) and `proposals`.

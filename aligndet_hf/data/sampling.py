@@ -108,7 +108,7 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
 
 class MixedBatchSampler(EpochBatchSampler):
     """
-    Batches of which a fixed share is labelled and the rest pseudo-labelled.
+    Batches with a fixed share of labelled rows; the rest is pseudo-labelled.
 
     Of both kinds all rows are seen equally often, in an order drawn anew for each pass over them. An epoch is one pass
     over the kind that needs more batches. As with [`EpochBatchSampler`], a batch follows from the seed and its number.
@@ -200,7 +200,7 @@ class StepBatches(ABC):
 
     @abstractmethod
     def resume(self, step: int, positions: list[dict]) -> None:
-        """Goes on with a step; `positions` are those of every process before it."""
+        """Goes on with a step; `positions` are what every process had before it."""
 
     def from_step(self, step: int) -> Iterator[Any]:
         """The batches from a step on, epoch after epoch, without end."""

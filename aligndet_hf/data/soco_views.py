@@ -1,6 +1,6 @@
 """SoCo's views: the whole image and crops of it, the proposals that both show, and the pyramid level of each box.
 
-Wei et al., NeurIPS 2021; the steps and numbers are those of the official code. While they are in pixels, boxes are
+Wei et al., NeurIPS 2021; the steps and numbers are the official code's. While they are in pixels, boxes are
 corners xyxy with both ends *inclusive*, as there: `x2 = x1 + width - 1`. They leave as corners relative to the view,
 0 to 1, with the far ends exclusive: a box of the whole view is [0, 0, 1, 1]. The official code leaves out the last row
 and column of pixels there, and so mirrors boxes one pixel off.

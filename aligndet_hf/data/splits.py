@@ -5,7 +5,7 @@ import numpy as np
 
 def nested_subsets(num_rows: int, fractions: list[float], seed: int) -> dict[float, list[int]]:
     """
-    Draws random subsets of which each smaller one lies inside each larger one, so that adding labels never takes
+    Draws random subsets; each smaller one lies inside each larger one, so that adding labels never takes
     others away.
 
     Args:

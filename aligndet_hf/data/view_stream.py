@@ -34,7 +34,7 @@ class ViewStream(IterableDataset):
     `buffer_size` rows. All of it follows from the seed and the number of readers, so that a [`Position`] is enough to
     go on.
 
-    An item is that of [`ProposalViews`] with `position`, a pair of the reader's number in its process and where it
+    An item is one of [`ProposalViews`] with `position`, a pair of the reader's number in its process and where it
     will be after this item.
 
     Args:

@@ -96,7 +96,7 @@ def draw_crop(
     height: int, width: int, rng: np.random.Generator, scale: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """
-    Draws a crop (top, left, height, width) in pixels: area `scale` times that of the image, aspect ratio changed by at
+    Draws a crop (top, left, height, width) in pixels: area `scale` times the image's, aspect ratio changed by at
     most 3/4 to 4/3.
     """
     area = rng.uniform(*scale)

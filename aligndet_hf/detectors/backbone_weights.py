@@ -72,7 +72,7 @@ def load_backbone_weights(detector: PreTrainedModel, weights: str | Path) -> Bac
         weights (`str` or `Path`): one of
 
             - a `.safetensors` file, or a `.pth` file of tensors, with the names that the backbone has in timm (for
-              ResNets those of torchvision). Names may have any prefix, and the file other networks, as the checkpoints
+              ResNets torchvision's). Names may have any prefix, and the file other networks, as the checkpoints
               of MoCo, SwAV, DINO and SoCo do: the network that has the backbone's tensors is found, momentum encoders
               and students last;
             - a folder as [`~aligndet_hf.detectors.backbones.save_backbone`] writes it, or its Hub id;

@@ -53,12 +53,12 @@ def set_backbone_trainable(detector: PreTrainedModel, trainable: bool, stages: i
     Args:
         detector (`PreTrainedModel`): the detector, changed in place.
         trainable (`bool`): whether the backbone's parameters shall receive gradients.
-        stages (`int`, *optional*): train only so many stages, counted from the last; all of them by default. Stages
+        stages (`int`, *optional*): train only this many stages, counted from the last; all of them by default. Stages
             are those that timm or transformers take feature maps from: of a ResNet the stem and four more, of a ViT
             its blocks.
 
     Raises:
-        `ValueError`: if the backbone does not have so many stages, or `trainable` is false and stages are given.
+        `ValueError`: if the backbone has fewer stages, or `trainable` is false and stages are given.
     """
     backbone = get_backbone(detector)
     freeze_constants(detector)
@@ -112,8 +112,8 @@ def normalize_in_one_pass(module: nn.Module) -> None:
     """
     Makes frozen batch norms compute with PyTorch's own operator, in place.
 
-    Those of timm and transformers multiply and add in two passes over the feature map, and under autocast in float32,
-    although the convolutions around them are in half precision.
+    The norms of timm and transformers multiply and add in two passes over the feature map, and under autocast in
+    float32, although the convolutions around them are in half precision.
 
     Args:
         module (`nn.Module`): a backbone, or what contains it.
@@ -233,7 +233,7 @@ def build_backbone_config(
         backbone (`str` or `PreTrainedConfig`): see [`find_backbone`].
         strides (`tuple[int, ...]`): wanted strides, ascending.
         freeze_batch_norm (`bool`, *optional*, defaults to `True`): whether batch norms of a timm backbone keep their
-            statistics. Those of transformers backbones are up to the detector's config.
+            statistics. The statistics of transformers backbones are up to the detector's config.
         any_stride (`bool`, *optional*, defaults to `False`): take the deepest feature map of a backbone that lacks the
             strides, such as a ViT, instead of failing.
         any_size (`bool`, *optional*, defaults to `True`): whether the images can have any size, and not only multiples
@@ -314,7 +314,7 @@ def split_network(backbone: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     A backbone in two parts: from the image to its first feature map, and from there on.
 
     Args:
-        backbone (`nn.Module`): a backbone of timm whose modules follow one another, as those of ResNets do. The parts
+        backbone (`nn.Module`): a backbone of timm whose modules follow one another, as in ResNets. The parts
             are its own modules, not copies.
 
     Raises:

@@ -97,7 +97,7 @@ def build_detector(
             config: see [`~aligndet_hf.detectors.backbones.find_backbone`]. A ResNet-50 by default. Families without
             `strides` in the table take none; the field `backbone_config` changes theirs.
         backbone_weights (`str` or `Path`, *optional*): see
-            [`~aligndet_hf.detectors.backbone_weights.load_backbone_weights`]. By default those of a transformers
+            [`~aligndet_hf.detectors.backbone_weights.load_backbone_weights`]. By default the weights of a transformers
             checkpoint; other backbones are random.
         freeze_batch_norm (`bool`, *optional*, defaults to `True`): whether the backbone's norms keep their statistics.
         num_labels (`int`, *optional*, defaults to 1): number of classes.
@@ -194,11 +194,11 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
     language models have it. The attention of DETR and its nearest relatives hardly sees the image then, and their
     queries start at one point. Here the matrices of the encoder and decoder start as Glorot & Bengio (AISTATS 2010)
     have it, the query embeddings with a standard deviation of 1, projections and heads as PyTorch starts layers, and
-    the last layers of the box heads at zero (not those of DETR itself), as in DETR's paper (Carion et al., ECCV 2020,
+    the last layers of the box heads at zero (not DETR's own), as in DETR's paper (Carion et al., ECCV 2020,
     section 4) and the code of its relatives.
 
-    It starts the class layers of Conditional and Deformable DETR at a probability of one half, and those of DAB-DETR
-    at one in the classes (older versions also some of LW-DETR at one half). The focal loss of their papers counts on
+    It starts the class layers of Conditional and Deformable DETR at a probability of one half, and DAB-DETR's at one
+    in the classes (older versions also some of LW-DETR at one half). The focal loss of their papers counts on
     one in a hundred (Lin et al., ICCV 2017, 3.3): otherwise the background drowns the first steps.
 
     Args:

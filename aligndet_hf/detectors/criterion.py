@@ -1,9 +1,9 @@
 """The detection criterion: transformers' losses, vectorised, with normalisers that are right under any number of
 processes.
 
-transformers divides the box losses of the DETR line twice by the number of processes, and those of the RT-DETR line
-by the boxes of each process alone. Here every normaliser is the mean over the processes, so that gradients, which
-DistributedDataParallel averages, are those of one process with the whole batch.
+transformers divides the box losses of the DETR line twice by the number of processes, and the RT-DETR line's by the
+boxes of each process alone. Here every normaliser is the mean over the processes, so that gradients, which
+DistributedDataParallel averages, equal the gradients of one process with the whole batch.
 """
 
 from __future__ import annotations

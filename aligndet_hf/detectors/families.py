@@ -97,7 +97,7 @@ class Family:
         class_heads (`str`): regular expression of the parameters whose shape or meaning depends on the classes.
         last_box_layers (`str`): regular expression of the last layer of every box head.
         object_rows (`Callable`): `(detector, outputs, labels) -> ObjectRows`: the features that enter the class heads
-            and what they stand for, see [`ObjectRows`]. `outputs` are those of a forward pass with
+            and what they stand for, see [`ObjectRows`]. `outputs` come from a forward pass with
             `output_hidden_states`, and with these `labels`, if any.
         losses (`Callable`): `config -> LossSettings`.
         strides (`tuple[int, ...]`): strides of the feature maps the family takes from its backbone; none if it only
@@ -192,7 +192,7 @@ def _query_rows(
 def _sampled_rows(
     detector: PreTrainedModel, outputs: ModelOutput, labels: list[dict[str, Tensor]] | None = None
 ) -> ObjectRows:
-    """The rows that a convnet has sampled, or without labels those of its detections."""
+    """The rows that a convnet has sampled, or without labels the rows of its detections."""
     ids = index = outputs.object_index
     if labels is not None:
         # One more for background, which is where the index -1 leads.
@@ -472,7 +472,7 @@ _ALL: dict[str, Family] = {
         contrasts="last",
         constants=("model.decoder.reg_scale", "model.decoder.up"),
     ),
-    # transformers' own default has no feature map at all; this is that of LW-DETR tiny to medium.
+    # transformers' own default has no feature map at all; this is the one of LW-DETR tiny to medium.
     "lw_detr": replace(_LW_DETR, defaults=(("projector_scale_factors", [1.0]),)),
     "rf_detr": replace(
         _LW_DETR,
@@ -543,7 +543,7 @@ def num_queries(config: PreTrainedConfig) -> int:
 
 def num_groups(config: PreTrainedConfig, predictions: int) -> int:
     """
-    Into how many groups of queries, of which each is matched by itself, the predictions for an image fall.
+    Into how many groups of queries, each matched by itself, the predictions for an image fall.
 
     Raises:
         `ValueError`: if these are not the predictions of a detector with this config.

@@ -109,7 +109,7 @@ class Predictions:
         self.num_groups = num_groups(given.config, self.detections.logits.shape[2])
 
     def _of_decoder(self, given: LossInputs, layer_dim: int) -> tuple[list[Sets], Sets | None]:
-        """The predictions of all decoder layers, in parts, and those of their denoising queries if there are any."""
+        """The predictions of all decoder layers, in parts, and for denoising queries if there are any."""
         boxes, split = self._cut(given.pred_boxes), self.denoising_meta and self.denoising_meta["dn_num_split"]
         # The last layer is the detector's own output: some decoders give it one more norm than the others.
         last = Sets(*(_kinds(tensor[None], 0, split)[1] for tensor in (given.logits, boxes)), [""])
@@ -181,12 +181,12 @@ class Predictions:
         )
 
     def _target_rows(self) -> tuple[Tensor, ...]:
-        """The rows of every image's boxes among those of the batch."""
+        """The rows of every image's boxes among the boxes of the batch."""
         sizes = [len(label["class_labels"]) for label in self.labels]
         return torch.arange(sum(sizes), device=self.classes.device).split(sizes)
 
     def supervised(self, matching: Matching) -> list[Supervised]:
-        """All sets with their targets; `matching` is that of the `detections`, on the CPU."""
+        """All sets with their targets; `matching` is for the `detections`, on the CPU."""
         device, num_boxes, num_sets = self.classes.device, len(self.classes), len(self.detections.logits)
         boxes = num_boxes * self.num_groups
         united = _united(matching, len(self.labels), num_sets) if self.settings.dense_matching else None
@@ -211,7 +211,7 @@ class Predictions:
 
     def _weights(self, group: Supervised) -> dict[str, Tensor]:
         """
-        The weights of the boxes, and those of the queries' class losses `[sets, images, queries]`: a matched query has
+        The weights of the boxes, and of the queries' class losses `[sets, images, queries]`: a matched query has
         the weight of its box, and an unmatched one that lies on an ignored box has none. It is not background.
         """
         weights = group.sets.logits.new_ones(group.sets.logits.shape[:3])

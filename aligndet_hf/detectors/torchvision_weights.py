@@ -22,7 +22,7 @@ def load_torchvision_weights(detector: nn.Module, weights: str | Path) -> Transf
 
     Returns:
         [`~aligndet_hf.detectors.transfer.TransferReport`]: `kept` are the tensors that were taken; `reset` those that
-        the file does not have, which stay as they are: RPN and predictors; `mismatched` those of another shape.
+        the file does not have, which stay as they are: RPN and predictors; `mismatched` the tensors of another shape.
 
     Raises:
         `ValueError`: if the file has a tensor that the detector has not: it is another trunk, or a detector without

@@ -96,7 +96,7 @@ def transfer_detector(
     detector = detector_from_config(config).train()
 
     report, weights, target = TransferReport(preset), source.state_dict(), detector.state_dict(keep_vars=True)
-    # Tied tensors have several names, of which a pattern may know but one.
+    # Tied tensors have several names, and a pattern may know only one of them.
     reset = {id(tensor) for name, tensor in target.items() if is_reset(name)}
     chosen: dict[str, Tensor] = {}
     for name, tensor in target.items():

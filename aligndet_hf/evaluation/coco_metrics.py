@@ -67,7 +67,7 @@ class CocoMetrics:
         if len(set(self.categories.values())) != len(ground_truth["categories"]):
             raise ValueError("The ids and names of the categories must be unique.")
         self.images = [image["id"] for image in ground_truth["images"]]
-        # In the order of the ids, integers or texts: of detections with equal scores that of the first image counts.
+        # In the order of the ids, integers or texts: of detections with equal scores the first image's counts.
         self._numbers = {image_id: number for number, image_id in enumerate(sorted(set(self.images)), start=1)}
         self.truth = {category: [] for category in self.categories}
         for number, annotation in enumerate(ground_truth["annotations"], start=1):
@@ -112,7 +112,7 @@ class CocoMetrics:
         Args:
             dataset (`datasets.Dataset`):
                 With the column `objects`: `bbox` (absolute xywh), `category` (0..C-1) and, optionally, `area` and
-                `iscrowd`. The ids of the images are those of [`~aligndet_hf.data.columns.image_numbers`]. Boxes
+                `iscrowd`. The ids of the images come from [`~aligndet_hf.data.columns.image_numbers`]. Boxes
                 without area count as missed, as in pycocotools; those that are not finite do not.
             categories (`list[str]`): Names of the categories; label `k` of a prediction means `categories[k]`.
         """

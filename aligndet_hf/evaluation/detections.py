@@ -28,7 +28,7 @@ class EvaluationImages(Dataset):
     Args:
         dataset (`datasets.Dataset`): With the columns `image` (not decoded), `objects` and, optionally, `image_id`.
         categories (`list[str]`): Names of the categories.
-        image_processor (`BaseImageProcessor`): That of the detector.
+        image_processor (`BaseImageProcessor`): The detector's.
     """
 
     def __init__(self, dataset: datasets.Dataset, categories: list[str], image_processor):
@@ -57,7 +57,7 @@ class EvaluationImages(Dataset):
         return CocoMetrics.from_dataset(self.dataset, self.categories)
 
     def spread(self, number: int) -> list[int]:
-        """So many rows, or all, evenly spaced."""
+        """This many rows, or all, evenly spaced."""
         return np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).round().astype(int)).tolist()
 
     def objects(self, row: int, height: int, width: int) -> dict[str, np.ndarray]:
@@ -94,8 +94,8 @@ def predict_batches(
         detector (`PreTrainedModel`): Any detector; it is left in evaluation mode, on its device.
         batches (`Iterable[dict]`):
             As [`collate_labelled`] makes them of [`EvaluationImages`]: `pixel_values` (uint8 [B, 3, H, W]),
-            `pixel_mask` (int64 [B, H, W]) and `labels`, of which only `image_id` and `orig_size` are read.
-        image_processor (`BaseImageProcessor`): That of the detector: how to normalise, and what its outputs mean.
+            `pixel_mask` (int64 [B, H, W]) and `labels`; only their `image_id` and `orig_size` are read.
+        image_processor (`BaseImageProcessor`): The detector's: how to normalise, and what its outputs mean.
         classes (`list[int]`, *optional*):
             For each class of the detector the category to report, or -1 to leave its detections out.
 

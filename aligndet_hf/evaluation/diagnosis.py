@@ -1,7 +1,7 @@
 """
 What a detector gets right and wrong, beyond its AP: thresholds, curves, confusions and kinds of error.
 
-The kinds of error are those of TIDE (Bolya et al., ECCV 2020): a detection that is none has the wrong class, the wrong
+The kinds of error are TIDE's (Bolya et al., ECCV 2020): a detection that is none has the wrong class, the wrong
 place, both, is a double of a found object, or lies on background; an object that nothing hints at is missed.
 """
 

@@ -73,14 +73,14 @@ class ImageViews(IterableDataset):
     """
     The views of images, prepared for a detector: of each image the whole, or its tiles. Several workers take turns.
 
-    An item is that of [`~aligndet_hf.evaluation.detections.prepare_image`] with `view`: the `index` of the image, its
-    `size`, the `corners` of all its views and, with the first one, the image `encoded` where that is asked for. For an
-    image that cannot be read there is only `view`, with its `error`.
+    An item is what [`~aligndet_hf.evaluation.detections.prepare_image`] makes, with `view`: the `index` of the image,
+    its `size`, the `corners` of all its views and, with the first one, the image `encoded` where that is asked for.
+    For an image that cannot be read there is only `view`, with its `error`.
 
     Args:
         images ([`ImageList`]): The images.
         indices (`Sequence[int]`): Which of them.
-        image_processor (`BaseImageProcessor`): That of the detector.
+        image_processor (`BaseImageProcessor`): The detector's.
         tiling ([`Tiling`], *optional*): How to cut the images.
         encode (`bool`, *optional*, defaults to `False`): Whether to encode images that are in no file of their own.
     """
@@ -142,7 +142,7 @@ def predict_images(
 
     Args:
         detector (`PreTrainedModel`): Any detector, on its device.
-        image_processor (`BaseImageProcessor`): That of the detector.
+        image_processor (`BaseImageProcessor`): The detector's.
         images ([`ImageList`]): The images.
         indices (`Sequence[int]`): Which of them.
         score_threshold (`float`, *optional*, defaults to 0.3): Lowest score of a box.

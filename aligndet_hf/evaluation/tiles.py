@@ -1,7 +1,7 @@
 """
 Tiles: a detector looks at overlapping parts of a large image, and what it finds there becomes one list.
 
-The idea is that of SAHI (Akyon et al., ICIP 2022): an object that is a few pixels large once the whole image has been
+The idea is SAHI's (Akyon et al., ICIP 2022): an object that is a few pixels large once the whole image has been
 made small for the detector is large enough in a tile. Boxes are `xyxy` in pixels here.
 """
 

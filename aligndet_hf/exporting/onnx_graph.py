@@ -112,7 +112,7 @@ def describe(detector: PreTrainedModel, image_processor: BaseImageProcessor, inp
 
     Args:
         detector (`PreTrainedModel`): The detector.
-        image_processor (`BaseImageProcessor`): That of the detector.
+        image_processor (`BaseImageProcessor`): The detector's.
         inputs (`list[str]`): Names of the inputs of the graph.
 
     Returns:

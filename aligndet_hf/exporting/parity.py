@@ -39,7 +39,7 @@ def compare(
 
     Args:
         detector (`PreTrainedModel`): The detector, on the CPU.
-        image_processor (`BaseImageProcessor`): That of the detector.
+        image_processor (`BaseImageProcessor`): The detector's.
         run (`Graph`): Runs the export.
         model (`dict`): What [`~aligndet_hf.exporting.onnx_graph.describe`] says of it.
         images ([`ImageList`]): Images.

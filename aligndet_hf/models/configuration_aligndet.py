@@ -13,7 +13,7 @@ class AlignDetConfig(PreTrainedConfig):
     r"""
     Configuration of [`AlignDetForPreTraining`]: a detector's config and the numbers of the method.
 
-    Schedules (steps, learning rate, ...) are no part of it. The defaults are those of the official DETR recipe (Li et
+    Schedules (steps, learning rate, ...) are no part of it. The defaults are the official DETR recipe's (Li et
     al., ICCV 2023).
 
     Args:
@@ -40,7 +40,7 @@ class AlignDetConfig(PreTrainedConfig):
             whether the backbone stays as it is. A frozen backbone exists once, in memory and in the checkpoint, and
             serves both detectors.
         trainable_backbone_stages (`int`, *optional*):
-            with `freeze_backbone=False`: train only so many of the backbone's stages, counted from the last. See
+            with `freeze_backbone=False`: train only this many of the backbone's stages, counted from the last. See
             [`~aligndet_hf.detectors.backbones.set_backbone_trainable`].
         normalize_class_loss_by (`str`, *optional*, defaults to `"weights"`):
             for families with a softmax class loss: "weights" as DETR does, "boxes" as the official AlignDet code

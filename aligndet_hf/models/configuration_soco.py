@@ -16,7 +16,7 @@ class SoCoConfig(PreTrainedConfig):
     r"""
     Configuration of [`SoCoForPreTraining`]: a backbone's config and the numbers of the method.
 
-    Schedules and the sizes of views are no part of it. The defaults are those of the official code (Wei et al.,
+    Schedules and the sizes of views are no part of it. The defaults are the official code's (Wei et al.,
     NeurIPS 2021).
 
     Args:

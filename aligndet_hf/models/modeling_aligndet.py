@@ -37,9 +37,9 @@ class AlignDetOutput(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `()`): detection loss plus weighted contrastive loss.
         loss_dict (`dict[str, torch.Tensor]`): terms of the detection loss, and `loss_contrastive`.
-        metrics (`dict[str, torch.Tensor]`): diagnostics of the last decoder layer, detached: those of
-            [`~aligndet_hf.losses.contrastive_diagnostics`], and `matched_proposals`, the share of proposals that have
-            a query in the online view.
+        metrics (`dict[str, torch.Tensor]`): diagnostics of the last decoder layer, detached: what
+            [`~aligndet_hf.losses.contrastive_diagnostics`] measures, and `matched_proposals`, the share of proposals
+            that have a query in the online view.
         logits (`torch.Tensor` of shape `[images, queries, classes]`): class scores of the online detector, with
             denoising queries first where the family has them.
         pred_boxes (`torch.Tensor` of shape `[images, queries, 4]`): normalised `cxcywh` boxes of the online detector.
@@ -149,7 +149,7 @@ class AlignDetForPreTraining(MomentumModel):
             config: fields of [`AlignDetConfig`].
 
         Raises:
-            `ValueError`: if the detector's family is not supported, or its modules are not those of its config, as
+            `ValueError`: if the detector's family is not supported, or its modules differ from its config's, as
                 after adding adapters.
         """
         if not isinstance(detector, PreTrainedModel):
@@ -348,7 +348,7 @@ class AlignDetForPreTraining(MomentumModel):
 
 def _from_all_processes(online_rows: Tensor, momentum_rows: Tensor, online_ids: Tensor) -> dict[str, Tensor]:
     """
-    What makes the contrastive loss that of all processes' images.
+    What makes the contrastive loss count the images of all processes.
 
     Other processes have other images, so that all of their rows are negatives. As gradients are averaged over the
     processes, each divides its own sum by the mean of their numbers of ids.

@@ -26,7 +26,7 @@ class MomentumModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    #: Of each momentum network the name, and that of the online network that it follows.
+    #: The name of each momentum network, and the name of the online network that it follows.
     momentum_networks: ClassVar[dict[str, str]] = {}
     #: The update after step k has the momentum of step k + `momentum_delay`.
     momentum_delay: ClassVar[int] = 0

@@ -200,22 +200,20 @@ def _merged_settings(
     if reserved := sorted(place & set(settings)):
         raise ValueError(
             f"stage {name!r}: {reserved[0]} cannot be set. Stages write to folders of the pipeline's output_dir; to "
-            "do one anew, remove its folder and those of the stages that build on it."
+            "do one anew, remove its folder and the folders of the stages that build on it."
         )
     return settings
 
 
 def require_plain_name(kind: str, name: str) -> None:
     """
-    Refuses a name that cannot be that of one folder inside another.
+    Refuses a name that no folder inside another can have.
 
     Raises:
         `ValueError`: it is empty, hidden, or holds a separator or what cannot be printed.
     """
     if not isinstance(name, str) or not name.isprintable() or name[:1] in ("", ".") or set(name) & set("/\\"):
-        raise ValueError(
-            f"{kind} {name!r}: its name is that of a folder, and must hold no slash and start with no dot"
-        )
+        raise ValueError(f"{kind} {name!r}: its name is a folder's, and must hold no slash and start with no dot")
 
 
 def merged(base: Mapping, changes: Mapping) -> dict:

@@ -37,7 +37,7 @@ def grid_boxes(image_size: tuple[int, int], num_boxes: int | None = None) -> np.
 
     Args:
         image_size (`tuple[int, int]`): `(height, width)` of the image in pixels.
-        num_boxes (`int`, *optional*): At most so many, the first; all by default.
+        num_boxes (`int`, *optional*): At most this many, the first; all by default.
 
     Returns:
         `np.ndarray` of shape `[N, 4]`: Boxes inside the image, absolute `xywh` in pixels, float32.

@@ -146,7 +146,7 @@ def nms(boxes: np.ndarray, scores: np.ndarray, threshold: float, max_boxes: int 
         boxes (`np.ndarray` of shape `[N, 4]`): Boxes, absolute `xywh`.
         scores (`np.ndarray` of shape `[N]`): Higher is better; of equal scores the earlier box wins.
         threshold (`float`): A box goes when its IoU with a better, kept one is above this.
-        max_boxes (`int`, *optional*): Stop after so many.
+        max_boxes (`int`, *optional*): Stop after this many.
 
     Returns:
         `np.ndarray` of shape `[K]`: Indices of the kept boxes, best first.
@@ -180,7 +180,7 @@ def select_indices(
         scores (`np.ndarray` of shape `[N]`): Higher is better.
         image_size (`tuple[int, int]`): `(height, width)` of the image in the same pixels.
         nms_threshold (`float`, *optional*, defaults to 0.7): See [`nms`]; 1.0 keeps all.
-        max_boxes (`int`, *optional*, defaults to 300): Keep at most so many; `None` for all.
+        max_boxes (`int`, *optional*, defaults to 300): Keep at most this many; `None` for all.
         max_aspect_ratio, min_side, min_relative_size, max_relative_size, relax_if_empty, max_borders:
             See [`filter_proposals`].
 

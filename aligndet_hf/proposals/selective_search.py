@@ -35,7 +35,7 @@ class Preset:
     Settings of [`selective_search`]. There is a hierarchy of regions for every combination of the last four.
 
     Args:
-        pixels (`int`): Larger images are shrunk to about so many pixels.
+        pixels (`int`): Larger images are shrunk to about this many pixels.
         shares (`tuple[float, ...]`): Resolutions, as shares of these pixels, descending.
         spaces (`tuple[str, ...]`): Colour spaces, of `"lab"`, `"hsv"` and `"rgb"`.
         scales (`tuple[float, ...]`):
@@ -149,7 +149,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _shrink(image: np.ndarray, pixels: float) -> np.ndarray:
-    """The image with at most about so many pixels, in its own aspect ratio as far as whole pixels allow."""
+    """The image with at most about this many pixels, in its own aspect ratio as far as whole pixels allow."""
     from .kernels import resize_area
 
     height, width = image.shape[:2]

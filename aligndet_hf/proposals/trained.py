@@ -1,4 +1,4 @@
-"""The boxes of a trained model as proposals: of a detector, say that of an earlier round, or of a mask generator."""
+"""The boxes of a trained model as proposals: of a detector, perhaps of an earlier round, or of a mask generator."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ def load_box_finder(model: str, score_threshold: float = 0.05) -> BoxFinder:
     """
     Loads a model of `transformers` to find boxes with, whatever their class.
 
-    It runs in float32, on a GPU if there is one: that of the process's `LOCAL_RANK` under a launcher. Code that a
+    It runs in float32, on a GPU if there is one: the GPU of the process's `LOCAL_RANK` under a launcher. Code that a
     repository brings along is never run.
 
     Args:

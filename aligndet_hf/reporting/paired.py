@@ -50,7 +50,7 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], resamp
 
     Args:
         values (`Sequence[float]`): One value per seed.
-        baseline (`Sequence[float]`): Those of the other arm, for the same seeds in the same order.
+        baseline (`Sequence[float]`): The values of the other arm, for the same seeds in the same order.
         resamples (`int`, *optional*, defaults to 10000): Bootstrap samples; their seed is fixed.
 
     Returns:
@@ -118,7 +118,7 @@ def compare_runs(runs: Sequence[Run], baseline: str, targets: Sequence[float] = 
         `dict[float, dict[str, dict]]`: per fraction and arm: `seeds`; `metrics`, a [`summarize`] of each COCO number;
         `per_class`, of each class; `curve`, a [`mean_curve`]; `gain` and `gain_per_class`, each a
         [`paired_difference`] to the baseline (not for the baseline itself, nor without common seeds); `steps_to`, per
-        target the step of the mean curve and those of each seed's.
+        target the step of the mean curve and the step of each seed's curve.
     """
     result: dict[float, dict[str, dict]] = {}
     arms = list(dict.fromkeys(run.arm for run in runs))

@@ -23,7 +23,7 @@ class RunRecord:
     Attributes:
         kind (`str`): "pretrain" or "finetune".
         method (`str`): Of pre-training: "aligndet", which gives a detector, or "soco", which gives a backbone.
-        config (`PreTrainedConfig`): The configuration of the detector that came out; of SoCo that of its model.
+        config (`PreTrainedConfig`): The configuration of the detector that came out, or of SoCo's model.
         dataset (`str`): Hub id or path of the images.
         origin (`str`, *optional*): What the data set was made from, if it is one of this machine with proposals.
         settings (`dict`): What was run; of pre-training with all numbers of the method, those by default too.
@@ -72,7 +72,7 @@ class RunRecord:
 
     @property
     def product(self) -> str | None:
-        """The folder in that of the run which others load; `None` if that is the folder of the run itself."""
+        """The folder inside the run's folder that others load; `None` if they load the run's folder itself."""
         return {"aligndet": "detector", "soco": "backbone"}[self.method] if self.kind == "pretrain" else None
 
 

@@ -113,8 +113,8 @@ def rotate(newest: Path, keep: int | None, protected: str | Path | None = None) 
     Removes old checkpoints.
 
     Args:
-        newest (`Path`): The checkpoint that was written just now. Those of later steps go too: the run did not resume
-            from them.
+        newest (`Path`): The checkpoint that was written just now. Checkpoints of later steps go too: the run did not
+            resume from them.
         keep (`int`, *optional*): How many remain; all, if not given.
         protected (`str` or `Path`, *optional*): One that remains in any case.
     """

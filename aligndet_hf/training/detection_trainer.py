@@ -272,7 +272,7 @@ class DetectionTrainer(Trainer):
         if model.training:
             self._terms_count += 1
             for name, value in outputs.loss_dict.items():
-                if re.fullmatch(r"loss_[a-z]+", name):  # not those of each decoder layer
+                if re.fullmatch(r"loss_[a-z]+", name):  # not the terms of each decoder layer
                     self._terms[name] = self._terms.get(name, 0) + value.detach()
         return (loss, outputs) if return_outputs else loss
 
@@ -373,7 +373,7 @@ class DetectionTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint and isinstance(self.lr_scheduler, LambdaLR):  # the saved rates are those of the length before
+        if checkpoint and isinstance(self.lr_scheduler, LambdaLR):  # the saved rates follow the length before
             scheduler, groups = self.lr_scheduler, self.optimizer.param_groups
             rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]

@@ -27,7 +27,7 @@ def parameter_groups(
         weight_decay (`float`): Weight decay of parameters with more than one dimension.
         backbone_learning_rate (`float`, *optional*): Peak rate of the backbone.
         transferred (`Collection[str]`): Names of the tensors that a checkpoint passed on.
-        transferred_learning_rate (`float`, *optional*): Peak rate of those of them that are not in the backbone.
+        transferred_learning_rate (`float`, *optional*): Peak rate of the transferred tensors outside the backbone.
         layer_decay (`float`, *optional*, defaults to 1.0):
             The rate of a layer is this factor times the rate of the next one, from the heads down to the first layer
             of the backbone (Bao et al. 2022, BEiT): see [`layer_depths`].

@@ -23,7 +23,7 @@ def training_images(dataset, model, args, image_processor) -> Dataset:
     """
     A [`LabelledImages`] of a `datasets.Dataset` with the columns `image` and `objects`; anything else as it is.
 
-    Images are flipped at random; their sizes are `image_sizes` of the arguments, or that of the image processor.
+    Images are flipped at random; their sizes are `image_sizes` of the arguments, or the size of the image processor.
     """
     if not isinstance(dataset, datasets.Dataset):
         return dataset

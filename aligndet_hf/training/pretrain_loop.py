@@ -46,7 +46,7 @@ SHOWN = {"loss": "loss", "contrastive": "loss_contrastive", "rank_accuracy": "ra
 # Below these diagnostics (see `contrastive_diagnostics`) embeddings have collapsed.
 MIN_SPREAD, MIN_MARGIN = 0.05, 0.005
 MAX_SAMENESS = 0.8  # above it (see `best_box_diagnostics`) the best box is the same in all images
-# After this part of the run, and this many steps, that is told: those of a new detector are alike.
+# After this part of the run, and this many steps, that is told: the embeddings of a new detector are alike.
 SETTLED, SETTLED_STEPS = 0.1, 50
 
 
@@ -117,7 +117,7 @@ class Run:
         self.accelerator.print(
             f"The run is {schedules.total_steps} steps long now ({listed}). From step {step} on, the learning rate "
             f"({schedules.learning_rate(step):.3g}) and the momentum ({schedules.momentum(step):.4f}) follow the "
-            "schedules of that length; until here they followed those of the length before."
+            "schedules of that length; until here they followed the schedules of the length before."
         )
 
     def save(self) -> None:
@@ -188,7 +188,7 @@ def train(run: Run) -> None:
 
 
 def _is_usable(run: Run, gradient_norm: torch.Tensor) -> bool:
-    """Whether to take the optimizer step: not with infinite or NaN gradients, which are those of all processes."""
+    """Whether to take the optimizer step: not with infinite or NaN gradients, in any of the processes."""
     progress = run.progress
     if gradient_norm.isfinite():  # Waits for the device, as the matching does in every forward pass.
         progress.skipped_in_a_row = 0

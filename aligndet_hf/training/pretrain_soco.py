@@ -35,7 +35,7 @@ def build_model(
     if is_distributed() and not arguments.use_cpu:
         from timm.layers import convert_sync_batchnorm
 
-        # The statistics are those of the whole batch, as in the official code; PyTorch has that for GPUs alone.
+        # The statistics are the whole batch's, as in the official code; PyTorch has that for GPUs alone.
         model = convert_sync_batchnorm(model)
     return model, DetrImageProcessor(image_mean=mean, image_std=std), report
 

@@ -24,7 +24,7 @@ def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: b
 
     Args:
         output_dir (`Path`): The folder of the run.
-        arguments: Those of the run, of which `write_report`, `card_license`, `push_pictures`, `hub_revision` and
+        arguments: The run's, from which `write_report`, `card_license`, `push_pictures`, `hub_revision` and
             `hub_token` count.
         repo_id (`str`, *optional*): The repository to upload to, see [`~aligndet_hf.hub.open_repository`].
         anew (`bool`, *optional*, defaults to `True`): Whether to replace the report if there is one.
@@ -69,7 +69,7 @@ def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: b
 def _told_pictures(names: list[str], are_uploaded: bool) -> str:
     """How much of the user's images an upload shows."""
     if not names:
-        return "none of which shows your images"
+        return "none of them shows your images"
     listed = f"{len(names)} picture{'s' * (len(names) > 1)} of your images ({', '.join(names)})"
     return f"with {listed} in {REPORT}" if are_uploaded else f"without the {listed}: --push_pictures uploads them too"
 

@@ -1,6 +1,6 @@
 """FSDP2: parameters and optimizer state that are cut over the processes, made whole for checkpoints and exports.
 
-Checkpoints and exports are those of an unsharded run, so that either can go on with the other's. Without FSDP all of
+Checkpoints and exports equal an unsharded run's, so that either can go on with the other's. Without FSDP all of
 this passes through what it is given.
 """
 

@@ -53,7 +53,7 @@ class WeightAverage(TrainerCallback):
         Reads the average weights of a checkpoint.
 
         Raises:
-            ValueError: the checkpoint has none, or those of another detector.
+            ValueError: the checkpoint has none, or weights of another detector.
         """
         path = Path(folder) / WEIGHTS
         if not path.is_file():

@@ -86,7 +86,7 @@ def _looks_like_coco(path: Path) -> bool:
 
 
 def _find_files(folder: Path) -> list[Path]:
-    """The COCO files of a folder and of its sub-folders; of those of COCO itself the `instances`."""
+    """The COCO files of a folder and of its sub-folders; of COCO's own files the `instances`."""
     files = [path for path in list_files(folder, ".json") if folder in (path.parent, path.parent.parent)]
     found = list(filter(_looks_like_coco, files))
     return [path for path in found if path.stem.startswith("instances_")] or found
@@ -128,7 +128,7 @@ def _read_content(path: Path) -> dict:
 
 
 def _read_categories(path: Path, text: str) -> list[dict]:
-    """The list `categories` of a file of which nothing else is needed."""
+    """The list `categories` of a file from which nothing else is needed."""
     match = re.search(r'"categories"\s*:\s*', text)
     try:
         found = json.JSONDecoder().raw_decode(text, match.end())[0] if match else []
@@ -307,7 +307,7 @@ def _require_unique(images: list[LabelledImage]) -> None:
 
 
 def _outer_folder(path: Path) -> Path:
-    """The folder that a COCO file may name images of: its own, or that of a folder `annotations`."""
+    """The folder that a COCO file may name images of: its own, or the one of a folder `annotations`."""
     return path.parent.parent if _LABEL_FOLDER.fullmatch(path.parent.name) else path.parent
 
 

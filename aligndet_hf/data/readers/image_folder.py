@@ -82,7 +82,7 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
 
 
 def read_labels(folder: Path) -> list[str] | None:
-    """Category names of `labels.json` in the folder, or above that of a split: a list, or {"0": name, ...}."""
+    """Category names of `labels.json` in the folder, or above a split's folder: a list, or {"0": name, ...}."""
     places = [folder] + ([folder.parent] if split_of_folder(folder.name) else [])
     path = next(filter(None, (find_file(place, "labels.json") for place in places)), None)
     if path is None:
@@ -220,7 +220,7 @@ def _labels_of(image: LabelledImage) -> list:
 
 
 def _number_names(images: list[LabelledImage], names: list[str] | None) -> list[str] | None:
-    """Numbers categories that are given by name, if all are; returns the names, those of `labels.json` if given."""
+    """Numbers categories that are given by name, if all are; returns the names, from `labels.json` if given."""
     labels = [label for image in images for label in _labels_of(image)]
     if not labels or not all(isinstance(label, str) for label in labels):
         return names

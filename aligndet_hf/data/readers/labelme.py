@@ -33,10 +33,10 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     Args:
         path (`Path`): The folder.
         splits (`list[str]`): As [`split_names`] has them.
-        image_dir (`Path`, *optional*): Folder of the images. By default that of the JSON files.
+        image_dir (`Path`, *optional*): Folder of the images. By default the folder of the JSON files.
 
     Returns:
-        [`Labels`]: names of categories are those of all splits, in alphabetical order.
+        [`Labels`]: names of categories come from all splits, in alphabetical order.
 
     Raises:
         [`DataError`]: for a file that is not as it should be; it names the file and the shape.

@@ -80,7 +80,7 @@ def build_dataset(labels: Labels, source: str) -> datasets.Dataset:
 
     Returns:
         `datasets.Dataset`: `image` (`Image(decode=False)`), and as far as there are any `image_id`, `file_name`,
-        `width` and `height`, and `objects` (see [`objects_feature`]). An area that is not given is that of the box.
+        `width` and `height`, and `objects` (see [`objects_feature`]). An area that is not given is the box's.
 
     Raises:
         [`DataError`]: for what does not fit; it names the place in the label file.
@@ -185,7 +185,7 @@ def _complete_objects(images: list[LabelledImage], categories: Categories | None
 
 
 def is_box(value) -> bool:
-    """Whether a value is a list of four numbers, none of which is too large for one."""
+    """Whether a value is a list of four numbers, and none of them too large for one."""
     if type(value) is not list or len(value) != 4 or not _NUMBERS.issuperset(map(type, value)):
         return False
     try:

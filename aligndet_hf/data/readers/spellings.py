@@ -53,7 +53,7 @@ def standard_objects(splits: dict[str, datasets.Dataset], source: str) -> dict[s
     Brings the labels of all splits of a data set into one form.
 
     Column and fields get our names, a list of structs becomes a struct of lists, names become numbers, and numbers
-    without names count as far as those of all splits. A split without labels stays as it is, and so does what this
+    without names count as far as in all splits. A split without labels stays as it is, and so does what this
     does not understand: the checks of the columns say what is wrong.
 
     Args:
@@ -146,7 +146,7 @@ def _column_of(dataset: datasets.Dataset, column: str) -> pa.Array:
 
 
 def _offsets(lists: pa.Array) -> pa.Array:
-    """Where each row starts in the flattened values: those of a slice or with nulls do not start at 0."""
+    """Where each row starts in the flattened values: the values of a slice or with nulls do not start at 0."""
     counts = pa.compute.fill_null(pa.compute.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     return pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
 

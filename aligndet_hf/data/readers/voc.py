@@ -43,8 +43,8 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     """
     Reads these splits.
 
-    Corners of the challenge's own files count from 1 and are the last pixels inside, those of everybody else's tools
-    are coordinates: a file is of the challenge if its `source` says so. Names of categories are those of all splits,
+    Corners of the challenge's own files count from 1 and are the last pixels inside; corners of other tools
+    are coordinates: a file is of the challenge if its `source` says so. Names of categories come from all splits,
     in alphabetical order. Objects that are `difficult` are objects.
 
     Args:

@@ -14,7 +14,7 @@ from .resnet import resnet_config
 # Names of COCO's 91 categories, which DETR's class layer counts by COCO's own ids, with gaps.
 COCO_CLASSES = 91
 
-# Of our names, those of the encoder and the decoder. PyTorch keeps queries, keys and values in one tensor.
+# Our names of the encoder and the decoder. PyTorch keeps queries, keys and values in one tensor.
 TRANSFORMER = (
     (r"self_attn\.q_proj\.(\w+)$", r"self_attn.in_proj_\1#0/3"),
     (r"self_attn\.k_proj\.(\w+)$", r"self_attn.in_proj_\1#1/3"),

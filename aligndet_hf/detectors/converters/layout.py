@@ -37,7 +37,7 @@ class Layout:
         config (`Callable`): `(tensors, options) -> fields` of the detector's config, read off the shapes of the
             tensors, and of the options that a file may hold.
         aliases (`tuple[tuple[str, str], ...]`): replacements that turn names of older versions of the code base into
-            those of the table.
+            the table's.
         prepare (`Callable`, *optional*): `(tensors, options) -> Prepared`, for what renaming cannot do:
             classes in another order, norms that the family has not.
         restore (`Callable`, *optional*): undoes it, `tensors -> tensors`, for files that are written.
