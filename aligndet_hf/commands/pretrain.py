@@ -31,6 +31,7 @@ from ..training.pretrain_setup import (
     open_stream,
 )
 from ..training.publish import publish_run
+from ..training.run_length import length_note
 from ..training.schedules import Schedules
 
 logger = logging.get_logger(__name__)
@@ -170,6 +171,9 @@ def _start(arguments: PretrainArguments, accelerator: Accelerator, configuration
         "versions": versions(),
     }
     schedules = Schedules(arguments, model, len(batches))
+    if arguments.method == "aligndet" and not arguments.streaming:
+        if note := length_note(schedules.total_steps, schedules.total_steps / len(batches)):
+            accelerator.print(f"note: {note}")
     run = Run(arguments, accelerator, model, prepared, optimizer, image_processor, batches, schedules, about)
     run.resume(on_main)
     if changes:

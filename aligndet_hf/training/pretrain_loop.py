@@ -33,6 +33,7 @@ from .checkpointing import clear_write_errors, find_last_checkpoint, save_checkp
 from .interrupts import StopSignals, stopped
 from .pretrain_arguments import PretrainArguments
 from .pretrain_setup import to_device
+from .run_length import Forecast
 from .run_log import RunLog
 from .schedules import Schedules
 
@@ -149,6 +150,7 @@ def train(run: Run) -> None:
     """The loop, from where the run is to its end or to a signal."""
     arguments, accelerator, model, log = run.arguments, run.accelerator, run.prepared, run.log
     progress, schedules, total_steps = run.progress, run.schedules, run.schedules.total_steps
+    forecast = Forecast(progress.step, total_steps)
     show_progress = accelerator.is_main_process and not arguments.disable_tqdm
     bar = tqdm(total=total_steps, initial=progress.step, desc="pre-training", disable=not show_progress)
     with StopSignals(accelerator) as stop, bar:
@@ -176,6 +178,8 @@ def train(run: Run) -> None:
 
             progress.step += 1
             bar.update()
+            if told := forecast.after(progress.step):
+                accelerator.print(told)
             is_over = progress.step == total_steps
             if progress.step % arguments.logging_steps == 0 or is_over:
                 _write_log(run, bar)

@@ -1,0 +1,26 @@
+"""Whether a run is long enough, and when it ends."""
+
+import re
+from datetime import datetime, timedelta
+
+from aligndet_hf.training.run_length import Forecast, length_note
+
+
+def test_a_short_run_is_told_how_long_it_should_be():
+    assert length_note(5000, 10.0) is None
+    # 600 steps are 1.2 epochs: ten epochs are 5,000 steps.
+    assert "600 steps show each image 1.2 times" in length_note(600, 1.2)
+    assert "--max_steps 5000" in length_note(600, 1.2)
+    assert "--max_steps 20000" in length_note(6000, 3.0)  # many steps, but of many more images
+    assert "--max_steps 5000" in length_note(1000, 40.0)  # many epochs of few images
+
+
+def test_the_end_is_told_once_after_the_first_minute():
+    seconds = iter([100.0, 130.0, 160.0])  # the start, and after two steps
+    forecast = Forecast(10, 110, clock=lambda: next(seconds))
+    assert forecast.after(11) is None
+    told = forecast.after(14)  # 4 steps in a minute, and 96 to go
+    assert told.startswith("step 14 of 110: 4 steps a minute; the run ends in 0:24:00, at ")
+    end = datetime.strptime(re.search(r"at (.*)\.$", told)[1], "%Y-%m-%d %H:%M")
+    assert abs(end - datetime.now() - timedelta(minutes=24)) < timedelta(minutes=2)
+    assert forecast.after(15) is None  # and no clock is asked any more
