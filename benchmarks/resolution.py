@@ -93,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     method = yaml.safe_load(Path(arguments.recipe).read_text()) if arguments.recipe else PRETRAINING
     detector = {key: method[key] for key in SMALL | {"backbone_weights": None} if key in method}
     common = {"use_cpu": arguments.device == "cpu", "seed": arguments.seed, "disable_tqdm": True}
-    common |= {"per_device_train_batch_size": arguments.batch_size}
+    common |= {"per_device_train_batch_size": arguments.batch_size, "write_report": False}
 
     arms = {"no pre-training": {"detector": detector}}
     for size in arguments.sizes:
@@ -107,6 +107,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         run = {"dataset": dataset, "output_dir": str(folder / f"finetuned-{name.replace(' ', '-')}")}
         run |= {"image_sizes": [arguments.full_size], "max_steps": arguments.finetuning_steps, "report_to": "none"}
         run |= {"eval_strategy": "no", "save_strategy": "no", "dataloader_num_workers": 0, "learning_rate": 5e-4}
+        run |= {"num_pictures": 0}
         run |= {"backbone_learning_rate": 5e-4} if not arguments.recipe else {}
         metrics = finetune(FinetuneArguments(**arm.pop("detector") | common | run)).metrics
         arm |= {key: metrics[key] for key in ("AP", "AP50")}

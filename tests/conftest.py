@@ -7,21 +7,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
-import re
 import signal
 
 import datasets
+import forks
 import pytest
-import torch
 
 # A suite that a shell has started in the background inherits that Ctrl-C is ignored. Tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-torch.set_num_threads(1)
+forks.be_quick()
 
-re._MAXCACHE = 10_000  # transformers compiles some hundred patterns whenever it loads or saves a model
+# No test cuts the power, against which files wait for the disk. What is killed is a fork, which does wait.
+os.fsync = lambda descriptor: None
 
 
 # A worker that gets one of these last is alone in the end.

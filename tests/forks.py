@@ -6,6 +6,7 @@ The server knows nothing of this package, so that a fork may also do without it.
 
 import multiprocessing
 import os
+import re
 import runpy
 import socket
 import sys
@@ -21,6 +22,12 @@ PRELOADED = [
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)
+
+
+def be_quick() -> None:
+    """What every process of the tests does first."""
+    torch.set_num_threads(1)  # tests and processes run beside each other
+    re._MAXCACHE = 10_000  # transformers compiles some hundred patterns whenever it loads or saves a model
 
 
 def start(function: Callable, *args, console: Path, environment: dict[str, str] | None = None):
@@ -85,6 +92,7 @@ def _in_fork(function, args, console, environment):
     os.dup2(file, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
+    be_quick()
     function(*args)
 
 
@@ -92,7 +100,6 @@ def _without_this_package(code, argv, folder, package):
     from transformers import dynamic_module_utils
 
     dynamic_module_utils.HF_MODULES_CACHE = str(folder / "modules")  # where code that checkpoints bring is copied to
-    torch.set_num_threads(1)
     assert not [name for name in sys.modules if name.startswith("aligndet_hf")]
     if package is None:
         sys.modules["aligndet_hf"] = None

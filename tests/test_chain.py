@@ -27,7 +27,7 @@ FINETUNE = {
 # AlignDet at low resolution, a supervised stage at low resolution, then fine-tuning at full resolution.
 CHAIN = {
     "variables": {"data": None, "start": None},
-    "common": {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0},
+    "common": {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "write_report": False},
     "stages": {
         "proposals": {
             "dataset": "${data}",

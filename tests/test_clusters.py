@@ -594,7 +594,7 @@ def test_from_images_to_a_detector_of_pseudo_classes(tmp_path, detector_folders,
         return cli.main([name, "--dataset", paths[source], *map(str, flags), *quiet])
 
     pretrain = ["--detector", detector, "--output_dir", paths["pretrained"], "--use_clusters", "true"]
-    pretrain += ["--image_sizes", 64, "--max_steps", 1, "--use_cpu", "true"]
+    pretrain += ["--image_sizes", 64, "--max_steps", 1, "--use_cpu", "true", "--write_report", "false"]
     search = ["--source", "opencv", "--mode", "single", "--dataloader_num_workers", 1]
     assert run("proposals", "images", "--output_dir", paths["proposals"], *search) == 0
     assert run("pretrain", "proposals", *pretrain) == 2

@@ -27,8 +27,10 @@ def data(tmp_path_factory):
 def settings(data, detector_folders):
     """Two arms that finish and one that cannot, two label fractions, two seeds, two steps of everything."""
     common = {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "image_sizes": [64], "max_steps": 2}
+    common["write_report"] = False
     finetune = {"dataset": "${data}", "detector": "${pretrain}/detector", "per_device_train_batch_size": 2}
     finetune |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", "report_to": "none"}
+    finetune["num_pictures"] = 0
     proposals = {
         "dataset": "${data}",
         "split": "train",

@@ -257,7 +257,6 @@ def test_an_interrupted_run_ends_bit_identical_in_a_fresh_process(folder, tmp_pa
 
 
 def finetune_with(settings: dict) -> None:
-    torch.set_num_threads(1)
     finetune(FinetuneArguments(**settings))
 
 
@@ -732,7 +731,6 @@ def measure_and_train(output_dir: Path, batch_size: int) -> dict:
 
 
 def one_of_two(folder: Path) -> None:
-    torch.set_num_threads(1)
     result = measure_and_train(folder, 2)
     if torch.distributed.get_rank() == 0:
         torch.save(result, folder / "result.pt")

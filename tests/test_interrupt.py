@@ -1,7 +1,6 @@
 """Runs that are really killed, and end with the weights of a run that was not."""
 
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -10,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,33 +17,15 @@ from safetensors.torch import load_file
 STEPS = 12  # Three epochs of 8 images in batches of 2.
 
 
-@pytest.fixture(scope="module")
-def start():
-    """
-    A function that starts `aligndet pretrain ...` in a process of its own, forked from a server that has imported
-    torch once. `prepare`, a function of this file, runs in it first.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["aligndet_hf.commands.pretrain", "datasets.arrow_dataset", "test_interrupt"])
-
-    def start(argv, prepare=None):
-        process = context.Process(target=run_command, args=(argv, prepare))
-        process.start()
-        return process
-
-    return start
+def start(argv, prepare=None):
+    """Starts `aligndet pretrain ...` in a process of its own; `prepare`, a function of this file, runs in it first."""
+    output = Path(argv[argv.index("--output_dir") + 1])
+    return forks.start(run_command, argv, prepare, console=output / "console.txt")
 
 
 def run_command(argv, prepare):
     from aligndet_hf.cli import main
 
-    output = Path(argv[argv.index("--output_dir") + 1])
-    output.mkdir(parents=True, exist_ok=True)
-    console = os.open(output / "console.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(console, 1)
-    os.dup2(console, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    torch.set_num_threads(1)
     if prepare is not None:
         prepare()
     sys.exit(main(["pretrain", *argv]))
@@ -57,11 +39,12 @@ def flags(proposal_folder, detector_folders):
         "--dataset", str(proposal_folder), "--detector", str(detector), "--image_sizes", "64", "96",
         "--num_train_epochs", "3", "--warmup_steps", "4", "--max_proposals", "3", "--proposal_sampling", "random",
         "--learning_rate", "1e-3", "--save_steps", "2", "--logging_steps", "5", "--use_cpu", "--disable_tqdm",
+        "--write_report", "false",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(start, flags, tmp_path_factory):
+def uninterrupted(flags, tmp_path_factory):
     """The folder of a run that nothing happened to."""
     output = tmp_path_factory.mktemp("uninterrupted")
     process = start([*flags, "--output_dir", str(output)])
@@ -89,7 +72,7 @@ def assert_same_result(output, expected):
     assert left == {f"checkpoint-{STEPS - 2}", f"checkpoint-{STEPS}"}
 
 
-def finish(start, argv, output):
+def finish(argv, output):
     process = start(argv)
     process.join()
     assert process.exitcode == 0, (output / "console.txt").read_text()
@@ -192,13 +175,13 @@ PHASES = [
 ]
 
 
-def test_kill_in_every_phase(start, flags, uninterrupted, tmp_path):
+def test_kill_in_every_phase(flags, uninterrupted, tmp_path):
     argv = [*flags, "--output_dir", str(tmp_path)]
     for phase in PHASES:
         process = start(argv, phase)
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"{phase.__name__}: {(tmp_path / 'console.txt').read_text()}"
-    finish(start, argv, tmp_path)
+    finish(argv, tmp_path)
     assert_same_result(tmp_path, uninterrupted)
     assert (tmp_path / "console.txt").read_text().count("Resuming from") > 3
 
@@ -229,7 +212,7 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def test_kill_at_random_moments(start, flags, uninterrupted, tmp_path):
+def test_kill_at_random_moments(flags, uninterrupted, tmp_path):
     argv, mark, chance = [*flags, "--output_dir", str(tmp_path)], tmp_path / "mark", random.Random(0)
     for _ in range(5):
         mark.unlink(missing_ok=True)
@@ -239,12 +222,12 @@ def test_kill_at_random_moments(start, flags, uninterrupted, tmp_path):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "console.txt").read_text()
-    finish(start, argv, tmp_path)
+    finish(argv, tmp_path)
     assert_same_result(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_resume(start, flags, uninterrupted, tmp_path, number, code):
+def test_a_signal_saves_and_says_how_to_resume(flags, uninterrupted, tmp_path, number, code):
     argv, mark = [*flags, "--output_dir", str(tmp_path)], tmp_path / "mark"
     process = start(argv, SlowSteps(mark, seconds=0.3))
     wait_for(mark.exists)
@@ -255,7 +238,7 @@ def test_a_signal_saves_and_says_how_to_resume(start, flags, uninterrupted, tmp_
     assert f"{signal.Signals(number).name}: stopped after step 1 of {STEPS}" in console
     assert "Run the same command again to resume." in console and "Traceback" not in console
     assert (tmp_path / "checkpoint-1").is_dir()
-    finish(start, argv, tmp_path)
+    finish(argv, tmp_path)
     assert_same_result(tmp_path, uninterrupted)
 
 
@@ -274,7 +257,7 @@ def disk_full_after_the_first_checkpoint():
     pretrain.save_checkpoint = save_checkpoint
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(start, flags, uninterrupted, tmp_path):
+def test_a_full_disk_leaves_the_last_good_checkpoint(flags, uninterrupted, tmp_path):
     argv = [*flags, "--output_dir", str(tmp_path)]
     process = start(argv, disk_full_after_the_first_checkpoint)
     process.join()
@@ -282,11 +265,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(start, flags, uninterrupted
     console = (tmp_path / "console.txt").read_text()
     assert "error: could not write" in console and "checkpoint-4" in console and "Traceback" not in console
     assert {path.name for path in tmp_path.glob("*checkpoint*")} == {"checkpoint-2"}
-    finish(start, argv, tmp_path)
+    finish(argv, tmp_path)
     assert_same_result(tmp_path, uninterrupted)
 
 
-def test_another_configuration_is_refused_and_nothing_is_touched(start, flags, tmp_path):
+def test_another_configuration_is_refused_and_nothing_is_touched(flags, tmp_path):
     argv = [*flags, "--output_dir", str(tmp_path)]
     process = start(argv, between_epochs)
     process.join()
@@ -301,9 +284,9 @@ def test_another_configuration_is_refused_and_nothing_is_touched(start, flags, t
     assert before == after
 
 
-def test_a_finished_run_is_left_alone(start, flags, uninterrupted):
+def test_a_finished_run_is_left_alone(flags, uninterrupted):
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name != "console.txt"}
-    finish(start, [*flags, "--output_dir", str(uninterrupted)], uninterrupted)
+    finish([*flags, "--output_dir", str(uninterrupted)], uninterrupted)
     assert "is finished" in (uninterrupted / "console.txt").read_text()
     after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.name != "console.txt"}
     assert before == after

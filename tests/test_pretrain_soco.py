@@ -156,7 +156,7 @@ def test_workers_and_micro_batches_change_no_image(arguments, tmp_path):
     "variant, config, settings",
     [
         ("star", {"level_sizes": [8, 16, 32, 64]}, {"image_sizes": [64, 64, 48, 32]}),
-        ("c4", {}, {"image_sizes": [64, 64], "backbone": "resnet10t"}),
+        ("c4", {}, {"image_sizes": [64, 64], "backbone": "test_resnet"}),
     ],
 )
 def test_the_other_variants_run(arguments, variant, config, settings):
@@ -171,6 +171,7 @@ def test_straight_into_the_box_domain_stage(arguments, tmp_path):
         "dataset": arguments().dataset,
         "image_sizes": [64],
         "max_steps": 2,
+        "write_report": False,
         "use_cpu": True,
         "disable_tqdm": True,
     }

@@ -29,7 +29,7 @@ from aligndet_hf.convnets.modeling_torchvision import FasterRcnnConfig, FcosConf
 NUM_LABELS, NUM_QUERIES = 3, 20
 
 
-def timm_backbone(name: str = "resnet10t", out_indices: tuple[int, ...] = (4,)) -> TimmBackboneConfig:
+def timm_backbone(name: str = "test_resnet", out_indices: tuple[int, ...] = (4,)) -> TimmBackboneConfig:
     return TimmBackboneConfig(backbone=name, out_indices=list(out_indices), freeze_batch_norm_2d=True)
 
 
