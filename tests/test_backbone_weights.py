@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from test_backbones import SMALL, TRANSFORMERS, WITH_BACKBONE, has_timm_backbone, randomise
-from tiny_detectors import tiny_detector
+from tiny_detectors import timm_backbone, tiny_config, tiny_detector
 
 from aligndet_hf.detectors.backbone_weights import load_backbone_weights, match_tensors
 from aligndet_hf.detectors.backbones import get_backbone
@@ -97,8 +97,8 @@ def test_self_supervised_checkpoints_are_read_as_their_authors_meant(method, ful
 
 @pytest.mark.parametrize("model_type", filter(has_timm_backbone, sorted(FAMILIES)))
 def test_weights_reach_the_network_in_every_family(model_type, full, tmp_path):
-    detector = tiny_detector(model_type)
-    assert detector.config.backbone_config.backbone == NAME
+    levels = tiny_config(model_type).backbone_config.out_indices
+    detector = tiny_detector(model_type, backbone_config=timm_backbone(NAME, tuple(levels)))
     save_file(under("module.encoder_q.", full), tmp_path / "weights.safetensors")
     load_backbone_weights(detector, tmp_path / "weights.safetensors")
     assert all(torch.equal(tensor, full[name]) for name, tensor in network_of(detector).state_dict().items())
