@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_detectors import CONFIGS, CONVNETS, NUM_QUERIES, WITH_QUERIES, random_batch, tiny_config, tiny_detector
-from transformers import AutoModelForObjectDetection, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForPreTraining
 
 from aligndet_hf import AlignDetConfig, AlignDetForPreTraining
+from aligndet_hf.convnets.modeling_torchvision import RetinaNetConfig, RetinaNetForObjectDetection
 from aligndet_hf.detectors.build import build_image_processor
-from aligndet_hf.detectors.families import backbone_path, family_of
+from aligndet_hf.detectors.families import FAMILIES, backbone_path, family_of
+from aligndet_hf.detectors.transfer import transfer_detector
 from aligndet_hf.training.pretrain_aligndet import enable_gradient_checkpointing
 
 # Whose other layers predict no boxes in evaluation mode, see `Family.contrasts` and, for YOLOS, its loss.
@@ -400,3 +402,35 @@ def test_gradient_checkpointing_changes_no_gradient(model_type):
     assert found[False].keys() == found[True].keys()
     for name, gradient in found[False].items():
         torch.testing.assert_close(found[True][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class FifthConfig(RetinaNetConfig):
+    model_type = "torchvision_fifth"
+
+
+class FifthForObjectDetection(RetinaNetForObjectDetection):
+    config_class = FifthConfig
+
+
+def test_a_fifth_convnet_costs_one_row_and_one_config(monkeypatch, tmp_path):
+    """Pre-training, export, new classes and fine-tuning of a family that nothing but its row knows."""
+    AutoConfig.register("torchvision_fifth", FifthConfig)
+    AutoModelForObjectDetection.register(FifthConfig, FifthForObjectDetection)
+    monkeypatch.setitem(FAMILIES, "torchvision_fifth", FAMILIES["torchvision_retinanet"])
+    fields = tiny_config("torchvision_retinanet").to_dict()
+    del fields["model_type"]
+    monkeypatch.setitem(CONFIGS, "torchvision_fifth", lambda **changes: FifthConfig(**fields | changes))
+
+    model = pretraining_model("torchvision_fifth", freeze_backbone=True)
+    before = clone(model)
+    step(model)
+    assert not torch.equal(before["projector.0.weight"], model.projector[0].weight)
+    processor = build_image_processor(model.online_detector, 64)
+    model.export_detector(tmp_path / "detector", processor)
+
+    detector, report = transfer_detector(tmp_path / "detector", 2, {0: "a", 1: "b"})
+    assert type(detector) is FifthForObjectDetection and detector.config.num_labels == 2
+    assert not report.mismatched and any("cls_logits" in name for name in report.reset)
+    loss = detector.train()(**random_batch(num_labels=2)).loss
+    loss.backward()
+    assert loss.isfinite()
