@@ -24,8 +24,8 @@ from tiny_detectors import CONFIGS, random_batch, tiny_detector  # noqa: E402
 COLUMNS = {
     "family": "",
     "class loss": "the loss of the family's class head, as transformers has it",
-    "queries": "queries of a training step, of those of a prediction (20); convnets have none, but 20 detections",
-    "layers contrasted": "decoder layers whose queries are contrasted, of those that the detector has (2)",
+    "queries": "queries of a training step and of a prediction; convnets have none, but 20 detections",
+    "layers contrasted": "decoder layers whose queries are contrasted, out of 2",
     "image processor": "saved with the detector, so that `pipeline` and `AutoImageProcessor` work",
     "pre-trains": "one AlignDet step: a finite loss, and gradients in all of the detector but its backbone",
     "checkpointing": "the same with gradient checkpointing switched on, with the same loss",
