@@ -1,8 +1,19 @@
 """
-Kills commands at random moments (SIGKILL) and starts them again until they end: the bytes of what they make must be
-those of a run that nothing happened to. Then two processes at a time in one folder: one runs, one is refused.
+What happens to commands that are killed, stopped, doubled, or cannot write: attacks on every command that writes.
 
-    python benchmarks/kills.py --kills 30 proposals finetune pretrain
+Each try is a fork of this process, which has imported all there is. Kills and signals come at random moments and at
+random file operations in the output folder, so that the short ones, such as the removal of old work, are met too.
+
+- kill: SIGKILL, three times a run; then the same command must end with the bytes of a run that nothing happened to;
+- signal: the same with SIGTERM and SIGINT, which must end the run with one line and the code 143 or 130;
+- damage: what can happen to the files of the last checkpoint of an interrupted training (tests/damages.py): the same
+  command must end with the same bytes, or with one line;
+- pair: two processes in one folder, of equal and of different settings: one runs, the other is refused, and what is
+  there at the end is the output of one of them, never a mixture;
+- disk: a full disk (a small tmpfs, which needs root) must end the run with one line; with more room it goes on;
+- permission: a folder, and then data, that the user may not use must end the run with one line.
+
+    python benchmarks/kills.py kill pair --tries 30 --commands proposals finetune
 """
 
 import argparse
@@ -10,59 +21,67 @@ import contextlib
 import hashlib
 import os
 import random
+import resource
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from attacked import Attacked, attacked, make_inputs
+
+SCRATCH = Path(tempfile.mkdtemp(prefix="kills-"))
+SCRATCH.chmod(0o755)
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+os.environ |= {name: str(SCRATCH / "home") for name in ("HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME")}
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-STEPS = ["--max_steps", "6", "--save_steps", "1", "--image_sizes", "64", "--use_cpu", "--disable_tqdm", "true"]
+NOBODY = 65534
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
 
-def commands(root: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """Of each command its flags, and glob patterns of the files whose bytes count."""
-    data, found, detector = str(root / "data"), str(root / "found"), str(root / "detector")
-    trained = ["--per_device_train_batch_size", "2", "--dataloader_num_workers", "0", "--write_report", "false"]
-    return {
-        "proposals": (
-            ["--dataset", data] + "--source opencv --short_side 64 --shard_size 1 --dataloader_num_workers 2".split(),
-            ["**/*.arrow", "**/proposals.json"],
-        ),
-        "pretrain": (
-            ["--dataset", found, "--detector", detector, *trained, *STEPS],
-            ["model.safetensors", "detector/*"],
-        ),
-        "finetune": (
-            ["--dataset", data, "--detector", detector, "--do_eval", "false", "--save_strategy", "steps", *trained]
-            + STEPS,
-            ["model.safetensors"],
-        ),
-    }
+# ---- processes ----
 
 
-def start(command: str, flags: list[str], output: Path) -> int:
-    """Starts a command in a fork, and returns the id of the process."""
+def start(
+    task: Attacked, output: Path, other: bool = False, log: Path | None = None, before: Callable = lambda: None
+) -> int:
+    """Starts a command in a fork, which first calls `before`; returns the id of the process."""
+    log = log or SCRATCH / "log"
+    log.unlink(missing_ok=True)
+    argv = [task.command, *task.flags, *(task.other if other else []), task.place, str(output)]
+    return fork(lambda: run(argv, before), log)
+
+
+def run(argv: list[str], before: Callable) -> int:
+    from aligndet_hf import cli
+
+    before()
+    return cli.main(argv)
+
+
+def fork(function: Callable, log: Path) -> int:
     pid = os.fork()
     if pid:
         return pid
-    from aligndet_hf import cli
-
-    log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     code = 99
     try:
-        code = cli.main([command, *flags, "--output_dir", str(output)])
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        code = function() or 0
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BaseException):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -70,63 +89,290 @@ def end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def content(folder: Path, patterns: list[str]) -> dict[str, str]:
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def at_file_operation(number: int, output: Path, act: Callable, count: Path | None = None) -> None:
+    """Calls `act` at a file operation of this process in the output folder, or beside it; or counts them all."""
+    pid, seen = os.getpid(), 0
+
+    def hook(event: str, args: tuple) -> None:
+        nonlocal seen
+        if event not in FILE_EVENTS or os.getpid() != pid:
+            return
+        if event in ("os.remove", "os.rmdir") or str(output) in f"{args[0]} {args[1]}":
+            seen += 1
+            if count is not None:
+                os.pwrite(descriptor, b"%09d" % seen, 0)
+            if seen == number:
+                act()
+
+    if count is not None:
+        descriptor = os.open(count, os.O_WRONLY | os.O_CREAT)
+    sys.addaudithook(hook)
 
 
-def attack(command: str, flags: list[str], patterns: list[str], root: Path, kills: int, chance: random.Random) -> str:
-    began = time.monotonic()
-    assert end(start(command, flags, root / f"{command}-whole")) == 0, (root / f"{command}-whole.log").read_text()
-    seconds, whole = time.monotonic() - began, content(root / f"{command}-whole", patterns)
-    killed, runs, wrong = 0, 0, 0
-    while killed < kills:
-        runs += 1
-        output = root / f"{command}-{runs}"
+def share_server_of_workers() -> None:
+    """One server for the worker processes of all tries: its start takes longer than they do."""
+    from multiprocessing import forkserver
+
+    from aligndet_hf.commands import proposals
+
+    proposals._process_context()
+    forkserver.ensure_running()
+    forkserver._forkserver.ensure_running = lambda: None
+
+
+# ---- what counts ----
+
+
+class Whole(NamedTuple):
+    """A run that nothing happened to."""
+
+    content: dict[str, str]
+    seconds: float
+    operations: int
+    bytes: int
+
+
+def clear(output: Path) -> None:
+    for path in output.parent.glob(f"*{output.name}*"):
+        shutil.rmtree(path)
+
+
+def content(task: Attacked, output: Path) -> dict[str, str]:
+    found = {path for pattern in task.files for path in output.glob(pattern) if path.is_file()}
+    found = {path for path in found if path.name not in ("run.json", ".lock")}
+    return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
+
+
+def whole_run(task: Attacked, output: Path, other: bool = False) -> Whole:
+    clear(output)
+    count, began = SCRATCH / "count", time.monotonic()
+    count.unlink(missing_ok=True)
+    code = end(start(task, output, other, before=lambda: at_file_operation(0, output, None, count)))
+    assert code == 0, (SCRATCH / "log").read_text()
+    files = [path for path in output.rglob("*") if path.is_file()]
+    found = content(task, output)
+    assert found, f"{task.command}: no files count"
+    size = sum(path.stat().st_size for path in files)
+    return Whole(found, time.monotonic() - began, int(count.read_text()), size)
+
+
+class Tally:
+    """Counts what happened, and keeps the first of what is wrong."""
+
+    def __init__(self):
+        self.codes, self.wrong = Counter(), []
+
+    def expect(self, is_right: bool, what: str) -> None:
+        if not is_right:
+            self.wrong.append(f"{what}: {(SCRATCH / 'log').read_text()[-1500:]}")
+
+    def line(self, task: str, attack: str) -> str:
+        codes = ", ".join(f"{code}: {count}" for code, count in sorted(self.codes.items(), key=str))
+        return f"{task} {attack}: {len(self.wrong)} wrong; codes {codes}" + "".join(f"\n  {w}" for w in self.wrong[:3])
+
+
+def goes_on(task: Attacked, output: Path, whole: Whole, tally: Tally, what: str) -> None:
+    """The same command again, to its end."""
+    code = end(start(task, output))
+    found = content(task, output)
+    differing = sorted(name for name in whole.content | found if whole.content.get(name) != found.get(name))
+    tally.expect(code == 0 and not differing, f"after {what} code {code}, other bytes in {differing}")
+    rest = [path.name for path in output.parent.glob(f"*{output.name}*") if path != output]
+    tally.expect(not rest and not (output / ".lock").exists(), f"after {what} there is left {rest}")
+
+
+def one_line(log: Path = SCRATCH / "log") -> bool:
+    """Whether a failed command told why in one line, and showed no traceback."""
+    text = log.read_text()
+    return (
+        "Traceback" not in text and text.count("error: ") == 1 and text.strip().split("\n")[-1].startswith("error: ")
+    )
+
+
+# ---- attacks ----
+
+
+def disturbed(task: Attacked, output: Path, whole: Whole, number: int, chance: random.Random) -> int:
+    """A run that gets a signal at a random moment or file operation; returns its code."""
+    if chance.random() < 0.5:
+        place = chance.randint(1, whole.operations)
+        act = lambda: os.kill(os.getpid(), number)  # noqa: E731
+        return end(start(task, output, before=lambda: at_file_operation(place, output, act)))
+    pid = start(task, output)
+    time.sleep(chance.uniform(0, whole.seconds))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    return end(pid)
+
+
+def kill(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
+    while tally.codes[-signal.SIGKILL] < tries:
+        clear(output)
         for _ in range(3):  # three kills a run, then to its end
-            pid = start(command, flags, output)
-            time.sleep(chance.uniform(0, seconds))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            killed += end(pid) == -signal.SIGKILL
-        code = end(start(command, flags, output))
-        wrong += code != 0 or content(output, patterns) != whole
-    both = {}
-    for number in range(max(1, kills // 3)):
-        output = root / f"{command}-both-{number}"
-        first = start(command, flags, output)
-        time.sleep(chance.uniform(0, seconds))
-        codes = sorted([end(start(command, flags, output)), end(first)])
-        both[str(codes)] = both.get(str(codes), 0) + 1
-        wrong += codes not in ([0, 0], [0, 2]) or content(output, patterns) != whole
-    return f"{command}: {killed} kills in {runs} runs, {wrong} wrong; exit codes of two at a time: {both}"
+            code = disturbed(task, output, whole, signal.SIGKILL, chance)
+            tally.codes[code] += 1
+            tally.expect(code in (-signal.SIGKILL, 0), f"a run after a kill has code {code}")
+        goes_on(task, output, whole, tally, "three kills")
+
+
+def stop(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
+    for count in range(tries):
+        number = (signal.SIGTERM, signal.SIGINT)[count % 2]
+        if count % 2 == 0:
+            clear(output)
+        code = disturbed(task, output, whole, number, chance)
+        tally.codes[code] += 1
+        text = (SCRATCH / "log").read_text()
+        # Before the command has its folder SIGTERM ends it as it ends any process.
+        allowed = code in (0, 128 + number) or (code == -signal.SIGTERM and number == signal.SIGTERM)
+        tally.expect(allowed and "Traceback" not in text, f"{number.name} gives code {code}")
+        if count % 2:
+            goes_on(task, output, whole, tally, "two signals")
+
+
+def pair(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
+    changed = whole_run(task, output, other=True)
+    logs = [SCRATCH / "first", SCRATCH / "second"]
+    for count in range(tries):
+        clear(output)
+        other = bool(count % 2)
+        first = start(task, output, log=logs[0])
+        time.sleep(chance.uniform(0, whole.seconds * 0.8))
+        second = start(task, output, other, log=logs[1])
+        codes = [end(first), end(second)]
+        tally.codes[str(codes)] += 1
+        (SCRATCH / "log").write_text("".join(log.read_text() for log in logs))
+        right = [content(task, output) == result.content for result in (whole, changed)]
+        tally.expect(0 in codes and set(codes) <= {0, 2}, f"codes {codes}")
+        tally.expect(any(right), "a mixture")
+        for code, log in zip(codes, logs, strict=True):
+            text = log.read_text()
+            told = "is in use by" in text or "another configuration" in text or "another process" in text
+            tally.expect(code == 0 or (told and one_line(log)), "refused, without saying why")
+
+
+def disk(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
+    output.parent.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "full", output.parent], check=True)
+    try:
+        for _ in range(tries):
+            clear(output)
+            kilobytes = 4 * chance.randint(1, max(4, int(whole.bytes * 1.3) // 4096))
+            resize(output.parent, f"{kilobytes}k")
+            code = end(start(task, output))
+            tally.codes[code] += 1
+            tally.expect(code == 0 or (code == 2 and one_line()), f"a disk of {kilobytes} kB gives code {code}")
+            resize(output.parent, "256m")
+            goes_on(task, output, whole, tally, f"a disk of {kilobytes} kB")
+    finally:
+        subprocess.run(["umount", "-l", output.parent], check=True)
+
+
+def resize(folder: Path, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+
+
+def permission(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
+    def as_nobody() -> None:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+    clear(output)
+    output.parent.chmod(0o555)
+    code = end(start(task, output, before=as_nobody))
+    tally.codes[code] += 1
+    tally.expect(code == 2 and one_line(), f"a read-only place gives code {code}")
+    output.parent.chmod(0o777)
+    code = end(start(task, output, before=as_nobody))
+    tally.expect(code == 0 and content(task, output) == whole.content, f"another user gets code {code}")
+    files = [path for path in output.rglob("*") if path.is_dir()] + [output]
+    for path in files:  # finished, and read-only since
+        path.chmod(0o555)
+    output.parent.chmod(0o555)
+    code = end(start(task, output, before=as_nobody))
+    tally.codes[code] += 1
+    tally.expect(code == 0 or one_line(), f"a finished run in a read-only place gives code {code}")
+    tally.expect(content(task, output) == whole.content, "a finished run in a read-only place was changed")
+    output.parent.chmod(0o777)
+    clear(output)
+    hidden = [Path(flag) for flag in task.flags if flag.startswith(str(SCRATCH))]
+    for path in hidden:
+        mode = path.stat().st_mode & 0o777
+        path.chmod(0)
+        code = end(start(task, output, before=as_nobody))
+        path.chmod(mode)
+        tally.codes[code] += 1
+        tally.expect(code == 2 and one_line(), f"{path.name} of no permission gives code {code}")
+        clear(output)
+
+
+def damage(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
+    from damages import DAMAGES
+
+    if task.command not in ("pretrain", "finetune"):
+        return
+    clear(output)
+    pid = start(task, output)
+    while not (output / "checkpoint-4").exists():
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    end(pid)
+    copy = output.parent.parent / "interrupted"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(output, copy)
+    for name in list(DAMAGES)[:tries]:
+        clear(output)
+        shutil.copytree(copy, output)
+        DAMAGES[name](max(output.glob("checkpoint-*")))
+        code = end(start(task, output))
+        tally.codes[code] += 1
+        same = code == 0 and content(task, output) == whole.content
+        tally.expect(same or (code == 2 and one_line()), f"{name} gives code {code}")
+
+
+ATTACKS = {"kill": kill, "signal": stop, "damage": damage, "pair": pair, "disk": disk, "permission": permission}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commands", nargs="*", default=["proposals", "finetune", "pretrain"])
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("attacks", nargs="*", default=list(ATTACKS))
+    parser.add_argument("--commands", nargs="+", help="which to attack; all by default")
+    parser.add_argument("--tries", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
+    import importlib
+
     import torch
-    from tiny_detectors import tiny_detector
 
-    from aligndet_hf.data.synthetic import write_synthetic_folder
+    from aligndet_hf import cli
 
+    for row in cli.COMMANDS.values():
+        importlib.import_module(row.module)
     torch.set_num_threads(1)
-    chance = random.Random(arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        write_synthetic_folder(root / "data", {"train": 8}, seed=0, image_size=(64, 64))
-        tiny_detector("rt_detr", num_labels=1).save_pretrained(root / "detector")
-        # In a fork, as all else: threads of Arrow in this process would not survive later ones.
-        found = ["--dataset", str(root / "data"), "--source", "random", "--max_boxes", "3"]
-        found += ["--dataloader_num_workers", "0"]
-        assert end(start("proposals", [*found, "--disable_tqdm"], root / "found")) == 0
-        for command in arguments.commands:
-            flags, patterns = commands(root)[command]
-            print(attack(command, flags, patterns, root, arguments.kills, chance), flush=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    (SCRATCH / "home").mkdir()
+    (SCRATCH / "home").chmod(0o777)
+    inputs = SCRATCH / "inputs"
+    inputs.mkdir()
+    # In a fork, as all else: threads of Arrow in this process would not survive later ones.
+    assert end(fork(lambda: make_inputs(inputs), SCRATCH / "log")) == 0, (SCRATCH / "log").read_text()
+    tasks = attacked(inputs)
+    share_server_of_workers()
+    try:
+        for name in arguments.commands or tasks:
+            output = SCRATCH / "work" / "out"
+            output.parent.mkdir(exist_ok=True)
+            output.parent.chmod(0o777)
+            whole = whole_run(tasks[name], output)
+            print(f"{name}: {whole.seconds:.1f} s, {whole.operations} file operations", flush=True)
+            for attack in arguments.attacks:
+                tally, began = Tally(), time.monotonic()
+                ATTACKS[attack](tasks[name], output, whole, arguments.tries, random.Random(arguments.seed), tally)
+                print(f"{tally.line(name, attack)} ({time.monotonic() - began:.0f} s)", flush=True)
+    finally:
+        shutil.rmtree(SCRATCH)
 
 
 if __name__ == "__main__":
