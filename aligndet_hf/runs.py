@@ -211,8 +211,15 @@ class RunFolder:
         updated = {"command": self.command} | parts | (record or {})
         if updated != record:
             write_json(self.work / RECORD, updated)
-        is_finished = not self.aside and self.result is not None and (self.path / self.result).is_file()
-        return is_finished, changes if record else {}
+        return not self.aside and self._has_result(), changes if record else {}
+
+    def _has_result(self) -> bool:
+        """Whether the mark of a finished run is there, and sound; else the run goes on, and writes it anew."""
+        path = self.path / (self.result or "")
+        try:
+            return path.is_file() and (path.suffix != ".json" or isinstance(json.loads(path.read_bytes()), dict))
+        except (OSError, ValueError, RecursionError):
+            return False
 
     def _extend(self) -> None:
         (self.path / (self.result or RECORD)).unlink(missing_ok=True)
@@ -247,7 +254,7 @@ class RunFolder:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}, which tells whose run this is, is damaged ({error}): remove {folder}"
             ) from error
@@ -263,6 +270,10 @@ class RunFolder:
             return self._content(self.work)
         patterns = self.written if patterns is None else patterns
         return [path for pattern in patterns for path in self.work.glob(pattern) if path.name not in (RECORD, LOCK)]
+
+    def state_of(self, patterns: Iterable[str]) -> set[tuple[Path, int, int]]:
+        """The files of these names that are there, each with what changes when it is written."""
+        return {(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in self._found(patterns)}
 
     def _content(self, folder: Path) -> list[Path]:
         found = folder.iterdir() if folder.is_dir() else ()
@@ -293,7 +304,8 @@ class RunFolder:
 @contextlib.contextmanager
 def measuring_folder(output_dir: str | Path | None, command: str, written: Iterable[str]) -> Iterator[None]:
     """
-    Context of a command that measures, and replaces what it wrote into a folder before; without a folder nothing.
+    Context of a command that measures, and replaces what it wrote into a folder before: what it does not write anew is
+    removed at the end. Without a folder nothing happens.
 
     Raises:
         ValueError: another process works in the folder, it is another command's run, or foreign.
@@ -302,9 +314,13 @@ def measuring_folder(output_dir: str | Path | None, command: str, written: Itera
     if output_dir is None:
         yield
         return
+    written = list(written)
     with RunFolder(output_dir, command, written=written) as folder:
         folder.claim()
+        before = folder.state_of(written)
         yield
+        for path, *_ in before & folder.state_of(written):
+            remove(path)
 
 
 def _differences(record: dict, parts: dict) -> dict[str, tuple]:

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from accelerate.utils import gather_object
+from damages import DAMAGES, flip
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_detectors import CONFIGS, CONVNETS, tiny_detector
@@ -454,21 +455,12 @@ def test_both_datasets_must_number_their_categories_alike(folder, tmp_path):
 
 # ---- checkpoints ----
 
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
-
-
-DAMAGES = {
-    "one bit of the weights": lambda folder: flip(folder / "model.safetensors"),
-    "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+# All kinds are in test_checkpointing.py; these are for what `Trainer` alone does with its files.
+OWN = {
     "a short scheduler": lambda folder: os.truncate(folder / "scheduler.pt", 100),
     "empty random states": lambda folder: (folder / "rng_state.pth").write_bytes(b""),
-    "another state": lambda folder: (folder / "trainer_state.json").write_text("[]"),
-    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
 }
+KINDS = ("one bit of model.safetensors", "no optimizer.pt", "a file more", "the checkpoint before under this name")
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +492,7 @@ def goes_on(folder, interrupted, output_dir, **changes):
 
 
 def test_damaged_checkpoints_are_set_aside_and_the_end_is_the_same(folder, interrupted, tmp_path):
-    for name, damage in DAMAGES.items():
+    for name, damage in (OWN | {kind: DAMAGES[kind] for kind in KINDS}).items():
         arguments = goes_on(folder, interrupted, tmp_path / name)
         damage(tmp_path / name / "checkpoint-3")
         finetune(arguments)
@@ -521,14 +513,16 @@ def test_images_that_come_later_are_not_mixed_in(folder, interrupted, tmp_path):
     shutil.copytree(folder / "data", tmp_path / "data")
     run = {"dataset": str(tmp_path / "data"), "do_eval": False, "save_strategy": "steps", "save_steps": 1}
     finetune(arguments_for(folder, tmp_path / "run", **run))
-    (tmp_path / "run" / "results.json").unlink()
     image = next((tmp_path / "data" / "train").glob("*.[jp]*g"))
     before = image.read_bytes()
     image.write_bytes(before + b"0")
-    with pytest.raises(ValueError, match="of other data .content: "):
-        finetune(arguments_for(folder, tmp_path / "run", **run))
+    for _ in range(2):  # finished, and not
+        with pytest.raises(ValueError, match="of other data .content: "):
+            finetune(arguments_for(folder, tmp_path / "run", **run))
+        (tmp_path / "run" / "results.json").write_text("")  # cut short
     image.write_bytes(before)
     finetune(arguments_for(folder, tmp_path / "run", **run))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 4
 
 
 def test_a_run_is_lengthened_or_ends_early(folder, interrupted, tmp_path, capsys):
@@ -562,7 +556,7 @@ def test_a_checkpoint_is_a_detector(folder, interrupted, tmp_path):
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_checkpoints_restore_every_tensor(model_type, tmp_path):
     saved = make_trainer(model_type, tmp_path)
-    with new_checkpoint(tmp_path / "checkpoint-1") as unfinished:
+    with new_checkpoint(tmp_path / "checkpoint-0") as unfinished:
         saved._save(str(unfinished))
         saved.state.save_to_json(str(unfinished / "trainer_state.json"))
     expected = {name: tensor.clone() for name, tensor in saved.model.state_dict().items()}
@@ -570,16 +564,16 @@ def test_checkpoints_restore_every_tensor(model_type, tmp_path):
     resumed = make_trainer(model_type, tmp_path, seed=1)
     differing = sum(not torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
     assert differing > 15
-    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-0"))
     restored = resumed.model.state_dict()
     assert len(restored) == len(expected) and same(restored, expected)
 
     best = make_trainer(model_type, tmp_path, seed=2)
-    best.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    best.state.best_model_checkpoint = str(tmp_path / "checkpoint-0")
     best._load_best_model()
     assert same(best.model.state_dict(), expected)
     # And the folder is an ordinary checkpoint.
-    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-1")
+    loaded = AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-0")
     assert same(loaded.state_dict(), expected)
 
 

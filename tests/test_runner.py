@@ -9,7 +9,11 @@ import time
 
 import pytest
 
-from aligndet_hf.pipelines import runner
+from aligndet_hf.data.formats import category_names, load_dataset_source
+from aligndet_hf.data.label_export import export_labels
+from aligndet_hf.data.synthetic import write_synthetic_folder
+from aligndet_hf.pipelines import inputs, runner
+from aligndet_hf.pipelines.inputs import path_hash
 from aligndet_hf.pipelines.runner import is_finished, record_of, run_stages
 from aligndet_hf.pipelines.stages import Stage
 from aligndet_hf.runs import Interrupted, RunFolder
@@ -66,6 +70,39 @@ def test_stages_run_after_those_they_need_and_only_once(make, tmp_path):
     assert not is_finished(first)
     run_stages(stages)
     assert order(tmp_path) == ["first", "second", "first"]
+
+
+def test_other_data_and_another_run_before_it_make_a_stage_unfinished(make, tmp_path):
+    (tmp_path / "data").mkdir()
+    image = tmp_path / "data" / "1.png"
+    image.write_bytes(b"one")
+    first = make("first")
+    first.settings["dataset"] = str(tmp_path / "data")
+    second = make("second", [first])
+    second.settings["detector"] = str(first.folder)
+    (first.folder).mkdir()
+    (first.folder / "run.json").write_text("{}")
+    stages = [first, second]
+    assert run_stages(stages) == {} and all(map(is_finished, stages))
+    image.write_bytes(b"two")
+    assert [is_finished(stage) for stage in stages] == [False, True]
+    image.write_bytes(b"one")
+    (first.folder / "run.json").write_text('{"settings": {}}')
+    assert [is_finished(stage) for stage in stages] == [True, False]
+
+
+def test_the_images_of_a_label_file_count(tmp_path):
+    write_synthetic_folder(tmp_path / "data", {"train": 2}, seed=0, image_size=(32, 32))
+    images = load_dataset_source(tmp_path / "data", "train")
+    export_labels({"train": images}, category_names(images, "data"), tmp_path / "coco", "coco")
+    labels = tmp_path / "coco" / "annotations" / "instances_train.json"
+    before = path_hash(labels)
+    assert path_hash(labels) == before
+    image = next((tmp_path / "coco" / "images").rglob("*.*"))
+    content = image.read_bytes()
+    image.write_bytes(content + b"0")
+    inputs._content.cache_clear()  # of this process, which would not look again at a label file that is the same
+    assert path_hash(labels) != before
 
 
 def test_a_failure_is_reported_with_what_the_stage_said_and_the_others_go_on(make, tmp_path):

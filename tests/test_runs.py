@@ -31,7 +31,7 @@ def begin(folder, *made, settings=SETTINGS, **options):
     with training(folder, **options) as run:
         run.claim(settings=settings)
         for name in made:
-            (run.work / name).write_text(str(settings))
+            (run.work / name).write_text(json.dumps(settings))
 
 
 def names(folder):
@@ -66,12 +66,36 @@ def test_the_same_run_goes_on_until_its_result_is_there(tmp_path):
     with training(tmp_path) as run:
         run.claim(settings=SETTINGS | {"sizes": (64, 96)})  # as JSON has it
         assert not run.is_finished and names(tmp_path) == [LOCK, "checkpoint-2", RECORD]
-        (tmp_path / "summary.json").touch()
+        (tmp_path / "summary.json").write_text("{}")
     with training(tmp_path) as run:
         run.claim(settings=SETTINGS)
         assert run.is_finished
         run.extend()
         assert not run.is_finished and not (tmp_path / "summary.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"metrics": ', "[]", "[" * 100_000])
+def test_a_damaged_result_is_no_mark_of_a_finished_run(tmp_path, content):
+    begin(tmp_path, "checkpoint-2", "summary.json")
+    (tmp_path / "summary.json").write_text(content)
+    with training(tmp_path) as run:
+        run.claim(settings=SETTINGS)
+        assert not run.is_finished and (tmp_path / "checkpoint-2").exists()
+
+
+def test_what_measures_leaves_nothing_of_what_it_measured_before(tmp_path):
+    def measure(*made):
+        with runs.measuring_folder(tmp_path, "evaluate", ["*.json", "*.png"]):
+            for name in made:
+                (tmp_path / name).write_text("{}")
+
+    measure("results.json", "predictions.json")
+    (tmp_path / "notes.txt").touch()
+    measure("results.json", "predictions.png")
+    assert names(tmp_path) == ["notes.txt", "predictions.png", "results.json", RECORD]
+    with pytest.raises(OSError), runs.measuring_folder(tmp_path, "evaluate", ["*.json", "*.png"]):
+        raise OSError
+    assert names(tmp_path) == ["notes.txt", "predictions.png", "results.json", RECORD]
 
 
 def test_another_run_is_refused_untouched_or_cleared(tmp_path):
@@ -151,7 +175,7 @@ def test_files_without_a_record_are_never_taken(tmp_path, overwrite, name):
     assert state_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"mine": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"mine": 1}', "[" * 100_000])
 def test_a_damaged_record_is_named(tmp_path, content):
     begin(tmp_path, "checkpoint-2")
     (tmp_path / RECORD).write_text(content)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aligndet_hf.pipelines.stages import merged, resolve_stages
+from aligndet_hf.pipelines.stages import merged, resolve_stages, without_secrets
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +134,10 @@ def test_tokens_are_kept_apart_from_settings_which_are_stored():
     found = resolve(stages, {"token": token})
     assert found["finetune"].secrets == {"hub_token": token} and found["evaluate"].secrets == {}
     assert "hub_token" not in found["finetune"].settings and token not in repr(found["finetune"].settings)
+    given = {"stages": stages, "variables": {"token": token, "steps": 3}, "arms": [token, f"Bearer {token}", "plain"]}
+    cleaned = {"stages": stages, "variables": {"steps": 3}, "arms": ["plain"]}
+    assert without_secrets(given, found.values()) == cleaned
+    assert without_secrets({"hub_token": token, "a": {"hub_token": token}}, found.values()) == {"a": {}}
 
 
 @pytest.mark.parametrize("name", ["../finetune", "a/finetune", "a\\finetune", "..", ".hidden", "", "line\nbreak"])

@@ -23,6 +23,7 @@ from ..files import write_json
 from ..flags import takes_old_names
 from ..ranges import COUNT, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
+from ..runs import measuring_folder
 
 _SIDES = (8, 16, 32)  # pixels of a view; the finest feature map of most detectors has a cell for 8
 _LISTED = 10
@@ -166,7 +167,14 @@ def check(arguments: CheckArguments) -> CheckReport:
 
     Raises:
         DataError: there is no such data set.
+        ValueError: another process works in `output_dir`, or it is another command's.
+        OSError: `output_dir` cannot be written to.
     """
+    with measuring_folder(arguments.output_dir, "check", ["check.json", "check-*.jpg"]):
+        return _check(arguments)
+
+
+def _check(arguments: CheckArguments) -> CheckReport:
     source = arguments.dataset
     report = CheckReport(source, recognised(source))
     print(f"{source}: {report.recognised}")
@@ -203,9 +211,7 @@ def check(arguments: CheckArguments) -> CheckReport:
     number = len(report.all_problems)
     print(f"{number or 'no'} problem{'s' * (number != 1)} found")
     if arguments.output_dir is not None:
-        folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "check.json", report.to_dict())
+        write_json(Path(arguments.output_dir).expanduser() / "check.json", report.to_dict())
     if arguments.export is not None:
         _export(labelled, report, arguments)
     return report

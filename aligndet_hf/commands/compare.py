@@ -15,8 +15,17 @@ from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.splits import nested_subsets
 from ..files import write_json
 from ..flags import names_of, nearest
+from ..pipelines.inputs import path_hash
 from ..pipelines.runner import is_finished, record_of, run_stages
-from ..pipelines.stages import Stage, command_of, fields_of, merged, require_plain_name, resolve_stages
+from ..pipelines.stages import (
+    Stage,
+    command_of,
+    fields_of,
+    merged,
+    require_plain_name,
+    resolve_stages,
+    without_secrets,
+)
 from ..ranges import PART, SEED, SHARE
 from ..recipes import find_recipe
 from ..reporting.comparison import environment, write_report
@@ -383,6 +392,8 @@ def _origin(stage: Stage, stages: list[Stage]) -> tuple[str, str, str]:
 def _leakage(held_out: tuple, seen: list[tuple], output_dir: Path) -> dict:
     """The evaluation images that are among the training images; not computed again for the same sources."""
     sources = {"evaluation": list(held_out), "training": [list(source) for source in seen]}
+    paths = {source: Path(source[0]).expanduser() for source in [held_out, *seen]}
+    sources["content"] = [path_hash(path, source[2] or None) for source, path in paths.items() if path.exists()]
     path = output_dir / LEAKAGE
     if path.exists() and (known := json.loads(path.read_text()))["sources"] == sources:
         return known
@@ -437,7 +448,7 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
     baseline = next(job for job in jobs if job.arm == arguments.baseline).measured.settings
     results = {
         "config": {
-            name: getattr(arguments, name)
+            name: without_secrets(getattr(arguments, name), stages)
             for name in ("stages", "common", "variables", "arms", "baseline", "fractions", "seeds", "target_ap")
         },
         "environment": environment(),

@@ -25,6 +25,8 @@ from ..ranges import SHARE, check_values
 from ..reporting.pictures import draw_detections, new_figure
 from ..runs import measuring_folder
 
+WRITTEN = ["results.json", "diagnosis.json", "predictions.json", "predictions.png"]
+
 
 @takes_old_names
 @dataclass(kw_only=True)
@@ -83,7 +85,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         ValueError: what is named is not a detector.
         OSError: there is none on the Hub, or it has no image processor.
     """
-    with measuring_folder(arguments.output_dir, "evaluate", ["results.json", "predictions.json", "predictions.png"]):
+    with measuring_folder(arguments.output_dir, "evaluate", WRITTEN):
         return _measure(arguments)
 
 

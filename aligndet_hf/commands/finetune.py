@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -44,6 +45,7 @@ from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, f
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import publish_run
+from ..training.start import start_hashes
 
 # What is written to `output_dir`, beside checkpoints and the results.
 WRITTEN = [
@@ -104,6 +106,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         settings = settings_of(arguments)
         changes = folder.claim({"max_steps", "num_train_epochs"}, settings=settings)
         repo_id = _open_repository(arguments) if arguments.push_to_hub and processes.is_main_process else None
+        data = _load_data(arguments, folder, processes)
         if folder.is_finished and not changes:
             processes.print(f"The run in {folder.path} is finished; --overwrite_output_dir starts it anew.")
             if processes.is_main_process:
@@ -111,7 +114,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
             return FinetuneResult(folder.path, json.loads((folder.path / RESULTS).read_text())["metrics"])
         last = Launch().on_main(find_last_checkpoint, folder.path)
         checkpoint = last and last.path
-        trainer, about = _start(arguments, folder, processes)
+        trainer, about = _start(arguments, data, folder, processes)
         if changes:
             trainer.require_steps(checkpoint)
             folder.extend()
@@ -130,8 +133,17 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     return FinetuneResult(folder.path, metrics)
 
 
-def _start(arguments: FinetuneArguments, folder: RunFolder, processes: PartialState) -> tuple[DetectionTrainer, dict]:
-    """The trainer, and what the results say of the run."""
+class _Data(NamedTuple):
+    """What a run is trained with and measured on."""
+
+    images: Dataset
+    truth: Dataset | None
+    categories: list[str]
+    window: tuple | None  # see `settle_pixel_window`
+
+
+def _load_data(arguments: FinetuneArguments, folder: RunFolder, processes: PartialState) -> _Data:
+    """The data, whose content is a part of what the run is, even if it is finished."""
     with processes.main_process_first():
         dataset, categories = _load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
         require_metric(arguments.metric_for_best_model, categories)
@@ -150,7 +162,16 @@ def _start(arguments: FinetuneArguments, folder: RunFolder, processes: PartialSt
         processes.print(window_line(window))
     rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     dataset = dataset.select(rows)
-    folder.claim(data=Launch().on_main(_fingerprint, arguments, dataset, truth))
+    on_main = Launch().on_main
+    folder.claim(data=on_main(_fingerprint, arguments, dataset, truth), start=on_main(start_hashes, arguments))
+    return _Data(dataset, truth, categories, window)
+
+
+def _start(
+    arguments: FinetuneArguments, data: _Data, folder: RunFolder, processes: PartialState
+) -> tuple[DetectionTrainer, dict]:
+    """The trainer, and what the results say of the run."""
+    dataset, truth, categories, window = data
     if truth is not None and processes.is_main_process:
         notes = [leak_note(dataset, truth, arguments.eval_dataset), metric_note(objects_per_image(truth)[1])]
         for note in filter(None, notes):

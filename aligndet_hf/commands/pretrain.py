@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
+from datasets import Dataset
 from transformers.utils import logging
 
 from ..cards import versions
@@ -33,6 +34,7 @@ from ..training.pretrain_setup import (
 from ..training.publish import publish_run
 from ..training.run_length import length_note
 from ..training.schedules import Schedules
+from ..training.start import start_hashes
 
 logger = logging.get_logger(__name__)
 
@@ -103,12 +105,16 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         changes = folder.claim({"max_steps", "num_train_epochs"}, settings=configuration)
         # Before any work, so that a missing token does not end a run that took days.
         repo_id = _open_repository(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
+        dataset, data = _load_data(arguments, accelerator, folder)
         if folder.is_finished and not changes:
             accelerator.print(f"The run in {folder.path} is finished; --overwrite_output_dir starts it anew.")
             if accelerator.is_main_process:
                 publish_run(folder.path, arguments, repo_id, anew=False)
             return _result(arguments, folder.path, json.loads((folder.path / SUMMARY).read_text())["metrics"])
-        run = _start(arguments, accelerator, configuration, folder)
+        run = _start(arguments, accelerator, configuration, dataset, data, folder)
+        if changes:
+            run.tell_changes(changes)
+            folder.extend()
         train(run)
         model = sharding.whole_model(accelerator, run.model)
         if accelerator.is_main_process:
@@ -133,9 +139,9 @@ def _open_repository(arguments: PretrainArguments) -> str:
     )
 
 
-def _start(arguments: PretrainArguments, accelerator: Accelerator, configuration: dict, folder: RunFolder) -> Run:
-    """The run, from its last checkpoint if it has one."""
-    (_, method), on_main = METHODS[arguments.method], Launch().on_main
+def _load_data(arguments: PretrainArguments, accelerator: Accelerator, folder: RunFolder) -> tuple[Dataset, dict]:
+    """The data, whose content is a part of what the run is, even if it is finished; and how much it is."""
+    on_main = Launch().on_main
     if arguments.streaming:
         dataset, report, data = open_stream(arguments)
     else:
@@ -148,7 +154,20 @@ def _start(arguments: PretrainArguments, accelerator: Accelerator, configuration
             accelerator.print(window_line(window))
     accelerator.print(report)
     content = {} if arguments.streaming else {"content": on_main(content_hash, dataset, arguments.disable_tqdm)}
-    changes = folder.claim(data=data | content)
+    folder.claim(data=data | content, start=on_main(start_hashes, arguments))
+    return dataset, data
+
+
+def _start(
+    arguments: PretrainArguments,
+    accelerator: Accelerator,
+    configuration: dict,
+    dataset: Dataset,
+    data: dict,
+    folder: RunFolder,
+) -> Run:
+    """The run, from its last checkpoint if it has one."""
+    _, method = METHODS[arguments.method]
     model, image_processor, loaded = method.build_model(arguments, dataset)
     if loaded is not None:
         accelerator.print(loaded)
@@ -175,9 +194,6 @@ def _start(arguments: PretrainArguments, accelerator: Accelerator, configuration
         if note := length_note(schedules.total_steps, schedules.total_steps / len(batches)):
             accelerator.print(f"note: {note}")
     run = Run(arguments, accelerator, model, prepared, optimizer, image_processor, batches, schedules, about)
-    run.resume(on_main)
-    if changes:
-        run.tell_changes(changes)
-        folder.extend()
+    run.resume(Launch().on_main)
     accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})
     return run

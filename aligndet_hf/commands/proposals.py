@@ -369,7 +369,7 @@ def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArgument
     """Everything that decides what is found: the settings, and hashes of the images and of other files."""
     settings = {"source": arguments.source, **arguments.source_settings(), **arguments.selection()}
     if arguments.source == "detector":
-        settings["detector_content"] = model_hash(arguments.detector)
+        settings["detector_content"] = model_hash(_box_finder(arguments.detector))
     if arguments.source == "json":
         settings["proposals_file_content"] = file_hash(arguments.proposals_file)
     if arguments.rerank != "none":
@@ -572,11 +572,14 @@ def _search_shards(
 
 def _open_source(arguments: ProposalsArguments) -> Search:
     source, selection = SOURCES[arguments.source], arguments.selection()
+    settings = arguments.source_settings()
+    if "detector" in settings:
+        settings["detector"] = _box_finder(settings["detector"])
     if arguments.rerank == "none":
-        return source.open(**arguments.source_settings(), selection=selection)
+        return source.open(**settings, selection=selection)
     from ..evaluation.ring_contrast import CANDIDATES, RingContrast, reranked  # torchvision takes seconds to import
 
-    search = source.open(**arguments.source_settings(), selection=selection | CANDIDATES)
+    search = source.open(**settings, selection=selection | CANDIDATES)
     return reranked(search, RingContrast(_ring_features(arguments)), selection)
 
 
@@ -594,6 +597,16 @@ def _ring_features(arguments: ProposalsArguments):
     return BoxFeatures(detector, STRIDES, normalize=False, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _box_finder(model: str) -> str:
+    """The model that finds boxes: of a run, its checkpoint or a published file the detector, else what is named."""
+    path = Path(model).expanduser()
+    if not path.is_file() and not (path / "detector").is_dir():
+        return str(path) if path.exists() else model
+    from ..detectors.build import find_detector  # which imports torch: other sources need none
+
+    return find_detector(path)
+
+
 def _number_of_cores() -> int:
     try:
         return len(os.sched_getaffinity(0))  # those this process may use; Linux only
@@ -609,7 +622,7 @@ def _process_context():
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, f"{__package__.removesuffix('.data')}.proposals.kernels"])
+    context.set_forkserver_preload([__name__, "aligndet_hf.proposals.kernels"])
     return context
 
 

@@ -63,6 +63,7 @@ def run_stages(
                     f"{stage.folder} was made from {gone[0].folder}, which is gone: remove it too, to do both anew."
                 )
     running: dict[Stage, tuple[Callable[[], int | None], float, int]] = {}
+    read = {}
     with _Signals(active=num_parallel > 0) as signals:
         while waiting or running:
             for stage in list(waiting) if not signals.number else ():
@@ -72,7 +73,7 @@ def run_stages(
                     on_end(stage, reason)
                 elif len(running) < max(num_parallel, 1) and not set(stage.needs) & {*waiting, *running}:
                     waiting.remove(stage)
-                    started = time.perf_counter()
+                    started, read[stage] = time.perf_counter(), stage.inputs()
                     slot = min(set(range(len(running) + 1)) - {other for _, _, other in running.values()})
                     log = stage.beside(".log") if logs else None
                     if num_parallel == 0:
@@ -90,7 +91,8 @@ def run_stages(
                 failure = None
                 if code == 0:
                     seconds = round(time.perf_counter() - started, 1)
-                    write_json(stage.beside(".json"), {"settings": _plain(stage.settings), "seconds": seconds})
+                    record = {"settings": _plain(stage.settings), "inputs": read[stage], "seconds": seconds}
+                    write_json(stage.beside(".json"), record)
                 elif code in _INTERRUPTED and not signals.number:
                     signals.note(_INTERRUPTED[code])
                 elif not signals.number:
@@ -105,12 +107,14 @@ def run_stages(
 
 
 def is_finished(stage: Stage) -> bool:
-    """Whether a stage was run to its end with these settings."""
+    """Whether a stage was run to its end with these settings, and files of this content."""
     try:
         record = json.loads(stage.beside(".json").read_text())
     except (OSError, ValueError):
         return False
-    return record["settings"] == _plain(stage.settings) and stage.folder.exists()
+    if record["settings"] != _plain(stage.settings) or not stage.folder.exists():
+        return False
+    return "inputs" not in record or record["inputs"] == stage.inputs()  # earlier versions wrote none
 
 
 def record_of(stage: Stage) -> dict:

@@ -15,6 +15,7 @@ from ..cli import COMMANDS
 from ..flags import names_of, nearest, old_names
 from ..parser import parse_arguments
 from ..recipes import find_recipe
+from .inputs import inputs_of
 
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 # Not commands that run others, nor the one that writes into the folder of another.
@@ -51,6 +52,10 @@ class Stage:
         """A file beside the output: `.yaml` is the recipe, `.json` the record of the finished stage, `.log`."""
         return Path(f"{self.folder}{suffix}")
 
+    def inputs(self) -> dict[str, str]:
+        """Hashes of what it reads, see [`~aligndet_hf.pipelines.inputs.inputs_of`]."""
+        return inputs_of(self, arguments_class(self.command))
+
     def write_recipe(self):
         """
         Writes the recipe that `aligndet <command> --config` takes, and returns the arguments that it makes of it.
@@ -65,6 +70,21 @@ class Stage:
             return parse_arguments(arguments_class(self.command), ["--config", str(recipe)])
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {self.name!r}: {error}") from error
+
+
+def without_secrets(value: Any, stages: Iterable[Stage]) -> Any:
+    """What a file says of stages, at any depth without the entries whose values are secrets of theirs."""
+    secrets = {str(secret) for stage in stages for secret in stage.secrets.values() if secret is not None}
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleaned(entry) for key, entry in value.items() if not is_secret(entry)}
+        return [cleaned(entry) for entry in value if not is_secret(entry)] if isinstance(value, list) else value
+
+    def is_secret(entry: Any) -> bool:
+        return isinstance(entry, str) and any(secret in entry for secret in secrets)
+
+    return cleaned(value)
 
 
 class _LeftOut(Exception):

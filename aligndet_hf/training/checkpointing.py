@@ -98,13 +98,20 @@ def damage_of(checkpoint: str | Path) -> str:
     """What is wrong with a checkpoint; empty if it is as it was written."""
     checkpoint = Path(checkpoint)
     try:
+        _require_file(checkpoint / CHECKSUMS)
         written = json.loads((checkpoint / CHECKSUMS).read_text())
         changed = [name for name, signature in written.items() if _signature(checkpoint / name) != signature]
-        missing = {STATE} - written.keys()
-    except (OSError, ValueError, AttributeError) as error:
+        _require_file(checkpoint / STATE)
+        found, state = _files(checkpoint), json.loads((checkpoint / STATE).read_text())
+        step = state.get("step", state.get("global_step"))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
-    if changed or missing:
-        return f"{' and '.join([*changed, *missing])} changed after it was written"
+    if changed:
+        return f"{' and '.join(changed)} changed after it was written"
+    if more := sorted(found - written.keys() - {CHECKSUMS}):
+        return f"{more[0]} was not written with it"
+    if checkpoint.name != f"checkpoint-{step}":
+        return f"it is of step {step}"
     return ""
 
 
@@ -148,8 +155,7 @@ def new_checkpoint(final: Path) -> Iterator[Path]:
 
 def seal(folder: Path, final: Path) -> None:
     """Writes the checksums of a folder's files into it, has it on the disk, and gives it its name."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    checksums = {name: _signature(folder / name) for name in names}
+    checksums = {name: _signature(folder / name) for name in sorted(_files(folder))}
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2))
     sync_folder(folder)
     if final.exists():
@@ -177,7 +183,19 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
+def _files(folder: Path) -> set[str]:
+    """The names of all that is in a folder but folders, and but hidden files, which systems leave behind."""
+    found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return {path.as_posix() for path in found if not path.name.startswith(".")}
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise FileNotFoundError(f"there is no file {path.name}")
+
+
 def _signature(path: Path) -> str:
+    _require_file(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

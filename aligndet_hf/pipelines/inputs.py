@@ -1,0 +1,76 @@
+"""What a stage reads: hashes of the content of local files and folders that its settings name."""
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..data.errors import DataError
+from ..data.formats import load_dataset_source, split_names
+from ..data.shards import content_hash
+from ..data.sources import file_hash
+from ..flags import names_of
+from ..runs import RECORD
+
+if TYPE_CHECKING:
+    from .stages import Stage
+
+_LABEL_FILES = {".json", ".jsonl", ".csv", ".parquet", ".yaml", ".yml", ".txt", ".xml"}
+
+
+def inputs_of(stage: "Stage", arguments: type) -> dict[str, str]:
+    """
+    What a stage reads, beside its settings.
+
+    Args:
+        stage ([`Stage`]): The stage.
+        arguments (`type`): The dataclass of its command.
+
+    Returns:
+        `dict[str, str]`: by the name of the flag and the path, a hash: of the record of an earlier stage, else of the
+        content. What is not there, or on the Hub, is left out.
+    """
+    hashes = {}
+    for name in sorted(names_of(arguments, "result", "data", "start") & stage.settings.keys()):
+        values = stage.settings[name]
+        for value in values if isinstance(values, list) else [values]:
+            path = Path(value).expanduser() if isinstance(value, str) and value else None
+            if path is None or name.endswith("split") or not path.exists():
+                continue
+            made = next(
+                (need.folder for need in stage.needs if path.absolute().is_relative_to(need.folder.absolute())), None
+            )
+            if made is not None:
+                record = made / RECORD
+                hashes[f"{name} {value}"] = file_hash(record) if record.is_file() else ""
+            else:
+                image_dir = stage.settings.get(name.replace("dataset", "image_dir"))
+                hashes[f"{name} {value}"] = path_hash(path, image_dir if name != "image_dir" else None)
+    return hashes
+
+
+def path_hash(path: Path, image_dir: str | None = None) -> str:
+    """A hash of the content of a file, of a label file with its images, or of a folder with all that is in it."""
+    if path.is_dir():
+        found = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    else:
+        found = [path]
+    states = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.is_file())
+    return _content(path, image_dir, states)
+
+
+@functools.lru_cache(maxsize=256)
+def _content(path: Path, image_dir: str | None, states: tuple[tuple[str, int, int], ...]) -> str:
+    """The hash of files, which is not computed again while their `states` are the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, *_ in states:
+        digest.update(f"{os.path.relpath(name, path)} {file_hash(name)} ".encode())
+    if path.is_file() and path.suffix.lower() in _LABEL_FILES:
+        try:
+            for split in split_names(path):
+                images = load_dataset_source(path, split, image_dir=image_dir)
+                digest.update(f"{split} {content_hash(images)} ".encode())
+        except DataError:
+            pass  # its command tells what is wrong
+    return digest.hexdigest()
