@@ -124,7 +124,10 @@ class ReadyDetectorArguments:
     help_groups = {"detector": "Detector"}
 
     detector: str = field(
-        metadata={"role": "start", "help": "folder, published file or Hub id of a detector with its image processor"}
+        metadata={
+            "role": "start",
+            "help": "folder, published file, Hub id or short name (rt_detr_r18) of a detector with its image processor",
+        }
     )
 
 

@@ -131,6 +131,15 @@ def test_benchmark_of_the_criterion(run):
     assert max(results["largest relative difference"].values()) < 1e-5
 
 
+def test_benchmark_of_the_clusters(tmp_path, capsys):
+    output = tmp_path / "clusters.json"
+    words = ["--backbone", "resnet10t", "--boxes", "5", "--sizes", "224 x 224", "--repeats", "1"]
+    results = load("clusters").main([*words, "--output", str(output)])
+    assert json.loads(output.read_text()) == results
+    row = results["rows"]["224 x 224"]
+    assert row["difference"] < 1e-5 and row["ratio"] > 2 and "224 x 224" in capsys.readouterr().out
+
+
 SMALL_DETR = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 10, "encoder_ffn_dim": 16}
 SMALL_DETR |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 

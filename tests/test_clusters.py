@@ -8,19 +8,29 @@ import numpy as np
 import pytest
 import torch
 from tiny_detectors import tiny_detector
+from torchvision.ops import roi_align
 from transformers import AutoModelForObjectDetection
 
 from aligndet_hf import cli
 from aligndet_hf.commands import clusters as command
-from aligndet_hf.commands.clusters import ClustersArguments, cluster_proposals, cluster_report, draw_clusters
+from aligndet_hf.commands.clusters import ClustersArguments, cluster_proposals
 from aligndet_hf.data.columns import DataError, proposals_feature, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset, write_synthetic_folder
 from aligndet_hf.detectors.build import build_detector
-from aligndet_hf.evaluation.box_features import BoxFeatures
+from aligndet_hf.evaluation import feature_files
+from aligndet_hf.evaluation.box_features import BoxFeatures, BoxImages, mean_in_boxes
 from aligndet_hf.proposals import clusters as pure
-from aligndet_hf.proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
+from aligndet_hf.proposals.clusters import (
+    Clustering,
+    choose_num_clusters,
+    cluster_agreement,
+    fit_clusters,
+    match_labels,
+)
+from aligndet_hf.reporting import pseudo_classes
+from aligndet_hf.reporting.pseudo_classes import cluster_report, draw_clusters
 
 # ---- the clustering ----
 
@@ -105,6 +115,10 @@ def test_too_few_features_and_few_dimensions():
     clustering = fit_clusters(np.arange(12.0).reshape(4, 3), 2, 128, 0)
     assert clustering.components.shape == (3, 3)
     assert fit_clusters(np.ones((6, 2)), 1, 2, 0).assign(np.ones((3, 2))).tolist() == [0, 0, 0]
+
+
+def test_the_number_of_clusters_grows_with_the_boxes():
+    assert [choose_num_clusters(n) for n in (0, 2, 200, 15_000, 131_072, 10**7)] == [1, 1, 10, 87, 256, 256]
 
 
 def test_nearest_centre():
@@ -194,6 +208,42 @@ def test_features_of_several_boxes_are_those_of_each(features):
     assert np.isfinite(together).all()
 
 
+def test_means_in_boxes_are_those_of_roi_align():
+    generator = torch.Generator().manual_seed(0)
+    feature_map = torch.randn(5, 7, 11, generator=generator)
+    start = torch.rand(50, 2, generator=generator) * 0.9
+    boxes = torch.cat([start, start + torch.rand(50, 2, generator=generator) * (1 - start)], dim=1)
+    boxes[:2] = torch.tensor([[0, 0, 1, 1], [0.99, 0.99, 1, 1]])
+    scaled = boxes * torch.tensor([11, 7, 11, 7])
+    expected = roi_align(feature_map[None], [scaled], output_size=1, sampling_ratio=8, aligned=True).flatten(1)
+    torch.testing.assert_close(mean_in_boxes(feature_map, boxes), expected, atol=1e-5, rtol=0)
+
+
+def test_features_of_several_images_are_those_of_each(features):
+    """In batches of those that have one size after padding, and in the given order."""
+    sizes = [(96, 128), (64, 64), (90, 120), (96, 128), (97, 128)]
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    boxes = [torch.tensor([[0.1, 0.2, 0.5, 0.9]]).repeat(n, 1) for n in range(5)]
+    batches, of_batch = [], features._of_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "_of_batch", lambda *args: batches.append(len(args[0])) or of_batch(*args))
+        together = features.of_images(images, boxes)
+    assert batches == [3, 1, 1]
+    for image, corners, found in zip(images, boxes, together, strict=True):
+        assert found.shape == (len(corners), features.size)
+        np.testing.assert_allclose(features(image, corners), found, atol=1e-5)
+
+
+def test_small_images_stay_as_they_are():
+    scenes = make_synthetic_dataset(1, seed=0, image_size=(40, 60)).cast_column("image", datasets.Image(decode=False))
+    shapes = [
+        tuple(BoxImages({"": scenes}, [("", 0)], side, "objects", enlarge=enlarge)[0]["image"].shape)
+        for side, enlarge in ((80, False), (80, True), (20, False))
+    ]
+    assert shapes == [(3, 40, 60), (3, 80, 120), (3, 20, 30)]
+
+
 def test_normalization_is_a_choice(features):
     torch.manual_seed(0)
     plain = BoxFeatures(build_detector("detr", backbone="resnet10t", strides=(16, 32)), [16, 32], normalize=False)
@@ -265,13 +315,13 @@ def arguments(proposed, detector_folders, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """The number of boxes of each image that the backbone sees."""
-    seen, call = [], BoxFeatures.__call__
+    seen, of_images = [], BoxFeatures.of_images
 
-    def count(self, image, boxes):
-        seen.append(len(boxes))
-        return call(self, image, boxes)
+    def count(self, images, boxes):
+        seen.extend(map(len, boxes))
+        return of_images(self, images, boxes)
 
-    monkeypatch.setattr(BoxFeatures, "__call__", count)
+    monkeypatch.setattr(BoxFeatures, "of_images", count)
     return seen
 
 
@@ -303,7 +353,7 @@ def test_clusters_are_those_of_the_features(arguments, detector_folders):
         with pytest.raises(InterruptedError):
             cluster_proposals(run)
     folder = command.Path(run.output_dir + ".partial")
-    scratch = np.fromfile(folder / "features.f16", dtype=np.float16).reshape(40, -1)
+    scratch = np.fromfile(folder / "scratch.f16", dtype=np.float16).reshape(40, -1)
     assert scratch.shape[1] == 96 and scratch.std() > 0  # as many channels as the last stage of the backbone has
     with np.load(next(folder.glob("clustering-*.npz"))) as stored:
         clustering = Clustering(**stored)
@@ -313,7 +363,8 @@ def test_clusters_are_those_of_the_features(arguments, detector_folders):
         image = torch.from_numpy(decode_image(row["image"])).permute(2, 0, 1)
         boxes = torch.tensor(row["proposals"]["bbox"]) / torch.tensor([80.0, 64.0, 80.0, 64.0])
         boxes[:, 2:] += boxes[:, :2]
-        assert clustering.assign(features(image, boxes)).tolist() == row["proposals"]["cluster"]
+        found = features(image, boxes).astype(np.float16)
+        assert clustering.assign(found).tolist() == row["proposals"]["cluster"]
     assert not folder.exists()
 
 
@@ -354,13 +405,24 @@ def test_workers_change_nothing(arguments):
 
 def test_second_run_does_nothing_and_other_settings_need_overwrite(arguments, counted, capsys):
     first = rows_of(cluster_proposals(arguments()))
-    assert len(counted) == 2 * 11
+    assert len(counted) == 11  # of the 12 images have boxes, and each is seen once
     assert rows_of(cluster_proposals(arguments(overwrite_output_dir=True))) == first
-    assert len(counted) == 2 * 11 and "Nothing to do" in capsys.readouterr().out
+    assert len(counted) == 11 and "Nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match="clusters.num_clusters: 6 there, 7 now, clusters.seed: 0 there, 2 now.*over"):
         cluster_proposals(arguments(num_clusters=7, seed=2))
     again = rows_of(cluster_proposals(arguments(num_clusters=7, seed=2, overwrite_output_dir=True)))
-    assert len(counted) == 4 * 11 and {c for row in again for c in row["proposals"]["cluster"]} > set(range(5))
+    assert len(counted) == 2 * 11 and {c for row in again for c in row["proposals"]["cluster"]} > set(range(5))
+
+
+def test_the_number_of_clusters_is_chosen_and_told(arguments, capsys):
+    result = cluster_proposals(arguments(num_clusters=None))
+    boxes = sum(len(row["score"]) for row in result["proposals"])
+    number = round((boxes / 2) ** 0.5)
+    assert f"{number} clusters, for {boxes} boxes" in capsys.readouterr().out
+    report = json.loads((command.Path(arguments().output_dir) / "proposals.json").read_text())
+    assert report["settings"]["clusters"]["num_clusters"] == number
+    cluster_proposals(arguments(num_clusters=number))
+    assert "Nothing to do" in capsys.readouterr().out
 
 
 def test_another_backbone_is_another_setting(arguments, detector_folders, tmp_path):
@@ -371,17 +433,26 @@ def test_another_backbone_is_another_setting(arguments, detector_folders, tmp_pa
         cluster_proposals(arguments(detector=str(folder)))
 
 
-def test_fitting_is_bounded(arguments, counted):
+def test_fitting_is_bounded_and_every_image_is_seen_once(arguments, counted, monkeypatch):
+    fitted, fit = [], command.fit_clusters
+
+    def record(found, *settings):
+        fitted.append((found.shape, len(counted)))
+        return fit(found, *settings)
+
+    monkeypatch.setattr(command, "fit_clusters", record)
     cluster_proposals(arguments(fit_boxes=20, fit_boxes_per_image=3))
-    fitted, assigned = counted[:-11], counted[-11:]
-    assert len(fitted) == 7 and max(fitted) == 3 and sum(fitted) == 20
-    assert max(assigned) > 3
+    assert fitted == [((20, 96), 7)]  # of 7 images, at most 3 boxes of each
+    assert len(counted) == 11 and max(counted) > 3  # and the others are seen once too, all boxes of each
 
 
 def test_interrupted_anywhere_it_continues(arguments, counted, monkeypatch, tmp_path):
     """While features are collected, after the fit, between shards, and before the result is put in place."""
     monkeypatch.setattr(command, "_SHARD_SIZE", 2)
-    expected = rows_of(cluster_proposals(arguments("expected")))
+    for module in (command, feature_files):
+        monkeypatch.setattr(module, "BATCH", 2)
+    few = {"fit_boxes": 20, "fit_boxes_per_image": 3}  # of 7 images
+    expected = rows_of(cluster_proposals(arguments("expected", **few)))
     counted.clear()
 
     class Killed(BaseException):
@@ -390,17 +461,17 @@ def test_interrupted_anywhere_it_continues(arguments, counted, monkeypatch, tmp_
     def kill(*args, **kwargs):
         raise Killed
 
-    fit, call, write = command.fit_clusters, BoxFeatures.__call__, command.write_shard
+    fit, of_images, write = command.fit_clusters, BoxFeatures.of_images, command.write_shard
 
     def stop_after(number):
-        return lambda *args: call(*args) if len(counted) < number else kill()
+        return lambda *args: of_images(*args) if len(counted) < number else kill()
 
     def write_two(shard, *args, **kwargs):
         return write(shard, *args, **kwargs) if shard.start < 4 else kill()
 
     seen = []
     for target, name, replacement in [
-        (BoxFeatures, "__call__", stop_after(5)),
+        (BoxFeatures, "of_images", stop_after(5)),
         (command, "fit_clusters", kill),
         (command, "make_shards", kill),
         (command, "write_shard", write_two),
@@ -408,13 +479,14 @@ def test_interrupted_anywhere_it_continues(arguments, counted, monkeypatch, tmp_
     ]:
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(target, name, replacement)
-            cluster_proposals(arguments())
+            cluster_proposals(arguments(**few))
         assert not (tmp_path / "out").exists()
         seen.append(len(counted))
         counted.clear()
-    # 11 of the 12 images have boxes; of the third shard's two images both are seen in vain.
-    assert seen == [5, 11, 11, 3 + 2, 12 - 4]
-    assert rows_of(cluster_proposals(arguments())) == expected and not counted
+    # Three batches of two images and the seventh one; then the four others, of the third shard in vain.
+    assert seen[:3] == [6, 1, 0]
+    assert seen[3] + seen[4] == 0
+    assert rows_of(cluster_proposals(arguments(**few))) == expected and not counted
     assert command.fit_clusters is fit and not (tmp_path / "out.partial").exists()
 
 
@@ -455,7 +527,7 @@ def test_boxes_that_cannot_be_used(arguments, tmp_path, counted):
     ]
     folder = save_rows(tmp_path / "data", rows)
     result = cluster_proposals(arguments(dataset=folder, num_clusters=3))
-    assert counted[3:] == [3, 1, 1]
+    assert counted == [3, 1, 1]
     clusters = [row["cluster"] for row in result["proposals"]]
     assert [len(values) for values in clusters] == [6, 0, 1, 1]
     assert [clusters[0][box] for box in (1, 2, 4)] == [0, 0, 0]
@@ -531,13 +603,13 @@ def test_pictures_show_the_boxes_of_the_largest_clusters(tmp_path, monkeypatch):
     column = [{**row, "cluster": values} for row, values in zip(rows, ids, strict=True)]
     clustered = scenes.remove_columns("proposals").add_column("proposals", column)
     drawn = {}
-    plot = command.plot_crops
+    plot = pseudo_classes.plot_crops
 
     def record(crops, path, title):
         drawn.update(crops)
         return plot(crops, path, title)
 
-    monkeypatch.setattr(command, "plot_crops", record)
+    monkeypatch.setattr(pseudo_classes, "plot_crops", record)
     path = draw_clusters({"": clustered}, tmp_path / "sheet.png", 2, seed=0)
     images = [decode_image(row["image"]) for row in scenes]
     assert list(drawn) == ["4: 4 boxes", "0: 1 boxes"]

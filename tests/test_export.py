@@ -23,6 +23,7 @@ from transformers import (
 from aligndet_hf.cli import main
 from aligndet_hf.commands.predict import predict
 from aligndet_hf.data.image_list import list_images
+from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import render_scene
 from aligndet_hf.detectors.build import build_image_processor, detector_from_config
 from aligndet_hf.detectors.families import family_of
@@ -119,6 +120,19 @@ def test_the_ten_lines_of_the_page_find_the_same_without_pytorch(exported, photo
         same = np.abs(found["scores"] - float(line[1])) < 1e-3
         differences = np.abs(found["boxes"][same] - [left, top, right - left, bottom - top]).max(axis=1)
         assert differences.min() < 0.5
+
+
+def test_images_with_more_than_8_bits_are_scaled_as_in_training(tmp_path):
+    levels = np.arange(6000, 10_000, 10, dtype=np.uint16).reshape(20, 20)
+    PIL.Image.fromarray(levels).save(tmp_path / "deep.png")
+    PIL.Image.fromarray((levels // 40).astype(np.uint8)).save(tmp_path / "plain.png")
+    processor = RTDetrImageProcessor(size={"height": 64, "width": 64}, pixel_window=[7000, 9000])
+    model = describe(detector_from_config(tiny_config("rt_detr")), processor, ["pixel_values"])
+    found = np.asarray(run_onnx.read(model, tmp_path / "deep.png"))
+    assert found.shape == (20, 20, 3) and found[0, 0, 0] == 0 and found[-1, -1, 0] == 255
+    assert found[10, 0, 0] == 128  # the level 8000, in the middle
+    assert np.array_equal(found, decode_image(tmp_path / "deep.png", (7000, 9000)))
+    assert np.array_equal(np.asarray(run_onnx.read(model, tmp_path / "plain.png"))[..., 0], levels // 40)
 
 
 def test_any_number_of_images_at_once(exported):

@@ -1,11 +1,15 @@
 """What a command takes as a detector: every folder that holds one, by whatever command, and nothing else."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForObjectDetection
 
 from aligndet_hf.detectors.build import DetectorArguments, find_detector, load_detector
+from aligndet_hf.detectors.families import FAMILIES
+from aligndet_hf.detectors.published import PUBLISHED
 from aligndet_hf.detectors.transfer import transfer_detector
 
 
@@ -28,6 +32,21 @@ def test_a_detector_and_what_made_one_are_found(tmp_path):
 def test_hub_ids_are_left_to_the_hub():
     assert find_detector("PekingU/rtdetr_r50vd") == "PekingU/rtdetr_r50vd"
     assert find_detector("detr") == "detr"
+
+
+def test_short_names_are_hub_ids(tmp_path, monkeypatch):
+    assert find_detector("rt_detr_r18") == "PekingU/rtdetr_r18vd"
+    assert not set(PUBLISHED) & set(FAMILIES) and all(hub_id.count("/") == 1 for hub_id in PUBLISHED.values())
+    with pytest.raises(ValueError, match=r"no detector 'rt_detr_r19'; did you mean 'rt_detr_r18'\?"):
+        find_detector("rt_detr_r19")
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path / "rt_detr_r18", "detr")  # a folder of that name is the folder
+    assert find_detector("rt_detr_r18") == "rt_detr_r18"
+
+
+def test_the_page_has_all_short_names():
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+    assert re.findall(r"\| `(\w+)` \| `([\w./-]+)` \|", page) == list(PUBLISHED.items())
 
 
 @pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "a/b/nowhere", "~/nowhere"])

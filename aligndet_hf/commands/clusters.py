@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,20 +23,11 @@ from ..arguments import (
     RunArguments,
     again,
 )
-from ..data.bit_depth import pixel_window
-from ..data.columns import (
-    arrow_batches,
-    clean_boxes,
-    read_boxes,
-    read_crowds,
-    read_values,
-    validate_proposals,
-)
+from ..data.columns import arrow_batches, read_boxes, validate_proposals
 from ..data.dataset import init_worker
 from ..data.dataset_card import push_dataset
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source, split_names
-from ..data.images import decode_image
 from ..data.shards import (
     Shard,
     content_hash,
@@ -54,20 +44,21 @@ from ..data.shards import (
 from ..detectors.backbones import check_backbone
 from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
+from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
 from ..files import sync
 from ..flags import names_of, takes_old_names
 from ..hub import HubDatasetArguments
 from ..objects import name_objects
 from ..processes import device_of
-from ..proposals.clusters import Clustering, cluster_agreement, fit_clusters, match_labels
+from ..proposals.clusters import Clustering, choose_num_clusters, fit_clusters
 from ..ranges import COUNT, check_values
-from ..reporting.pictures import new_figure, plot_crops
+from ..reporting.pictures import new_figure
+from ..reporting.pseudo_classes import cluster_report, draw_clusters, print_cluster_report
 from ..runs import RunFolder
 from .proposals import open_dataset_repository
 
 PICTURE = "clusters.png"
 _SHARD_SIZE = 64  # images between two saves
-_CROPS = 12  # pictures of a cluster
 
 
 @takes_old_names
@@ -99,6 +90,11 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
         default=None,
         help="folder, published file or Hub id of a detector whose backbone to take, instead of these two",
     )
+    short_side: int = again(
+        FeatureArguments,
+        "short_side",
+        help="shorter side in pixels of the images that the backbone sees; smaller ones stay as they are",
+    )
     normalize: bool = field(
         default=True,
         metadata={
@@ -107,8 +103,14 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
         },
     )
 
-    num_clusters: int = field(
-        default=256, metadata={"role": "result", "help": "pseudo-classes; AlignDet has 256", "range": COUNT}
+    num_clusters: int | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "sort the boxes into this many pseudo-classes; if not given, a number chosen from the number of "
+            "boxes, 256 as in AlignDet at most",
+            "range": COUNT,
+        },
     )
     pca_dim: int = field(
         default=128, metadata={"role": "result", "help": "numbers per box that PCA leaves for k-means", "range": COUNT}
@@ -142,7 +144,7 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
     def __post_init__(self):
         name_objects(self)
         check_values(self)
-        if self.fit_boxes < self.num_clusters:
+        if self.fit_boxes < (self.num_clusters or 1):
             raise ValueError(
                 f"{self.num_clusters} clusters cannot be fitted to {self.fit_boxes} boxes: raise fit_boxes"
             )
@@ -157,9 +159,9 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
     """
     Sorts the proposals of a dataset into clusters and saves the dataset with them.
 
-    RoIAlign features of a frozen backbone, PCA, k-means. The backbone sees the images twice: some, as many as
-    `fit_boxes` takes, to fit PCA and k-means (their features wait in a file, in half precision), and then all. Memory
-    does not grow with the dataset, but for some bytes a box.
+    RoIAlign features of a frozen backbone, PCA, k-means. The backbone sees every image once: first some, as many as
+    `fit_boxes` takes, to fit PCA and k-means (their features wait in files, in half precision), then the others.
+    Memory does not grow with the dataset, but for some bytes a box.
 
     The output is the input with the field `cluster` (int32, 0 to `num_clusters` - 1) in its `proposals`; a box that
     cannot be used (see [`~aligndet_hf.data.columns.find_faults`]) is in cluster 0, and pre-training drops it. Beside
@@ -187,9 +189,10 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
         raise DataError(f"{output} holds the input. Choose another output_dir.")
     if arguments.num_pictures:
         new_figure(1, 1)  # says now, not after the clustering, that matplotlib is missing
-    with data_folder(arguments, "clusters", ["clustering-*.npz"]) as folder:
+    with data_folder(arguments, "clusters", ["clustering-*.npz", "features-*.safetensors"]) as folder:
         repo_id = open_dataset_repository(arguments, output)
         sources = _load_sources(arguments)
+        arguments = _with_num_clusters(arguments, sources)
         features = load_features(arguments)
         report = _new_report(arguments, sources, features)
         folder.claim(settings=report["settings"])
@@ -199,7 +202,7 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
             known = len(report["skipped"])
             with writing_to(output):
                 _cluster(sources, features, report, folder, arguments)
-            _print_report(report, known, output)
+            print_cluster_report(report, known, output)
         result = datasets.load_from_disk(str(output))
         if arguments.num_pictures:
             splits = result if isinstance(result, datasets.DatasetDict) else {"": result}
@@ -258,6 +261,24 @@ def _load_sources(arguments: ClustersArguments) -> dict[str, datasets.Dataset]:
     return sources
 
 
+def _with_num_clusters(arguments: ClustersArguments, sources: dict[str, datasets.Dataset]) -> ClustersArguments:
+    """The arguments with the number of clusters that the data suggests, if none is given."""
+    if arguments.num_clusters is not None:
+        return arguments
+    boxes = int(sum(counts.sum() for _, counts in _box_counts(sources)))
+    number = min(choose_num_clusters(boxes), arguments.fit_boxes)
+    print(f"{number} clusters, for {boxes} boxes; choose another number with --num_clusters.")
+    return dataclasses.replace(arguments, num_clusters=number)
+
+
+def _box_counts(sources: dict[str, datasets.Dataset]) -> Iterator[tuple[list[tuple[str, int]], np.ndarray]]:
+    """Rows (split and number) and how many boxes each has, batch by batch."""
+    for name, source in sources.items():
+        for start, table in arrow_batches(source, ["proposals"]):
+            counts = read_boxes(table["proposals"])[1]
+            yield [(name, start + row) for row in range(len(counts))], counts
+
+
 def _cluster(
     sources: dict[str, datasets.Dataset],
     features: BoxFeatures,
@@ -268,10 +289,13 @@ def _cluster(
     """Does the work of [`cluster_proposals`] in a folder beside the output, and puts it in place."""
     work, state = folder.work, report["settings"] | {"versions": report["versions"]}
     folder.claim(shards={"versions": report["versions"]})
-    clustering = _fit(sources, features, work / f"clustering-{settings_hash(state)}.npz", arguments)
+    key = settings_hash(state)
+    rows, total = _choose_images(sources, arguments)
+    files = FeatureFiles(work, key, rows)
+    clustering = _fit(sources, features, files, total, work / f"clustering-{key}.npz", arguments)
     shards = make_shards(sources, work, _SHARD_SIZE, state)
     with telling_progress(shards):
-        _assign(shards, sources, features, clustering, arguments)
+        _assign(shards, sources, features, files, clustering, arguments)
 
     bare = {name: source.remove_columns("proposals") for name, source in sources.items()}
     results = join_proposals(bare, shards, work, report, with_clusters=True)
@@ -283,40 +307,38 @@ def _cluster(
 
 
 def _load_items(sources, rows: list[tuple[str, int]], arguments: ClustersArguments) -> Iterator[dict]:
-    images = BoxImages(sources, rows, arguments.short_side)
+    images = BoxImages(sources, rows, arguments.short_side, enlarge=False)
     workers = min(arguments.dataloader_num_workers, len(rows))
     return iter(DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=init_worker))
 
 
 def _fit(
-    sources: dict[str, datasets.Dataset], features: BoxFeatures, path: Path, arguments: ClustersArguments
+    sources: dict[str, datasets.Dataset],
+    features: BoxFeatures,
+    files: FeatureFiles,
+    total: int,
+    path: Path,
+    arguments: ClustersArguments,
 ) -> Clustering:
-    """Fits PCA and k-means to the boxes of random images, into a file; takes up what an interrupted run has fitted."""
+    """
+    Fits PCA and k-means to at most `total` boxes of the images of `files`, into a file; takes up what an interrupted
+    run has left.
+    """
+    _see_images(sources, features, files, arguments)
     if path.is_file():
         with np.load(path) as stored:
             return Clustering(**{name: stored[name] for name in stored.files})
-
-    rows, total = _choose_images(sources, arguments)
-    if total < arguments.num_clusters:
-        raise DataError(
-            f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {total} boxes (of each image "
-            f"the best {arguments.fit_boxes_per_image}). Choose fewer num_clusters."
-        )
-    scratch_file = path.with_name("features.f16")
+    scratch_file = path.with_name("scratch.f16")
     scratch = np.memmap(scratch_file, dtype=np.float16, mode="w+", shape=(total, features.size))
     filled = 0
-    for item in tqdm(
-        _load_items(sources, rows, arguments), total=len(rows), desc="fitting", unit="image",
-        disable=arguments.disable_tqdm,
-    ):  # fmt: skip
-        boxes = item["boxes"][: min(arguments.fit_boxes_per_image, total - filled)] if "boxes" in item else []
-        if len(boxes):
-            scratch[filled : filled + len(boxes)] = features(item["image"], boxes)
-            filled += len(boxes)
+    for found in files.best(arguments.fit_boxes_per_image, total):
+        scratch[filled : filled + len(found)] = found
+        filled += len(found)
     if filled < arguments.num_clusters:
         raise DataError(
             f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {filled} boxes, which are "
-            f"all that can be used in {len(rows)} images. Choose fewer num_clusters, or mend the images."
+            f"all that can be used in {sum(map(len, files.batches))} images. Choose fewer num_clusters, or mend the "
+            "images."
         )
     clustering = fit_clusters(scratch[:filled], arguments.num_clusters, arguments.pca_dim, arguments.seed)
     part = path.with_name("part.npz")
@@ -328,26 +350,48 @@ def _fit(
     return clustering
 
 
+def _see_images(
+    sources: dict[str, datasets.Dataset], features: BoxFeatures, files: FeatureFiles, arguments: ClustersArguments
+) -> None:
+    """Writes the files of features that are not there yet."""
+    missing = files.missing()
+    rows = [row for number in missing for row in files.batches[number]]
+    items = _load_items(sources, rows, arguments)
+    total = sum(map(len, files.batches))
+    with tqdm(
+        total=total, initial=total - len(rows), desc="fitting", unit="image", disable=arguments.disable_tqdm
+    ) as progress:
+        for number in missing:
+            batch = files.batches[number]
+            files.write(number, seen_boxes(features, [next(items) for _ in batch]))
+            progress.update(len(batch))
+
+
 def _choose_images(
     sources: dict[str, datasets.Dataset], arguments: ClustersArguments
 ) -> tuple[list[tuple[str, int]], int]:
-    """Random images with boxes, just enough to fit to, and the number of boxes that they give."""
+    """Random images with boxes, just enough to fit to, in their order, and the number of boxes that they give."""
     rows, counts = [], []
-    for name, source in sources.items():
-        for start, table in arrow_batches(source, ["proposals"]):
-            numbers = read_boxes(table["proposals"])[1]
-            rows += [(name, start + int(row)) for row in np.flatnonzero(numbers)]
-            counts += numbers[numbers > 0].tolist()
+    for places, numbers in _box_counts(sources):
+        rows += [place for place, number in zip(places, numbers, strict=True) if number]
+        counts += numbers[numbers > 0].tolist()
     order = np.random.default_rng(arguments.seed).permutation(len(rows))
     reached = np.minimum(counts, arguments.fit_boxes_per_image)[order].cumsum()
+    total = min(int(reached[-1]), arguments.fit_boxes) if rows else 0
+    if total < arguments.num_clusters:
+        raise DataError(
+            f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {total} boxes (of each image "
+            f"the best {arguments.fit_boxes_per_image}). Choose fewer num_clusters."
+        )
     used = int(np.searchsorted(reached, arguments.fit_boxes)) + 1
-    return [rows[index] for index in order[:used]], min(int(reached[-1]), arguments.fit_boxes)
+    return [rows[index] for index in sorted(order[:used])], total
 
 
 def _assign(
     shards: list[Shard],
     sources: dict[str, datasets.Dataset],
     features: BoxFeatures,
+    files: FeatureFiles,
     clustering: Clustering,
     arguments: ClustersArguments,
 ) -> None:
@@ -356,165 +400,35 @@ def _assign(
     rows = [(shard.split, row) for shard in pending for row in range(shard.start, shard.stop)]
     total = sum(len(source) for source in sources.values())
     stored = {name: source.select_columns(["proposals"]) for name, source in sources.items()}
-    items = _load_items(sources, rows, arguments)
+    items = _load_items(sources, [row for row in rows if row not in files], arguments)
     with tqdm(
         total=total, initial=total - len(rows), desc="clusters", unit="image", disable=arguments.disable_tqdm
     ) as progress:
         for shard in pending:
             written = []
-            for row, item in zip(range(shard.start, shard.stop), items, strict=False):
-                written.append(_with_clusters(stored[shard.split][row]["proposals"], item, features, clustering))
+            for (split, row), found in _found(shard, files, items, features):
+                written.append(_with_clusters(stored[split][row]["proposals"], found, clustering))
                 progress.update()
             write_shard(shard, written, with_clusters=True)
 
 
-def _with_clusters(proposals: dict | None, item: dict, features: BoxFeatures, clustering: Clustering) -> dict:
+def _found(
+    shard: Shard, files: FeatureFiles, items: Iterator[dict], features: BoxFeatures
+) -> Iterator[tuple[tuple[str, int], dict]]:
+    """The rows of a shard and the features of their boxes: from the files, or from the next of `items`."""
+    for start in range(shard.start, shard.stop, BATCH):
+        rows = [(shard.split, row) for row in range(start, min(start + BATCH, shard.stop))]
+        new = iter(seen_boxes(features, [next(items) for row in rows if row not in files]))
+        for row in rows:
+            yield row, files[row] if row in files else next(new)
+
+
+def _with_clusters(proposals: dict | None, found: dict, clustering: Clustering) -> dict:
     """A row of a shard."""
-    if "reason" in item:
-        return item
+    if "reason" in found:
+        return found
     boxes, scores = ((proposals or {}).get(name) or [] for name in ("bbox", "score"))
     clusters = np.zeros(len(boxes), dtype=np.int32)
-    if len(item["kept"]):
-        clusters[item["kept"].numpy()] = clustering.assign(features(item["image"], item["boxes"]))
+    if len(found["kept"]):
+        clusters[found["kept"]] = clustering.assign(found["features"])
     return {"proposals": {"bbox": boxes, "score": scores, "cluster": clusters.tolist()}}
-
-
-# ---- the report ----
-
-
-def cluster_report(splits: dict[str, datasets.Dataset], clustering: Clustering, seed: int) -> dict:
-    """
-    What became of the clusters, over all splits.
-
-    Args:
-        splits (`dict[str, datasets.Dataset]`):
-            With the column `proposals`, which has the field `cluster`, and optionally `objects`.
-        clustering ([`Clustering`]): The clustering.
-        seed (`int`): Of the shuffling.
-
-    Returns:
-        `dict`: `boxes`; `sizes` (smallest, median, largest and number of empty clusters); `explained_variance` and
-        `inertia` of the [`Clustering`]; and, where objects overlap proposals, `agreement` with their labels: a
-        proposal has the class of the object it overlaps best, with an IoU of at least 0.5, and others are left out.
-        It has the number of proposals `matched`, their `matched_share` of all, the `majority_share` of the most
-        frequent class among them, and the numbers of [`cluster_agreement`] for the `clusters`, for the same clusters
-        `shuffled`, and for as many clusters by the area of the box alone (`by_size`).
-    """
-    clusters, labels, areas = [], [], []
-    for dataset in splits.values():
-        labelled = "objects" in dataset.column_names
-        for _, table in arrow_batches(dataset, ["proposals", "objects"] if labelled else ["proposals"]):
-            boxes, counts = read_boxes(table["proposals"])
-            clusters.append(read_values(table["proposals"], "cluster")[0].astype(np.int64))
-            areas.append(boxes[:, 2] * boxes[:, 3])
-            if labelled:
-                objects, object_counts = read_boxes(table["objects"])
-                objects[read_crowds(table["objects"])] = 0  # overlaps nothing
-                categories = read_values(table["objects"], "category")[0]
-                per_row = zip(
-                    _split(boxes, counts),
-                    _split(objects, object_counts),
-                    _split(categories, object_counts),
-                    strict=True,
-                )
-                labels += [match_labels(*row) for row in per_row]
-    clusters, areas = np.concatenate(clusters), np.concatenate(areas)
-    sizes = np.bincount(clusters, minlength=len(clustering.centers))
-    report = {
-        "boxes": len(clusters),
-        "sizes": {
-            "min": int(sizes.min()),
-            "median": float(np.median(sizes)),
-            "max": int(sizes.max()),
-            "empty": int((sizes == 0).sum()),
-        },
-        "explained_variance": float(clustering.explained_variance),
-        "inertia": float(clustering.inertia),
-    }
-    if labels and (matched := (labels := np.concatenate(labels)) >= 0).any():
-        clusters, labels, areas = clusters[matched], labels[matched], areas[matched]
-        by_size = areas.argsort(kind="stable").argsort() * len(sizes) // len(areas)
-        report["agreement"] = {
-            "matched": len(labels),
-            "matched_share": len(labels) / len(matched),
-            "majority_share": float(np.bincount(labels).max() / len(labels)),
-            "clusters": cluster_agreement(clusters, labels),
-            "by_size": cluster_agreement(by_size, labels),
-            "shuffled": cluster_agreement(np.random.default_rng(seed).permutation(clusters), labels),
-        }
-    return report
-
-
-def _split(values: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-    """The values of each row, of the values of all rows."""
-    return np.split(values, counts.cumsum()[:-1])
-
-
-def _print_report(report: dict, known: int, output: Path) -> None:
-    numbers = report["clusters"]
-    sizes = numbers["sizes"]
-    print(
-        f"{numbers['boxes']} boxes in {report['settings']['clusters']['num_clusters']} clusters of {sizes['min']} to "
-        f"{sizes['max']} boxes, median {sizes['median']:g}, {sizes['empty']} empty. PCA keeps "
-        f"{numbers['explained_variance']:.1%} of the variance; inertia {numbers['inertia']:.4g}."
-    )
-    if agreement := numbers.get("agreement"):
-        print(
-            f"Agreement with the labels of {agreement['matched']} boxes ({agreement['matched_share']:.1%}) that find "
-            f"an object (IoU 0.5), {agreement['majority_share']:.1%} of them of one class, in %:\n"
-            f"{'':<14}{'purity':>8}{'balanced':>10}{'NMI':>8}{'AMI':>8}"
-        )
-        for name in ("clusters", "by_size", "shuffled"):
-            purity, balanced, nmi, ami = (100 * value for value in agreement[name].values())
-            print(f"{name.replace('_', ' '):<14}{purity:>8.1f}{balanced:>10.1f}{nmi:>8.1f}{ami:>8.1f}")
-    if skipped := report["skipped"][known:]:
-        print(f"Left out, for they cannot be read: {len(skipped)} images, e.g. {skipped[0]['reason']}")
-    print(f"Saved to {output}; pre-train with --use_clusters true.")
-
-
-def draw_clusters(splits: dict[str, datasets.Dataset], path: Path, num_clusters: int, seed: int) -> Path:
-    """
-    Draws random boxes of the largest clusters, a row each, of different images as far as there are.
-
-    Args:
-        splits (`dict[str, datasets.Dataset]`): With the columns `image` and `proposals`, which has `cluster`.
-        path (`Path`): The PNG to write.
-        num_clusters (`int`): Rows of the picture, at most.
-        seed (`int`): Of the choice of boxes.
-
-    Returns:
-        `Path`: `path`.
-    """
-    places, clusters = [], []  # place: split, row, box
-    for split, dataset in enumerate(splits.values()):
-        for start, table in arrow_batches(dataset, ["proposals"]):
-            values, counts = read_values(table["proposals"], "cluster")
-            rows = np.repeat(np.arange(len(counts)), counts)
-            box = np.arange(len(values)) - np.repeat(counts.cumsum() - counts, counts)
-            places.append(np.stack([np.full(len(values), split), start + rows, box], axis=1).astype(np.int32))
-            clusters.append(values)
-    places, clusters = np.concatenate(places), np.concatenate(clusters).astype(np.int64)
-    sizes = np.bincount(clusters)
-    rng = np.random.default_rng(seed)
-    tables = [dataset.with_format("arrow") for dataset in splits.values()]
-    crops = {}
-    for cluster in np.argsort(-sizes, kind="stable")[:num_clusters]:
-        members = rng.permutation(places[clusters == cluster])
-        _, first = np.unique(members[:, :2], axis=0, return_index=True)
-        order = np.argsort(~np.isin(np.arange(len(members)), first), kind="stable")  # one of each image, then others
-        found = (_crop(tables[split], int(row), box) for split, row, box in members[order])
-        found = itertools.islice((crop for crop in found if crop is not None), _CROPS)
-        crops[f"{cluster}: {sizes[cluster]} boxes"] = list(found)
-    return plot_crops(crops, path, title=f"Proposals of the largest of {len(sizes)} clusters")
-
-
-def _crop(table: datasets.Dataset, row: int, box: int) -> np.ndarray | None:
-    """The pixels of a box; none if it cannot be used."""
-    stored = table[row]
-    image = decode_image(stored["image"][0].as_py(), pixel_window(table))
-    boxes, kept = clean_boxes(read_boxes(stored["proposals"])[0], image.shape[1], image.shape[0])
-    if box not in kept:
-        return None
-    x, y, width, height = boxes[np.flatnonzero(kept == box)[0]]
-    left, top = int(x), int(y)
-    return image[top : max(top + 1, int(np.ceil(y + height))), left : max(left + 1, int(np.ceil(x + width)))]

@@ -20,6 +20,7 @@ from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
 from .class_losses import CLASS_LOSSES
 from .families import FAMILIES, Family, family_of
+from .published import hub_id
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
@@ -38,8 +39,8 @@ class DetectorArguments:
         default="rt_detr",
         metadata={
             "role": "start",
-            "help": "folder, published file or Hub id of a detector, or a family to build a new detector of: "
-            + ", ".join(sorted(FAMILIES)),
+            "help": "folder, published file or Hub id of a detector, or a short name such as `rt_detr_r18` "
+            "(docs/families.md has all), or a family to build a new detector of: " + ", ".join(sorted(FAMILIES)),
         },
     )
     backbone: str | None = field(
@@ -300,7 +301,8 @@ def find_detector(source: str | Path) -> str:
     Args:
         source (`str` or `Path`): the folder of a detector, of a run of `aligndet pretrain` or `aligndet finetune`, or
             of one of its checkpoints (`checkpoint-<step>`); a published checkpoint, see
-            [`~aligndet_hf.detectors.converters.read_detector`]; or a Hub id.
+            [`~aligndet_hf.detectors.converters.read_detector`]; a Hub id; or a short name of
+            [`~aligndet_hf.detectors.published.PUBLISHED`].
 
     Returns:
         `str`: the folder of the detector, for a published checkpoint one that lasts as long as the process; or the Hub
@@ -311,7 +313,7 @@ def find_detector(source: str | Path) -> str:
     """
     folder = Path(source).expanduser()
     if not folder.exists() and len(Path(source).parts) <= 2 and not str(source).startswith((".", "/", "~")):
-        return str(source)  # a Hub id
+        return hub_id(str(source))
     if folder.is_file():
         from .converters.folder import detector_folder  # which builds detectors
 

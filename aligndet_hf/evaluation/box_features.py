@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from torchvision.ops import roi_align
 
 from ..data.bit_depth import pixel_window
 from ..data.collate import normalize_images, pad_images
@@ -17,8 +16,9 @@ from ..data.images import decode_image, image_name
 from ..data.views import resize_image, view_shape
 from ..detectors.backbones import get_backbone, image_statistics
 
-_MULTIPLE = 64  # padded sizes are multiples of it, so that every cell of a feature map stands for as many pixels
 _SAMPLES = 8  # of a feature map, along each side of a box
+# Pixels of a batch. A CPU gains from batches of small images only: the maps of larger ones leave its cache.
+_BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**23}
 
 
 class BoxFeatures:
@@ -52,6 +52,8 @@ class BoxFeatures:
             raise ValueError(
                 f"the backbone has no feature map of stride {missing[0]}, it has {sorted(found)}: strides"
             )
+        # Padded sizes are multiples of it, so that every cell of a feature map stands for as many pixels.
+        self.multiple = max(found)
         self.levels = [found[stride] for stride in strides]
         self.sizes = [maps[level].shape[1] for level in self.levels]
         self.size = sum(self.sizes)
@@ -62,7 +64,6 @@ class BoxFeatures:
         maps = self.backbone(pixel_values)
         return list(getattr(maps, "feature_maps", maps))  # transformers' wrapper, or timm's own network
 
-    @torch.inference_mode()
     def __call__(self, image: torch.Tensor, boxes: torch.Tensor) -> np.ndarray:
         """
         The features of the boxes of one image.
@@ -74,17 +75,50 @@ class BoxFeatures:
         Returns:
             `np.ndarray` float32 [N, D].
         """
-        pixel_values, mask = (tensor.to(self.device) for tensor in pad_images([image], _MULTIPLE))
+        return self.of_images([image], [boxes])[0]
+
+    def of_images(self, images: list[torch.Tensor], boxes: list[torch.Tensor]) -> list[np.ndarray]:
+        """
+        The features of the boxes of several images. Those of one padded size go through the backbone together.
+
+        Args:
+            images (`list[torch.Tensor]`): uint8 [3, h, w] each.
+            boxes (`list[torch.Tensor]`): [N, 4] each, corners xyxy, relative to the image (0 to 1).
+
+        Returns:
+            `list[np.ndarray]`: float32 [N, D] each. The same list of images gives the same numbers; in another list
+            the last digits may differ.
+        """
+        by_size: dict[tuple[int, int], list[int]] = {}
+        for index, image in enumerate(images):
+            height, width = (-(-side // self.multiple) * self.multiple for side in image.shape[1:])
+            by_size.setdefault((height, width), []).append(index)
+        found = [None] * len(images)
+        pixels = _BATCH_PIXELS.get(torch.device(self.device).type, _BATCH_PIXELS["cuda"])
+        for (height, width), indices in by_size.items():
+            size = max(1, pixels // (height * width))
+            for start in range(0, len(indices), size):
+                batch = indices[start : start + size]
+                vectors = self._of_batch([images[index] for index in batch], [boxes[index] for index in batch])
+                for index, values in zip(batch, vectors, strict=True):
+                    found[index] = values
+        return found
+
+    @torch.inference_mode()
+    def _of_batch(self, images: list[torch.Tensor], boxes: list[torch.Tensor]) -> list[np.ndarray]:
+        """[`of_images`] of images that have one size after padding."""
+        pixel_values, mask = (tensor.to(self.device) for tensor in pad_images(images, self.multiple))
         maps = self.feature_maps(normalize_images(pixel_values, mask, self.mean, self.std))
-        size = torch.tensor([image.shape[2], image.shape[1]] * 2, device=self.device)
         padded = torch.tensor([mask.shape[2], mask.shape[1]] * 2, device=self.device)
-        levels = []
-        for level in self.levels:
-            cells = torch.tensor([maps[level].shape[3], maps[level].shape[2]] * 2, device=self.device)
-            scaled = boxes.to(self.device) * (size / padded * cells)
-            pooled = roi_align(maps[level], [scaled], output_size=1, sampling_ratio=_SAMPLES, aligned=True).flatten(1)
-            levels.append(F.normalize(pooled, dim=1) if self.normalize else pooled)
-        return torch.cat(levels, dim=1).cpu().numpy()
+        found = []
+        for number, (image, corners) in enumerate(zip(images, boxes, strict=True)):
+            size = torch.tensor([image.shape[2], image.shape[1]] * 2, device=self.device)
+            corners, levels = corners.to(self.device) * (size / padded), []
+            for level in self.levels:
+                pooled = mean_in_boxes(maps[level][number], corners)
+                levels.append(F.normalize(pooled, dim=1) if self.normalize else pooled)
+            found.append(torch.cat(levels, dim=1).cpu().numpy())
+        return found
 
     def weights_hash(self) -> str:
         """A hash of the backbone's tensors: 32 hexadecimal digits."""
@@ -93,6 +127,33 @@ class BoxFeatures:
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def mean_in_boxes(feature_map: torch.Tensor, corners: torch.Tensor) -> torch.Tensor:
+    """
+    RoIAlign with one output per box, as a matrix product: the samples of a box are a grid, so that the weights of the
+    cells are products of weights along x and along y.
+
+    Args:
+        feature_map (`torch.Tensor` [C, h, w]): The map.
+        corners (`torch.Tensor` [N, 4]): xyxy, relative to the map (0 to 1).
+
+    Returns:
+        `torch.Tensor` [N, C]: what torchvision's `roi_align` gives, aligned and with `_SAMPLES` samples along a side.
+    """
+    height, width = feature_map.shape[1:]
+    along_x = _cell_weights(corners[:, 0] * width, corners[:, 2] * width, width)
+    along_y = _cell_weights(corners[:, 1] * height, corners[:, 3] * height, height)
+    weights = (along_y[:, :, None] * along_x[:, None, :]).flatten(1)
+    return weights @ feature_map.flatten(1).T
+
+
+def _cell_weights(starts: torch.Tensor, ends: torch.Tensor, cells: int) -> torch.Tensor:
+    """The part of each cell in the mean of linear samples of each interval [N]: [N, cells], which sum to 1."""
+    steps = (torch.arange(_SAMPLES, device=starts.device) + 0.5) / _SAMPLES
+    places = starts[:, None] + (ends - starts)[:, None] * steps - 0.5  # the centre of the first cell is 0
+    distances = places.clamp(0, cells - 1)[:, :, None] - torch.arange(cells, device=starts.device)
+    return (1 - distances.abs()).clamp(min=0).mean(dim=1)
 
 
 class BoxImages(Dataset):
@@ -108,6 +169,7 @@ class BoxImages(Dataset):
         rows (`list[tuple[str, int]]`): Split and row of each item.
         short_side (`int`): Shorter side of the images, in pixels; the longer one has at most 5/3 of it.
         column (`str`, *optional*, defaults to `"proposals"`): Which boxes: that column's field `bbox`.
+        enlarge (`bool`, *optional*, defaults to `True`): Whether smaller images are enlarged to `short_side`.
     """
 
     def __init__(
@@ -116,13 +178,14 @@ class BoxImages(Dataset):
         rows: list[tuple[str, int]],
         short_side: int,
         column: str = "proposals",
+        enlarge: bool = True,
     ):
         columns = ["image", column]
         self.sources = {name: source.select_columns(columns).with_format("arrow") for name, source in sources.items()}
         self.windows = {name: pixel_window(source) for name, source in sources.items()}
         self.column = column
         self.rows = rows
-        self.short_side = short_side
+        self.short_side, self.enlarge = short_side, enlarge
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,7 +201,9 @@ class BoxImages(Dataset):
         height, width = image.shape[:2]
         boxes, kept = usable_boxes(table[self.column], width, height)
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) / (width, height, width, height)
-        image = resize_image(image, *view_shape(height, width, "shortest_edge", self.short_side))
+        short_side = self.short_side if self.enlarge else min(self.short_side, height, width)
+        shape = view_shape(height, width, "shortest_edge", short_side, max_size=self.short_side * 5 // 3)
+        image = resize_image(image, *shape)
         return {
             "image": torch.from_numpy(image).permute(2, 0, 1),
             "boxes": torch.from_numpy(corners.astype(np.float32)),

@@ -121,6 +121,7 @@ def describe(detector: PreTrainedModel, image_processor: BaseImageProcessor, inp
     size = {name: value for name, value in dict(image_processor.size).items() if value is not None}
     normalizes = image_processor.do_normalize
     config = detector.config
+    window = getattr(image_processor, "pixel_window", None)  # of images with more than 8 bits
     return {
         "family": config.model_type,
         "classes": [config.id2label[label] for label in sorted(config.id2label)],
@@ -134,6 +135,7 @@ def describe(detector: PreTrainedModel, image_processor: BaseImageProcessor, inp
             "rescale_factor": image_processor.rescale_factor if image_processor.do_rescale else 1.0,
             "mean": list(image_processor.image_mean) if normalizes else [0.0, 0.0, 0.0],
             "std": list(image_processor.image_std) if normalizes else [1.0, 1.0, 1.0],
+            "pixel_window": None if window is None else list(window),
         },
         "postprocessing": {"boxes": "centre x, centre y, width, height; 1 is the width or height of the image"}
         | _postprocessing(image_processor, config),

@@ -30,6 +30,19 @@ def resized(width, height, size):
     return (small_side, large_side) if width < height else (large_side, small_side)
 
 
+def read(model, name):
+    """An image file as an RGB image of Pillow. Images with more than 8 bits are scaled as in training."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(Image.open(name))
+    window = model["preprocessing"].get("pixel_window")
+    if window is not None and image.mode[0] in "IF":  # 16 bits or more, or floating-point
+        low, high = window  # the grey levels that become 0 and 255; what lies beyond is cut
+        levels = np.clip((np.asarray(image, dtype=np.float64) - low) * (255 / (high - low)) + 0.5, 0, 255)
+        image = Image.fromarray(np.nan_to_num(levels, nan=0.0).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def prepare(model, image):
     """An RGB image of Pillow as the inputs of the graph: float32 [1, 3, height, width]."""
     steps = model["preprocessing"]
@@ -67,10 +80,7 @@ def detect(session, model, image, threshold=0.3):
 
 
 if __name__ == "__main__":
-    from PIL import Image, ImageOps
-
     session, model = load(Path(__file__).parent)
     for name in sys.argv[1:]:
-        image = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
-        for score, label, box in zip(*detect(session, model, image), strict=True):
+        for score, label, box in zip(*detect(session, model, read(model, name)), strict=True):
             print(name, model["classes"][label], f"{score:.3f}", *box.round(1))

@@ -11,6 +11,7 @@ from .filters import box_iou
 
 # Rows of features that are in memory at a time.
 _CHUNK = 4096
+_MOST_CLUSTERS = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class Clustering:
         # |x - c|^2 without |x|^2, which is the same for all centres.
         distances = (self.centers**2).sum(axis=1) - 2 * self.project(features) @ self.centers.T
         return distances.argmin(axis=1).astype(np.int32)
+
+
+def choose_num_clusters(num_boxes: int) -> int:
+    """
+    A number of clusters for so many boxes: the square root of half of them (Mardia et al., Multivariate Analysis,
+    1979, section 13.2), and at most the 256 of AlignDet.
+    """
+    return max(1, min(_MOST_CLUSTERS, round((num_boxes / 2) ** 0.5)))
 
 
 def fit_clusters(features: np.ndarray, num_clusters: int, num_components: int, seed: int) -> Clustering:

@@ -10,6 +10,7 @@ from .. import models  # noqa: F401 (registers the configs of pre-training runs)
 from ..cards import hub_ids, told
 from ..data.shards import read_report
 from ..detectors.families import FAMILIES
+from ..detectors.published import PUBLISHED
 
 SUMMARY = "pretrain_summary.json"
 SETTINGS, RESULTS = "finetune_settings.json", "results.json"
@@ -107,7 +108,7 @@ def read_run(folder: str | Path) -> RunRecord:
             settings=settings | {f"{method}_config": numbers},
             images=summary["data"]["images"],
             steps=summary["steps"],
-            base_model=None if is_new else settings["detector"],
+            base_model=None if is_new else PUBLISHED.get(settings["detector"], settings["detector"]),
             license=summary.get("card_license") or settings.get("card_license"),  # as older runs have it
             command=summary.get("command"),
             versions=summary["versions"],
@@ -124,7 +125,7 @@ def read_run(folder: str | Path) -> RunRecord:
             settings=settings,
             images=results["images"],
             steps=results["steps"],
-            base_model=settings["detector"] if common["transfer"] else None,
+            base_model=PUBLISHED.get(settings["detector"], settings["detector"]) if common["transfer"] else None,
             license=results.get("card_license"),
             command=results.get("command"),
             versions=results.get("versions", {}),

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from aligndet_hf import AlignDetForPreTraining
 from aligndet_hf.detectors.families import family_of, num_queries
+from aligndet_hf.detectors.published import PUBLISHED
 from aligndet_hf.training.pretrain_aligndet import enable_gradient_checkpointing
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
@@ -54,7 +55,14 @@ Written by `python docs/tools/family_table.py`, with torch {torch.__version__.sp
         failures += [f"- {name}, {column}: {reason}" for column, reason in reasons.items()]
     print("\n" + "\n".join(f"- **{column}**: {meaning}" for column, meaning in COLUMNS.items() if meaning))
     print("\n## What failed, and why\n\n" + ("\n".join(failures) or "Nothing."))
-    print("\nHow a family is added: [adding_a_family.md](adding_a_family.md).")
+    print("\n" + short_names() + "\nHow a family is added: [adding_a_family.md](adding_a_family.md).")
+
+
+def short_names() -> str:
+    """The section about short names."""
+    rows = [f"| `{name}` | `{hub_id}` |" for name, hub_id in PUBLISHED.items()]
+    text = "`--detector` and all that takes a detector know published ones by short names, such as `rt_detr_r18`:"
+    return "\n".join(["## Short names", "", text, "", "| name | Hub id |", "|---|---|", *rows, ""])
 
 
 def row_of(name: str) -> tuple[list[str], dict[str, str]]:
