@@ -126,7 +126,7 @@ class ReadyDetectorArguments:
     detector: str = field(
         metadata={
             "role": "start",
-            "help": "folder, published file, Hub id or short name (rt_detr_r18) of a detector with its image processor",
+            "help": "folder, published file, Hub id or short name of a detector with its image processor",
         }
     )
 

@@ -1,6 +1,7 @@
 """`aligndet predict`: what is found is where it is, in every form of output, and a run that was cut off goes on."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -14,6 +15,7 @@ from tiny_detectors import tiny_detector
 from transformers import RTDetrImageProcessor
 
 from aligndet_hf.cli import main
+from aligndet_hf.commands import predict as command
 from aligndet_hf.commands.predict import PredictArguments, predict
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.detectors.build import build_image_processor
@@ -247,6 +249,25 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monk
         look(photos, again, score_threshold=0.5, **settings)
     look(photos, again, score_threshold=0.5, overwrite_output_dir=True, **settings)
     assert again.seen == 7
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
+    """From 200 images to 1,000 the process gets no larger, but for the pages of files."""
+    PIL.Image.fromarray(scene([(4, 4, 9, 9, 0)], (120, 160))).save(tmp_path / "one.png")
+    (tmp_path / "photos").mkdir()
+    for number in range(1000):
+        (tmp_path / "photos" / f"{number:04d}.png").hardlink_to(tmp_path / "one.png")
+    held, write = [], command.write_predictions
+
+    def record(*args):
+        write(*args)
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        held.append(int(next(line for line in lines if line.startswith("Anonymous")).split()[1]) / 1024)
+
+    monkeypatch.setattr(command, "write_predictions", record)
+    look(tmp_path / "photos", output_dir=str(tmp_path / "out"), per_device_eval_batch_size=None)
+    assert len(held) == 16
+    assert held[-1] - held[3] < 20  # MB; the pixels of 800 images are 46 MB
 
 
 def test_the_command_takes_a_folder_of_a_detector(photos, tmp_path, capsys):

@@ -93,6 +93,14 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
         },
     )
 
+    # On a CPU more images at a time take memory and gain nothing.
+    per_device_eval_batch_size: int | None = again(
+        InferenceArguments,
+        "per_device_eval_batch_size",
+        default=None,
+        help="look at this many images, or tiles, per forward pass; 8 on a GPU, 1 on a CPU if not given",
+    )
+
     output_dir: str | None = again(
         RunArguments, "output_dir", default=None, help="folder for what follows; must be new"
     )
@@ -202,6 +210,9 @@ def _load(arguments: PredictArguments, image_processor) -> tuple:
 
 def _run(arguments: PredictArguments, detector, image_processor, images: ImageList, indices) -> Iterator[Prediction]:
     """[`~aligndet_hf.evaluation.predictions.predict_images`] with a progress bar."""
+    batch_size = arguments.per_device_eval_batch_size
+    if batch_size is None:
+        batch_size = 1 if next(detector.parameters()).device.type == "cpu" else 8
     found = predict_images(
         detector,
         image_processor,
@@ -209,7 +220,7 @@ def _run(arguments: PredictArguments, detector, image_processor, images: ImageLi
         indices,
         score_threshold=arguments.score_threshold,
         tiling=arguments.tiling(),
-        batch_size=arguments.per_device_eval_batch_size,
+        batch_size=batch_size,
         num_workers=arguments.dataloader_num_workers,
         encode=arguments.output_dir is not None,
     )

@@ -305,6 +305,12 @@ class FinetuneArguments(
                 "resume_from_checkpoint: the same command again resumes from the last checkpoint in output_dir by "
                 "itself. To start from a checkpoint of another run, give its folder as --detector"
             )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size: when memory runs out, transformers begins anew with a smaller batch, but with "
+                "the weights that it has by then, and the same command would give others. Halve "
+                "per_device_train_batch_size and double gradient_accumulation_steps: the images per step stay the same"
+            )
         for item in fields(TrainingArguments):
             if item.init and roles(type(self))[item.name] == "refused" and not _is_default(self, item):
                 raise ValueError(f"{item.name} has no effect on the training of detectors here: leave it out")
