@@ -265,7 +265,8 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):
         held.append(int(next(line for line in lines if line.startswith("Anonymous")).split()[1]) / 1024)
 
     monkeypatch.setattr(command, "write_predictions", record)
-    look(tmp_path / "photos", output_dir=str(tmp_path / "out"), per_device_eval_batch_size=None)
+    settings = {"disable_tqdm": True, "output_dir": str(tmp_path / "out")}
+    predict(BlobDetector(), tmp_path / "photos", image_processor=PROCESSOR, **settings)
     assert len(held) == 16
     assert held[-1] - held[3] < 20  # MB; the pixels of 800 images are 46 MB
 
