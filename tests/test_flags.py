@@ -188,6 +188,8 @@ ANOTHER_DEFAULT = {
     "per_device_train_batch_size": "pre-training has two views of each image",
     "learning_rate": "pre-training starts from random weights",
     "lr_scheduler_type": "the paper's schedule of pre-training; transformers' others are for fine-tuning",
+    "warmup_steps": "pre-training chooses it by the number of steps",
+    "freeze_backbone": "pre-training freezes it unless it is random, as AlignDetConfig has it",
     "lr_milestones": "the paper's schedule of pre-training",
     "logging_steps": "pre-training is longer",
     "color": "the default of pre-training depends on method and preset",
@@ -197,7 +199,6 @@ ANOTHER_DEFAULT = {
     "eval_size": "a training measures at the largest size of its own; a published detector at its own",
 }
 ANOTHER_TYPE = {
-    "warmup_steps": "fine-tuning takes a share of the run as well",
     "save_steps": "fine-tuning takes a share of the run as well",
     "logging_steps": "fine-tuning takes a share of the run as well",
     "lr_scheduler_type": "fine-tuning takes all of transformers' schedules",

@@ -18,7 +18,7 @@ import pytest
 
 from aligndet_hf import cli
 from aligndet_hf.commands import proposals as generate
-from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
+from aligndet_hf.commands.proposals import KEPT, ProposalsArguments, generate_proposals
 from aligndet_hf.data import shards, sources, stream_shards
 from aligndet_hf.data.columns import DataError, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
@@ -30,6 +30,9 @@ QUICK = {
     "source": "opencv",
     "mode": "single",
     "short_side": 48,
+    "max_boxes": 300,
+    "nms_threshold": 0.7,
+    "max_relative_size": 1.0,
     "shard_size": 2,
     "dataloader_num_workers": 0,
     "disable_tqdm": True,
@@ -397,7 +400,7 @@ def test_killed_twice_and_started_again(tmp_path, counted):
     """kill -9 of the command with two workers: they end too, finished shards stay, the result is the same."""
     write_images(tmp_path / "images", 40)
     run = arguments(tmp_path / "images", tmp_path / "out", mode="fast", short_side=100)
-    names = ["dataset", "output_dir", "source", "mode", "short_side", "shard_size"]
+    names = ["dataset", "output_dir", "source", "mode", "short_side", "shard_size", *KEPT["search"]]
     flags = [f"--{name}={getattr(run, name)}" for name in names]
     work, finished = tmp_path / "out.partial", {}
     for kill, workers in ((1, 2), (2, 0)):

@@ -68,7 +68,7 @@ def look(images, detector=None, **settings):
         detector or BlobDetector(),
         images,
         image_processor=PROCESSOR,
-        **{"disable_tqdm": True, "batch_size": 3} | settings,
+        **{"disable_tqdm": True, "per_device_eval_batch_size": 3} | settings,
     )
 
 
@@ -233,7 +233,7 @@ def test_pictures_show_the_boxes(output):
 
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monkeypatch, output):
     monkeypatch.setattr("aligndet_hf.commands.predict._SHARD_SIZE", 2)
-    settings = {"output_dir": str(tmp_path / "out"), "batch_size": 1}
+    settings = {"output_dir": str(tmp_path / "out"), "per_device_eval_batch_size": 1}
     with pytest.raises(KeyboardInterrupt):
         look(photos, BlobDetector(patience=5), **settings)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()

@@ -3,6 +3,9 @@
 import re
 from datetime import datetime, timedelta
 
+from transformers import TrainerState
+
+from aligndet_hf.training import run_length
 from aligndet_hf.training.run_length import Forecast, length_note
 
 
@@ -20,7 +23,19 @@ def test_the_end_is_told_once_after_the_first_minute():
     forecast = Forecast(10, 110, clock=lambda: next(seconds))
     assert forecast.after(11) is None
     told = forecast.after(14)  # 4 steps in a minute, and 96 to go
-    assert told.startswith("step 14 of 110: 4 steps a minute; the run ends in 0:24:00, at ")
+    assert re.match(r"step 14 of 110: 4 steps a minute, up to [0-9.]+ GB of .*; the run ends in 0:24:00, at ", told)
     end = datetime.strptime(re.search(r"at (.*)\.$", told)[1], "%Y-%m-%d %H:%M")
     assert abs(end - datetime.now() - timedelta(minutes=24)) < timedelta(minutes=2)
     assert forecast.after(15) is None  # and no clock is asked any more
+
+
+def test_fine_tuning_tells_it_too(monkeypatch, capsys):
+    seconds = iter([0.0, 30.0, 90.0])
+    monkeypatch.setattr(run_length, "Forecast", lambda step, total: Forecast(step, total, clock=lambda: next(seconds)))
+    tell, state = run_length.TellForecast(), TrainerState(global_step=2, max_steps=10)
+    tell.on_train_begin(None, state, None)
+    for _ in range(3):
+        state.global_step += 1
+        tell.on_step_end(None, state, None)
+    # Two steps took 90 seconds, six are left.
+    assert capsys.readouterr().out.count("step 4 of 10: 1.33 steps a minute") == 1

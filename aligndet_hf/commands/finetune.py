@@ -43,6 +43,7 @@ from ..reporting.run_record import RESULTS, SETTINGS
 from ..runs import RunFolder
 from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
+from ..training.run_length import TellForecast
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import publish_run
 from ..training.start import start_hashes
@@ -199,6 +200,7 @@ def _start(
         processing_class=image_processor,
         transferred=report.kept if isinstance(report, TransferReport) else (),
     )
+    trainer.add_callback(TellForecast())
     if arguments.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
     if note := query_note(objects_per_image(dataset)[0], num_queries(detector.config)):

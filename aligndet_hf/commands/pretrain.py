@@ -194,6 +194,7 @@ def _start(
         if note := length_note(schedules.total_steps, schedules.total_steps / len(batches)):
             accelerator.print(f"note: {note}")
     run = Run(arguments, accelerator, model, prepared, optimizer, image_processor, batches, schedules, about)
+    accelerator.print(schedules)
     run.resume(Launch().on_main)
     accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})
     return run

@@ -65,6 +65,34 @@ from ..runs import RunFolder
 
 _LISTED_IMAGES = 10
 
+# Sources that find boxes everywhere, and what is kept of any source if nothing else is said. A detector that learns
+# from overlapping boxes finds every object several times (docs/results.md): of a search a few boxes that are apart.
+SEARCHES = ("selective_search", "opencv")
+KEPT = {
+    "search": {
+        "max_boxes": 10,
+        "nms_threshold": 0.2,
+        "min_side": 0,
+        "min_relative_size": 0.04,
+        "max_relative_size": 0.8,
+    },
+    "other": {
+        "max_boxes": 300,
+        "nms_threshold": 0.7,
+        "min_side": 0,
+        "min_relative_size": 0.04,
+        "max_relative_size": 1.0,
+    },
+    # AlignDet's and SoCo's `ratio3size0008`; neither paper says how many boxes it keeps, or how far apart.
+    "paper": {
+        "max_boxes": 300,
+        "nms_threshold": 0.7,
+        "min_side": 32,
+        "min_relative_size": 0.0,
+        "max_relative_size": 0.8,
+    },
+}
+
 
 @takes_old_names
 @dataclass(kw_only=True)
@@ -112,7 +140,11 @@ class ProposalsArguments(
     )
     preset: str | None = field(
         default=None,
-        metadata={"role": "result", "help": "selective_search: tiny (fastest), default, or quality (most boxes)"},
+        metadata={
+            "role": "result",
+            "help": "selective_search: tiny (fastest), default, or quality (most boxes); of any source `paper`: keep "
+            "boxes as AlignDet does, with its bounds of size, instead of a few that are apart",
+        },
     )
     mode: str | None = field(
         default=None,
@@ -155,19 +187,21 @@ class ProposalsArguments(
         metadata={"role": "data", "help": "json: the file, in COCO format; every annotation is a proposal"},
     )
 
-    max_boxes: int = field(
-        default=300,
+    max_boxes: int | None = field(
+        default=None,
         metadata={
             "role": "result",
-            "help": "store at most this many boxes of an image, the best first",
+            "help": "store at most this many boxes of an image, the best first; 10 of a search, 300 of other sources "
+            "if not given",
             "range": COUNT,
         },
     )
-    nms_threshold: float = field(
-        default=0.7,
+    nms_threshold: float | None = field(
+        default=None,
         metadata={
             "role": "result",
-            "help": "drop a box that overlaps a better one by more (IoU); less variety, more objects",
+            "help": "drop a box that overlaps a better one by more (IoU); less variety, more objects; 0.2 "
+            "for a search, 0.7 for other sources if not given",
             "range": SHARE,
         },
     )
@@ -175,15 +209,24 @@ class ProposalsArguments(
         default=3.0,
         metadata={"role": "result", "help": "longer side over shorter side", "range": Range(1, also=math.inf)},
     )
-    min_side: float = field(
-        default=0, metadata={"role": "result", "help": "smallest width and height in pixels of the image"}
+    min_side: float | None = field(
+        default=None,
+        metadata={"role": "result", "help": "smallest width and height in pixels of the image; 0 if not given"},
     )
-    min_relative_size: float = field(
-        default=0.04,
-        metadata={"role": "result", "help": "smallest sqrt(box area / image area); large values lose small objects"},
+    min_relative_size: float | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "smallest sqrt(box area / image area); large values lose small objects; 0.04 if not given",
+        },
     )
-    max_relative_size: float = field(
-        default=1.0, metadata={"role": "result", "help": "largest sqrt(box area / image area)", "range": POSITIVE}
+    max_relative_size: float | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "largest sqrt(box area / image area); 0.8 for a search, 1 for other sources if not given",
+            "range": POSITIVE,
+        },
     )
     max_borders: int = field(
         default=4,
@@ -245,6 +288,8 @@ class ProposalsArguments(
     def __post_init__(self):
         name_objects(self)
         check_values(self)
+        is_paper = self.preset == "paper"
+        self.preset = None if is_paper else self.preset
         if self.source is None:
             owners = (
                 name for name, row in SOURCES.items() if any(getattr(self, key) is not None for key in row.settings)
@@ -261,6 +306,10 @@ class ProposalsArguments(
                     if default is None:
                         raise ValueError(f"--source {source} needs --{name}")
                     setattr(self, name, default)
+        kept = KEPT["paper"] if is_paper else KEPT["search" if self.source in SEARCHES else "other"]
+        for name, default in kept.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         for name, known in (("preset", PRESETS), ("mode", MODES)):
             if getattr(self, name) not in (None, *known):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

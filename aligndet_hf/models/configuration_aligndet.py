@@ -30,17 +30,17 @@ class AlignDetConfig(PreTrainedConfig):
             which part of the detection loss on the proposals counts beside the contrast: "all"; "boxes", without the
             classes, as the official code has it for RetinaNet, FCOS, Faster and Mask R-CNN; or "none".
         gather_negatives (`bool`, *optional*, defaults to `False`):
-            whether the queries of all processes repel each other, as if one process had their images. Otherwise those
-            of the images of one process and forward pass do, as in the official code.
+            let the queries of all processes repel each other, as if one process had their images. Otherwise those of
+            the images of one process and forward pass do, as in the official code.
         base_momentum (`float`, *optional*, defaults to 0.996):
             momentum of the first update of the momentum detector.
         end_momentum (`float`, *optional*, defaults to 1.0):
             momentum that the cosine schedule ends with.
         freeze_backbone (`bool`, *optional*, defaults to `True`):
-            whether the backbone stays as it is. A frozen backbone exists once, in memory and in the checkpoint, and
+            keep the backbone as it is. A frozen backbone exists once, in memory and in the checkpoint, and
             serves both detectors.
         trainable_backbone_stages (`int`, *optional*):
-            with `freeze_backbone=False`: train only this many of the backbone's stages, counted from the last. See
+            train only this many of the backbone's stages, counted from the last, where it is not frozen. See
             [`~aligndet_hf.detectors.backbones.set_backbone_trainable`].
         normalize_class_loss_by (`str`, *optional*, defaults to `"weights"`):
             for families with a softmax class loss: "weights" as DETR does, "boxes" as the official AlignDet code

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from datasets import IterableDataset
-from huggingface_hub.errors import StrictDataclassError
 
 from ..arguments import (
     AugmentationArguments,
@@ -17,9 +16,9 @@ from ..arguments import (
 from ..detectors.build import DetectorArguments
 from ..flags import takes_old_names
 from ..hub import HubModelArguments
-from ..models import AlignDetConfig, SoCoConfig
 from ..objects import name_objects
 from ..ranges import COUNT, POSITIVE, check_values
+from .method_arguments import MethodArguments, join_config
 
 # What is not given depends on the method.
 DEFAULTS = {
@@ -46,6 +45,7 @@ class PretrainArguments(
     TrainingRunArguments,
     LoadingArguments,
     OptimisationArguments,
+    MethodArguments,
     AugmentationArguments,
     DetectorArguments,
     DatasetArguments,
@@ -123,7 +123,7 @@ class PretrainArguments(
         metadata={
             "role": "result",
             "help": "where a value is not given, `suited` takes one that suits the number of steps and any images, "
-            "`paper` the published one: `base_momentum` 0.996, and random colours",
+            "`paper` the published one: `base_momentum` 0.996, no warm-up, and random colours",
         },
     )
     method: Literal["aligndet", "soco"] = field(
@@ -138,12 +138,15 @@ class PretrainArguments(
         default_factory=dict,
         metadata={
             "role": "result",
-            "help": "fields of AlignDetConfig to set, e.g. contrastive_loss_coefficient, freeze_backbone",
+            "help": "fields of AlignDetConfig, several at once; each is a flag of its own as well",
         },
     )
     soco_config: dict = field(
         default_factory=dict,
-        metadata={"role": "result", "help": "fields of SoCoConfig to set, e.g. variant, level_sizes, mlp_dim"},
+        metadata={
+            "role": "result",
+            "help": "fields of SoCoConfig, several at once; each is a flag of its own as well",
+        },
     )
 
     per_device_train_batch_size: int = again(OptimisationArguments, "per_device_train_batch_size", default=2)
@@ -167,7 +170,13 @@ class PretrainArguments(
         help="learning rate after the warm-up; `step` divides it by 10 at each of lr_milestones",
     )
     lr_milestones: list[float] = again(OptimisationArguments, "lr_milestones", default_factory=lambda: [0.8])
-    warmup_steps: int = again(OptimisationArguments, "warmup_steps", help="steps of linear warm-up")
+    warmup_steps: float | None = again(
+        OptimisationArguments,
+        "warmup_steps",
+        default=None,
+        help="steps of linear warm-up, or below 1 a share of the run; a twentieth, at most 500 steps, if not given; "
+        "none for SoCo and the preset `paper`",
+    )
 
     save_steps: int = again(TrainingRunArguments, "save_steps", range=COUNT)
     save_total_limit: int = again(TrainingRunArguments, "save_total_limit", help="keep this many checkpoints")
@@ -180,6 +189,7 @@ class PretrainArguments(
     def __post_init__(self):
         name_objects(self)
         check_values(self)
+        join_config(self)
         defaults = DEFAULTS[self.method] | ({"color": True} if self.preset == "paper" else {})
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -198,14 +208,3 @@ class PretrainArguments(
             raise ValueError("bf16 and fp16 are two precisions: give one of them")
         if self.optim == "lars" and not self.weight_decay > 0:
             raise ValueError("LARS adapts the rates of the layers that decay: weight_decay must be positive")
-        for method, config in (("aligndet", AlignDetConfig), ("soco", SoCoConfig)):
-            name = f"{method}_config"
-            known = set(config.__annotations__) - {"detector_config", "backbone_config", "model_type"}
-            if unknown := set(getattr(self, name)) - known:
-                raise ValueError(f"{name}: unknown {sorted(unknown)}; there are {sorted(known)}")
-            if getattr(self, name) and method != self.method:
-                raise ValueError(f"{name} is for --method {method}, this is {self.method}")
-            try:
-                config(**getattr(self, name))
-            except StrictDataclassError as error:
-                raise ValueError(f"{name}: {' '.join(str(error).split())}") from error

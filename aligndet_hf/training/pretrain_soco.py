@@ -48,7 +48,7 @@ def build_views(
     if level_sizes and max(arguments.image_sizes) > level_sizes[-1]:
         raise ValueError(
             f"boxes in views of {max(arguments.image_sizes)} pixels can be larger than the last of level_sizes "
-            f"{level_sizes}, and would be left out: raise it in --soco_config"
+            f"{level_sizes}, and would be left out: raise it in --level_sizes"
         )
     views = SoCoViews(
         dataset,

@@ -1,9 +1,14 @@
 """How long a pre-training run is: whether that is enough to pass anything on, and when it ends."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
+
+import torch
+from transformers import TrainerCallback
 
 # What a small RT-DETR needed on 4,175 photographs; after a tenth of it the detector answered every image alike.
 ENOUGH_STEPS, ENOUGH_EPOCHS = 5000, 10
@@ -53,6 +58,26 @@ class Forecast:
         pace = seconds / (step - self.step)
         left = timedelta(seconds=round(pace * (self.total_steps - step)))
         return (
-            f"step {step} of {self.total_steps}: {60 / pace:.3g} steps a minute; the run ends in {left}, at "
-            f"{datetime.now() + left:%Y-%m-%d %H:%M}."
+            f"step {step} of {self.total_steps}: {60 / pace:.3g} steps a minute, up to {_memory()}; the run ends in "
+            f"{left}, at {datetime.now() + left:%Y-%m-%d %H:%M}."
         )
+
+
+def _memory() -> str:
+    """The most memory that this process has had, without its data loading processes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    text = f"{peak / 1e9:.1f} GB of memory"
+    if torch.cuda.is_available():
+        text += f" and {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the GPU"
+    return text
+
+
+class TellForecast(TrainerCallback):
+    """Prints the [`Forecast`] of a run of a `Trainer`."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.forecast = Forecast(state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if (told := self.forecast.after(state.global_step)) and state.is_world_process_zero:
+            print(told, flush=True)

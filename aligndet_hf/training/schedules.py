@@ -26,9 +26,25 @@ class Schedules:
         if self.total_steps <= 0:
             self.total_steps = max(1, math.ceil(arguments.num_train_epochs * steps_per_epoch))
         self.milestones = milestone_steps(arguments.lr_milestones, self.total_steps, steps_per_epoch)
-        if arguments.method == "aligndet" and arguments.preset == "suited":
-            if "base_momentum" not in arguments.aligndet_config:
-                model.config.base_momentum = suited_momentum(self.total_steps)
+        is_suited = arguments.method == "aligndet" and arguments.preset == "suited"
+        self.chosen: list[str] = []  # what nobody gave, in words
+        if is_suited and "base_momentum" not in arguments.aligndet_config:
+            model.config.base_momentum = suited_momentum(self.total_steps)
+            self.chosen.append(f"base_momentum {model.config.base_momentum:.4g}")
+        self.warmup_steps = 0
+        if arguments.warmup_steps is not None:
+            share = self.total_steps if arguments.warmup_steps < 1 else 1
+            self.warmup_steps = int(arguments.warmup_steps * share)
+        elif is_suited:
+            self.warmup_steps = min(self.total_steps // 20, 500)
+            self.chosen.append(f"warmup_steps {self.warmup_steps}")
+
+    def __str__(self) -> str:
+        """What was chosen for this run, and why: one line."""
+        steps = f"{self.total_steps} steps"
+        if not self.chosen:
+            return f"{steps}; nothing was left to choose."
+        return f"{steps}, so {', '.join(self.chosen)} (--preset paper takes the published values)."
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of the step after `step` others."""
@@ -37,7 +53,7 @@ class Schedules:
             peak=self.arguments.learning_rate,
             total_steps=self.total_steps,
             schedule=self.arguments.lr_scheduler_type,
-            warmup_steps=self.arguments.warmup_steps,
+            warmup_steps=self.warmup_steps,
             milestones=self.milestones,
         )
 
