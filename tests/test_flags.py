@@ -189,6 +189,7 @@ ANOTHER_DEFAULT = {
     "learning_rate": "pre-training starts from random weights",
     "lr_scheduler_type": "the paper's schedule of pre-training; transformers' others are for fine-tuning",
     "warmup_steps": "pre-training chooses it by the number of steps",
+    "gradient_checkpointing": "transformers warns of its old name wherever it is not None",
     "freeze_backbone": "pre-training freezes it unless it is random, as AlignDetConfig has it",
     "lr_milestones": "the paper's schedule of pre-training",
     "logging_steps": "pre-training is longer",

@@ -43,9 +43,9 @@ from ..reporting.run_record import RESULTS, SETTINGS
 from ..runs import RunFolder
 from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
-from ..training.run_length import TellForecast
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import publish_run
+from ..training.run_length import TellForecast
 from ..training.start import start_hashes
 
 # What is written to `output_dir`, beside checkpoints and the results.

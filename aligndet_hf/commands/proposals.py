@@ -323,8 +323,10 @@ class ProposalsArguments(
         if self.strategy is not None:
             parse_strategy(self.strategy)
         parse_rule(self.pixel_window)
-        if self.rerank == "none" and (self.backbone or self.backbone_weights):
-            raise ValueError("backbone and backbone_weights are for --rerank ring")
+        if self.rerank == "none":
+            self.backbone = self.backbone_weights = (
+                None  # a chain gives its backbone to all commands that know the flag
+            )
         if self.rerank == "ring" and not (self.backbone and self.backbone_weights):
             raise ValueError("--rerank ring needs --backbone and --backbone_weights: random features rank nothing")
 

@@ -209,6 +209,9 @@ class FinetuneArguments(
     )
     weight_decay: float = again(OptimisationArguments, "weight_decay", help="weight decay; never of norms and biases")
 
+    # transformers warns of its old name wherever it is not None.
+    gradient_checkpointing: bool | None = again(OptimisationArguments, "gradient_checkpointing", default=None)
+
     do_train: bool = field(
         default=True, metadata={"role": "run", "help": "always true: `aligndet evaluate` measures without training"}
     )
