@@ -13,7 +13,10 @@ from huggingface_hub import ModelCard
 from aligndet_hf import cli
 from aligndet_hf.commands import compare as module
 from aligndet_hf.commands.compare import CompareArguments, compare, plan_jobs
+from aligndet_hf.data import leakage
 from aligndet_hf.data.synthetic import write_synthetic_folder
+from aligndet_hf.evaluation.image_matches import MATCHES, ImageMatches
+from aligndet_hf.recipes import find_recipe
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,63 @@ def test_labels_and_seeds_reach_every_supervised_stage(settings):
         plan_jobs(CompareArguments(**settings | {"arms": arms, "output_dir": "out"}))
 
 
+def test_longer_arms_of_the_baseline(settings):
+    stages = settings["stages"] | {"pretrain": settings["stages"]["pretrain"] | {"max_steps": 7}}
+    arms = {"plain": {"pretrain": None, "finetune": {"transfer": "paper"}}, "aligndet": {}}
+    changes = {"stages": stages, "arms": arms, "output_dir": "out", "fractions": [0.5]}
+    arguments = CompareArguments(**settings | changes, baseline_long=True, baseline_all_compute=True)
+    jobs = [job for job in plan_jobs(arguments) if job.seed == 3]
+    steps = {job.arm: job.measured.settings["max_steps"] for job in jobs}
+    # 7 steps of 2 images (the default of pre-training), and 2 of 2: 18 images.
+    assert steps == {"plain": 2, "aligndet": 2, "plain_long": 4, "plain_all_compute": 9}
+    for job in jobs:
+        if job.arm.startswith("plain"):
+            assert [stage.name for stage in job.stages] == ["finetune"]
+            assert job.measured.settings["transfer"] == "paper"
+    # The arms are those of the configuration from now on: what is published has them without the flags.
+    again = CompareArguments(**settings | changes | {"arms": arguments.arms})
+    assert {job.arm: job.measured.settings["max_steps"] for job in plan_jobs(again)} == steps
+    epochs = settings["common"] | {"max_steps": -1}
+    arguments = CompareArguments(**settings | changes | {"common": epochs}, baseline_long=True)
+    long = next(job for job in plan_jobs(arguments) if job.arm == "plain_long").measured
+    assert long.settings["num_train_epochs"] == 100 and long.settings["max_steps"] == -1
+    with pytest.raises(ValueError, match="baseline_all_compute: stage 'finetune' has no max_steps"):
+        plan_jobs(CompareArguments(**settings | changes | {"common": epochs}, baseline_all_compute=True))
+
+
+def test_a_teacher_that_is_an_arm_is_trained_once():
+    """The recipe of self-training: its arms, what they share, and what each student learns from."""
+    content = yaml.safe_load(find_recipe("compare_selftrain").read_text())
+    arguments = CompareArguments(
+        **content, set=["dataset=photos", "weights=file", "steps=3", "long_steps=6"], output_dir="out"
+    )
+    jobs = {job.arm: job for job in plan_jobs(arguments) if job.seed == 1}
+    folders = {arm: [str(stage.folder).removeprefix("out/") for stage in job.stages] for arm, job in jobs.items()}
+    name = "-fraction-0.1-seed-1"
+    assert folders["plain"] == [f"plain/finetune{name}"]
+    assert folders["aligndet"] == [
+        "shared/proposals", "shared/clusters", "shared/pretrain", f"aligndet/finetune{name}",
+    ]  # fmt: skip
+    assert folders["selftrain"] == [
+        f"plain/finetune{name}", f"plain/pseudolabel{name}", f"selftrain/finetune{name}",
+    ]  # fmt: skip
+    assert folders["selftrain_shuffled"] == [
+        f"plain/finetune{name}", f"selftrain_shuffled/pseudolabel{name}", f"selftrain_shuffled/finetune{name}",
+    ]  # fmt: skip
+    assert folders["aligndet+selftrain"] == [
+        *folders["aligndet"], f"shared/pseudolabel{name}", f"aligndet+selftrain/finetune{name}",
+    ]  # fmt: skip
+    assert folders["full"] == ["full/finetune-fraction-1-seed-1"]
+    assert jobs["full"].measured.settings["label_fraction"] == 1.0 and jobs["full"].fraction == 0.1
+    pseudolabel = jobs["selftrain_shuffled"].stages[1].settings
+    assert pseudolabel["shuffle_classes"] and pseudolabel["detector"] == f"out/plain/finetune{name}"
+    assert (pseudolabel["label_fraction"], pseudolabel["label_seed"]) == (0.1, 1)
+    student = jobs["selftrain"].measured.settings
+    assert student["pseudo_dataset"] == f"out/plain/pseudolabel{name}" and student["transfer"] == "everything"
+    steps = {arm: job.measured.settings["max_steps"] for arm, job in jobs.items()}
+    assert {arm for arm, count in steps.items() if count == 6} == {"plain_long", "plain_long_aug"}
+
+
 def test_checkpoints_and_chains_are_arms(settings, tmp_path):
     chain = tmp_path / "chain.yaml"
     content = {
@@ -198,6 +258,20 @@ def test_results_are_those_of_the_runs(finished):
     assert statistics["aligndet"]["gain"]["seeds"] == [0, 3] and list(statistics) == ["plain", "aligndet"]
     assert results["arms"]["aligndet"] == {"start": {"detector": "shared/pretrain-seed-0/detector"}, "protocol": {}}
     assert results["seconds"]["aligndet"]["before"] > 0 == results["seconds"]["plain"]["before"]
+    # Two steps of pre-training and two of fine-tuning, each of two images.
+    costs = {
+        arm: {name: cost[name] for name in ("steps_before", "steps", "images")}
+        for arm, cost in results["costs"].items()
+        if cost
+    }
+    assert costs["plain"] == {"steps_before": 0, "steps": 2, "images": 4}
+    assert costs["aligndet"] == {"steps_before": 2, "steps": 2, "images": 8} and results["costs"]["lost"] is None
+    # Of a run the AP of its saved matches is the one that was measured.
+    for run in results["runs"]:
+        own = folder / run["arm"] / f"finetune-fraction-{run['fraction']:g}-seed-{run['seed']}"
+        assert ImageMatches.load(own / MATCHES).average_precision() == pytest.approx(run["metrics"]["AP"], abs=1e-9)
+    low, high = statistics["aligndet"]["gain"]["image_interval"]
+    assert low <= high
 
 
 def test_the_failed_arm_is_reported_and_the_others_are_done(finished):
@@ -225,7 +299,8 @@ def test_the_report_states_commands_versions_seeds_and_protocol(finished):
         "COCO average precision, IoU 0.50:0.95", "Seeds: 0, 3;", "torch 2.", "| 50 % of the labels | 2 |",
         "`aligndet finetune --config FOLDER/aligndet/finetune-fraction-1-seed-3.yaml`", "per_device_train_batch_",
         "Of 3 evaluation images 0 are, byte for byte, among the 4 training images", "with 2 seeds it covers",
-        "| lost | detector: nowhere/at_all |",
+        "| lost | detector: nowhere/at_all |", "Whether plain is trained to its end was not looked at",
+        "bootstrap over images", "| aligndet | 2 | 2 | 8 |",
     ):  # fmt: skip
         assert text in report, text
     assert "Not under the same protocol" not in report
@@ -240,7 +315,7 @@ def test_the_same_command_tries_only_what_failed(finished, settings, monkeypatch
     folder, _ = finished
     commands, run = [], cli.run
     monkeypatch.setattr(cli, "run", lambda command, argv: commands.append(argv[1]) or run(command, argv))
-    monkeypatch.setattr(module, "fingerprints", None)  # nor are the images compared again
+    monkeypatch.setattr(leakage, "fingerprints", None)  # nor are the images compared again
     with pytest.raises(ChildProcessError, match="4 of 15"):
         compare(CompareArguments(**settings, output_dir=str(folder), num_parallel=0))
     assert len(commands) == 4 and all("/lost/" in command for command in commands)

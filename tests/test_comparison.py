@@ -8,11 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aligndet_hf.evaluation.coco_metrics import SUMMARY
+from aligndet_hf.evaluation.image_matches import ImageMatches
+from aligndet_hf.reporting.fairness import cautions, longer_arms
 from aligndet_hf.reporting.paired import (
     Run,
     compare_runs,
     mean_curve,
     paired_difference,
+    resampled_precisions,
     steps_to_reach,
     summarize,
 )
@@ -101,3 +104,64 @@ def test_arms_are_compared_seed_by_seed():
     assert ours["steps_to"]["baseline"]["seeds"] == [100, 200, 100]
     assert ours["steps_to"]["0.45"] == {"AP": 0.45, "mean_curve": 100, "seeds": [None, 200, 100]}
     assert "baseline" not in found[1.0]["ours"]["steps_to"]
+
+
+# ---- could it flatter? ----
+
+
+def found_in(*right: bool) -> ImageMatches:
+    """One object in each image, and one detection, which is right or wrong; scores fall from image to image."""
+    number = len(right)
+    return ImageMatches(
+        objects=np.ones((1, number), dtype=np.int64),
+        categories=np.zeros(number, dtype=np.int64),
+        images=np.arange(number),
+        right=np.repeat(np.array(right)[:, None], 10, axis=1),
+        ignored=np.zeros((number, 10), dtype=bool),
+    )
+
+
+def test_the_bootstrap_over_images_pairs_its_samples():
+    ours, theirs = found_in(*[True] * 20), found_in(*[True] * 10, *[False] * 10)
+    samples = [resampled_precisions(matches, 200) for matches in (ours, theirs)]
+    assert (samples[0] == 1).all()
+    # Without a wrong one before them, the right ones find so many of the objects: their share in the sample.
+    shares = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), 200)[:, :10].sum(axis=1) / 20
+    np.testing.assert_allclose(samples[1], (100 * shares + 1) / 101, atol=1.01 / 101)  # to a point of recall
+    runs = [run("ours", 0, [0.9]), run("plain", 0, [0.5]), run("ours", 1, [0.9]), run("plain", 1, [0.9])]
+    resampled = {("ours", 0.1, 0): samples[0], ("plain", 0.1, 0): samples[1]}
+    gain = compare_runs(runs, "plain", resampled=resampled)[0.1]["ours"]["gain"]
+    assert gain["image_interval"] is None  # those of the second seed are missing
+    resampled |= {("ours", 0.1, 1): samples[0], ("plain", 0.1, 1): samples[0]}
+    gain = compare_runs(runs, "plain", resampled=resampled)[0.1]["ours"]["gain"]
+    assert gain["image_interval"] == pytest.approx(np.quantile((1 - samples[1]) / 2, [0.025, 0.975]).tolist())
+
+
+def test_what_a_reader_is_told_before_the_numbers():
+    protocol = {"max_steps": 100}
+    arms = {
+        "plain": {"start": {}, "protocol": {}},
+        "plain_long": {"start": {}, "protocol": {"max_steps": 200}},
+        "plain_short": {"start": {}, "protocol": {"max_steps": 50}},
+        "other": {"start": {"detector": "x"}, "protocol": {"max_steps": 200}},
+    }
+
+    def results(**changes):
+        return {"baseline": "plain", "arms": arms, "protocol": protocol, "statistics": {}} | changes
+
+    def gains(**found):
+        return {
+            "0.1": {arm: {"gain": {"mean": mean, "image_interval": images}} for arm, (mean, images) in found.items()}
+        }
+
+    assert longer_arms(results()) == ["plain_long"]
+    (told,) = cautions(results(arms={"plain": arms["plain"]}))
+    assert told.startswith("Whether plain is trained to its end was not looked at: --baseline_long")
+    told = cautions(results(statistics=gains(plain_long=(0.009, [0.001, 0.02]), other=(0.05, [-0.01, 0.1]))))
+    assert (
+        told[0] == "plain has converged: longer fine-tuning (plain_long) moves its AP by less than 1 (+0.9 at 10 %)."
+    )
+    assert told[1].endswith("(95 % bootstrap over images): other at 10 %.") and len(told) == 2
+    told = cautions(results(statistics=gains(plain_long=(0.011, None)), without_crops=["plain", "other"]))
+    assert told[0].startswith("plain has not converged: longer fine-tuning (plain_long) moves its AP (+1.1 at 10 %")
+    assert told[1].startswith("Fine-tuned without crops (crop_scale): plain, other.")

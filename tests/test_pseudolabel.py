@@ -85,6 +85,21 @@ def test_labels_of_a_teacher(folder, oracle, tmp_path):
         pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), score_threshold=0.7))
 
 
+def test_shuffled_classes_are_a_control(folder, oracle, tmp_path):
+    plain = pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "plain")))
+    dealt = pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "dealt"), shuffle_classes=True))
+    boxes, classes = [], []
+    for labelled in (plain, dealt):
+        objects = labelled["objects"]
+        boxes.append([row["bbox"] for row in objects])
+        classes.append(
+            [c for row in objects for c, ignore in zip(row["category"], row["ignore"], strict=True) if not ignore]
+        )
+    assert boxes[0] == boxes[1] and classes[0] != classes[1] and sorted(classes[0]) == sorted(classes[1])
+    report = json.loads((tmp_path / "dealt" / "pseudolabel.json").read_text())
+    assert report["precision"] < report["precision_without_class"] == 1.0
+
+
 def test_all_images_are_labelled_ones(folder, tmp_path):
     with pytest.raises(DataError, match="all 12 images are among the labelled ones. Lower --label_fraction"):
         pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), label_fraction=1.0))

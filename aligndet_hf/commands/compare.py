@@ -8,38 +8,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..data.formats import load_dataset_source
-from ..data.leakage import Fingerprints, find_leaks, fingerprints
+from ..data.leakage import look_for_leaks
 from ..data.splits import nested_subsets
+from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..files import write_json
-from ..flags import names_of, nearest
+from ..flags import nearest
 from ..pipelines.inputs import path_hash
+from ..pipelines.outcomes import (
+    START,
+    TRAINED,
+    differences_of,
+    is_without_crops,
+    mean_costs,
+    planned_images,
+    results_of,
+    setting,
+    steps_for,
+)
 from ..pipelines.runner import is_finished, record_of, run_stages
 from ..pipelines.stages import (
     Stage,
-    command_of,
-    fields_of,
     merged,
+    needed_for,
+    read_chain,
     require_plain_name,
     resolve_stages,
     without_secrets,
 )
 from ..ranges import PART, SEED, SHARE
-from ..recipes import find_recipe
 from ..reporting.comparison import environment, write_report
-from ..reporting.paired import Run, compare_runs
+from ..reporting.paired import Run, compare_runs, resampled_precisions
 from ..reporting.pictures import new_figure
 from ..runs import RunFolder
 from ..training.finetune_arguments import FinetuneArguments
 from .chain import PipelineArguments
 
-# What an arm may set in the common fine-tuning and still be compared under the same protocol.
-START = names_of(FinetuneArguments, "start")
 # What the comparison sets in every stage that has it.
 PER_RUN = {"seed": "${seed}", "label_fraction": "${fraction}", "label_seed": "${seed}"}
-TRAINED = ("pretrain", "finetune")  # the commands that see the images in training
 RESULTS, TABLE, LEAKAGE, SUBSETS = "results.json", "results.csv", "leakage.json", "label_subsets.json"
 
 # Without a file: selective search, AlignDet and fine-tuning with the defaults of the commands.
@@ -63,7 +69,8 @@ class CompareArguments(PipelineArguments):
         metadata={
             "role": "result",
             "help": "names of starting points, and what each changes: stages and their flags, null to leave one out, "
-            "or `chain: FILE` for the stages of another chain before the last one",
+            "`chain: FILE` for the stages of another chain before the last one, `fraction: 1.0` for a share of the "
+            "labels of its own, as a ceiling",
         },
     )
     checkpoints: list[str] = field(
@@ -87,6 +94,21 @@ class CompareArguments(PipelineArguments):
             "role": "result",
             "help": "each draws its labels and trains all arms; a stage with `seed` of its own is run once",
             "range": SEED,
+        },
+    )
+    baseline_long: bool = field(
+        default=False,
+        metadata={
+            "role": "result",
+            "help": "add an arm like the baseline with twice its steps, to see whether the baseline has converged",
+        },
+    )
+    baseline_all_compute: bool = field(
+        default=False,
+        metadata={
+            "role": "result",
+            "help": "add an arm like the baseline whose fine-tuning sees as many images as the costliest other arm "
+            "in all its stages",
         },
     )
     target_ap: list[float] = field(
@@ -203,7 +225,7 @@ def compare(arguments: CompareArguments) -> dict:
                 return
             line += f"{record_of(stage)['seconds']:.0f} s"
             if stage in measured:
-                line += f", AP {100 * _results_of(stage)['metrics']['AP']:.1f}"
+                line += f", AP {100 * results_of(stage)['metrics']['AP']:.1f}"
                 _report(arguments, jobs, {}, check, output_dir, with_plots=False)
             print(line, flush=True)
 
@@ -233,11 +255,50 @@ def plan_jobs(arguments: CompareArguments) -> list[Job]:
     Two stages with the same settings are one. Its folder is `shared/<stage>` if it is as in the file, else
     `<arm>/<stage>`, with the fraction and the seed if it depends on them.
     """
-    folders: dict[str, Path] = {}
+    jobs = _plan(arguments)
+    if controls := _controls(arguments, jobs):
+        arguments.arms = {**arguments.arms, **controls}
+        jobs = _plan(arguments)
+    # A teacher that is trained as an arm is measured is this arm's run.
+    return _plan(arguments, {_key(job.measured.command, job.measured.settings): job.measured.folder for job in jobs})
+
+
+def _key(command: str, settings: Mapping) -> str:
+    """What tells a stage from others, wherever it writes to."""
+    return json.dumps([command, {name: settings[name] for name in settings if name != "output_dir"}], sort_keys=True)
+
+
+def _controls(arguments: CompareArguments, jobs: list[Job]) -> dict[str, dict]:
+    """The longer arms that are asked for: what they change is what the baseline changes, and the steps."""
+    baseline, changes = arguments.baseline, arguments.arms[arguments.baseline] or {}
+    measured = next(job for job in jobs if job.arm == baseline).measured
+
+    def arm(length: Mapping) -> dict:
+        return {**changes, arguments.measured: merged(changes.get(arguments.measured) or {}, length)}
+
+    found = {}
+    if arguments.baseline_long:
+        name = "max_steps" if setting(measured, "max_steps") > 0 else "num_train_epochs"
+        found[f"{baseline}_long"] = arm({name: 2 * setting(measured, name)})
+    if arguments.baseline_all_compute:
+        try:
+            images = max(planned_images(job.stages) for job in jobs if job.arm != f"{baseline}_long")
+        except ValueError as error:
+            raise ValueError(f"baseline_all_compute: {error}") from error
+        found[f"{baseline}_all_compute"] = arm({"max_steps": steps_for(images, measured)})
+    return found
+
+
+def _plan(arguments: CompareArguments, measured_folders: Mapping[str, Path] | None = None) -> list[Job]:
+    """The runs of the arms that there are; the folders of measured stages are known from an earlier plan."""
+    folders: dict[str, Path] = dict(measured_folders or {})
     canonical: dict[Path, Stage] = {}
 
     def resolve(owner: str, changes: Mapping, fraction: float, seed: int) -> list[Stage]:
-        stages, skip, variables = _of_arm(arguments, changes)
+        fraction = changes.get("fraction", fraction)
+        stages, skip, variables = _of_arm(
+            arguments, {key: value for key, value in changes.items() if key != "fraction"}
+        )
         values = {"fraction": fraction, "seed": seed}
 
         def place(name, command, settings, uses):
@@ -246,7 +307,7 @@ def plan_jobs(arguments: CompareArguments) -> list[Job]:
             folder = Path(arguments.output_dir) / owner / f"{name}{varying}"
             if name == arguments.measured:
                 return folder
-            return folders.setdefault(json.dumps([command, settings], sort_keys=True), folder)
+            return folders.setdefault(_key(command, settings), folder)
 
         found = resolve_stages(stages, variables | values, place, arguments.common, PER_RUN, skip)
         for stage in found.values():
@@ -263,7 +324,7 @@ def plan_jobs(arguments: CompareArguments) -> list[Job]:
                     stages = resolve(arm, changes or {}, fraction, seed)
                 except ValueError as error:
                     raise ValueError(f"arm {arm!r}: {error}") from error
-                jobs.append(Job(arm, fraction, seed, _needed(stages)))
+                jobs.append(Job(arm, fraction, seed, needed_for(stages)))
                 _refuse_other_labels(jobs[-1])
     return jobs
 
@@ -273,7 +334,7 @@ def _of_arm(arguments: CompareArguments, changes: Mapping) -> tuple[dict, set[st
     changes = dict(changes)
     stages, variables, measured = dict(arguments.stages), arguments.variables, arguments.measured
     if file := changes.pop("chain", None):
-        chain = _read_chain(file)
+        chain = read_chain(file)
         variables = chain["variables"] | variables
         own, last = chain["stages"], list(chain["stages"])[-1]
         start = {}
@@ -295,38 +356,14 @@ def _of_arm(arguments: CompareArguments, changes: Mapping) -> tuple[dict, set[st
     return stages, skip, variables
 
 
-def _read_chain(file: str) -> dict:
-    """The file of a chain, with what is `common` in it made part of its stages."""
-    content = yaml.safe_load(find_recipe(file).read_text(encoding="utf-8"))
-    if not isinstance(content, Mapping) or not isinstance(content.get("stages"), Mapping) or not content["stages"]:
-        raise ValueError(f"{file} is no chain: there is no mapping `stages`")
-    common = content.get("common") or {}
-    stages = {}
-    for name, given in content["stages"].items():
-        given = given or {}
-        known = fields_of(command_of(name, given))
-        given = merged({key: value for key, value in common.items() if key in known}, given)
-        # Which labels are used is up to the comparison.
-        stages[name] = {key: value for key, value in given.items() if key not in ("label_fraction", "label_seed")}
-    return {"stages": stages, "variables": content.get("variables") or {}}
-
-
-def _needed(stages: list[Stage]) -> list[Stage]:
-    """The last stage and all that it needs, in order."""
-    needed, more = set(), [stages[-1]]
-    while more:
-        stage = more.pop()
-        needed.add(stage)
-        more += stage.needs
-    return [stage for stage in stages if stage in needed]
-
-
 def _refuse_other_labels(job: Job) -> None:
     """A stage before the measured one that is trained with labels must not know more of them."""
     for stage in job.stages[:-1]:
         same_data = all(stage.settings.get(key) == job.measured.settings.get(key) for key in ("dataset", "split"))
-        labels = [stage.settings.get(key) for key in ("label_fraction", "label_seed")]
-        if stage.command == "finetune" and same_data and labels != [job.fraction, job.seed]:
+        same_labels = all(
+            stage.settings.get(key) == job.measured.settings.get(key) for key in ("label_fraction", "label_seed")
+        )
+        if stage.command == "finetune" and same_data and not same_labels:
             raise ValueError(
                 f"arm {job.arm!r}, stage {stage.name!r} would be trained with other labels of the same data than the "
                 "measured stage: leave label_fraction and label_seed to the comparison"
@@ -359,7 +396,9 @@ def _check_data(arguments: CompareArguments, jobs: list[Job], settings: Finetune
     )
     held_out = (settings.eval_dataset, settings.eval_split, settings.eval_image_dir)
     seen = sorted({_origin(stage, job.stages) for job in jobs for stage in job.stages if stage.command in TRAINED})
-    leakage = _leakage(held_out, seen, output_dir)
+    places = {source: Path(source[0]).expanduser() for source in [held_out, *seen]}
+    content = [path_hash(place, source[2] or None) for source, place in places.items() if place.exists()]
+    leakage = look_for_leaks(held_out, seen, content, output_dir / LEAKAGE)
     copies = [leak for leak in leakage["leaks"] if leak["same_file"]]
     alike = len(leakage["leaks"]) - len(copies)
     if copies and not arguments.allow_leakage:
@@ -389,62 +428,23 @@ def _origin(stage: Stage, stages: list[Stage]) -> tuple[str, str, str]:
     return str(settings["dataset"]), split, settings.get("image_dir") or ""
 
 
-def _leakage(held_out: tuple, seen: list[tuple], output_dir: Path) -> dict:
-    """The evaluation images that are among the training images; not computed again for the same sources."""
-    sources = {"evaluation": list(held_out), "training": [list(source) for source in seen]}
-    paths = {source: Path(source[0]).expanduser() for source in [held_out, *seen]}
-    sources["content"] = [path_hash(path, source[2] or None) for source, path in paths.items() if path.exists()]
-    path = output_dir / LEAKAGE
-    if path.exists() and (known := json.loads(path.read_text()))["sources"] == sources:
-        return known
-
-    def of(dataset: str, split: str | None, image_dir: str | None) -> Fingerprints:
-        return fingerprints(load_dataset_source(dataset, split or None, image_dir=image_dir or None))
-
-    measured, trained = of(*held_out), [of(*source) for source in seen]
-    found = {
-        "sources": sources,
-        "images": len(measured.names) + measured.num_unreadable,
-        "training_images": [len(prints.names) for prints in trained],
-        "unreadable": measured.num_unreadable + sum(prints.num_unreadable for prints in trained),
-        "leaks": [],
-    }
-    worst: dict[str, dict] = {}
-    for prints in trained:
-        for leak in find_leaks(prints, measured):
-            if leak["image"] not in worst or leak["distance"] < worst[leak["image"]]["distance"]:
-                worst[leak["image"]] = leak
-    found["leaks"] = list(worst.values())
-    write_json(path, found)
-    return found
-
-
 # ---- the results ----
-
-
-def _results_of(stage: Stage) -> dict:
-    """What a finished fine-tuning run reached: its `metrics`, its learning `curve`, its `steps`."""
-    record = json.loads((stage.folder / "results.json").read_text())
-    classes = list(record["metrics"]["per_class"])
-    curve = {}
-    for entry in json.loads((stage.folder / "trainer_state.json").read_text())["log_history"]:
-        if "eval_AP" in entry:
-            per_class = {name: entry[f"eval_AP_{name}"] for name in classes}
-            curve[entry["step"]] = {"step": entry["step"], "AP": entry["eval_AP"], "per_class": per_class}
-    return {"metrics": record["metrics"], "curve": list(curve.values()), "steps": record["steps"]}
 
 
 def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> dict:
     """Writes all results that there are by now, and returns them."""
-    runs, rows = [], []
+    runs, rows, resampled = [], [], {}
     for job in jobs:
         if is_finished(job.measured):
-            found = _results_of(job.measured)
+            found = results_of(job.measured)
+            if with_plots and (matches := job.measured.folder / MATCHES).is_file():
+                resampled[job.arm, job.fraction, job.seed] = resampled_precisions(ImageMatches.load(matches))
             runs.append(Run(job.arm, job.fraction, job.seed, found["metrics"], found["curve"]))
             row = {"arm": job.arm, "fraction": job.fraction, "seed": job.seed, "steps": found["steps"]}
             row |= {key: value for key, value in found["metrics"].items() if key != "per_class"}
             rows.append(row | {f"AP_{name}": value for name, value in found["metrics"]["per_class"].items()})
     stages = list(dict.fromkeys(stage for job in jobs for stage in job.stages))
+    costs = {arm: mean_costs([job.stages for job in jobs if job.arm == arm]) for arm in arguments.arms}
     baseline = next(job for job in jobs if job.arm == arguments.baseline).measured.settings
     results = {
         "config": {
@@ -454,7 +454,7 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
         "environment": environment(),
         "baseline": arguments.baseline,
         "arms": {
-            arm: _differences(next(job for job in jobs if job.arm == arm).measured.settings, baseline, output_dir)
+            arm: differences_of(next(job for job in jobs if job.arm == arm).measured.settings, baseline, output_dir)
             for arm in arguments.arms
         },
         "protocol": {
@@ -466,13 +466,20 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
             for stage in stages
             if is_finished(stage)
         ],
-        "seconds": {arm: _seconds([job for job in jobs if job.arm == arm]) for arm in arguments.arms},
+        "costs": costs,
+        "without_crops": [
+            arm for arm in arguments.arms if is_without_crops(next(job for job in jobs if job.arm == arm).measured)
+        ],
+        "seconds": {
+            arm: {"before": cost and cost["seconds_before"], "measured": cost and cost["seconds"]}
+            for arm, cost in costs.items()
+        },
         "failures": {str(stage.folder.relative_to(output_dir)): reason for stage, reason in failures.items()},
         "planned": len(jobs),
         "runs": [dataclasses.asdict(run) for run in runs],
         "statistics": {
             f"{fraction:g}": arms
-            for fraction, arms in compare_runs(runs, arguments.baseline, arguments.target_ap).items()
+            for fraction, arms in compare_runs(runs, arguments.baseline, arguments.target_ap, resampled).items()
         },
     }
     write_json(output_dir / RESULTS, results)
@@ -483,28 +490,3 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
         writer.writerows(rows)
     write_report(output_dir, json.loads(json.dumps(results)), with_plots)
     return results
-
-
-def _seconds(jobs: list[Job]) -> dict[str, float | None]:
-    """What a run of an arm takes, in the mean: the stages `before` the measured one, and that one."""
-    done = [[record_of(stage)["seconds"] for stage in job.stages] for job in jobs if is_finished(job.measured)]
-    if not done:
-        return {"before": None, "measured": None}
-    return {
-        "before": sum(sum(seconds[:-1]) for seconds in done) / len(done),
-        "measured": sum(seconds[-1] for seconds in done) / len(done),
-    }
-
-
-def _differences(settings: Mapping, baseline: Mapping, output_dir: Path) -> dict[str, dict]:
-    """In what an arm's measured stage differs from the baseline's: `start`, and (it should not) `protocol`."""
-    keys = [key for key in (*settings, *(set(baseline) - set(settings))) if settings.get(key) != baseline.get(key)]
-    values = {
-        key: value.removeprefix(f"{output_dir}/") if isinstance(value := settings.get(key), str) else value
-        for key in keys
-        if key != "output_dir"
-    }
-    return {
-        "start": {key: value for key, value in values.items() if key in START},
-        "protocol": {key: value for key, value in values.items() if key not in START},
-    }

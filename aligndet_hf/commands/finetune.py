@@ -35,6 +35,7 @@ from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import TransferReport, transfer_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages
+from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..files import write_json
 from ..flags import names_of
 from ..hub import open_repository
@@ -52,7 +53,7 @@ from ..training.start import start_hashes
 WRITTEN = [
     f"{DAMAGED}{CHECKPOINTS}", SETTINGS, "README.md", "report.html", "config.json", "generation_config.json",
     "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", "trainer_state.json",
-    "transfer_report.json", "backbone_report.json", "predictions.png",
+    "transfer_report.json", "backbone_report.json", MATCHES, "predictions.png",
 ]  # fmt: skip
 
 
@@ -241,6 +242,8 @@ def _finish(
             trainer.model.save_pretrained(output_dir)
             save_image_processor(trainer.processing_class, output_dir)
             trainer.save_state()
+            if metrics:
+                ImageMatches.of(trainer.measured).save(output_dir / MATCHES)
             if metrics and arguments.write_report and arguments.num_pictures and has_matplotlib():
                 draw_predictions(trainer.model, trainer.eval_dataset, output_dir, arguments.num_pictures)
         results = {

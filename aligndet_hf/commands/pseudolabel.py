@@ -115,6 +115,14 @@ class PseudolabelArguments(
     )
     backbone_weights: str | None = field(default=None, metadata={"role": "start", "help": "its weights"})
 
+    shuffle_classes: bool = field(
+        default=False,
+        metadata={
+            "role": "result",
+            "help": "as a control, deal the classes out at random among the boxes that are labels",
+        },
+    )
+
     output_dir: str = again(
         RunArguments, "output_dir", help="folder for the data set of images with pseudo-labels, and the report"
     )
@@ -170,7 +178,14 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     with folder:
         settings = {
             name: getattr(arguments, name)
-            for name in ("score_threshold", "ignore_threshold", "nms_threshold", "class_check", "backbone")
+            for name in (
+                "score_threshold",
+                "ignore_threshold",
+                "nms_threshold",
+                "class_check",
+                "backbone",
+                "shuffle_classes",
+            )
         }
         settings |= {"detector": _identity(arguments.detector), "num_pictures": arguments.num_pictures}
         data = {"images": content_hash(images), "labelled": content_hash(labelled), "rows": list(rows)}
@@ -233,6 +248,8 @@ def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], 
         checked = _check(arguments, teacher, found, boxes, labelled)
         _believe_neighbours(boxes, checked)
         report["classes_agree"] = round(float(np.mean(checked.agree)), 4) if len(checked.agree) else None
+    if arguments.shuffle_classes:
+        _shuffle_classes(boxes, arguments.label_seed)
     kept = [row for row, rows_boxes in enumerate(boxes) if any(not box["ignore"] for box in rows_boxes)]
     if not kept:
         raise DataError(
@@ -308,6 +325,14 @@ def _believe_neighbours(boxes: list[list[dict]], checked: CheckedClasses) -> Non
             box["ignore"] = 1
         elif nearest != box["category"]:
             box |= {"category": nearest, "source": "neighbours"}
+
+
+def _shuffle_classes(boxes: list[list[dict]], seed: int) -> None:
+    """Deals the classes of all boxes that are labels out anew: how many there are of each stays."""
+    chosen = [box for row in boxes for box in row if not box["ignore"]]
+    classes = np.random.default_rng(seed).permutation([box["category"] for box in chosen])
+    for box, category in zip(chosen, classes.tolist(), strict=True):
+        box["category"] = category
 
 
 def _count(boxes, labelled, names: list[str]) -> dict:

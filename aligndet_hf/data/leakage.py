@@ -1,16 +1,20 @@
 """Images of an evaluation split that training has seen as well: the same files, and copies that look the same."""
 
 import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..files import write_json
 from .bit_depth import pixel_window
 from .door import read_bytes
 from .errors import ImageError
+from .formats import load_dataset_source
 from .images import decode_image, image_name
 
 _SIDE = 16  # of the grid of a difference hash: 256 bits
@@ -100,3 +104,42 @@ def find_leaks(seen: Fingerprints, held_out: Fingerprints, max_distance: int = _
                 found = {"same_file": False, "distance": int(distances[closest])}
                 leaks.append({"image": name, "seen": seen.names[closest]} | found)
     return leaks
+
+
+def look_for_leaks(held_out: tuple, seen: list[tuple], content: list[str], path: Path) -> dict:
+    """
+    The evaluation images that are among the training images; not looked for again where the sources are the same.
+
+    Args:
+        held_out (`tuple`): Data set, split and image folder (each of the last two may be empty) of the evaluation.
+        seen (`list[tuple]`): The same of all training images.
+        content (`list[str]`): Hashes of their files, where they are on this machine: others are looked at anew.
+        path (`Path`): The JSON file for what is found, and to read it from.
+
+    Returns:
+        `dict`: `sources`; numbers of `images` and `training_images`, and `unreadable` ones; `leaks`, see
+        [`find_leaks`].
+    """
+    sources = {"evaluation": list(held_out), "training": [list(source) for source in seen], "content": content}
+    if path.exists() and (known := json.loads(path.read_text()))["sources"] == sources:
+        return known
+
+    def of(dataset: str, split: str | None, image_dir: str | None) -> Fingerprints:
+        return fingerprints(load_dataset_source(dataset, split or None, image_dir=image_dir or None))
+
+    measured, trained = of(*held_out), [of(*source) for source in seen]
+    found = {
+        "sources": sources,
+        "images": len(measured.names) + measured.num_unreadable,
+        "training_images": [len(prints.names) for prints in trained],
+        "unreadable": measured.num_unreadable + sum(prints.num_unreadable for prints in trained),
+        "leaks": [],
+    }
+    worst: dict[str, dict] = {}
+    for prints in trained:
+        for leak in find_leaks(prints, measured):
+            if leak["image"] not in worst or leak["distance"] < worst[leak["image"]]["distance"]:
+                worst[leak["image"]] = leak
+    found["leaks"] = list(worst.values())
+    write_json(path, found)
+    return found

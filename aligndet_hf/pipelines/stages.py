@@ -280,3 +280,30 @@ def _substitute(value, look_up: Callable[[str], Any]):
     if whole := REFERENCE.fullmatch(value):
         return look_up(whole[1])
     return REFERENCE.sub(lambda match: str(look_up(match[1])), value)
+
+
+def read_chain(file: str) -> dict:
+    """The file of a chain, with what is `common` in it made part of its stages."""
+    content = yaml.safe_load(find_recipe(file).read_text(encoding="utf-8"))
+    if not isinstance(content, Mapping) or not isinstance(content.get("stages"), Mapping) or not content["stages"]:
+        raise ValueError(f"{file} is no chain: there is no mapping `stages`")
+    common = content.get("common") or {}
+    stages = {}
+    for name, given in content["stages"].items():
+        given = given or {}
+        known = fields_of(command_of(name, given))
+        given = merged({key: value for key, value in common.items() if key in known}, given)
+        # Which labels are used is up to the comparison.
+        stages[name] = {key: value for key, value in given.items() if key not in ("label_fraction", "label_seed")}
+    return {"stages": stages, "variables": content.get("variables") or {}}
+
+
+def needed_for(stages: list[Stage]) -> list[Stage]:
+    """The last stage and all that it needs, in order."""
+    needed, more = set(), [stages[-1]]
+    while more:
+        stage = more.pop()
+        needed.add(stage)
+        more += stage.needs
+    # Once each: a teacher may be the last stage itself.
+    return list(dict.fromkeys(stage for stage in stages if stage in needed))

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from ..cards import describe_versions, told
+from .fairness import cautions, longer_arms
 from .plots import plot_arms, plot_bands
 
 REPORT = "report.md"
@@ -39,6 +40,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
         f"({_split(evaluation['dataset'], evaluation['split'])}). Every number is COCO average precision, IoU "
         "0.50:0.95, in percent, at the last step of fine-tuning unless it says otherwise. "
         f"{len(results['runs'])} of {results['planned']} runs are finished{failed}.",
+        *(["Before the numbers:", _bullets(cautions(results))] if statistics else []),
         "## Results",
         *_result_tables(statistics, results["images"], arms, baseline),
         *(f"![{Path(name).stem}]({name})" for name in pictures),
@@ -135,14 +137,16 @@ def _result_tables(statistics: Mapping, images: Mapping, arms: Sequence[str], ba
     if not statistics:
         return ["Nothing is finished yet."]
     rows, gains = [], []
+    over_images = _has_image_intervals(statistics)
     for fraction, found in statistics.items():
         cells = [_mean(found[arm]["metrics"]["AP"]) if arm in found else "–" for arm in arms]
         rows.append([_percent_of_labels(fraction), images[fraction], *cells])
         for arm in arms:
             if gain := found.get(arm, {}).get("gain"):
                 each = ", ".join(f"{100 * value:+.1f}" for value in gain["differences"])
+                intervals = [_interval(gain["interval"])] + [_interval(gain.get("image_interval"))] * over_images
                 gains.append(
-                    [_percent_of_labels(fraction), arm, _signed(gain["mean"]), each, _interval(gain["interval"])]
+                    [_percent_of_labels(fraction), arm, _signed(gain["mean"]), each, *intervals]
                     + [f"{gain['wins']} of {len(gain['seeds'])}"]
                 )
     parts = [
@@ -152,7 +156,12 @@ def _result_tables(statistics: Mapping, images: Mapping, arms: Sequence[str], ba
     if gains:
         parts += [
             f"Difference to {baseline} on the same labels, seed by seed:",
-            _table(["labels", "arm", "mean", "each seed", "bootstrap interval", "better in"], gains),
+            _table(
+                ["labels", "arm", "mean", "each seed", "bootstrap interval"]
+                + ["bootstrap over images"] * over_images
+                + ["better in"],
+                gains,
+            ),
             _about_intervals(statistics),
         ]
     return parts
@@ -161,14 +170,29 @@ def _result_tables(statistics: Mapping, images: Mapping, arms: Sequence[str], ba
 def _about_intervals(statistics: Mapping) -> str:
     gains = [found["gain"] for arms in statistics.values() for found in arms.values() if "gain" in found]
     fewest = min(gains, key=lambda gain: len(gain["seeds"]))
+    over_images = _has_image_intervals(statistics)
     if len(fewest["seeds"]) < 2:
-        return "One seed says nothing about chance: give more."
-    return (
-        "The interval is the percentile bootstrap (95 %) of the mean over seeds. It cannot reach beyond the smallest "
-        f"and the largest difference: with {len(fewest['seeds'])} seeds it covers the true value in at most "
-        f"{100 * fewest['most_coverage']:.0f} % of all comparisons, whatever its name promises. It does not tell how "
-        "much another choice of evaluation images would change."
-    )
+        text = "One seed says nothing about chance: give more."
+    else:
+        text = (
+            "The interval is the percentile bootstrap (95 %) of the mean over seeds. It cannot reach beyond the "
+            f"smallest and the largest difference: with {len(fewest['seeds'])} seeds it covers the true value in at "
+            f"most {100 * fewest['most_coverage']:.0f} % of all comparisons, whatever its name promises."
+        )
+        if not over_images:
+            text += " It does not tell how much another choice of evaluation images would change."
+    if over_images:
+        text += (
+            " The bootstrap over images (95 %) says how much another choice of evaluation images would change, with "
+            "the labels and the training of these seeds."
+        )
+    return text
+
+
+def _has_image_intervals(statistics: Mapping) -> bool:
+    """Whether runs have told which images their detections are right in; older ones have not."""
+    gains = (found.get("gain", {}) for arms in statistics.values() for found in arms.values())
+    return any(gain.get("image_interval") for gain in gains)
 
 
 def _steps_table(statistics: Mapping, baseline: str) -> list[str]:
@@ -222,9 +246,16 @@ def _protocol(results: Mapping) -> list[str]:
         "and fine-tuning.",
         _table(["arm", "start", "before", "fine-tuning"], rows),
     ]
+    parts += _costs(results)
+    longer = longer_arms(results)
     unequal = [
-        [arm, _settings(changes["protocol"])] for arm, changes in results["arms"].items() if changes["protocol"]
+        [arm, _settings(changes["protocol"])]
+        for arm, changes in results["arms"].items()
+        if changes["protocol"] and arm not in longer
     ]
+    if longer:
+        listed = "; ".join(f"{arm}: {_settings(results['arms'][arm]['protocol'])}" for arm in longer)
+        parts.append(f"Like {results['baseline']}, but longer on purpose: {listed}.")
     if unequal:
         parts += [
             "**Not under the same protocol**: these arms also differ in",
@@ -237,6 +268,27 @@ def _protocol(results: Mapping) -> list[str]:
         _yaml(results["protocol"]),
     ]
     return parts
+
+
+def _costs(results: Mapping) -> list[str]:
+    """What a run of each arm cost, all stages that lead to it included."""
+    rows = []
+    for arm, cost in results.get("costs", {}).items():
+        if cost is not None:
+            minutes = (cost["seconds_before"] + cost["seconds"]) / 60
+            row = [cost["steps_before"], cost["steps"], cost["images"]]
+            rows.append([arm, *(f"{value:.0f}" for value in row), f"{minutes:.1f}"])
+    if not rows:
+        return []
+    return [
+        "What a run cost in all, shared stages counted in full: steps of pre-training and teachers, steps of "
+        "fine-tuning, images seen in training (pre-training sees each in two views; per process), minutes.",
+        _table(["arm", "steps before", "steps", "images", "minutes"], rows),
+    ]
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _leakage(leakage: Mapping) -> list[str]:

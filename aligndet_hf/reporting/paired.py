@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..evaluation.coco_metrics import SUMMARY
+from ..evaluation.image_matches import ImageMatches
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,22 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], resamp
     }
 
 
+def resampled_precisions(matches: ImageMatches, resamples: int = 300) -> np.ndarray:
+    """
+    The AP on samples of the evaluation images, drawn with replacement: the same samples for all runs.
+
+    Args:
+        matches ([`ImageMatches`]): What a run found.
+        resamples (`int`, *optional*, defaults to 300): How many samples; their seed is fixed.
+
+    Returns:
+        `np.ndarray` of shape `[resamples]`: AP between 0 and 1.
+    """
+    count = matches.objects.shape[1]
+    samples = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)
+    return np.array([matches.average_precision(sample) for sample in samples])
+
+
 def steps_to_reach(steps: Sequence[int], values: Sequence[float], target: float) -> int | None:
     """The first of the evaluated steps at which a curve is at the target or above, `None` if it never is."""
     return next((int(step) for step, value in zip(steps, values, strict=True) if value >= target), None)
@@ -104,7 +121,12 @@ def mean_curve(curves: Sequence[Sequence[Mapping]], key: str = "AP") -> dict[str
     }
 
 
-def compare_runs(runs: Sequence[Run], baseline: str, targets: Sequence[float] = ()) -> dict[float, dict[str, dict]]:
+def compare_runs(
+    runs: Sequence[Run],
+    baseline: str,
+    targets: Sequence[float] = (),
+    resampled: Mapping[tuple[str, float, int], np.ndarray] | None = None,
+) -> dict[float, dict[str, dict]]:
     """
     Compares the arms with a baseline, for each label fraction by itself.
 
@@ -113,6 +135,9 @@ def compare_runs(runs: Sequence[Run], baseline: str, targets: Sequence[float] = 
         baseline (`str`): The arm to compare with.
         targets (`Sequence[float]`, *optional*): AP values (0 to 1) to count the steps to; the final AP of the baseline
             (its mean over seeds) is always one, as `"baseline"`.
+        resampled (`Mapping`, *optional*): [`resampled_precisions`] of runs, by arm, fraction and seed. Where all pairs
+            have them, `gain` has an `image_interval`: the 95 % bootstrap over evaluation images of the mean
+            difference of these seeds.
 
     Returns:
         `dict[float, dict[str, dict]]`: per fraction and arm: `seeds`; `metrics`, a [`summarize`] of each COCO number;
@@ -132,14 +157,25 @@ def compare_runs(runs: Sequence[Run], baseline: str, targets: Sequence[float] = 
         if base:
             goals["baseline"] = float(np.mean([run.metrics["AP"] for run in base.values()]))
         result[fraction] = {
-            arm: _arm_statistics(by_seed, base if arm != baseline else {}, goals)
+            arm: _arm_statistics(by_seed, base if arm != baseline else {}, goals, resampled or {})
             for arm, by_seed in found.items()
             if by_seed
         }
     return result
 
 
-def _arm_statistics(by_seed: Mapping[int, Run], base: Mapping[int, Run], goals: Mapping[str, float]) -> dict:
+def _image_interval(pairs: Sequence[tuple[Run, Run]], resampled: Mapping) -> list[float] | None:
+    """The bootstrap over images of the mean difference of pairs; `None` if it is not known of all of them."""
+    keys = [[(run.arm, run.fraction, run.seed) for run in pair] for pair in pairs]
+    if not all(key in resampled for pair in keys for key in pair):
+        return None
+    differences = np.mean([resampled[ours] - resampled[theirs] for ours, theirs in keys], axis=0)
+    return np.quantile(differences, [0.025, 0.975]).tolist()
+
+
+def _arm_statistics(
+    by_seed: Mapping[int, Run], base: Mapping[int, Run], goals: Mapping[str, float], resampled: Mapping
+) -> dict:
     runs = [by_seed[seed] for seed in sorted(by_seed)]
     classes = list(runs[0].metrics["per_class"])
     curve = mean_curve([run.curve for run in runs])
@@ -164,6 +200,8 @@ def _arm_statistics(by_seed: Mapping[int, Run], base: Mapping[int, Run], goals: 
         result["gain"] = {"seeds": common} | paired_difference(
             [metrics["AP"] for metrics, _ in pairs], [metrics["AP"] for _, metrics in pairs]
         )
+        images = _image_interval([(by_seed[seed], base[seed]) for seed in common], resampled)
+        result["gain"] |= {"image_interval": images}
         result["gain_per_class"] = {
             name: paired_difference(
                 [metrics["per_class"][name] for metrics, _ in pairs],

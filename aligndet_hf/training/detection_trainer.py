@@ -135,7 +135,7 @@ class DetectionTrainer(Trainer):
         self.average = None if decay is None else WeightAverage(model, decay)
         if self.average is not None:
             self.add_callback(self.average)
-        self.results, self.measured_at = {}, None  # the last evaluation and its step
+        self.results, self.measured, self.measured_at = {}, None, None  # the last evaluation and its step
         self._terms, self._terms_count = {}, 0
 
     # ---- data ----
@@ -257,11 +257,11 @@ class DetectionTrainer(Trainer):
         if self.eval_dataset is not None:
             average, self.average = self.average, None
             choice |= {"AP_last": self.evaluate()["eval_AP"]}
-            last, self.average = (self.results, self.measured_at), average
+            last, self.average = (self.results, self.measured, self.measured_at), average
             choice |= {"AP_average": self.evaluate()["eval_AP"]}
             if choice["AP_last"] > choice["AP_average"]:
                 choice["kept"] = "last"
-                self.results, self.measured_at = last
+                self.results, self.measured, self.measured_at = last
         if choice["kept"] == "average":
             self.model.load_state_dict(self.average.detector.state_dict())
         return choice
@@ -418,7 +418,7 @@ class DetectionTrainer(Trainer):
                 metrics.update(predictions, ids)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics.gather()
-        self.results = metrics.compute()
+        self.results, self.measured = metrics.compute(), metrics
         self.measured_at = self.state.global_step
         numbers = {key: value for key, value in self.results.items() if key != "per_class"}
         numbers |= {f"AP_{name}": value for name, value in self.results["per_class"].items()}
