@@ -25,18 +25,8 @@ os.fsync = lambda descriptor: None
 
 
 # A worker that gets one of these last is alone in the end.
-LONG = (
-    "finetune",
-    "modeling",
-    "pretrain",
-    "interrupt",
-    "distributed",
-    "compare",
-    "hub",
-    "readme",
-    "generate",
-    "export",
-)
+# The very first compiles what many others use.
+LONG = "readme finetune modeling pretrain interrupt distributed compare hub generate export".split()
 
 
 def pytest_collection_modifyitems(items):
@@ -77,7 +67,7 @@ def detector_folders(tmp_path_factory):
     parent, made = tmp_path_factory.mktemp("detectors"), {}
 
     def folder_of(model_type: str, **fields):
-        key = (model_type, *sorted(fields.items()))
+        key = (model_type, repr(sorted(fields.items())))
         if key not in made:
             made[key] = parent / f"{model_type}-{len(made)}"
             tiny_detector(model_type, num_labels=1, **fields).save_pretrained(made[key])
