@@ -30,8 +30,9 @@ from aligndet_hf import (
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.evaluation.coco_metrics import format_table
-from aligndet_hf.reporting.pictures import has_matplotlib, plot_predictions
+from aligndet_hf.reporting.pictures import has_matplotlib
 from aligndet_hf.reporting.plots import plot_arms, plot_curves
+from aligndet_hf.reporting.predictions import plot_predictions
 
 SIZE = 128  # pixels; everything here is small enough for a laptop's CPU
 NUM_UNLABELLED, NUM_LABELLED, NUM_MEASURED = 400, 100, 100
@@ -160,7 +161,7 @@ def pictures(output: Path, data: Path, results: dict) -> None:
         for row in rows
     ]
     predictions = {name: predict(output / f"finetuned-{name}", images) for name in results}
-    plot_predictions(images, truth, predictions, names, output / "predictions.png", title="After fine-tuning")
+    plot_predictions(images, truth, predictions, names, output / "predictions.jpg", title="After fine-tuning")
 
 
 @torch.no_grad()

@@ -112,3 +112,30 @@ def test_nothing_at_all_and_the_table():
     assert result["errors"]["missed"] == 1 and result["confusion"][0] == [0, 0, 1]
     text = format_diagnosis(result, ["cat", "dog"])
     assert "missed 1" in text and "small 0 of 1" in text
+
+
+def test_errors_by_size_and_one_threshold_for_all():
+    large, beside = [0, 0, 200, 200], [100, 0, 300, 200]  # IoU 1/3
+    result = diagnose(
+        (found((A, 0, 0.9), (beside, 1, 0.8)), truth((A, 0), (large, 1))),
+        (found((large, 1, 0.7)), truth((large, 1), (B, 0))),
+    )
+    errors = result["errors_by_size"]
+    assert errors["large"]["wrong place"] == 1 and errors["small"]["missed"] == 1
+    assert sum(sum(kinds.values()) for kinds in errors.values()) == sum(result["errors"].values()) == 2
+    # Together: right with 0.9, wrong with 0.8, right with 0.7, of four objects: F1 is 4/7 with all three.
+    assert result["best_threshold"] == 0.7 and result["f1"] == pytest.approx(4 / 7)
+
+
+def test_pairs_of_metrics_are_what_was_found_and_what_there_is():
+    annotations = [
+        {"image_id": "b", "category_id": 1, "bbox": [50, 50, 10, 10]},
+        {"image_id": "b", "category_id": 0, "bbox": [0, 0, 90, 90], "iscrowd": 1},
+    ]
+    categories = [{"id": number, "name": name} for number, name in enumerate(("cat", "dog"))]
+    metrics = CocoMetrics({"images": [{"id": "b"}, {"id": "a"}], "annotations": annotations, "categories": categories})
+    metrics.predictions["b"] = (np.array([0.5]), np.array([1]), np.array([B], float))
+    (first, prediction, objects), (second, nothing, no_objects) = metrics.pairs()
+    assert (first, second) == ("b", "a") and objects["boxes"].tolist() == [B] and objects["labels"].tolist() == [1]
+    assert prediction["boxes"].tolist() == [B] and prediction["scores"].tolist() == [0.5]
+    assert nothing["boxes"].shape == no_objects["boxes"].shape == (0, 4) and not len(no_objects["labels"])

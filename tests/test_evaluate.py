@@ -224,7 +224,10 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
     assert "AP50" in printed and "100.0" in printed and all(name in printed for name in SYNTHETIC_CATEGORIES)
     record = json.loads((tmp_path / "new" / "results.json").read_text())
     assert record["metrics"] == results and record["images"] == 5 and record["split"] == "validation"
-    assert (tmp_path / "new" / "predictions.png").stat().st_size > 10_000
+    assert (tmp_path / "new" / "predictions.jpg").stat().st_size > 10_000
+    assert not (tmp_path / "new" / "worst.jpg").exists()  # nothing was wrong
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert "<h2>Diagnosis</h2>" in page and "<h2>Results</h2>" in page and page.count("data:image/") == 2
     diagnosis = json.loads((tmp_path / "new" / "diagnosis.json").read_text())
     assert set(diagnosis["errors"].values()) == {0} and "errors at these thresholds" in printed
     assert {found["f1"] for found in diagnosis["per_class"].values() if found["objects"]} == {1.0}

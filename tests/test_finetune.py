@@ -303,7 +303,9 @@ def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
     changes = {"label_fraction": 0.5, "card_license": "apache-2.0", "write_report": True, "num_pictures": 2}
     result = finetune(arguments_for(folder, tmp_path / "run", **changes))
     output_dir = result.output_dir
-    assert {"report.html", "predictions.png"} <= {path.name for path in output_dir.iterdir()}
+    assert {"report.html", "predictions.jpg", "worst.jpg", "diagnosis.json"} <= {
+        path.name for path in output_dir.iterdir()
+    }
 
     detector = AutoModelForObjectDetection.from_pretrained(output_dir)
     assert type(detector).__module__.startswith("transformers.")

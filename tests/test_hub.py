@@ -329,9 +329,12 @@ def test_repositories_are_private_and_without_pictures_unless_asked(journey, hub
     assert heading in (folder / "cells" / "report.html").read_bytes()
     assert heading not in cells.files()["report.html"]
     outcome = aligndet(*commands["finetune"])
-    assert "without the 1 picture of your images (predictions.png): --push_pictures uploads them" in outcome.output
+    assert (
+        "without the 2 pictures of your images (predictions.jpg, worst.jpg): --push_pictures uploads them"
+        in outcome.output
+    )
     outcome = aligndet(*commands["finetune"], "--push_pictures", "true")
-    assert "with 1 picture of your images (predictions.png) in report.html" in outcome.output
+    assert "with 2 pictures of your images (predictions.jpg, worst.jpg) in report.html" in outcome.output
     assert heading in cells.files()["report.html"]
 
 

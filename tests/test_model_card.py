@@ -6,14 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
-from transformers import DetrConfig
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from tiny_detectors import tiny_detector
+from transformers import DetrConfig, DetrImageProcessor
 
+from aligndet_hf.cards import merge_card
 from aligndet_hf.commands.finetune import settings_of
+from aligndet_hf.evaluation.speed import measure_speed
 from aligndet_hf.flags import told_of
 from aligndet_hf.models import AlignDetConfig
 from aligndet_hf.parser import parse_arguments
-from aligndet_hf.reporting.model_card import COCO_KEYS, model_card
+from aligndet_hf.reporting.model_card import COCO_KEYS, eval_results, model_card
 from aligndet_hf.reporting.run_record import RunRecord
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
 from aligndet_hf.training.pretrain_arguments import PretrainArguments
@@ -160,3 +163,45 @@ def test_the_recipe_on_a_card_runs(record, kind, tmp_path):
     assert again.learning_rate == arguments.learning_rate and again.image_sizes == arguments.image_sizes
     if kind == "finetune":
         assert again.per_device_train_batch_size == 6
+
+
+def test_a_card_can_be_bought_from(record):
+    """Size, speed, threshold, what came before, a picture if there may be one, and results in the Hub's new form."""
+    pretrained = record(
+        "pretrain", dataset="someone/photos", images=1000, steps=300, base_model="someone/coco-detr",
+        proposals={"settings": {"source": "selective_search"}, "boxes": 5000},
+    )  # fmt: skip
+    speed = {"milliseconds": 12.34, "height": 480, "width": 640, "dtype": "float32", "device": "cpu", "threads": 2}
+    best = {name: {"best_threshold": 0.25} for name in ("red cell", "white|cell", "platelet")}
+    metrics = dict.fromkeys(COCO_KEYS, 0.5) | {"per_class": dict.fromkeys(best, 0.5)}
+    made = record(
+        metrics=metrics, evaluation={"dataset": "someone/cells", "split": "test", "images": 9}, pretrained=pretrained,
+        base_model="outputs/pretrained/detector", parameters=41_300_000, speed=speed,
+        input_size={"shortest_edge": 480, "longest_edge": 800},
+        diagnosis={"best_threshold": 0.37, "f1": 0.8, "per_class": best},
+    )  # fmt: skip
+    text = model_card(made, "me/cells", picture="predictions.jpg")
+    card = ModelCard(text)
+    for words in (
+        "![Detections beside the truth](predictions.jpg)", "| parameters | 41.3 million |",
+        "| input | shorter side 480 pixels, longer at most 800 |", "| threshold | 0.37, where F1 was highest",
+        "| latency | 12.3 ms: forward pass of one image (480 × 640, float32) on cpu, 2 threads, the device of this",
+        "| red cell | 50.0 | 0.25 |", "`aligndet pretrain` on someone/photos (1,000 images, 300 optimizer steps).",
+        'detect("image.jpg", threshold=0.37)',
+    ):  # fmt: skip
+        assert words in card.text, words
+    assert card.data.base_model == "someone/coco-detr"
+    (entry,) = parse_eval_result_entries(yaml.safe_load(eval_results(made)))
+    assert (entry.dataset_id, entry.value) == ("someone/cells", 50.0) and "split test" in entry.notes
+    assert merge_card(text, text) == text
+    plain = record(metrics=metrics, evaluation={"dataset": "cells"}, diagnosis={"best_threshold": 1.0, "f1": 0.0})
+    assert eval_results(plain) is None and "threshold=0.3)" in model_card(plain, "d")
+    assert "![" not in model_card(plain, "d") and "| | |" not in model_card(plain, "d")
+
+
+def test_speed_is_measured_on_the_input_that_the_processor_makes():
+    detector = tiny_detector("detr").train()
+    found = measure_speed(detector, DetrImageProcessor(size={"shortest_edge": 48, "longest_edge": 96}))
+    assert (found["height"], found["width"], found["dtype"], found["device"]) == (48, 64, "float32", "cpu")
+    assert found["milliseconds"] > 0 and 1 <= found["runs"] <= 20 and found["threads"] >= 1
+    assert not detector.training

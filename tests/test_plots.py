@@ -7,7 +7,8 @@ import matplotlib.image as matplotlib_image
 import numpy as np
 import pytest
 
-from aligndet_hf.reporting import pictures, plots
+from aligndet_hf.evaluation.diagnosis import agreeing
+from aligndet_hf.reporting import plots, predictions
 
 
 def has_color(path, color: str) -> bool:
@@ -62,8 +63,8 @@ def test_a_prediction_finds_each_object_once_and_of_its_own_class():
         "scores": np.array([0.9, 0.8, 0.7, 0.6]),
     }
     # The second is a duplicate although it fits better, the third has the wrong class.
-    assert pictures._agreeing(found, truth).tolist() == [True, False, False, True]
-    assert pictures._agreeing(found, {"boxes": [], "labels": []}).tolist() == [False] * 4
+    assert agreeing(found, truth).tolist() == [True, False, False, True]
+    assert agreeing(found, {"boxes": [], "labels": []}).tolist() == [False] * 4
 
 
 def test_predictions_beside_ground_truth(tmp_path):
@@ -71,11 +72,14 @@ def test_predictions_beside_ground_truth(tmp_path):
     truth = [{"boxes": [[5, 5, 40, 40]], "labels": [0]}, {"boxes": np.zeros((0, 4)), "labels": []}]
     nothing = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, int), "scores": np.zeros(0)}
     found = {"boxes": np.array([[4, 4, 41, 99.0]]), "labels": np.array([1]), "scores": np.array([0.6])}
-    predictions = {"one": [found, nothing], "other": [nothing, nothing]}
-    path = plots.plot_predictions(images, truth, predictions, ["a", "b"], tmp_path / "boxes.png", threshold=0.5)
+    arms = {"one": [found, nothing], "other": [nothing, nothing]}
+    path = predictions.plot_predictions(images, truth, arms, ["a", "b"], tmp_path / "boxes.png", threshold=0.5)
     assert has_color(path, plots.PALETTE[0]) and has_color(path, plots.PALETTE[1])
-    path = plots.plot_predictions(images, truth, predictions, ["a", "b"], path, threshold=0.7)
-    assert has_color(path, plots.PALETTE[0]) and not has_color(path, plots.PALETTE[1])
+    for threshold in (0.7, [0.5, 0.7]):
+        path = predictions.plot_predictions(images, truth, arms, ["a", "b"], path, threshold)
+        assert has_color(path, plots.PALETTE[0]) and not has_color(path, plots.PALETTE[1])
+    predictions.plot_predictions(images, truth, arms, ["a", "b"], tmp_path / "boxes.jpg")
+    assert (tmp_path / "boxes.jpg").read_bytes().startswith(b"\xff\xd8")  # a JPEG
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
@@ -85,12 +89,10 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
-    image = [np.zeros((4, 4, 3), np.uint8)]
-    empty = [{"boxes": np.zeros((0, 4)), "labels": [], "scores": np.zeros(0)}]
     for draw in (
         lambda: plots.plot_curves({"run": [{"step": 1, "loss": 1.0}]}, tmp_path / "a.png"),
         lambda: plots.plot_arms({"arm": dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), 0.1)}, tmp_path),
-        lambda: plots.plot_predictions(image, empty, empty, [], tmp_path / "a.png"),
+        lambda: plots.plot_precision({"a": {"objects": 1, "curve": [0.5] * 101}}, tmp_path / "a.png"),
     ):
         with pytest.raises(ImportError, match=r"aligndet-hf\[plots\]"):
             draw()

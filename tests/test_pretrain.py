@@ -107,7 +107,7 @@ def test_problems_are_told_only_where_there_are_some():
     fine |= {"best_box_sameness": 0.2, "best_box_borders": 0.1}
     assert _problem(fine) is None and _problem({}) is None
     assert _problem(fine | {"embedding_spread": 0.01}).startswith("the embeddings of all objects are alike")
-    assert _problem(fine | {"negative_similarity": 0.85}).startswith("the embeddings of all objects are alike")
+    assert _problem(fine | {"negative_similarity": 0.85}).startswith("an object's two embeddings are no more")
     constant = _problem(fine | {"best_box_sameness": 0.97, "best_box_borders": 1.0})
     assert constant.startswith("the detector's best box is the same in all images (mean IoU 0.97, 100 % touch two")
 
@@ -119,7 +119,7 @@ def test_what_is_written(arguments):
     names = {path.name for path in result.output_dir.iterdir()}
     assert names == {
         "README.md", "config.json", "model.safetensors", "detector", "log.jsonl", "pretrain_summary.json",
-        "report.html", "run.json", "checkpoint-4", "checkpoint-5",
+        "report.html", "boxes.jpg", "run.json", "checkpoint-4", "checkpoint-5",
     }  # fmt: skip
     entries = log_of(result)
     assert [entry["step"] for entry in entries] == [2, 4, 5]

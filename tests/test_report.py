@@ -90,7 +90,8 @@ def test_a_report_of_fine_tuning(finetuned, capsys):
     assert len(pictures_of) == 3  # losses, accuracy, and the one in the folder
     for address in pictures_of:
         head, _, data = address.partition(",")
-        assert head == "data:image/png;base64" and base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+        start = {"data:image/png;base64": b"\x89PNG", "data:image/jpeg;base64": b"\xff\xd8"}[head]
+        assert base64.b64decode(data, validate=True).startswith(start)
     assert "url(" not in text and "@import" not in text and "http" not in "".join(page.addresses)
     for words in ("25.0 %", "no such object", "50.0", "kept", "Transfer paper from me/start", "seed"):
         assert words in page.words, words

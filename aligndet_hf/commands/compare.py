@@ -19,6 +19,7 @@ from ..pipelines.outcomes import (
     START,
     TRAINED,
     differences_of,
+    draw_arms,
     is_without_crops,
     mean_costs,
     planned_images,
@@ -37,9 +38,11 @@ from ..pipelines.stages import (
     without_secrets,
 )
 from ..ranges import PART, SEED, SHARE
+from ..reporting import html_report
 from ..reporting.comparison import environment, write_report
 from ..reporting.paired import Run, compare_runs, resampled_precisions
 from ..reporting.pictures import new_figure
+from ..reporting.verdict import verdict
 from ..runs import RunFolder
 from ..training.finetune_arguments import FinetuneArguments
 from .chain import PipelineArguments
@@ -123,6 +126,10 @@ class CompareArguments(PipelineArguments):
         default=False, metadata={"role": "run", "help": "run although evaluation images are among the training images"}
     )
 
+    num_pictures: int = field(
+        default=4, metadata={"role": "output", "help": "draw what all arms find in this many evaluation images"}
+    )
+
     num_parallel: int = field(
         default=1,
         metadata={
@@ -184,7 +191,8 @@ def compare(arguments: CompareArguments) -> dict:
     """
     Fine-tunes from several starting points with the same labels, steps and evaluation, and says which is better.
 
-    Writes to `output_dir`: `report.md` with its plots, `results.csv` (a line per run), `results.json` (these with
+    Writes to `output_dir`: `report.html` (one file with everything in it, also what all arms find in the same images),
+    `report.md` with its plots, `results.csv` (a line per run), `results.json` (these with
     their learning curves, and the statistics), `label_subsets.json`, `leakage.json`, and the folders of all stages;
     what several runs share is done once, in `shared/`. The same call again goes on with what is not finished, and
     does nothing where all is.
@@ -203,7 +211,8 @@ def compare(arguments: CompareArguments) -> dict:
     """
     output_dir = Path(arguments.output_dir)
     new_figure(1, 1)  # says now, not after days, that matplotlib is missing
-    with RunFolder(output_dir, "compare", written=[RESULTS, TABLE, LEAKAGE, SUBSETS, "report.md"]) as folder:
+    written = [RESULTS, TABLE, LEAKAGE, SUBSETS, "report.md", "report.html", "arms-*.jpg"]
+    with RunFolder(output_dir, "compare", written=written) as folder:
         folder.claim()
         jobs = plan_jobs(arguments)
         stages = list(dict.fromkeys(stage for job in jobs for stage in job.stages))
@@ -239,7 +248,11 @@ def compare(arguments: CompareArguments) -> dict:
             lock=folder.lock,
         )
         results = _report(arguments, jobs, failures, check, output_dir)
-    print(f"Report: {output_dir / 'report.md'}")
+        if arguments.num_pictures and results["runs"]:
+            runs = [(job.arm, job.fraction, job.measured) for job in jobs if job.seed == arguments.seeds[0]]
+            draw_arms(runs, parsed[jobs[0].measured], output_dir, arguments.num_pictures)
+        page = html_report.write_report(output_dir)
+    print(f"{' '.join(verdict(results))}\nReport: {page}, the same without pictures of the images: report.md")
     if failures:
         listed = "\n".join(f"  {stage.folder}: {reason}" for stage, reason in failures.items())
         raise ChildProcessError(

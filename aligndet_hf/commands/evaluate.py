@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -16,16 +15,18 @@ from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import open_detector, open_image_processor
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
-from ..evaluation.diagnosis import Diagnosis, format_diagnosis
+from ..evaluation.diagnosis import format_diagnosis
 from ..files import write_json
 from ..flags import takes_old_names
 from ..objects import name_objects
 from ..processes import device_of
 from ..ranges import SHARE, check_values
-from ..reporting.pictures import draw_detections, new_figure
+from ..reporting.html_report import REPORT, write_report
+from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
+from ..reporting.run_record import DIAGNOSIS
 from ..runs import measuring_folder
 
-WRITTEN = ["results.json", "diagnosis.json", "predictions.json", "predictions.png"]
+WRITTEN = ["results.json", "predictions.json", DIAGNOSIS, PREDICTIONS, WORST, REPORT]
 
 
 @takes_old_names
@@ -45,7 +46,7 @@ class EvaluateArguments(MeasureArguments, InferenceArguments, LabelledArguments,
     split: str = again(LabelledArguments, "split", default="validation", help="split of the dataset")
 
     output_dir: str | None = again(
-        MeasureArguments, "output_dir", help="folder for results.json, diagnosis.json and what follows"
+        MeasureArguments, "output_dir", help="folder for results.json, diagnosis.json, report.html and what follows"
     )
     save_predictions: bool = field(
         default=False,
@@ -55,7 +56,8 @@ class EvaluateArguments(MeasureArguments, InferenceArguments, LabelledArguments,
         default=0,
         metadata={
             "role": "output",
-            "help": "draw predictions beside ground truth for this many images: predictions.png",
+            "help": "draw predictions beside the truth, of this many evenly spaced images (predictions.jpg) and of "
+            "the worst ones (worst.jpg)",
         },
     )
     score_threshold: float = field(
@@ -94,8 +96,6 @@ def _measure(arguments: EvaluateArguments) -> dict:
     dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
     categories = category_names(dataset, arguments.dataset)
     print(validate_objects(dataset, categories, arguments.dataset))
-    if arguments.num_pictures:
-        new_figure(1, 1)  # says now, not after the evaluation, that matplotlib is missing
     device = device_of(arguments.use_cpu)
     detector = open_detector(arguments.detector).to(device)
     image_processor = open_image_processor(arguments.image_processor or arguments.detector)
@@ -111,16 +111,10 @@ def _measure(arguments: EvaluateArguments) -> dict:
     )
     own_ids = dict(zip(images.image_ids, image_ids(dataset), strict=True))  # as in the label file
     own_categories = category_ids(dataset, categories)
-    drawn = {images.image_ids[row]: row for row in images.spread(arguments.num_pictures)}
-    metrics, pictures, detections = images.metrics(), {}, []
-    diagnosis, rows = Diagnosis(categories), {image_id: row for row, image_id in enumerate(images.image_ids)}
+    metrics, detections = images.metrics(), []
     batches = predict_batches(detector, loader, image_processor, classes)
     for ids, predictions in tqdm(batches, total=len(loader), desc="evaluating", disable=arguments.disable_tqdm):
         metrics.update(predictions, ids)
-        pictures |= {drawn[i]: found for i, found in zip(ids, predictions, strict=True) if i in drawn}
-        if arguments.output_dir is not None:
-            for image_id, found in zip(ids, predictions, strict=True):
-                diagnosis.update(own_ids[image_id], found, images.objects(rows[image_id], np.inf, np.inf))
         if arguments.save_predictions:
             for image_id, found in zip(ids, predictions, strict=True):
                 detections += coco_detections(own_ids[image_id], found, own_categories)
@@ -133,11 +127,9 @@ def _measure(arguments: EvaluateArguments) -> dict:
         measured = {"detector": arguments.detector, "dataset": arguments.dataset, "split": arguments.split}
         record = measured | {"images": len(images), "metrics": results}
         write_json(folder / "results.json", record)
-        told = diagnosis.compute()
-        write_json(folder / "diagnosis.json", told)
+        told = tell_predictions(images, metrics, folder, arguments.num_pictures, arguments.score_threshold)
         print(format_diagnosis(told, categories))
         if arguments.save_predictions:
             (folder / "predictions.json").write_text(json.dumps(detections), encoding="utf-8")
-        if arguments.num_pictures:
-            draw_detections(images, pictures, folder / "predictions.png", arguments.score_threshold)
+        print(f"Report: {write_report(folder)}")
     return results

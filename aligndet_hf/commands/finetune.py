@@ -36,11 +36,12 @@ from ..detectors.transfer import TransferReport, transfer_detector
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages
 from ..evaluation.image_matches import MATCHES, ImageMatches
+from ..evaluation.speed import measure_speed
 from ..files import write_json
 from ..flags import names_of
 from ..hub import open_repository
-from ..reporting.pictures import draw_predictions, has_matplotlib
-from ..reporting.run_record import RESULTS, SETTINGS
+from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
+from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED
 from ..runs import RunFolder
 from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
@@ -53,7 +54,7 @@ from ..training.start import start_hashes
 WRITTEN = [
     f"{DAMAGED}{CHECKPOINTS}", SETTINGS, "README.md", "report.html", "config.json", "generation_config.json",
     "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", "trainer_state.json",
-    "transfer_report.json", "backbone_report.json", MATCHES, "predictions.png",
+    "transfer_report.json", "backbone_report.json", MATCHES, DIAGNOSIS, PREDICTIONS, WORST, SPEED,
 ]  # fmt: skip
 
 
@@ -244,8 +245,9 @@ def _finish(
             trainer.save_state()
             if metrics:
                 ImageMatches.of(trainer.measured).save(output_dir / MATCHES)
-            if metrics and arguments.write_report and arguments.num_pictures and has_matplotlib():
-                draw_predictions(trainer.model, trainer.eval_dataset, output_dir, arguments.num_pictures)
+                shown = arguments.num_pictures if arguments.write_report else 0
+                tell_predictions(trainer.eval_dataset, trainer.measured, output_dir, shown)
+            write_json(output_dir / SPEED, measure_speed(trainer.model, trainer.processing_class))
         results = {
             "metrics": metrics,
             "steps": trainer.state.global_step,

@@ -20,6 +20,7 @@ from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..reporting.run_record import SUMMARY
 from ..runs import RunFolder
 from ..training import pretrain_aligndet, pretrain_soco, sharding
+from ..training.best_boxes import BOXES, BestBoxes
 from ..training.checkpointing import CHECKPOINTS, DAMAGED
 from ..training.compilation import compile_networks
 from ..training.pretrain_arguments import PretrainArguments
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 # What is written to `output_dir`, beside checkpoints and the summary.
 WRITTEN = [
     f"{DAMAGED}{CHECKPOINTS}", "log.jsonl", "README.md", "report.html", "config.json", "model.safetensors", "detector",
-    "backbone", "torchvision.safetensors", "backbone_report.json", "transfer_report.json",
+    "backbone", BOXES, "torchvision.safetensors", "backbone_report.json", "transfer_report.json",
 ]  # fmt: skip
 
 # Of each method the model, and the module that builds the model and its views.
@@ -72,9 +73,10 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
 
     Writes to `output_dir`: the method's model (`save_pretrained`), `detector/` (a plain `transformers` detector with
     its image processor; of SoCo `backbone/` and `torchvision.safetensors`), `log.jsonl`, `pretrain_summary.json`, a
-    model card, `report.html`, `backbone_report.json` or `transfer_report.json` if weights were loaded, and
-    `checkpoint-<step>` folders. The same call again resumes from the last checkpoint, exactly; of a finished run it
-    only repeats the upload, if one is asked for. Every checkpoint has what the run exports, as far as it is.
+    model card, `report.html`, `boxes.jpg` (what the detector finds before and after), `backbone_report.json` or
+    `transfer_report.json` if weights were loaded, and `checkpoint-<step>` folders. The same call again resumes from
+    the last checkpoint, exactly; of a finished run it only repeats the upload, if one is asked for. Every checkpoint
+    has what the run exports, as far as it is.
 
     Args:
         arguments ([`PretrainArguments`]): The configuration.
@@ -111,7 +113,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
             if accelerator.is_main_process:
                 publish_run(folder.path, arguments, repo_id, anew=False)
             return _result(arguments, folder.path, json.loads((folder.path / SUMMARY).read_text())["metrics"])
-        run = _start(arguments, accelerator, configuration, dataset, data, folder)
+        run, best_boxes = _start(arguments, accelerator, configuration, dataset, data, folder)
         if changes:
             run.tell_changes(changes)
             folder.extend()
@@ -119,6 +121,8 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         model = sharding.whole_model(accelerator, run.model)
         if accelerator.is_main_process:
             write_result(run, model)
+            if best_boxes is not None:
+                best_boxes.draw(folder.path / model.product, folder.path / BOXES)
             publish_run(folder.path, arguments, repo_id)
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -165,8 +169,8 @@ def _start(
     dataset: Dataset,
     data: dict,
     folder: RunFolder,
-) -> Run:
-    """The run, from its last checkpoint if it has one."""
+) -> tuple[Run, BestBoxes | None]:
+    """The run, from its last checkpoint if it has one; and what its detector finds before, if that is to be drawn."""
     _, method = METHODS[arguments.method]
     model, image_processor, loaded = method.build_model(arguments, dataset)
     if loaded is not None:
@@ -175,6 +179,9 @@ def _start(
             write_json(folder.path / loaded.file_name, loaded.to_dict())
     if (window := pixel_window(dataset)) is not None:
         image_processor.pixel_window = list(window)
+    best_boxes = None
+    if arguments.write_report and arguments.method == "aligndet" and not arguments.streaming:
+        best_boxes = BestBoxes(model, dataset, image_processor) if accelerator.is_main_process else None
     views, collate = method.build_views(arguments, accelerator, dataset, model.config)
     batches = build_batches(arguments, accelerator, views, collate)
     optimizer = build_optimizer(model, arguments)
@@ -197,4 +204,4 @@ def _start(
     accelerator.print(schedules)
     run.resume(Launch().on_main)
     accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})
-    return run
+    return run, best_boxes

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -206,6 +207,27 @@ class CocoMetrics:
             name: _mean(average_precisions[:, :, number]) for number, name in enumerate(self.categories.values())
         }
         return results
+
+    def pairs(self) -> Iterator[tuple[int, dict, dict]]:
+        """
+        Puts what was found beside what there is.
+
+        Yields:
+            `tuple`: of each image its id; what was found: `boxes` (`[n, 4]`, xyxy in pixels), `scores` and `labels`
+            (`[n]`); and what there is, without crowds: `boxes` and `labels`.
+        """
+        objects: dict[int, list] = {}
+        for category, annotations in self.truth.items():
+            for annotation in annotations:
+                if not annotation["iscrowd"]:
+                    objects.setdefault(annotation["image_id"], []).append((category, annotation["bbox"]))
+        nothing = np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros((0, 4))
+        for image_id in self.images:
+            found = dict(zip(("scores", "labels", "boxes"), self.predictions.get(image_id, nothing), strict=True))
+            own = objects.get(self._numbers[image_id], [])
+            boxes = np.array([box for _, box in own], dtype=float).reshape(-1, 4)
+            boxes[:, 2:] += boxes[:, :2]
+            yield image_id, found, {"boxes": boxes, "labels": np.array([label for label, _ in own], dtype=np.int64)}
 
     def _evaluate(self, category: int):
         """COCO's evaluation of one category: of all at once the dictionaries would fill the memory."""

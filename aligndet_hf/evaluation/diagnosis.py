@@ -53,15 +53,20 @@ class Diagnosis:
         Returns:
             `dict`: `per_class` (name -> `objects`, `best_threshold`, where the F1 score is highest, and `precision`,
             `recall` and `f1` there, and `curve`: the precision at recalls of 0, 0.01, ..., 1, as in COCO's AP at an
-            IoU of 0.5); and, of the detections from these thresholds on, `confusion` (`[C + 1, C + 1]`: rows are what
-            an object is, columns what it was taken for, the last ones the background), `errors` (kind -> number, with
-            `missed`), `by_size` (size -> `objects` and `found`), and `worst_images`: `image_id`, `false` and `missed`.
+            IoU of 0.5); `best_threshold` and `f1`, the same for one threshold of all classes; and, of the detections
+            from the thresholds of the classes on, `confusion` (`[C + 1, C + 1]`: rows are what an object is, columns
+            what it was taken for, the last ones the background), `errors` (kind -> number, with `missed`),
+            `errors_by_size` (size of the detection, or of the missed object -> the same), `by_size` (size of the
+            object -> `objects` and `found`), and `worst_images`: `image_id`, `false` and `missed`.
         """
-        per_class = {name: self._class(label) for label, name in enumerate(self.categories)}
+        curves = [self._class(label) for label in range(len(self.categories))]
+        per_class = {name: _best(*curve) for name, curve in zip(self.categories, curves, strict=True)}
+        scores, right, objects = zip(*curves, strict=True)
+        pooled = _best(np.concatenate(scores), np.concatenate(right), sum(objects))
         thresholds = np.array([found["best_threshold"] for found in per_class.values()])
         count = len(self.categories)
         confusion = np.zeros((count + 1, count + 1), dtype=int)
-        errors = dict.fromkeys((*ERRORS, "missed"), 0)
+        errors_by_size = {name: dict.fromkeys((*ERRORS, "missed"), 0) for name in SIZES}
         by_size = {name: {"objects": 0, "found": 0} for name in SIZES}
         images = []
         for image_id, boxes, scores, labels, true_boxes, true_labels in self.images:
@@ -72,59 +77,82 @@ class Diagnosis:
             kinds = _kinds(iou, labels, true_labels, owner)
             taken = np.isin(np.arange(len(true_labels)), owner)
             hinted = ((iou >= NEAR_IOU) & (owner < 0)[:, None]).any(axis=0)
-            for kind in kinds:
-                if kind is not None:
-                    errors[kind] += 1
-            errors["missed"] += int((~taken & ~hinted).sum())
             _count_confusions(confusion, iou, labels, true_labels)
-            areas = np.prod(true_boxes[:, 2:] - true_boxes[:, :2], axis=1)
-            for name, (low, high) in SIZES.items():
-                of_size = (areas >= low) & (areas < high)
-                by_size[name]["objects"] += int(of_size.sum())
-                by_size[name]["found"] += int((of_size & taken).sum())
+            for kind, size in zip(kinds, _sizes(boxes), strict=True):
+                if kind is not None:
+                    errors_by_size[size][kind] += 1
+            for number, size in enumerate(_sizes(true_boxes)):
+                by_size[size]["objects"] += 1
+                by_size[size]["found"] += int(taken[number])
+                errors_by_size[size]["missed"] += int(not taken[number] and not hinted[number])
             wrong = sum(kind is not None for kind in kinds)
             images.append({"image_id": image_id, "false": wrong, "missed": int((~taken).sum())})
         images = [image for image in images if image["false"] + image["missed"]]
         images.sort(key=lambda image: -(image["false"] + image["missed"]))
         return {
             "per_class": per_class,
+            "best_threshold": pooled["best_threshold"],
+            "f1": pooled["f1"],
             "confusion": confusion.tolist(),
-            "errors": errors,
+            "errors": {
+                kind: sum(of_size[kind] for of_size in errors_by_size.values()) for kind in (*ERRORS, "missed")
+            },
+            "errors_by_size": errors_by_size,
             "by_size": by_size,
             "worst_images": images[:worst],
         }
 
-    def _class(self, label: int) -> dict:
-        """Curve and best threshold of a class."""
-        scores, right, objects = [], [], 0
+    def _class(self, label: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The detections of a class: their scores, and which are right; and its number of objects."""
+        scores, right, objects = [np.zeros(0)], [np.zeros(0, dtype=bool)], 0
         for _, boxes, found_scores, labels, true_boxes, true_labels in self.images:
             own, true_own = labels == label, true_labels == label
             iou = _iou(boxes[own], true_boxes[true_own])
             scores.append(found_scores[own])
             right.append(_claims(iou, np.ones_like(iou, dtype=bool), FOUND_IOU) >= 0)
             objects += int(true_own.sum())
-        scores = np.concatenate(scores) if scores else np.zeros(0)
-        right = np.concatenate(right) if right else np.zeros(0, dtype=bool)
-        if not objects or not len(scores):
-            nothing = dict.fromkeys(("precision", "recall", "f1"), 0.0)
-            return {"objects": objects, "best_threshold": 1.0} | nothing | {"curve": [0.0] * len(RECALLS)}
-        order = np.argsort(-scores, kind="stable")
-        hits = np.cumsum(right[order])
-        recall, precision = hits / objects, hits / np.arange(1, len(hits) + 1)
-        last = np.append(np.diff(scores[order]) != 0, True)  # a threshold takes all detections of a score
-        f1 = np.where(last, 2 * hits / (np.arange(1, len(hits) + 1) + objects), -1)
-        best = int(f1.argmax())
-        ceiling = np.maximum.accumulate(precision[::-1])[::-1]
-        places = np.searchsorted(recall, RECALLS, side="left")
-        curve = np.where(places < len(ceiling), ceiling[np.minimum(places, len(ceiling) - 1)], 0)
-        return {
-            "objects": objects,
-            "best_threshold": float(scores[order][best]),
-            "precision": float(precision[best]),
-            "recall": float(recall[best]),
-            "f1": float(f1[best]),
-            "curve": curve.round(4).tolist(),
-        }
+        return np.concatenate(scores), np.concatenate(right), objects
+
+
+def agreeing(found: Mapping, truth: Mapping, threshold: float = FOUND_IOU) -> np.ndarray:
+    """Which detections take, best score first, a free object of their class with an IoU of at least `threshold`."""
+    order = np.argsort(-np.asarray(found["scores"]), kind="stable")
+    same = np.asarray(found["labels"])[order][:, None] == np.asarray(truth["labels"])[None]
+    right = np.zeros(len(order), dtype=bool)
+    right[order] = (
+        _claims(_iou(np.asarray(found["boxes"]).reshape(-1, 4)[order], truth["boxes"]), same, threshold) >= 0
+    )
+    return right
+
+
+def _best(scores: np.ndarray, right: np.ndarray, objects: int) -> dict:
+    """Curve and best threshold of detections, some of them right, for this number of objects."""
+    if not objects or not len(scores):
+        nothing = dict.fromkeys(("precision", "recall", "f1"), 0.0)
+        return {"objects": objects, "best_threshold": 1.0} | nothing | {"curve": [0.0] * len(RECALLS)}
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(right[order])
+    recall, precision = hits / objects, hits / np.arange(1, len(hits) + 1)
+    last = np.append(np.diff(scores[order]) != 0, True)  # a threshold takes all detections of a score
+    f1 = np.where(last, 2 * hits / (np.arange(1, len(hits) + 1) + objects), -1)
+    best = int(f1.argmax())
+    ceiling = np.maximum.accumulate(precision[::-1])[::-1]
+    places = np.searchsorted(recall, RECALLS, side="left")
+    curve = np.where(places < len(ceiling), ceiling[np.minimum(places, len(ceiling) - 1)], 0)
+    return {
+        "objects": objects,
+        "best_threshold": float(scores[order][best]),
+        "precision": float(precision[best]),
+        "recall": float(recall[best]),
+        "f1": float(f1[best]),
+        "curve": curve.round(4).tolist(),
+    }
+
+
+def _sizes(boxes: np.ndarray) -> list[str]:
+    """The size of each box (xyxy), as COCO names it."""
+    areas = np.prod(np.clip(boxes[:, 2:] - boxes[:, :2], 0, None), axis=1)
+    return [next(name for name, (low, high) in SIZES.items() if low <= area < high) for area in areas]
 
 
 def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.formats import category_names, load_dataset_source
 from ..flags import names_of
+from ..reporting.comparison_page import ARMS
+from ..reporting.predictions import plot_detectors
 from ..reporting.run_record import RESULTS, SUMMARY
 from ..training.finetune_arguments import FinetuneArguments
 from .runner import is_finished, record_of
@@ -113,3 +116,25 @@ def differences_of(settings: Mapping, baseline: Mapping, output_dir: Path) -> di
         "start": {key: value for key, value in values.items() if key in START},
         "protocol": {key: value for key, value in values.items() if key not in START},
     }
+
+
+def draw_arms(
+    runs: Sequence[tuple[str, float, Stage]], settings: FinetuneArguments, output_dir: Path, num_images: int
+) -> None:
+    """
+    Draws what the detectors of several arms find in the same evaluation images, for each share of the labels.
+
+    Args:
+        runs (`Sequence[tuple[str, float, Stage]]`): Arm, share of the labels and measured stage; of one seed.
+        settings (`FinetuneArguments`): What they are measured on.
+        output_dir (`Path`): Where to.
+        num_images (`int`): How many images.
+    """
+    source = settings.eval_dataset
+    dataset = load_dataset_source(source, settings.eval_split, labels=True, image_dir=settings.eval_image_dir)
+    categories = category_names(dataset, source)
+    for fraction in dict.fromkeys(fraction for _, fraction, _ in runs):
+        path = output_dir / ARMS.format(fraction=f"{fraction:g}")
+        detectors = {arm: stage.folder for arm, own, stage in runs if own == fraction and is_finished(stage)}
+        if detectors:
+            plot_detectors(detectors, dataset, categories, path, num_images)

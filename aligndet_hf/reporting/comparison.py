@@ -11,6 +11,7 @@ import yaml
 from ..cards import describe_versions, told
 from .fairness import cautions, longer_arms
 from .plots import plot_arms, plot_bands
+from .verdict import verdict
 
 REPORT = "report.md"
 CURVES, LABELS, CLASSES = "learning_curves.png", "labels.png", "ap-{fraction}.png"
@@ -36,6 +37,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
     failed = f", {len(results['failures'])} stages failed or could not run" if results["failures"] else ""
     parts = [
         f"# {' · '.join(arms)}",
+        f"**{' '.join(verdict(results))}**",
         f"Fine-tuning from {len(arms)} starting points, measured on {evaluation['images']} images "
         f"({_split(evaluation['dataset'], evaluation['split'])}). Every number is COCO average precision, IoU "
         "0.50:0.95, in percent, at the last step of fine-tuning unless it says otherwise. "

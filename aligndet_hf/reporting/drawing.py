@@ -1,6 +1,6 @@
 """Boxes drawn into an image at its own size, quickly and without matplotlib; and many such images on one sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -20,6 +20,7 @@ def draw_boxes(
     labels: Sequence[int],
     tags: Sequence[str],
     max_side: int | None = None,
+    dashed: Sequence[bool] | None = None,
 ) -> PIL.Image.Image:
     """
     Draws boxes with tags into a copy of an image.
@@ -31,8 +32,9 @@ def draw_boxes(
         image (`np.ndarray`): RGB uint8 `[H, W, 3]`.
         boxes (`np.ndarray`): `[n, 4]`, absolute xywh in pixels of the image, the most important first.
         labels (`Sequence[int]`): The class of each, which gives it its colour.
-        tags (`Sequence[str]`): A short text for each.
+        tags (`Sequence[str]`): A short text for each; empty: none.
         max_side (`int`, *optional*): The image is made smaller to fit, before it is drawn into.
+        dashed (`Sequence[bool]`, *optional*): The boxes to draw in dashes.
 
     Returns:
         `PIL.Image.Image`
@@ -46,10 +48,17 @@ def draw_boxes(
     font = PIL.ImageFont.load_default(size=max(10, min(picture.size) / 38))
     corners = np.asarray(boxes, dtype=float).reshape(-1, 4) * scale
     corners[:, 2:] += corners[:, :2]
-    for corner, label in reversed(list(zip(corners, labels, strict=True))):
-        draw.rectangle(corner.round().tolist(), outline=color_of(label), width=line)
+    dashed = [False] * len(corners) if dashed is None else dashed
+    for corner, label, in_dashes in reversed(list(zip(corners, labels, dashed, strict=True))):
+        box = corner.round().tolist()
+        if in_dashes:
+            _draw_dashes(draw, box, color_of(label), line)
+        else:
+            draw.rectangle(box, outline=color_of(label), width=line)
     taken = np.zeros((0, 4))
     for corner, label, tag in zip(corners, labels, tags, strict=True):
+        if not tag:
+            continue
         place = _free_place(corner, draw.textbbox((0, 0), tag, font=font), picture.size, taken)
         if place is None:
             continue
@@ -59,6 +68,18 @@ def draw_boxes(
         ink = INK if luminance(color) > 0.55 else "white"
         draw.text((place[0] + 2, place[1] + 1), tag, font=font, fill=ink, anchor="la")
     return picture
+
+
+def _draw_dashes(draw: PIL.ImageDraw.ImageDraw, box: Sequence[float], color: str, width: int) -> None:
+    """Draws the outline of a box (xyxy) in dashes."""
+    x1, y1, x2, y2 = box
+    dash, gap = 5 * width, 3 * width
+    for start in np.arange(x1, x2, dash + gap):
+        for y in (y1, y2):
+            draw.line([start, y, min(start + dash, x2), y], fill=color, width=width)
+    for start in np.arange(y1, y2, dash + gap):
+        for x in (x1, x2):
+            draw.line([x, start, x, min(start + dash, y2)], fill=color, width=width)
 
 
 def _free_place(corner: np.ndarray, text: tuple, size: tuple[int, int], taken: np.ndarray) -> np.ndarray | None:
@@ -92,7 +113,14 @@ def jpeg_bytes(picture: PIL.Image.Image, quality: int = JPEG_QUALITY) -> bytes:
     return buffer.getvalue()
 
 
-def contact_sheet(pictures: Sequence[PIL.Image.Image], titles: Sequence[str], columns: int = 4, side: int = 400):
+def contact_sheet(
+    pictures: Sequence[PIL.Image.Image],
+    titles: Sequence[str],
+    columns: int = 4,
+    side: int = 400,
+    note: str = "",
+    legend: Mapping[str, str] | None = None,
+) -> PIL.Image.Image:
     """
     Puts pictures on one sheet, each with its title.
 
@@ -101,6 +129,8 @@ def contact_sheet(pictures: Sequence[PIL.Image.Image], titles: Sequence[str], co
         titles (`Sequence[str]`): A text below each; cut if it is too long.
         columns (`int`, *optional*, defaults to 4): Pictures in a row.
         side (`int`, *optional*, defaults to 400): The longest side of a picture on the sheet, in pixels.
+        note (`str`, *optional*): A text above the pictures, broken into lines.
+        legend (`Mapping[str, str]`, *optional*): Names and colours, written below the pictures.
 
     Returns:
         `PIL.Image.Image`
@@ -112,8 +142,18 @@ def contact_sheet(pictures: Sequence[PIL.Image.Image], titles: Sequence[str], co
     rows = [small[start : start + columns] for start in range(0, len(small), columns)]
     gap, font = 8, PIL.ImageFont.load_default(size=13)
     heights = [max(picture.height for picture in row) + 18 for row in rows]
-    sheet = PIL.Image.new("RGB", (columns * (side + gap) + gap, sum(heights) + gap * (len(rows) + 1)), "white")
-    draw, top, title = PIL.ImageDraw.Draw(sheet), gap, iter(titles)
+    sheet_width = columns * (side + gap) + gap
+    measure = PIL.ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
+    notes = _lines(note.split(), lambda words: measure.textlength(" ".join(words), font=font), sheet_width - 2 * gap)
+    names = _lines(
+        legend or (), lambda names: sum(30 + measure.textlength(name, font=font) for name in names), sheet_width
+    )
+    top = gap + 18 * len(notes)
+    sheet_height = top + sum(heights) + gap * len(rows) + 18 * len(names)
+    sheet = PIL.Image.new("RGB", (sheet_width, sheet_height), "white")
+    draw, title = PIL.ImageDraw.Draw(sheet), iter(titles)
+    for number, line in enumerate(notes):
+        draw.text((gap, gap / 2 + 18 * number), " ".join(line), font=font, fill=INK)
     for row, height in zip(rows, heights, strict=True):
         for column, picture in enumerate(row):
             left = gap + column * (side + gap)
@@ -123,4 +163,22 @@ def contact_sheet(pictures: Sequence[PIL.Image.Image], titles: Sequence[str], co
                 words = "…" + words[2:]
             draw.text((left, top + picture.height + 2), words, font=font, fill=INK)
         top += height + gap
+    for line in names:
+        left = gap
+        for name in line:
+            draw.rectangle([left, top + 2, left + 10, top + 12], fill=legend[name])
+            draw.text((left + 15, top), name, font=font, fill=INK)
+            left += 30 + draw.textlength(name, font=font)
+        top += 18
     return sheet
+
+
+def _lines(words: Iterable[str], length: Callable[[list[str]], float], limit: float) -> list[list[str]]:
+    """Words in lines which are no longer than a limit, as far as that can be."""
+    lines: list[list[str]] = []
+    for word in words:
+        if lines and length([*lines[-1], word]) <= limit:
+            lines[-1].append(word)
+        else:
+            lines.append([word])
+    return lines

@@ -1,15 +1,14 @@
 """One HTML file that tells a run, with its pictures in it, and needs nothing else to be read."""
 
-import base64
 import json
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cards import told, told_settings
 from ..data.dataset_card import describe_proposals
-from ..files import write_text
+from .comparison_page import comparison_page, is_comparison
+from .diagnosis_page import diagnosis_section
 from .model_card import (
     COCO_KEYS,
     describe_backbone,
@@ -19,11 +18,12 @@ from .model_card import (
     percentages,
     run_title,
 )
+from .page import Section, picture_uri, write_page
 from .pictures import has_matplotlib
 from .plots import plot_curves, read_history
-from .run_record import RunRecord, read_json, read_run
+from .pretraining_page import numbers_section
+from .run_record import DIAGNOSIS, RESULTS, RunRecord, read_json, read_run
 
-TEMPLATE = Path(__file__).with_name("report_template.html")
 REPORT = "report.html"
 PICTURES = "Pictures"  # the section with the images of the data
 
@@ -47,37 +47,13 @@ TILES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Section:
-    """
-    A part of a report; whatever is given is shown, in this order.
-
-    Attributes:
-        title (`str`): The heading.
-        text (`list[str]`): Paragraphs.
-        tables (`list[list[tuple]]`): Tables of rows of cells; the first row is the head.
-        bars (`list[tuple[str, str, float]]`): Name, value and length (0 to 1) of bars.
-        pictures (`list[tuple[str, str]]`): Title and data URI of pictures.
-        code (`str`, *optional*): Lines to copy.
-        details (`list[tuple[str, str]]`): Title and text of what is folded away.
-    """
-
-    title: str
-    text: list[str] = field(default_factory=list)
-    tables: list[list[tuple]] = field(default_factory=list)
-    bars: list[tuple[str, str, float]] = field(default_factory=list)
-    pictures: list[tuple[str, str]] = field(default_factory=list)
-    code: str | None = None
-    details: list[tuple[str, str]] = field(default_factory=list)
-
-
 def write_report(folder: str | Path, path: str | Path | None = None, with_pictures: bool = True) -> Path:
     """
     Writes one HTML file on what is in the folder of a run: numbers, curves, pictures, settings, versions.
 
     Everything is in the file, and all that came from data is escaped. Curves need matplotlib, and are left out without
     it. Of the files in the folder are read: what `aligndet pretrain` and `aligndet finetune` record, every other JSON
-    file of an aligndet command, and every PNG.
+    file of an aligndet command, and every PNG and JPEG.
 
     Args:
         folder (`str` or `Path`): The `output_dir` of a command.
@@ -91,37 +67,62 @@ def write_report(folder: str | Path, path: str | Path | None = None, with_pictur
     Raises:
         ValueError: the folder holds nothing to report.
     """
-    import jinja2
-
     folder = Path(folder)
     path = Path(path) if path else folder / REPORT
-    try:
-        record = read_run(folder)
-        title, subtitle, sections = _of_run(record, folder)
-        tiles = _tiles(record)
-    except ValueError as error:
-        title, subtitle, tiles = f"What is in {folder.resolve().name}", "", []
-        sections = _of_files(folder)
-        if not sections:
-            raise ValueError(f"{error}, nor a JSON file or a picture of another command") from error
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title,
-        subtitle=subtitle,
-        tiles=tiles,
-        sections=[section for section in sections if with_pictures or section.title != PICTURES],
-    )
-    write_text(path, page)
-    return path
+    tiles, subtitle, lead = [], "", ""
+    if is_comparison(content := read_json(folder / RESULTS)):
+        title, lead, sections = comparison_page(folder, content, PICTURES)
+    elif is_evaluation(content):
+        title, subtitle, sections = _of_evaluation(content, folder)
+        tiles = _tiles(content["metrics"], "finetune", images=content["images"])
+    else:
+        try:
+            record = read_run(folder)
+            title, subtitle, sections = _of_run(record, folder)
+            tiles = _tiles(record.metrics, record.kind, images=record.images, steps=record.steps)
+        except ValueError as error:
+            title, sections = f"What is in {folder.resolve().name}", _of_files(folder)
+            if not any(sections):
+                raise ValueError(f"{error}, nor a JSON file or a picture of another command") from error
+    sections = [section for section in sections if with_pictures or section.title != PICTURES]
+    return write_page(path, title, sections, subtitle, lead, tiles)
 
 
-def _tiles(record: RunRecord) -> list[tuple[str, str]]:
+def is_evaluation(results: Mapping | None) -> bool:
+    """Whether this is the `results.json` of `aligndet evaluate`."""
+    return results is not None and {"detector", "dataset", "split", "metrics"} <= results.keys()
+
+
+def _tiles(metrics: Mapping, kind: str, **counts: int | None) -> list[tuple[str, str]]:
     tiles = []
-    for key, name, is_share in TILES[record.kind]:
-        if exists(value := record.metrics.get(key)):
+    for key, name, is_share in TILES[kind]:
+        if exists(value := metrics.get(key)):
             tiles.append((name, f"{100 * value:.1f} %" if is_share else f"{value:.3g}"))
-    counts = [("images", record.images), ("steps", record.steps)]
-    return tiles + [(name, f"{count:,}") for name, count in counts if count]
+    return tiles + [(name, f"{count:,}") for name, count in counts.items() if count]
+
+
+def _of_evaluation(results: Mapping, folder: Path) -> tuple[str, str, list[Section]]:
+    """Title, subtitle and sections of what `aligndet evaluate` has measured."""
+    split, images = results["split"], results["images"]
+    subtitle = f"{told(results['detector'])} on {told(results['dataset'])}, split {split}, {images:,} images."
+    sections = [_results(results["metrics"], []), *_diagnosis(folder), Section(PICTURES, pictures=_pictures(folder))]
+    return f"{told(results['detector'])} measured on {told(results['dataset'])}", subtitle, sections
+
+
+def _results(metrics: Mapping, text: list[str]) -> Section:
+    classes = metrics["per_class"]
+    values = dict(percentages(classes))
+    return Section(
+        "Results",
+        text=text,
+        tables=[[("metric", "value"), *percentages(metrics, COCO_KEYS)]],
+        bars=[(name, values[name], max(classes[name], 0) if exists(classes[name]) else 0) for name in classes],
+    )
+
+
+def _diagnosis(folder: Path) -> list[Section]:
+    diagnosis = read_json(folder / DIAGNOSIS)
+    return [diagnosis_section(diagnosis)] if diagnosis else []
 
 
 def _of_run(record: RunRecord, folder: Path) -> tuple[str, str, list[Section]]:
@@ -129,27 +130,21 @@ def _of_run(record: RunRecord, folder: Path) -> tuple[str, str, list[Section]]:
     subtitle = " ".join(filter(None, [describe_training(record), describe_proposals(record.proposals)]))
     sections = []
     if record.kind == "finetune" and record.metrics:
-        classes = record.metrics["per_class"]
-        values = dict(percentages(classes))
-        sections.append(
-            Section(
-                "Results",
-                text=[describe_protocol(record)],
-                tables=[[("metric", "value"), *percentages(record.metrics, COCO_KEYS)]],
-                bars=[(name, values[name], max(classes[name], 0) if exists(classes[name]) else 0) for name in classes],
-            )
-        )
-    sections.append(Section("Curves", pictures=list(_curves(folder))))
-    sections.append(Section(PICTURES, pictures=list(_pictures(folder))))
+        sections.append(_results(record.metrics, [describe_protocol(record)]))
+    history = _history(folder)
+    if record.kind == "pretrain":
+        sections.append(numbers_section(record, history))
+    sections.append(Section("Curves", pictures=list(_curves(history))))
+    sections += _diagnosis(folder)
+    sections.append(Section(PICTURES, pictures=_pictures(folder)))
     start = [describe_backbone(record.backbone)] if record.backbone else []
+    rows, details = [], []
     if record.transfer:
         names = {kind: record.transfer.get(kind, []) for kind in ("kept", "reset", "mismatched", "frozen")}
         start.insert(0, f"Transfer {record.transfer.get('preset', '')}" + _source(record))
-        rows = [("tensors", "number"), *((kind, len(tensors)) for kind, tensors in names.items())]
+        rows = [[("tensors", "number"), *((kind, len(tensors)) for kind, tensors in names.items())]]
         details = [(f"{kind}: {len(tensors)}", "\n".join(tensors)) for kind, tensors in names.items() if tensors]
-        sections.append(Section("What the weights started from", text=start, tables=[rows], details=details))
-    elif start:
-        sections.append(Section("What the weights started from", text=start))
+    sections.append(Section("What the weights started from", text=start, tables=rows, details=details))
     if (record.proposals or {}).get("settings"):
         sections.append(Section("Proposals", tables=[_table(told_settings(record.proposals))]))
     sections.append(
@@ -159,7 +154,7 @@ def _of_run(record: RunRecord, folder: Path) -> tuple[str, str, list[Section]]:
             tables=[_table(told_settings(record.settings)), [("package", "version"), *record.versions.items()]],
         )
     )
-    return run_title(record), subtitle, [section for section in sections if section != Section(section.title)]
+    return run_title(record), subtitle, sections
 
 
 def _source(record: RunRecord) -> str:
@@ -168,12 +163,12 @@ def _source(record: RunRecord) -> str:
 
 def _of_files(folder: Path) -> list[Section]:
     """A section for every JSON file of a folder, and the pictures."""
-    sections = [Section(PICTURES, pictures=list(_pictures(folder)))]
+    sections = [Section(PICTURES, pictures=_pictures(folder))]
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
         if isinstance(content, Mapping) and path.name not in ("state.json", "dataset_info.json", "dataset_dict.json"):
             sections.append(Section(path.stem, tables=[_table(told_settings(content))]))
-    return [section for section in sections if section != Section(section.title)]
+    return sections
 
 
 def _table(values: Mapping) -> list[tuple]:
@@ -191,31 +186,27 @@ def _rows(values: Mapping, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _curves(folder: Path) -> Iterable[tuple[str, str]]:
-    """What a run logged, drawn."""
-    if not has_matplotlib():
-        return
+def _history(folder: Path) -> list[dict]:
+    """What a run logged, if it did."""
     try:
-        history = read_history(folder)
+        return read_history(folder)
     except FileNotFoundError:
-        return
+        return []
+
+
+def _curves(history: list[dict]) -> Iterable[tuple[str, str]]:
+    """What a run logged, drawn."""
     logged = {key for entry in history for key in entry}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, keys in CURVES.items():
+        for name, keys in CURVES.items() if has_matplotlib() else ():
             if keys := [key for key in keys if key in logged]:
-                yield name, data_uri(plot_curves({name: history}, Path(scratch) / "curves.png", keys))
+                yield name, picture_uri(plot_curves({name: history}, Path(scratch) / "curves.png", keys))
 
 
 def pictures_of(folder: Path) -> list[Path]:
     """The pictures in the folder of a run, which show images of its data."""
-    return sorted(folder.glob("*.png"))
+    return sorted(path for pattern in ("*.png", "*.jpg") for path in folder.glob(pattern))
 
 
-def _pictures(folder: Path) -> Iterable[tuple[str, str]]:
-    for path in pictures_of(folder):
-        yield path.stem.replace("_", " "), data_uri(path)
-
-
-def data_uri(path: Path) -> str:
-    """A PNG as a `data:` address."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _pictures(folder: Path) -> list[tuple[str, str]]:
+    return [(path.stem.replace("_", " "), picture_uri(path)) for path in pictures_of(folder)]

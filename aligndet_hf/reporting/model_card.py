@@ -21,7 +21,7 @@ INDEXED = {"AP": "AP (IoU 0.50:0.95)", "AP50": "AP50", "AP75": "AP75", "AR100": 
 COCO_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def model_card(record: RunRecord, name: str, subfolder: str | None = None) -> str:
+def model_card(record: RunRecord, name: str, subfolder: str | None = None, picture: str | None = None) -> str:
     """
     The card of a detector, to be written by [`~aligndet_hf.hub.write_card`] or uploaded.
 
@@ -29,19 +29,21 @@ def model_card(record: RunRecord, name: str, subfolder: str | None = None) -> st
         record ([`RunRecord`]): The run that made it.
         name (`str`): What to load it by: a Hub id, or the name of a folder.
         subfolder (`str`, *optional*): Where in it the detector lies, if not at its top.
+        picture (`str`, *optional*): A file beside the card, which shows images of the user.
 
     Returns:
         `str`: the card, metadata first.
     """
     if record.kind == "finetune":
-        return _finetuning_card(record, name)
-    return (_soco_card if record.method == "soco" else _pretraining_card)(record, name, subfolder)
+        return _finetuning_card(record, name, picture)
+    return (_soco_card if record.method == "soco" else _pretraining_card)(record, name, subfolder, picture)
 
 
-def _pretraining_card(record: RunRecord, name: str, subfolder: str | None) -> str:
+def _pretraining_card(record: RunRecord, name: str, subfolder: str | None, picture: str | None) -> str:
     place = f'path, subfolder="{subfolder}"' if subfolder else "path"
     return _card(
         record,
+        picture=picture,
         summary=(
             "The whole detector, not only its backbone, was pre-trained on unlabelled images: it learnt to find the "
             "boxes that an unsupervised proposal algorithm draws and to tell their contents apart. **It is a start "
@@ -68,7 +70,7 @@ def _pretraining_card(record: RunRecord, name: str, subfolder: str | None) -> st
     )
 
 
-def _soco_card(record: RunRecord, name: str, subfolder: str | None) -> str:
+def _soco_card(record: RunRecord, name: str, subfolder: str | None, picture: str | None) -> str:
     has_head = record.config.variant != "c4"
     path = f"{name}/{subfolder}" if subfolder else name
     usage = (
@@ -87,6 +89,7 @@ def _soco_card(record: RunRecord, name: str, subfolder: str | None) -> str:
         usage += f"print(load_torchvision_weights(faster_rcnn, {weights}))"
     return _card(
         record,
+        picture=picture,
         summary=(
             f"A backbone{', its feature pyramid and a box head were' if has_head else ' was'} pre-trained on "
             "unlabelled images: boxes that an unsupervised proposal algorithm draws are to be recognised in other "
@@ -105,7 +108,7 @@ def _unmeasured(record: RunRecord) -> list[str]:
     return [] if record.comparison else ["Nothing was measured on labelled data for this card."]
 
 
-def _finetuning_card(record: RunRecord, name: str) -> str:
+def _finetuning_card(record: RunRecord, name: str, picture: str | None) -> str:
     names = [inert(record.config.id2label[index]) for index in sorted(record.config.id2label)]
     limits = [
         "One run with one seed: differences of a point or two of AP can be chance.",
@@ -115,6 +118,7 @@ def _finetuning_card(record: RunRecord, name: str) -> str:
         limits.insert(0, "Nothing was measured for this card: the run had no evaluation data.")
     return _card(
         record,
+        picture=picture,
         summary=f"Detects {len(names)} {'class' if len(names) == 1 else 'classes'}: {_some(names)}.",
         usage=_pipeline_usage(record, name),
         limits=limits,
@@ -137,11 +141,11 @@ def _pipeline_usage(record: RunRecord, name: str) -> str:
         trust = ", trust_remote_code=True"
     return (
         f'from transformers import pipeline\n\n{note}detect = pipeline("object-detection", model="{name}"{trust})\n'
-        f'detect("{file}", threshold=0.3)'
+        f'detect("{file}", threshold={record.threshold or 0.3:.2g})'
     )
 
 
-def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
+def _card(record: RunRecord, *, summary, usage, limits, picture, tags=()) -> str:
     """Fills the template; the functions above say what with."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -167,7 +171,7 @@ def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
         tags=["object-detection", "aligndet-hf", *tags],
         license=record.license,
         datasets=hub_ids(record.dataset) or None,
-        base_model=(hub_ids(record.base_model) or [None])[0],
+        base_model=_base_model(record),
         model_name=title if entries else None,
         eval_results=entries or None,
     )
@@ -180,6 +184,8 @@ def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
         inert=inert,
         plain=is_detector,
         summary=summary,
+        picture=picture,
+        facts=_facts(record),
         usage=usage,
         training=describe_training(record, inert),
         proposals=describe_proposals(record.proposals),
@@ -190,12 +196,86 @@ def _card(record: RunRecord, *, summary, usage, limits, tags=()) -> str:
         citations=papers(record),
         protocol=describe_protocol(record, inert),
         results=percentages(measured, COCO_KEYS),
-        per_class=percentages(measured.get("per_class", {})),
+        per_class=_per_class(record, measured),
+        pretrained=_describe_pretraining(record),
         comparison=record.comparison,
         transfer=_transfer_table(record),
         backbone=inert(describe_backbone(record.backbone)) if record.backbone else None,
     )
     return str(card)
+
+
+def eval_results(record: RunRecord) -> str | None:
+    """
+    The content of `.eval_results/*.yaml`, which the Hub reads beside the older `model-index` of the card.
+
+    It names a data set of the Hub: `None` for images of this machine, and for what was not measured.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    datasets = hub_ids(record.evaluation.get("dataset"))
+    if record.kind != "finetune" or not datasets or not exists(record.metrics.get("AP")):
+        return None
+    split = record.evaluation.get("split")
+    entry = EvalResultEntry(
+        dataset_id=datasets[0],
+        task_id="object-detection",
+        value=round(100 * float(record.metrics["AP"]), 2),
+        notes=f"COCO AP, IoU 0.50:0.95, in percent{f', split {split}' if split else ''}; aligndet_hf",
+    )
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+
+
+def _base_model(record: RunRecord) -> str | None:
+    """The Hub id of what the weights come from: of the detector, what that was pre-trained from, or the backbone."""
+    sources = [record.base_model, record.pretrained and record.pretrained.base_model]
+    sources += [(one.backbone or {}).get("source") for one in (record, record.pretrained) if one]
+    return next((source for source in sources if hub_ids(source)), None)
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    """What one wants to know before a download: rows of name and value."""
+    facts = []
+    if record.parameters:
+        facts.append(("parameters", f"{record.parameters / 1e6:.1f} million"))
+    if size := record.input_size:
+        if "height" in size:
+            facts.append(("input", f"{size['height']} × {size['width']} pixels"))
+        elif "shortest_edge" in size:
+            facts.append(
+                ("input", f"shorter side {size['shortest_edge']} pixels, longer at most {size.get('longest_edge')}")
+            )
+    if record.threshold:
+        facts.append(("threshold", f"{record.threshold:.2f}, where F1 was highest on the evaluation images"))
+    if speed := record.speed:
+        threads = f", {speed['threads']} thread{'s' * (speed['threads'] > 1)}" if "threads" in speed else ""
+        facts.append(
+            (
+                "latency",
+                f"{speed['milliseconds']:.1f} ms: forward pass of one image ({speed['height']} × {speed['width']}, "
+                f"{speed['dtype']}) on {speed['device']}{threads}, the device of this run, measured at its end",
+            )
+        )
+    return facts
+
+
+def _per_class(record: RunRecord, measured: Mapping) -> list[tuple[str, str, str]]:
+    """Name, AP and best threshold of each class."""
+    best = (record.diagnosis or {}).get("per_class", {})
+    rows = percentages(measured.get("per_class", {}))
+    return [(name, ap, f"{best[name]['best_threshold']:.2f}" if name in best else "–") for name, ap in rows]
+
+
+def _describe_pretraining(record: RunRecord) -> str | None:
+    if record.pretrained is None:
+        return None
+    before = record.pretrained
+    told = (
+        f"Before fine-tuning: {describe_training(before, inert)} {describe_proposals(before.proposals) or ''}".strip()
+    )
+    if before.backbone:
+        told += f" {inert(describe_backbone(before.backbone))}"
+    return told
 
 
 def _recipe(record: RunRecord) -> dict:

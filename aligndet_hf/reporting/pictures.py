@@ -1,4 +1,4 @@
-"""Pictures of detections beside the truth, and the look that all figures of this package share.
+"""Figures of boxes without classes, of crops and of recall, and the look that all figures of this package share.
 
 matplotlib is an extra (`pip install "aligndet-hf[plots]"`) and is imported on first use; the figures never touch
 `pyplot`, so they need no display and leave no global state.
@@ -9,98 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader, Subset
 
-from ..data.collate import collate_labelled
 from ..data.views import resize_image
-from ..evaluation.detections import EvaluationImages, predict_batches
 
 # Bright enough for boxes on photographs, ordered so that the first few are told apart by colour-blind readers too.
 PALETTE = "#e8601c #1f9ede #22a45d #d6338a #f2c40f #7b4fd1 #10b5a8 #8c564b #8fbf26 #5f6b7a".split()
 INK = "#22262b"
 GRID = "#dfe3e8"
-
-
-def draw_predictions(detector, images: EvaluationImages, folder: Path, number: int) -> None:
-    """Draws what a detector makes of this many images beside the truth: `predictions.png` in `folder`."""
-    rows = images.spread(number)
-    loader = DataLoader(Subset(images, rows), batch_size=4, collate_fn=collate_labelled)
-    batches = predict_batches(detector, loader, images.image_processor)
-    found = [prediction for _, predictions in batches for prediction in predictions]
-    draw_detections(images, dict(zip(rows, found, strict=True)), folder / "predictions.png")
-
-
-def draw_detections(
-    images: EvaluationImages, predictions: dict[int, dict], path: str | Path, threshold: float = 0.3
-) -> None:
-    """Draws the predictions of some rows (`dict` from row to prediction) beside the truth."""
-    pictures = [images.read_image(row) for row in predictions]
-    truth = [images.objects(row, *picture.shape[:2]) for row, picture in zip(predictions, pictures, strict=True)]
-    plot_predictions(pictures, truth, list(predictions.values()), images.categories, path, threshold)
-
-
-def plot_predictions(
-    images: Sequence[np.ndarray],
-    ground_truth: Sequence[Mapping],
-    predictions: Sequence[Mapping] | Mapping[str, Sequence[Mapping]],
-    class_names: Sequence[str],
-    path,
-    threshold: float = 0.3,
-    title: str | None = None,
-) -> Path:
-    """
-    Draws one row per image: the ground truth on the left, the predictions of one or several arms to its right.
-
-    A prediction is solid where it agrees with a still free box of its class (IoU >= 0.5) and dashed where it does not.
-
-    Args:
-        images (`Sequence[np.ndarray]`): RGB images, uint8 `[height, width, 3]`.
-        ground_truth (`Sequence[Mapping]`): Per image `boxes` (`[n, 4]`, absolute pixels, xyxy) and `labels` (`[n]`).
-        predictions (`Sequence[Mapping]` or `Mapping[str, Sequence[Mapping]]`):
-            Per image `boxes`, `labels` and `scores` in the same form; for several arms a mapping from name to that.
-        class_names (`Sequence[str]`): Name of each class index.
-        path (`str` or `Path`): The PNG to write.
-        threshold (`float`, *optional*, defaults to 0.3): Predictions with a lower score are not drawn.
-        title (`str`, *optional*): Title of the figure.
-
-    Returns:
-        `Path`: `path`.
-    """
-    if not isinstance(predictions, Mapping):
-        predictions = {"predictions": predictions}
-    columns = 1 + len(predictions)
-    width = 4.6
-    heights = [width * image.shape[0] / image.shape[1] for image in images]
-    figure = new_figure(width * columns, sum(heights) + 0.3 * len(images) + 0.5)
-    from matplotlib.patches import Patch  # after `_figure`, which says what to install
-
-    grid = figure.subplots(len(images), columns, squeeze=False, height_ratios=heights)
-    shown = set()
-    for row, (image, truth) in enumerate(zip(images, ground_truth, strict=True)):
-        panels = {"ground truth": dict(truth)}
-        for name, per_image in predictions.items():
-            found = {key: np.asarray(per_image[row][key]) for key in ("boxes", "labels", "scores")}
-            kept = found["scores"] >= threshold
-            panels[name] = {key: value[kept] for key, value in found.items()}
-            panels[name]["right"] = _agreeing(panels[name], truth)
-        for axes, (name, panel) in zip(grid[row], panels.items(), strict=True):
-            axes.imshow(image, interpolation="lanczos")
-            axes.set_axis_off()
-            count = len(panel["labels"])
-            if "right" in panel:
-                name = f"{name}: {int(panel['right'].sum())} of {len(truth['labels'])} found, {count} drawn"
-            axes.set_title(name if row == 0 or "right" in panel else "", fontsize=9, loc="left", color=INK)
-            _draw_boxes(axes, panel, class_names, image.shape)
-            shown.update(int(label) for label in panel["labels"])
-    handles = [Patch(color=color_of(label), label=class_names[label]) for label in sorted(shown)]
-    if handles:
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9
-        )
-    note = (
-        f"scores from {threshold:g}; solid: finds an object of its class (IoU 0.5), dashed: none, or one found before"
-    )
-    return save_figure(figure, path, f"{title} ({note})" if title else note, title_size=9)
 
 
 def plot_proposals(
@@ -186,57 +101,6 @@ def plot_recall(results: Mapping[str, Mapping], path) -> Path:
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(results), frameon=False, fontsize=9)
     return save_figure(figure, path)
-
-
-def _draw_boxes(axes, panel, class_names, shape):
-    """Draws the boxes of one panel, best scores on top, with a tag each (short ones where boxes are many)."""
-    from matplotlib.patches import Rectangle
-
-    boxes, labels = np.asarray(panel["boxes"], dtype=float).reshape(-1, 4), np.asarray(panel["labels"])
-    scores = panel.get("scores")
-    crowded = len(labels) > 12
-    for index in range(len(labels)) if scores is None else np.argsort(scores):
-        x1, y1, x2, y2 = boxes[index]
-        color = color_of(int(labels[index]))
-        style = "-" if "right" not in panel or panel["right"][index] else (0, (3, 2))
-        axes.add_patch(
-            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.6, linestyle=style)
-        )
-        words = [] if crowded else [class_names[int(labels[index])]]
-        words += [] if scores is None else [f"{scores[index]:.2f}"]
-        if words:
-            bright = luminance(color) > 0.55
-            axes.text(
-                np.clip(x1, 0, shape[1]),
-                np.clip(y1, 0, shape[0]),
-                " ".join(words),
-                fontsize=5.5 if crowded else 7,
-                color=INK if bright else "white",
-                verticalalignment="bottom" if y1 > 0.06 * shape[0] else "top",
-                bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-                clip_on=True,
-            )
-    axes.set_xlim(-0.5, shape[1] - 0.5)  # a box beyond the edge must not shrink the image
-    axes.set_ylim(shape[0] - 0.5, -0.5)
-
-
-def _agreeing(found, truth, threshold: float = 0.5) -> np.ndarray:
-    """Which predictions take, best score first, a free true box of their class with an IoU of at least `threshold`."""
-    import torch
-    from torchvision.ops import box_iou
-
-    right = np.zeros(len(found["labels"]), dtype=bool)
-    boxes, labels = np.asarray(truth["boxes"], dtype=float).reshape(-1, 4), np.asarray(truth["labels"])
-    if not len(labels) or not len(right):
-        return right
-    iou = box_iou(*(torch.as_tensor(np.asarray(b, dtype=float)) for b in (found["boxes"], boxes))).numpy()
-    iou[np.asarray(found["labels"])[:, None] != labels[None]] = 0
-    for index in np.argsort(-np.asarray(found["scores"]), kind="stable"):
-        best = iou[index].argmax()
-        if iou[index, best] >= threshold:
-            right[index] = True
-            iou[:, best] = 0
-    return right
 
 
 def plot_crops(rows: Mapping[str, Sequence[np.ndarray]], path, title: str | None = None, side: int = 96) -> Path:

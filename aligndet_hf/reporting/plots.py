@@ -1,4 +1,4 @@
-"""Pictures of a run: loss curves, predictions beside ground truth, and average precision of several arms.
+"""Figures of a run: loss curves, curves of precision and recall, and average precision of several arms.
 
 Every function writes one PNG and returns its path. matplotlib is an extra (`pip install "aligndet-hf[plots]"`) and is
 imported on first use; the figures never touch `pyplot`, so they need no display and leave no global state.
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .pictures import INK, PALETTE, new_figure, plain_axes, plot_predictions, save_figure
+from ..evaluation.diagnosis import RECALLS
+from .pictures import INK, PALETTE, new_figure, plain_axes, save_figure
 
-__all__ = ["plot_arms", "plot_bands", "plot_curves", "plot_predictions", "read_history", "smooth"]
+__all__ = ["plot_arms", "plot_bands", "plot_curves", "plot_precision", "read_history", "smooth"]
 
 
 def read_history(source) -> list[dict]:
@@ -170,6 +171,35 @@ def plot_bands(
         fontsize=9,
     )
     return save_figure(figure, path, title)
+
+
+def plot_precision(per_class: Mapping[str, Mapping], path, most: int = 9) -> Path:
+    """
+    Draws the precision over the recall of the classes with the most objects, and of all classes in the mean.
+
+    Args:
+        per_class (`Mapping[str, Mapping]`): What [`~aligndet_hf.evaluation.diagnosis.Diagnosis`] says of each class.
+        path (`str` or `Path`): The file to write.
+        most (`int`, *optional*, defaults to 9): At most this many classes are drawn.
+
+    Returns:
+        `Path`: `path`.
+    """
+    known = {name: found["curve"] for name, found in per_class.items() if found["objects"]}
+    shown = sorted(known, key=lambda name: -per_class[name]["objects"])[:most]
+    figure = new_figure(6.4, 4.2)
+    axes = figure.add_subplot()
+    plain_axes(axes, "precision, %, at an IoU of 0.5", "recall, %", None)
+    for number, name in enumerate(shown):
+        axes.plot(100 * RECALLS, 100 * np.array(known[name]), color=PALETTE[number], linewidth=1.6, label=name)
+    if len(known) > 1:
+        mean = np.mean(list(known.values()), axis=0)
+        label = f"mean of {len(known)} classes"
+        axes.plot(100 * RECALLS, 100 * mean, color=INK, linewidth=2.4, linestyle=(0, (4, 2)), label=label)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 102)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return save_figure(figure, path)
 
 
 def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Path:

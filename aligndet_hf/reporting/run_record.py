@@ -1,6 +1,7 @@
 """What was run and what came of it, as the files of a run tell: the one source of its card and its report."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,10 @@ from ..detectors.families import FAMILIES
 from ..detectors.published import PUBLISHED
 
 SUMMARY = "pretrain_summary.json"
+PRODUCTS = {"aligndet": "detector", "soco": "backbone"}  # of pre-training, by method
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of norms: no weights
 SETTINGS, RESULTS = "finetune_settings.json", "results.json"
+DIAGNOSIS, SPEED = "diagnosis.json", "speed.json"
 
 
 @dataclass(kw_only=True)
@@ -44,6 +48,11 @@ class RunRecord:
             [`~aligndet_hf.reporting.comparison.summary`].
         pixel_window (`Sequence[float]`, *optional*): The grey levels of images with more than 8 bits that became 0 and
             255, see [`~aligndet_hf.data.bit_depth`].
+        parameters (`int`, *optional*): Number of weights of the product.
+        input_size (`dict`, *optional*): The `size` of its image processor.
+        speed (`dict`, *optional*): What [`~aligndet_hf.evaluation.speed.measure_speed`] found at the end of the run.
+        diagnosis (`dict`, *optional*): See [`~aligndet_hf.evaluation.diagnosis.Diagnosis.compute`].
+        pretrained (`RunRecord`, *optional*): The run of pre-training that it started from, if it is on this machine.
     """
 
     kind: Literal["pretrain", "finetune"]
@@ -65,6 +74,11 @@ class RunRecord:
     backbone: Mapping | None = None
     comparison: str | None = None
     pixel_window: Sequence[float] | None = None
+    parameters: int | None = None
+    input_size: Mapping | None = None
+    speed: Mapping | None = None
+    diagnosis: Mapping | None = None
+    pretrained: "RunRecord | None" = None
 
     @property
     def data_name(self) -> str:
@@ -74,7 +88,13 @@ class RunRecord:
     @property
     def product(self) -> str | None:
         """The folder inside the run's folder that others load; `None` if they load the run's folder itself."""
-        return {"aligndet": "detector", "soco": "backbone"}[self.method] if self.kind == "pretrain" else None
+        return PRODUCTS[self.method] if self.kind == "pretrain" else None
+
+    @property
+    def threshold(self) -> float | None:
+        """The best score to cut detections at, on the images they were measured on; `None` if nothing was found."""
+        found = self.diagnosis or {}
+        return found["best_threshold"] if found.get("f1") else None
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -99,9 +119,12 @@ def read_run(folder: str | Path) -> RunRecord:
         numbers = {name: getattr(model_config, name) for name in type(model_config).__annotations__}
         numbers = {name: value for name, value in numbers.items() if name not in model_config.sub_configs}
         is_new = method == "soco" or settings["detector"] in FAMILIES
+        product = folder / PRODUCTS[method]
         return RunRecord(
             kind="pretrain",
             method=method,
+            parameters=_parameters(product),
+            input_size=(read_json(product / "preprocessor_config.json") or {}).get("size"),
             config=model_config.detector_config if method == "aligndet" else model_config,
             dataset=settings["dataset"],
             origin=read_report(Path(settings["dataset"])).get("dataset"),
@@ -120,6 +143,11 @@ def read_run(folder: str | Path) -> RunRecord:
     if results and settings:
         return RunRecord(
             kind="finetune",
+            parameters=_parameters(folder),
+            input_size=(read_json(folder / "preprocessor_config.json") or {}).get("size"),
+            speed=read_json(folder / SPEED),
+            diagnosis=read_json(folder / DIAGNOSIS),
+            pretrained=_pretraining(settings["detector"]),
             config=AutoConfig.from_pretrained(folder),
             dataset=settings["dataset"],
             settings=settings,
@@ -137,6 +165,25 @@ def read_run(folder: str | Path) -> RunRecord:
         f"{folder} holds no finished run of `aligndet pretrain` ({SUMMARY}) or `aligndet finetune` ({RESULTS} and "
         f"{SETTINGS})"
     )
+
+
+def _pretraining(detector: str) -> RunRecord | None:
+    """The run of pre-training that a detector comes from, if its folder is here."""
+    path = Path(detector)
+    folders = [folder for folder in (path, path.parent) if (folder / SUMMARY).is_file()]
+    return read_run(folders[0]) if folders else None
+
+
+def _parameters(folder: Path) -> int | None:
+    """The number of weights in the files of a model; of the tensors only the shapes are read."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "np") as tensors:
+            names = [name for name in tensors.keys() if not name.endswith(STATISTICS)]
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return count or None
 
 
 def read_json(path: Path) -> dict | None:

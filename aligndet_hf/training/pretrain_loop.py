@@ -48,7 +48,7 @@ SHOWN = {"loss": "loss", "contrastive": "loss_contrastive", "rank_accuracy": "ra
 MIN_SPREAD, MIN_MARGIN = 0.05, 0.005
 MAX_SAMENESS = 0.8  # above it (see `best_box_diagnostics`) the best box is the same in all images
 # After this part of the run, and this many steps, that is told: the embeddings of a new detector are alike.
-SETTLED, SETTLED_STEPS = 0.1, 50
+SETTLED, SETTLED_STEPS = 0.1, 100
 
 
 @dataclass
@@ -233,13 +233,17 @@ def _write_log(run: Run, bar: tqdm) -> None:
 
 def _problem(metrics: dict[str, float]) -> str | None:
     """What is wrong with a run that goes on as it is, told by an entry of its log."""
-    margin = metrics.get("positive_similarity", math.nan) - metrics.get("negative_similarity", math.nan)
+    own, other = (metrics.get(f"{kind}_similarity", math.nan) for kind in ("positive", "negative"))
     spread, sameness = metrics.get("embedding_spread", math.nan), metrics.get("best_box_sameness", math.nan)
-    if spread < MIN_SPREAD or margin < MIN_MARGIN:
+    if spread < MIN_SPREAD or own - other < MIN_MARGIN:
+        what = f"the embeddings of all objects are alike (spread {spread:.3f})"
+        if spread >= MIN_SPREAD:
+            what = (
+                f"an object's two embeddings are no more alike than two objects' (cosines {own:.3f} and {other:.3f})"
+            )
         return (
-            f"the embeddings of all objects are alike (spread {spread:.3f}, positive minus negative similarity "
-            f"{margin:.3f}): the contrastive loss teaches nothing yet. If that stays so, try a lower learning rate, a "
-            "lower contrastive_temperature (AlignDet), or more proposals per image."
+            f"{what}: the contrastive loss teaches nothing yet. If that stays so, try a lower learning rate, a lower "
+            "contrastive_temperature (AlignDet), or more proposals per image."
         )
     if sameness > MAX_SAMENESS:
         return (

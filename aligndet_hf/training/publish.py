@@ -7,11 +7,16 @@ from .. import __version__
 from ..cards import write_card
 from ..hub import upload
 from ..reporting.html_report import REPORT, pictures_of, write_report
-from ..reporting.model_card import model_card, run_title
+from ..reporting.model_card import eval_results, model_card, run_title
+from ..reporting.predictions import PREDICTIONS
 from ..reporting.run_record import read_run
+from .best_boxes import BOXES
 
 # Of a folder what loads a model; the rest of a run tells of the machine it ran on, or is for resuming.
 _MODEL_FILES = ("config.json", "*processor_config.json", "model*.safetensors", "*.safetensors.index.json")
+
+IN_CARDS = (PREDICTIONS, BOXES)  # the picture that a card shows, the first that there is
+EVAL_RESULTS = ".eval_results/aligndet_hf.yaml"
 
 
 def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: bool = True) -> None:
@@ -34,7 +39,9 @@ def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: b
     """
     record = read_run(output_dir)
     record.license = arguments.card_license or record.license
-    card = write_card(output_dir / "README.md", model_card(record, output_dir.resolve().name, record.product))
+    shown = next((name for name in IN_CARDS if (output_dir / name).is_file()), None)
+    card = model_card(record, output_dir.resolve().name, record.product, shown)
+    card = write_card(output_dir / "README.md", card)
     if arguments.write_report and (anew or not (output_dir / REPORT).exists()):
         write_report(output_dir)
     if repo_id is None:
@@ -49,15 +56,20 @@ def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: b
     else:
         files |= _model_files(output_dir / record.product)
         files |= {f"{record.method}/{name}": path for name, path in _model_files(output_dir).items()}
-    pictures = [path.name for path in pictures_of(output_dir)] if REPORT in files else []
+    pictures = [path.name for path in pictures_of(output_dir)] if REPORT in files else [shown] if shown else []
     with tempfile.TemporaryDirectory() as scratch:
-        if pictures and not arguments.push_pictures:
+        if pictures and REPORT in files and not arguments.push_pictures:
             files[REPORT] = write_report(output_dir, Path(scratch) / REPORT, with_pictures=False)
+        if shown is not None and arguments.push_pictures:
+            files[shown] = output_dir / shown
+        if results := eval_results(record):
+            files[EVAL_RESULTS] = Path(scratch) / "results.yaml"
+            files[EVAL_RESULTS].write_text(results, encoding="utf-8")
         print(f"Uploading {len(files)} files to {repo_id}, {_told_pictures(pictures, arguments.push_pictures)}")
         address = upload(
             repo_id,
             files,
-            model_card(record, repo_id),
+            model_card(record, repo_id, picture=shown if shown in files else None),
             message=f"{run_title(record)}: {record.steps} steps (aligndet_hf {__version__})",
             local_card=card,
             revision=arguments.hub_revision,

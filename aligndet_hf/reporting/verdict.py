@@ -1,0 +1,82 @@
+"""What a comparison shows, in a sentence for each arm, and no more than it shows."""
+
+from collections.abc import Mapping
+
+LEARNT = 0.05  # AP; below it nothing was learnt that a difference could be about
+ENOUGH_SEEDS = 6  # six agree by chance in 3 % of comparisons
+
+
+def verdict(results: Mapping) -> list[str]:
+    """
+    A sentence for each arm beside the baseline.
+
+    An arm is above or below the baseline where it is so in every seed that both have; where the bootstrap over images
+    includes 0, that is said. Nothing is decided where the AP of both is near 0, or with one seed.
+
+    Args:
+        results (`Mapping`): What [`~aligndet_hf.commands.compare.compare`] writes to `results.json`.
+    """
+    statistics, baseline = results["statistics"], results["baseline"]
+    if not statistics:
+        return ["Nothing is finished yet."]
+    sentences = []
+    for arm, differences in results["arms"].items():
+        found = {fraction: arms for fraction, arms in statistics.items() if "gain" in arms.get(arm, {})}
+        if found:
+            unequal = ", not under the same protocol," if differences["protocol"] else ""
+            sentences.append(f"{arm}{unequal} {_of_arm(arm, baseline, found)}.")
+    return sentences or [f"There is nothing yet to compare {baseline} with."]
+
+
+def _of_arm(arm: str, baseline: str, found: Mapping) -> str:
+    """Of the label fractions of an arm: where it is above the baseline, below it, and where nothing can be told."""
+    groups: dict[str, list[str]] = {}
+    for fraction, arms in found.items():
+        groups.setdefault(_outcome(arms[arm], arms[baseline]), []).append(fraction)
+    clauses, seeds, open_ = [], [], []
+    for outcome in ("above", "below"):
+        if fractions := groups.get(outcome):
+            gains = [found[fraction][arm]["gain"] for fraction in fractions]
+            seeds += [len(gain["seeds"]) for gain in gains]
+            open_ += [fraction for fraction in fractions if _includes_zero(found[fraction][arm]["gain"])]
+            size = sorted(abs(100 * gain["mean"]) for gain in gains)
+            size = f"{size[0]:.1f}" + (f" to {size[-1]:.1f}" if len(size) > 1 else "")
+            clauses.append(f"is {outcome} {baseline} in every seed, by {size} points of AP, with {_labels(fractions)}")
+    if fractions := groups.get("undecided"):
+        clauses.append(f"cannot be told from {baseline} with {_labels(fractions)}, where the seeds disagree")
+    if fractions := groups.get("one seed"):
+        gains = ", ".join(f"{100 * found[fraction][arm]['gain']['mean']:+.1f}" for fraction in fractions)
+        clauses.append(f"differs from {baseline} by {gains} with {_labels(fractions)}, where one seed decides nothing")
+    if fractions := groups.get("nothing learnt"):
+        clauses.append(
+            f"has, as {baseline} has, an AP below {100 * LEARNT:g} with {_labels(fractions)}, which decides nothing"
+        )
+    text = "; it ".join(clauses)
+    if open_:
+        text += f"; with {_labels(open_)}, other evaluation images could say the opposite"
+    if seeds and min(seeds) < ENOUGH_SEEDS:
+        chance = 100 * 2.0 ** (1 - min(seeds))
+        text += f" (a hint: {min(seeds)} seeds of equal arms agree by chance in {chance:.0f} % of all comparisons)"
+    return text
+
+
+def _outcome(arm: Mapping, baseline: Mapping) -> str:
+    gain = arm["gain"]
+    if max(arm["metrics"]["AP"]["mean"], baseline["metrics"]["AP"]["mean"]) < LEARNT:
+        return "nothing learnt"
+    if len(gain["seeds"]) < 2:
+        return "one seed"
+    if gain["wins"] == len(gain["seeds"]):
+        return "above"
+    return "below" if all(difference < 0 for difference in gain["differences"]) else "undecided"
+
+
+def _includes_zero(gain: Mapping) -> bool:
+    """Whether the bootstrap over evaluation images, where there is one, includes no difference at all."""
+    interval = gain.get("image_interval")
+    return interval is not None and interval[0] <= 0 <= interval[1]
+
+
+def _labels(fractions: list[str]) -> str:
+    *others, last = [f"{100 * float(fraction):g} %" for fraction in fractions]
+    return (f"{', '.join(others)} and {last}" if others else last) + " of the labels"
