@@ -79,7 +79,7 @@ class BoxFeatures:
 
     def of_images(self, images: list[torch.Tensor], boxes: list[torch.Tensor]) -> list[np.ndarray]:
         """
-        The features of the boxes of several images. Those of one padded size go through the backbone together.
+        The features of the boxes of several images. Images of one padded size go through the backbone together.
 
         Args:
             images (`list[torch.Tensor]`): uint8 [3, h, w] each.

@@ -45,7 +45,7 @@ class Clustering:
 
 def choose_num_clusters(num_boxes: int) -> int:
     """
-    A number of clusters for so many boxes: the square root of half of them (Mardia et al., Multivariate Analysis,
+    A number of clusters for a number of boxes: the square root of half of it (Mardia et al., Multivariate Analysis,
     1979, section 13.2), and at most the 256 of AlignDet.
     """
     return max(1, min(_MOST_CLUSTERS, round((num_boxes / 2) ** 0.5)))

@@ -88,7 +88,7 @@ def print_cluster_report(report: dict, known: int, output: Path) -> None:
     Prints the report of a data set with clusters.
 
     Args:
-        report (`dict`): What is saved beside the data; its `clusters` are those of [`cluster_report`].
+        report (`dict`): What is saved beside the data; its `clusters` are what [`cluster_report`] gives.
         known (`int`): The number of images that had been left out before.
         output (`Path`): Where the data is.
     """
