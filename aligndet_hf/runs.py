@@ -326,7 +326,7 @@ def measuring_folder(output_dir: str | Path | None, command: str, written: Itera
 def _differences(record: dict, parts: dict) -> dict[str, tuple]:
     """What differs between the parts and those that the record has: key -> (there, now)."""
     changes = {}
-    for name in parts.keys() & record.keys():
+    for name in (name for name in parts if name in record):  # in their order, which a set has not
         before, now = _flat(record[name]), _flat(parts[name])
         changes |= {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
     return changes

@@ -11,7 +11,9 @@ import runpy
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -20,8 +22,9 @@ PRELOADED = [
     "torchvision.transforms.v2", "transformers", "transformers.pipelines", "transformers.trainer",
 ]  # fmt: skip
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(PRELOADED)
+# Not the one server that Python keeps for all: `aligndet proposals` tells that what to load.
+_SERVER = forkserver.ForkServer()
+_SERVER.set_forkserver_preload(PRELOADED)
 
 
 def be_quick() -> None:
@@ -44,8 +47,10 @@ def start(function: Callable, *args, console: Path, environment: dict[str, str] 
         `multiprocessing.Process`: the process, which runs.
     """
     console.parent.mkdir(parents=True, exist_ok=True)
-    process = _CONTEXT.Process(target=_in_fork, args=(function, args, str(console), environment or {}))
-    process.start()
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_in_fork, args=(function, args, str(console), environment or {}))
+    with mock.patch.object(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process):
+        process.start()
     return process
 
 

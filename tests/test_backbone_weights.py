@@ -218,7 +218,12 @@ def test_transformers_weights_for_transformers_backbones(kind, tmp_path):
 
 def test_the_report_of_a_commands_backbone_is_returned(full, tmp_path):
     save_file(full, tmp_path / "weights.safetensors")
-    arguments = DetectorArguments("detr", NAME, str(tmp_path / "weights.safetensors"), detector_config=SMALL["detr"])
+    arguments = DetectorArguments(
+        detector="detr",
+        backbone=NAME,
+        backbone_weights=str(tmp_path / "weights.safetensors"),
+        detector_config=SMALL["detr"],
+    )
     detector, report = load_detector(arguments, num_labels=2)
     assert report.source == arguments.backbone_weights and report.unused == ["fc.bias", "fc.weight"]
     assert torch.equal(get_backbone(detector).state_dict()["conv1.0.weight"], full["conv1.0.weight"])

@@ -159,7 +159,10 @@ def test_a_transformers_checkpoint_is_a_backbone_with_its_weights(kind, model_ty
             build_detector(model_type, backbone=str(tmp_path / "checkpoint"), **SMALL[model_type])
         return
     detector, report = load_detector(
-        DetectorArguments(model_type, str(tmp_path / "checkpoint"), detector_config=SMALL[model_type]), num_labels=2
+        DetectorArguments(
+            detector=model_type, backbone=str(tmp_path / "checkpoint"), detector_config=SMALL[model_type]
+        ),
+        num_labels=2,
     )
     config = detector.config.backbone_config
     assert report.matched and all("hidden_states_norms" in name for name in report.missing)
@@ -381,7 +384,7 @@ def test_mean_and_standard_deviation_of_a_checkpoint_are_those_of_its_image_proc
     for normalize, expected in ((False, ([0.0] * 3, [1.0] * 3)), (True, ([0.3] * 3, [0.2] * 3))):
         processor.do_normalize, processor.image_mean, processor.image_std = normalize, [0.3] * 3, [0.2] * 3
         processor.save_pretrained(tmp_path)
-        loaded, _ = load_detector(DetectorArguments(str(tmp_path)), 1)
+        loaded, _ = load_detector(DetectorArguments(detector=str(tmp_path)), 1)
         assert image_statistics(loaded.config) == expected
         assert image_statistics(transfer_detector(tmp_path, 7)[0].config) == expected
     AlignDetForPreTraining.from_detector(loaded).save_pretrained(tmp_path / "model")
@@ -423,11 +426,11 @@ def test_build_refuses_what_it_does_not_know():
 
 
 def test_load_detector_builds_a_family_or_loads_a_folder(tmp_path):
-    new = DetectorArguments("detr", backbone="resnet10t", detector_config=SMALL["detr"] | {"num_queries": 7})
+    new = DetectorArguments(detector="detr", backbone="resnet10t", detector_config=SMALL["detr"] | {"num_queries": 7})
     detector, report = load_detector(new, num_labels=2, id2label={0: "cat", 1: "dog"})
     assert detector.config.num_queries == 7 and detector.config.label2id == {"cat": 0, "dog": 1} and report is None
     detector.save_pretrained(tmp_path)
-    loaded, report = load_detector(DetectorArguments(str(tmp_path)), num_labels=9)
+    loaded, report = load_detector(DetectorArguments(detector=str(tmp_path)), num_labels=9)
     assert loaded.config.num_labels == 2 and report is None
     assert all(torch.equal(t, detector.state_dict()[n]) for n, t in loaded.state_dict().items())
 

@@ -217,7 +217,7 @@ def _new_report(arguments: ClustersArguments, sources: dict[str, datasets.Datase
     own = {
         "backbone": arguments.detector or arguments.backbone,
         "backbone_weights": features.weights_hash(),
-        **{name: getattr(arguments, name) for name in names_of(ClustersArguments, "result")},
+        **{name: getattr(arguments, name) for name in sorted(names_of(ClustersArguments, "result"))},
         **{f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()},
     }
     before = read_report(Path(arguments.dataset).expanduser())
