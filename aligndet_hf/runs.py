@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .files import UNFINISHED, remove, sync_folder, write_json
@@ -24,6 +25,7 @@ except ImportError:  # Windows, where nothing keeps a second process out
     fcntl = None
 
 RECORD, LOCK = "run.json", ".lock"
+_AGAIN_SECONDS = 0.1  # after which a signal comes again that met a finalizer
 
 
 class Interrupted(KeyboardInterrupt):
@@ -113,6 +115,9 @@ class RunFolder:
             self._stop(signal.SIGINT)
 
     def _stop(self, number: int, frame=None) -> None:
+        if _is_in_finalizer(frame):  # where an exception is lost
+            threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
+            return
         raise Interrupted(
             f"{signal.Signals(number).name}: stopped. What is finished is kept: run the same command again to go on.",
             number,
@@ -321,6 +326,14 @@ def measuring_folder(output_dir: str | Path | None, command: str, written: Itera
         yield
         for path, *_ in before & folder.state_of(written):
             remove(path)
+
+
+def _is_in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _differences(record: dict, parts: dict) -> dict[str, tuple]:

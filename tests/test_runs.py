@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -448,3 +449,13 @@ def test_a_signal_ends_a_run_with_a_word_on_how_to_go_on(tmp_path, number):
         os.kill(os.getpid(), number)
     assert error.value.signal == number and names(tmp_path) == [RECORD]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_meets_a_finalizer_is_not_lost(tmp_path):
+    class Doomed:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(runs.Interrupted, match="SIGTERM: stopped"), training(tmp_path):
+        Doomed()
+        time.sleep(600)
