@@ -194,6 +194,7 @@ class RunFolder:
         if self.aside and (record := self._of_output(parts)):
             if self._hindrance is None:
                 self._clear_work()
+                self._is_claimed = True  # the lock of a run that was killed just before its end goes too
             return True, {}
         if self._hindrance is not None:
             reason = self._hindrance.strerror or self._hindrance

@@ -250,7 +250,9 @@ def test_all_or_nothing_is_there(tmp_path):
         (run.work / "part.arrow").touch()
         raise Killed
     assert names(tmp_path) == ["out.partial"] and names(tmp_path / "out.partial") == ["part.arrow", RECORD]
-    with pytest.raises(ValueError, match="out.partial holds a run of another .*seed: 0 there, 1 now.*--overwrite to"):
+    with pytest.raises(
+        ValueError, match="out.partial holds a run of another .*seed: 0 there, 1 now.*--overwrite_output_dir to"
+    ):
         make(out, {"seed": 1})
     assert make(out) and names(tmp_path) == ["out"] and names(out) == ["data", RECORD]
     before = state_of(tmp_path)
@@ -351,6 +353,19 @@ def test_a_killed_run_can_be_started_again_at_once_while_its_loading_processes_l
     begin(tmp_path, "checkpoint-1")
     assert names(tmp_path) == ["checkpoint-1", "loading", RECORD]
     os.kill(int(loading.read_text()), signal.SIGKILL)
+
+
+def test_of_a_run_killed_at_its_very_end_nothing_is_left_beside_the_output(tmp_path):
+    def run():
+        folder = data_set(tmp_path / "out").__enter__()
+        folder.claim(settings=SETTINGS)
+        (folder.work / "dataset").mkdir()
+        folder._clear_work = lambda: None
+        folder.put_in_place(folder.work / "dataset")
+
+    kill(in_a_fork(run))
+    assert names(tmp_path / "out.partial") == [LOCK, RECORD]
+    assert not make(tmp_path / "out") and names(tmp_path) == ["out"]
 
 
 def test_a_refused_run_leaves_the_lock_of_a_killed_one_as_it_is(tmp_path):
