@@ -114,6 +114,19 @@ def open_repository(
     return repo_id
 
 
+def open_dataset_repository(arguments: HubDatasetArguments, output: Path) -> str | None:
+    """The repository to upload a data set to, if that is asked for; see [`open_repository`]."""
+    if not arguments.push_to_hub:
+        return None
+    return open_repository(
+        arguments.hub_dataset_id or output.name,
+        repo_type="dataset",
+        private=arguments.hub_private_repo,
+        revision=arguments.hub_revision,
+        license=arguments.card_license,
+    )
+
+
 def upload(
     repo_id: str,
     files: Mapping[str, Path],

@@ -18,11 +18,12 @@ import pytest
 
 from aligndet_hf import cli
 from aligndet_hf.commands import proposals as generate
-from aligndet_hf.commands.proposals import KEPT, ProposalsArguments, generate_proposals
-from aligndet_hf.data import shards, sources, stream_shards
+from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
+from aligndet_hf.data import shard_search, shards, sources, stream_shards
 from aligndet_hf.data.columns import DataError, validate_proposals
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
+from aligndet_hf.data.proposal_arguments import KEPT
 from aligndet_hf.data.shards import content_hash, writing_to
 from aligndet_hf.proposals import opencv_selective_search
 
@@ -473,7 +474,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch, embedded):
 
 def test_a_worker_that_dies_is_reported(tmp_path, monkeypatch):
     write_images(tmp_path / "images", 4)
-    monkeypatch.setattr(generate, "_init_worker", os._exit)
+    monkeypatch.setattr(shard_search, "_init_worker", os._exit)
     with pytest.raises(ChildProcessError, match="run the same again, with fewer"):
         generate_proposals(arguments(tmp_path / "images", tmp_path / "out", dataloader_num_workers=2))
 
@@ -497,8 +498,8 @@ def test_full_disk_keeps_what_is_finished(tmp_path, counted, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        search = generate._search_shard
-        patch.setattr(generate, "_search_shard", lambda shard, *rest: full() if shard.start else search(shard, *rest))
+        search = generate.search_shard
+        patch.setattr(generate, "search_shard", lambda shard, *rest: full() if shard.start else search(shard, *rest))
         with pytest.raises(DataError, match="No space left on device.*run the same command again"):
             generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))
     assert len(generate_proposals(arguments(tmp_path / "images", tmp_path / "out"))) == 6 and len(counted) == 6

@@ -47,7 +47,7 @@ from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
 from ..files import sync
 from ..flags import names_of, takes_old_names
-from ..hub import HubDatasetArguments
+from ..hub import HubDatasetArguments, open_dataset_repository
 from ..objects import name_objects
 from ..processes import device_of
 from ..proposals.clusters import Clustering, choose_num_clusters, fit_clusters
@@ -55,7 +55,6 @@ from ..ranges import COUNT, check_values
 from ..reporting.pictures import new_figure
 from ..reporting.pseudo_classes import cluster_report, draw_clusters, print_cluster_report
 from ..runs import RunFolder
-from .proposals import open_dataset_repository
 
 PICTURE = "clusters.png"
 _SHARD_SIZE = 64  # images between two saves

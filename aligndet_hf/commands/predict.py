@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from ..arguments import DatasetArguments, InferenceArguments, ReadyDetectorArguments, RunArguments, again
 from ..data.errors import DataError
 from ..data.image_list import ImageList, list_images
-from ..data.images import decode_image
+from ..data.images import decode_image, print_left_out
 from ..data.label_export import export_labels
 from ..data.launch import Launch
 from ..data.shards import save_split
@@ -41,7 +41,6 @@ FORMATS = ("coco", "results", "yolo", "voc", "dataset", "pictures", "sheet")
 
 _COMPLETE, _TABLE = "complete", "predictions.arrow"
 _SHARD_SIZE = 64  # images between two saves; a killed run loses no more
-_LISTED_IMAGES = 10
 
 
 @takes_old_names
@@ -370,11 +369,5 @@ def _print_report(report: dict, output: Path) -> None:
         f"{report['images']} images, {report['images_without_boxes']} of them without boxes; {report['boxes']} boxes"
         + (f": {counts}" if counts else "")
     )
-    skipped = report["skipped"]
-    if skipped:
-        print(f"Left out, for they cannot be read: {len(skipped)}")
-        for image in skipped[:_LISTED_IMAGES]:
-            print(f"  {image['reason']}")
-        if len(skipped) > _LISTED_IMAGES:
-            print(f"  ... all of them in {output / 'report.json'}")
+    print_left_out([image["reason"] for image in report["skipped"]], output / "report.json")
     print(f"Saved to {output}")

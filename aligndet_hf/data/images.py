@@ -17,6 +17,7 @@ from .errors import ImageError
 
 logger = logging.get_logger(__name__)
 
+_LISTED_IMAGES = 10  # that cannot be read, in print
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 exchange height and width
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what a whole file ends with
 
@@ -276,3 +277,13 @@ def _ends_well(image: PIL.Image.Image) -> bool:
     size = image.fp.seek(0, 2)
     image.fp.seek(max(0, size - len(end)))
     return image.fp.read(len(end)) == end
+
+
+def print_left_out(reasons: list[str], report: Path) -> None:
+    """Says which images cannot be read, the first few of many; `report` is the file that has all of them."""
+    if reasons:
+        print(f"Left out, for they cannot be read: {len(reasons)}")
+        for reason in reasons[:_LISTED_IMAGES]:
+            print(f"  {reason}")
+        if len(reasons) > _LISTED_IMAGES:
+            print(f"  ... all of them in {report}")

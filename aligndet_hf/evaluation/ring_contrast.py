@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from ..data.sources import Search, select_fields
 from ..data.views import resize_image, view_shape
+from ..detectors.build import build_detector
 from .box_features import BoxFeatures
 
 # Chosen by the precision of the first boxes on photographs of lost parts (fod), of COCO, and of blood cells.
@@ -77,3 +78,17 @@ def reranked(search: Search, contrast: RingContrast, selection: dict) -> Search:
         return found
 
     return find
+
+
+def ring_features(backbone: str, backbone_weights: str) -> BoxFeatures:
+    """
+    The features that boxes are ranked by, on a GPU if there is one.
+
+    Args:
+        backbone (`str`): timm name of the frozen backbone, or a folder.
+        backbone_weights (`str`): Its weights; see [`~aligndet_hf.detectors.build.build_detector`].
+    """
+    detector = build_detector(  # for its backbone only, so any family will do
+        "detr", backbone=backbone, backbone_weights=backbone_weights, strides=tuple(STRIDES)
+    )
+    return BoxFeatures(detector, STRIDES, normalize=False, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,307 @@
+"""The arguments of `aligndet proposals`: its flags and the keys of its recipes."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..arguments import (
+    InferenceArguments,
+    LabelledArguments,
+    LoadingArguments,
+    PixelWindowArguments,
+    ProgressArguments,
+    RunArguments,
+    again,
+)
+from ..flags import takes_old_names
+from ..hub import HubDatasetArguments
+from ..objects import name_objects
+from ..proposals.filters import parse_strategy
+from ..proposals.opencv import MODES
+from ..proposals.selective_search import PRESETS
+from ..ranges import COUNT, POSITIVE, SHARE, Range, check_values
+from .bit_depth import parse_rule
+from .sources import SOURCES
+
+# Sources that find boxes everywhere, and what is kept of any source if nothing else is said. A detector that learns
+# from overlapping boxes finds every object several times (docs/results.md): of a search a few boxes that are apart.
+SEARCHES = ("selective_search", "opencv")
+KEPT = {
+    "search": {
+        "max_boxes": 10,
+        "nms_threshold": 0.2,
+        "min_side": 0,
+        "min_relative_size": 0.04,
+        "max_relative_size": 0.8,
+    },
+    "other": {
+        "max_boxes": 300,
+        "nms_threshold": 0.7,
+        "min_side": 0,
+        "min_relative_size": 0.04,
+        "max_relative_size": 1.0,
+    },
+    # AlignDet's and SoCo's `ratio3size0008`; neither paper says how many boxes it keeps, or how far apart.
+    "paper": {
+        "max_boxes": 300,
+        "nms_threshold": 0.7,
+        "min_side": 32,
+        "min_relative_size": 0.0,
+        "max_relative_size": 0.8,
+    },
+}
+
+
+@takes_old_names
+@dataclass(kw_only=True)
+class ProposalsArguments(
+    HubDatasetArguments, RunArguments, ProgressArguments, PixelWindowArguments, LabelledArguments
+):
+    """Arguments of [`generate_proposals`]: the flags of `aligndet proposals` and the keys of its recipes."""
+
+    help_groups = {
+        "streaming": "Data",
+        "source": "Where boxes come from",
+        "max_boxes": "Which to keep",
+        "dataloader_num_workers": "Run",
+        "export_json": "Output",
+    }
+
+    dataset: str = again(
+        LabelledArguments,
+        "dataset",
+        help="images: folder, label file, folder of save_to_disk or Hub id; labels are not needed",
+    )
+    output_dir: str = again(
+        RunArguments, "output_dir", help="folder for the dataset with the column `proposals`; must be new"
+    )
+    split: str | None = again(
+        LabelledArguments, "split", help="split of the dataset; all of them, each by itself, if not given"
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "role": "data",
+            "help": "search images while they are downloaded, instead of all of them after that",
+        },
+    )
+
+    source: str | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; "
+            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo; random: boxes that "
+            "have not seen the image, as a control. If not given, the one that the following flags are of, else "
+            "selective_search",
+        },
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "selective_search: tiny (fastest), default, or quality (most boxes); of any source `paper`: keep "
+            "boxes as AlignDet does, with its bounds of size, instead of a few that are apart",
+        },
+    )
+    mode: str | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "opencv: single, fast (the default) or quality (about 0.03, 0.2 and 0.8 s an image)",
+        },
+    )
+    short_side: int | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "opencv: search on a copy with this shorter side in pixels, 200 if not given",
+            "range": COUNT,
+        },
+    )
+    detector: str | None = field(
+        default=None,
+        metadata={
+            "role": "start",
+            "help": "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM",
+        },
+    )
+    score_threshold: float | None = field(
+        default=None,
+        metadata={"role": "result", "help": "detector: lowest score of a box, 0.05 if not given", "range": SHARE},
+    )
+    per_device_eval_batch_size: int | None = again(
+        InferenceArguments,
+        "per_device_eval_batch_size",
+        default=None,
+        help="detector: images per forward pass, 8 if not given",
+    )
+    column: str | None = field(
+        default=None,
+        metadata={"role": "data", "help": "column: its name, proposals if not given; objects for the labels"},
+    )
+    proposals_file: str | None = field(
+        default=None,
+        metadata={"role": "data", "help": "json: the file, in COCO format; every annotation is a proposal"},
+    )
+
+    max_boxes: int | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "store at most this many boxes of an image, the best first; 10 of a search, 300 of other sources "
+            "if not given",
+            "range": COUNT,
+        },
+    )
+    nms_threshold: float | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "drop a box that overlaps a better one by more (IoU); less variety, more objects; 0.2 "
+            "for a search, 0.7 for other sources if not given",
+            "range": SHARE,
+        },
+    )
+    max_aspect_ratio: float = field(
+        default=3.0,
+        metadata={"role": "result", "help": "longer side over shorter side", "range": Range(1, also=math.inf)},
+    )
+    min_side: float | None = field(
+        default=None,
+        metadata={"role": "result", "help": "smallest width and height in pixels of the image; 0 if not given"},
+    )
+    min_relative_size: float | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "smallest sqrt(box area / image area); large values lose small objects; 0.04 if not given",
+        },
+    )
+    max_relative_size: float | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "largest sqrt(box area / image area); 0.8 for a search, 1 for other sources if not given",
+            "range": POSITIVE,
+        },
+    )
+    max_borders: int = field(
+        default=4,
+        metadata={
+            "role": "result",
+            "help": "drop boxes that touch more than this many borders of the image; 1 leaves more objects among them",
+            "range": Range(0, 4),
+        },
+    )
+    relax_if_empty: bool = field(
+        default=True,
+        metadata={
+            "role": "result",
+            "help": "for an image left without boxes drop the bounds of size and borders, then the aspect ratio",
+        },
+    )
+    strategy: str | None = field(
+        default=None,
+        metadata={
+            "role": "result",
+            "help": "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the six above",
+        },
+    )
+    rerank: Literal["ring", "none"] = field(
+        default="none",
+        metadata={
+            "role": "result",
+            "help": "ring: put those boxes first that differ most from the ring around them, in features of a frozen "
+            "backbone; so more of the first ones are objects",
+        },
+    )
+    backbone: str | None = field(
+        default=None, metadata={"role": "start", "help": "rerank: timm name of that backbone, or a folder"}
+    )
+    backbone_weights: str | None = field(
+        default=None,
+        metadata={
+            "role": "start",
+            "help": "rerank: a .safetensors file with timm's names, or 'timm' to download them",
+        },
+    )
+
+    dataloader_num_workers: int | None = again(
+        LoadingArguments,
+        "dataloader_num_workers",
+        default=None,
+        help="processes that load images and search them; 0: this one; one per core, but 0 for the source detector, "
+        "if not given",
+    )
+    shard_size: int = field(
+        default=32,
+        metadata={"role": "run", "help": "images between two saves; a killed run loses no more", "range": COUNT},
+    )
+    export_json: str | None = field(
+        default=None,
+        metadata={"role": "output", "help": "also write the proposals to this file, in AlignDet's COCO format"},
+    )
+
+    def __post_init__(self):
+        name_objects(self)
+        check_values(self)
+        is_paper = self.preset == "paper"
+        self.preset = None if is_paper else self.preset
+        if self.source is None:
+            owners = (
+                name for name, row in SOURCES.items() if any(getattr(self, key) is not None for key in row.settings)
+            )
+            self.source = next(owners, "selective_search")
+        if self.source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
+        for source, (_, settings, _) in SOURCES.items():
+            for name, default in settings.items():
+                given = getattr(self, name)
+                if source != self.source and given is not None:
+                    raise ValueError(f"{name} is for --source {source}, not for {self.source}")
+                if source == self.source and given is None:
+                    if default is None:
+                        raise ValueError(f"--source {source} needs --{name}")
+                    setattr(self, name, default)
+        kept = KEPT["paper"] if is_paper else KEPT["search" if self.source in SEARCHES else "other"]
+        for name, default in kept.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        for name, known in (("preset", PRESETS), ("mode", MODES)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.streaming and (self.source == "json" or self.image_dir):
+            raise ValueError("streaming does not go with --source json and image_dir: leave it out")
+        if self.min_relative_size > self.max_relative_size:
+            raise ValueError(
+                f"no box has a relative size from {self.min_relative_size:g} (min_relative_size) to "
+                f"{self.max_relative_size:g} (max_relative_size)"
+            )
+        if self.strategy is not None:
+            parse_strategy(self.strategy)
+        parse_rule(self.pixel_window)
+        if self.rerank == "none":
+            self.backbone = self.backbone_weights = (
+                None  # a chain gives its backbone to all commands that know the flag
+            )
+        if self.rerank == "ring" and not (self.backbone and self.backbone_weights):
+            raise ValueError("--rerank ring needs --backbone and --backbone_weights: random features rank nothing")
+
+    def source_settings(self) -> dict:
+        """What the chosen source takes of these arguments."""
+        return {name: getattr(self, name) for name in SOURCES[self.source].settings}
+
+    def input_column(self) -> str | None:
+        """The column that the source reads, beside the images."""
+        return {"column": self.column, "json": "proposals"}.get(self.source)
+
+    def selection(self) -> dict:
+        """Keyword arguments of [`~aligndet_hf.proposals.filters.select_indices`]."""
+        names = ["max_aspect_ratio", "min_side", "min_relative_size", "max_relative_size", "max_borders"]
+        filters = {name: getattr(self, name) for name in [*names, "relax_if_empty"]}
+        return {
+            "max_boxes": self.max_boxes,
+            "nms_threshold": self.nms_threshold,
+            **(filters if self.strategy is None else parse_strategy(self.strategy)),
+        }
