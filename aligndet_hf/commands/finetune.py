@@ -39,14 +39,13 @@ from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..evaluation.speed import measure_speed
 from ..files import write_json
 from ..flags import names_of
-from ..hub import open_repository
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED
 from ..runs import RunFolder
 from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
 from ..training.finetune_arguments import FinetuneArguments, require_metric
-from ..training.publish import publish_run
+from ..training.publish import finished_metrics, open_run_repository, publish_run
 from ..training.run_length import TellForecast
 from ..training.start import start_hashes
 
@@ -108,13 +107,10 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     ) as folder:
         settings = settings_of(arguments)
         changes = folder.claim({"max_steps", "num_train_epochs"}, settings=settings)
-        repo_id = _open_repository(arguments) if arguments.push_to_hub and processes.is_main_process else None
+        repo_id = open_run_repository(arguments)
         data = _load_data(arguments, folder, processes)
         if folder.is_finished and not changes:
-            processes.print(f"The run in {folder.path} is finished; --overwrite_output_dir starts it anew.")
-            if processes.is_main_process:
-                publish_run(folder.path, arguments, repo_id, anew=False)
-            return FinetuneResult(folder.path, json.loads((folder.path / RESULTS).read_text())["metrics"])
+            return FinetuneResult(folder.path, finished_metrics(folder.path, RESULTS, arguments, repo_id))
         last = Launch().on_main(find_last_checkpoint, folder.path)
         checkpoint = last and last.path
         trainer, about = _start(arguments, data, folder, processes)
@@ -262,16 +258,6 @@ def _finish(
         if metrics:
             print(format_table(metrics))
     return metrics
-
-
-def _open_repository(arguments: FinetuneArguments) -> str:
-    return open_repository(
-        arguments.hub_model_id or Path(arguments.output_dir).resolve().name,
-        private=arguments.hub_private_repo,
-        revision=arguments.hub_revision,
-        license=arguments.card_license,
-        token=arguments.hub_token,
-    )
 
 
 def settings_of(arguments: FinetuneArguments) -> dict:

@@ -1,6 +1,5 @@
 """`aligndet pretrain`: pre-train a detector, or with SoCo a backbone, on images with proposals."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from ..data.formats import load_dataset_source
 from ..data.launch import Launch
 from ..data.shards import content_hash
 from ..files import write_json
-from ..hub import open_repository
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..reporting.run_record import SUMMARY
 from ..runs import RunFolder
@@ -32,7 +30,7 @@ from ..training.pretrain_setup import (
     compared_configuration,
     open_stream,
 )
-from ..training.publish import publish_run
+from ..training.publish import finished_metrics, open_run_repository, publish_run
 from ..training.run_length import length_note
 from ..training.schedules import Schedules
 from ..training.start import start_hashes
@@ -105,14 +103,10 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
     ) as folder:
         configuration = compared_configuration(arguments, accelerator)
         changes = folder.claim({"max_steps", "num_train_epochs"}, settings=configuration)
-        # Before any work, so that a missing token does not end a run that took days.
-        repo_id = _open_repository(arguments) if arguments.push_to_hub and accelerator.is_main_process else None
+        repo_id = open_run_repository(arguments)
         dataset, data = _load_data(arguments, accelerator, folder)
         if folder.is_finished and not changes:
-            accelerator.print(f"The run in {folder.path} is finished; --overwrite_output_dir starts it anew.")
-            if accelerator.is_main_process:
-                publish_run(folder.path, arguments, repo_id, anew=False)
-            return _result(arguments, folder.path, json.loads((folder.path / SUMMARY).read_text())["metrics"])
+            return _result(arguments, folder.path, finished_metrics(folder.path, SUMMARY, arguments, repo_id))
         run, best_boxes = _start(arguments, accelerator, configuration, dataset, data, folder)
         if changes:
             run.tell_changes(changes)
@@ -132,15 +126,6 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
 def _result(arguments: PretrainArguments, output_dir: Path, metrics: dict[str, float]) -> PretrainResult:
     product = METHODS[arguments.method][0].product
     return PretrainResult(output_dir=output_dir, metrics=metrics, **{f"{product}_dir": output_dir / product})
-
-
-def _open_repository(arguments: PretrainArguments) -> str:
-    return open_repository(
-        arguments.hub_model_id or Path(arguments.output_dir).resolve().name,
-        private=arguments.hub_private_repo,
-        revision=arguments.hub_revision,
-        license=arguments.card_license,
-    )
 
 
 def _load_data(arguments: PretrainArguments, accelerator: Accelerator, folder: RunFolder) -> tuple[Dataset, dict]:

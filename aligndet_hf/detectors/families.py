@@ -237,32 +237,26 @@ def _last_hidden_state(detector: PreTrainedModel, outputs: ModelOutput) -> Tenso
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-def _detr_losses(config: PreTrainedConfig) -> LossSettings:
+def _weighted_as_detr(config: PreTrainedConfig, class_loss: Literal["softmax", "focal"], **own: float) -> LossSettings:
     return LossSettings(
-        class_loss="softmax",
-        class_activation="softmax",
+        class_loss=class_loss,
+        class_activation=class_loss,
         class_cost=config.class_cost,
         bbox_cost=config.bbox_cost,
         giou_cost=config.giou_cost,
         class_weight=1,
         bbox_weight=config.bbox_loss_coefficient,
         giou_weight=config.giou_loss_coefficient,
-        background_weight=config.eos_coefficient,
+        **own,
     )
+
+
+def _detr_losses(config: PreTrainedConfig) -> LossSettings:
+    return _weighted_as_detr(config, "softmax", background_weight=config.eos_coefficient)
 
 
 def _focal_detr_losses(config: PreTrainedConfig) -> LossSettings:
-    return LossSettings(
-        class_loss="focal",
-        class_activation="focal",
-        class_cost=config.class_cost,
-        bbox_cost=config.bbox_cost,
-        giou_cost=config.giou_cost,
-        class_weight=1,
-        bbox_weight=config.bbox_loss_coefficient,
-        giou_weight=config.giou_loss_coefficient,
-        alpha=config.focal_alpha,
-    )
+    return _weighted_as_detr(config, "focal", alpha=config.focal_alpha)
 
 
 def _rt_detr_losses(config: PreTrainedConfig) -> LossSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -75,36 +76,31 @@ def _layout(kind: str, family: str, *marks: str, config, **more: Any) -> Layout:
 
 
 _RCNN = ("rpn.head.cls_logits.weight", "roi_heads.box_predictor.cls_score.weight")
+_shifted = partial(_layout, prepare=_without_epsilon, note=NOTE)
 TORCHVISION = (
     _layout(
         "FCOS", "torchvision_fcos", "head.regression_head.bbox_ctrness.weight", config=_dense_config, aliases=PYRAMID
     ),
-    _layout(
+    _shifted(
         "RetinaNet",
         "torchvision_retinanet",
         "head.classification_head.cls_logits.weight",
         config=_dense_config,
         aliases=(*PYRAMID, *OLD_RETINA),
-        prepare=_without_epsilon,
-        note=NOTE,
     ),
-    _layout(
+    _shifted(
         "Mask R-CNN",
         "torchvision_mask_rcnn",
         *_RCNN,
         "roi_heads.mask_predictor.mask_fcn_logits.weight",
         config=_rcnn_config,
         aliases=(*PYRAMID, *OLD_MASKS),
-        prepare=_without_epsilon,
-        note=NOTE,
     ),
-    _layout(
+    _shifted(
         "Faster R-CNN",
         "torchvision_faster_rcnn",
         *_RCNN,
         config=_rcnn_config,
         aliases=PYRAMID,
-        prepare=_without_epsilon,
-        note=NOTE,
     ),
 )
