@@ -2,7 +2,7 @@
 The arguments that several commands have: each stands here once, with its help, its role and its range.
 
 A command's dataclass inherits what it has, and says with [`again`] what is different: another default, or words that
-fit the command better. Names are those of `transformers.TrainingArguments`, where it has one.
+fit the command better. Names are the ones of `transformers.TrainingArguments`, where it has one.
 """
 
 from collections.abc import Callable

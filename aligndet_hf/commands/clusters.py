@@ -98,7 +98,7 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
         default=True,
         metadata={
             "role": "result",
-            "help": "scale the features of a box to length 1, those of each stride by themselves",
+            "help": "scale the features of a box to length 1, each stride's by themselves",
         },
     )
 

@@ -30,8 +30,8 @@ class AlignDetConfig(PreTrainedConfig):
             which part of the detection loss on the proposals counts beside the contrast: "all"; "boxes", without the
             classes, as the official code has it for RetinaNet, FCOS, Faster and Mask R-CNN; or "none".
         gather_negatives (`bool`, *optional*, defaults to `False`):
-            let the queries of all processes repel each other, as if one process had their images. Otherwise those of
-            the images of one process and forward pass do, as in the official code.
+            let the queries of all processes repel each other, as if one process had their images. Otherwise only
+            the queries of one process and forward pass do, as in the official code.
         base_momentum (`float`, *optional*, defaults to 0.996):
             momentum of the first update of the momentum detector.
         end_momentum (`float`, *optional*, defaults to 1.0):

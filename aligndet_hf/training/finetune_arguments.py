@@ -172,7 +172,7 @@ class FinetuneArguments(
         default=False,
         metadata={
             "role": "start",
-            "help": "keep weights and statistics of the backbone's batch norms, also those of a checkpoint",
+            "help": "keep weights and statistics of the backbone's batch norms, a checkpoint's too",
         },
     )
 

@@ -15,7 +15,7 @@ TITLES = {"aligndet": "AlignDet", "soco": "SoCo"}
 
 
 def fields_of(method: str) -> dict[str, Any]:
-    """The fields that one chooses for a method, with their types; those of networks come from elsewhere."""
+    """The fields that one chooses for a method, with their types; the fields of networks come from elsewhere."""
     config = CONFIGS[method]
     return {name: kind for name, kind in config.__annotations__.items() if name not in config.sub_configs}
 

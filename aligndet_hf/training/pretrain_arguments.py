@@ -102,7 +102,7 @@ class PretrainArguments(
         "image_sizes",
         default=None,
         help="sizes in pixels that images are resized to at random: the shorter side, or both sides; 640 672 ... 800 "
-        "if not given. SoCo: both sides of each view, that of the whole image first; 224 224 112",
+        "if not given. SoCo: both sides of each view, the whole image's first; 224 224 112",
     )
     color: bool | None = again(
         AugmentationArguments,
