@@ -32,6 +32,7 @@ from ..pipelines.stages import (
     Stage,
     merged,
     needed_for,
+    origin_of,
     read_chain,
     require_plain_name,
     resolve_stages,
@@ -408,7 +409,7 @@ def _check_data(arguments: CompareArguments, jobs: list[Job], settings: Finetune
         },
     )
     held_out = (settings.eval_dataset, settings.eval_split, settings.eval_image_dir)
-    seen = sorted({_origin(stage, job.stages) for job in jobs for stage in job.stages if stage.command in TRAINED})
+    seen = sorted({origin_of(stage, job.stages) for job in jobs for stage in job.stages if stage.command in TRAINED})
     places = {source: Path(source[0]).expanduser() for source in [held_out, *seen]}
     content = [path_hash(place, source[2] or None) for source, place in places.items() if place.exists()]
     leakage = look_for_leaks(held_out, seen, content, output_dir / LEAKAGE)
@@ -429,16 +430,6 @@ def _check_data(arguments: CompareArguments, jobs: list[Job], settings: Finetune
         "images": {f"{share:g}": len(rows) for share, rows in subsets[arguments.seeds[0]].items()},
         "leakage": leakage,
     }
-
-
-def _origin(stage: Stage, stages: list[Stage]) -> tuple[str, str, str]:
-    """Where the training images of a stage come from: data set, split and image folder, empty if not given."""
-    by_folder = {str(other.folder): other for other in stages}
-    settings, split = stage.settings, stage.settings.get("split") or "train"
-    while settings["dataset"] in by_folder:
-        settings = by_folder[settings["dataset"]].settings
-        split = settings.get("split") or split
-    return str(settings["dataset"]), split, settings.get("image_dir") or ""
 
 
 # ---- the results ----

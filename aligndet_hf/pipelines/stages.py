@@ -307,3 +307,13 @@ def needed_for(stages: list[Stage]) -> list[Stage]:
         more += stage.needs
     # Once each: a teacher may be the last stage itself.
     return list(dict.fromkeys(stage for stage in stages if stage in needed))
+
+
+def origin_of(stage: Stage, stages: list[Stage]) -> tuple[str, str, str]:
+    """Where the training images of a stage come from: data set, split and image folder, empty if not given."""
+    by_folder = {str(other.folder): other for other in stages}
+    settings, split = stage.settings, stage.settings.get("split") or "train"
+    while settings["dataset"] in by_folder:
+        settings = by_folder[settings["dataset"]].settings
+        split = settings.get("split") or split
+    return str(settings["dataset"]), split, settings.get("image_dir") or ""
