@@ -195,7 +195,6 @@ ANOTHER_DEFAULT = {
     "logging_steps": "pre-training is longer",
     "color": "the default of pre-training depends on method and preset",
     "crop_scale": "the default of pre-training depends on the method",
-    "num_clusters": "clusters makes them; pretrain counts those that are there",
     "preset": "speed of selective search; numbers of pre-training",
     "eval_size": "a training measures at the largest size of its own; a published detector at its own",
 }
