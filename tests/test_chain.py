@@ -7,17 +7,21 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import forks
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_detectors import CONFIGS
 from tiny_soco import SMALL
 
 from aligndet_hf import cli
-from aligndet_hf.commands.chain import ChainArguments, plan_chain
+from aligndet_hf.commands.chain import ChainArguments, plan_chain, run_chain
 from aligndet_hf.data.synthetic import write_synthetic_folder
+from aligndet_hf.detectors.backbones import get_backbone
+from aligndet_hf.detectors.build import build_detector
+from aligndet_hf.recipes import find_recipe
 
 ROOT = Path(__file__).parents[1]
 FINETUNE = {
@@ -197,6 +201,36 @@ def test_an_interrupted_chain_goes_on_where_it_was(argv, proposal_folder, detect
     assert cli.main(argv) == 0
     assert "Resuming from " in capsys.readouterr().out
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 21))
+
+
+def test_a_round_of_self_training(data, ran, tmp_path):
+    """The recipe as it is, with tiny sizes: each stage learns from what the one before has made."""
+    torch.manual_seed(0)
+    backbone = get_backbone(build_detector("detr", backbone="resnet10t"))
+    network = getattr(backbone, "_backbone", backbone)
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, tmp_path / "w.safetensors")
+    content = yaml.safe_load(find_recipe("chain_selftrain").read_text())
+    common = {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "report_to": "none"}
+    common |= {"write_report": False, "per_device_train_batch_size": 2}
+    given = [
+        f"dataset={data}", f"weights={tmp_path / 'w.safetensors'}", "backbone=resnet10t", "label_fraction=0.25",
+        "steps=1", "pretrain_steps=1", "image_sizes=[64]", "clusters.num_clusters=2", "proposals.preset=tiny",
+        "pseudolabel.score_threshold=0", "pseudolabel.ignore_threshold=0", "pseudolabel.class_check=none",
+        "teacher.eval_strategy='no'", "finetune.eval_strategy='no'",
+    ]  # fmt: skip
+    arguments = ChainArguments(
+        **content, common=common, set=given, output_dir=str(tmp_path / "out"), in_this_process=True
+    )
+    stages = run_chain(arguments)
+    assert ran == ["proposals", "clusters", "pretrain", "finetune", "pseudolabel", "finetune"]
+    clusters = datasets.load_from_disk(str(stages["clusters"].folder))
+    assert max(len(row["bbox"]) for row in clusters["proposals"]) <= 10 and "cluster" in clusters["proposals"][0]
+    pseudo = datasets.load_from_disk(str(stages["pseudolabel"].folder))
+    assert 0 < len(pseudo) <= 6  # of 8 images 2 have labels
+    student = json.loads((stages["finetune"].folder / "results.json").read_text())
+    assert student["steps"] == 1 and student["images"] == 2 and "AP" in student["metrics"]
+    kept = json.loads((stages["finetune"].folder / "transfer_report.json").read_text())
+    assert kept["reset"] == kept["mismatched"] == []  # all of the teacher
 
 
 @pytest.mark.parametrize(
