@@ -341,6 +341,8 @@ def test_a_finished_comparison_is_published(finished, settings, data, tmp_path):
     arms = {name: settings["arms"][name] for name in ("plain", "aligndet")}
     compare(CompareArguments(**settings | {"arms": arms}, output_dir=str(folder), num_parallel=0))
 
+    for own in ("shared/pretrain-seed-0", "aligndet/finetune-fraction-0.5-seed-0"):
+        assert "## Beside other starting points" in (folder / own / "README.md").read_text()
     cards = script["publish"](folder, shown, "apache-2.0")
     names = ("shared-pretrain-seed-0", "aligndet-finetune-fraction-0.5-seed-0", "aligndet-finetune-fraction-1-seed-0")
     assert sorted(card.name for card in cards) == sorted(f"scenes-{name}.md" for name in names)

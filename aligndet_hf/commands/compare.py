@@ -46,6 +46,7 @@ from ..reporting.pictures import new_figure
 from ..reporting.verdict import verdict
 from ..runs import RunFolder
 from ..training.finetune_arguments import FinetuneArguments
+from ..training.publish import tell_comparison
 from .chain import PipelineArguments
 
 # What the comparison sets in every stage that has it.
@@ -253,6 +254,8 @@ def compare(arguments: CompareArguments) -> dict:
             runs = [(job.arm, job.fraction, job.measured) for job in jobs if job.seed == arguments.seeds[0]]
             draw_arms(runs, parsed[jobs[0].measured], output_dir, arguments.num_pictures)
         page = html_report.write_report(output_dir)
+        trained = [stage.folder for stage in stages if stage.command in TRAINED and is_finished(stage)]
+        tell_comparison(trained if results["runs"] else [], json.loads(json.dumps(results)))
     print(f"{' '.join(verdict(results))}\nReport: {page}, the same without pictures of the images: report.md")
     if failures:
         listed = "\n".join(f"  {stage.folder}: {reason}" for stage, reason in failures.items())

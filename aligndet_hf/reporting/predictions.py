@@ -50,7 +50,7 @@ def tell_predictions(
     write_json(folder / DIAGNOSIS, told)
     best = [of_class["best_threshold"] for of_class in told["per_class"].values()]
     worst = [rows[image["image_id"]] for image in told["worst_images"][:num_pictures]]
-    lowest = best if threshold is None else [threshold] * len(best)
+    lowest = best if threshold is None else threshold
     for name, shown, scores in ((PREDICTIONS, images.spread(num_pictures), lowest), (WORST, worst, best)):
         (folder / name).unlink(missing_ok=True)
         if num_pictures and shown:
@@ -169,6 +169,8 @@ def _draw(image: np.ndarray, panel: Mapping, class_names: Sequence[str], side: i
     """One picture with its boxes, best scores first, with a tag each (short ones where boxes are many)."""
     boxes, labels = np.array(panel["boxes"], dtype=float).reshape(-1, 4), np.asarray(panel["labels"], dtype=int)
     boxes[:, 2:] -= boxes[:, :2]
+    times = max(1, side // max(image.shape[:2]))  # so that boxes and tags in small images can be told apart
+    image, boxes = image.repeat(times, 0).repeat(times, 1), boxes * times
     scores = panel.get("scores")
     order = np.arange(len(labels)) if scores is None else np.argsort(-np.asarray(scores), kind="stable")
     names = ["" if len(labels) > CROWDED else class_names[label] for label in labels]

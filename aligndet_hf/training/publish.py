@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from accelerate import PartialState
@@ -9,6 +10,7 @@ from accelerate import PartialState
 from .. import __version__
 from ..cards import write_card
 from ..hub import open_repository, upload
+from ..reporting.comparison import summary
 from ..reporting.html_report import REPORT, pictures_of, write_report
 from ..reporting.model_card import eval_results, model_card, run_title
 from ..reporting.predictions import PREDICTIONS
@@ -67,7 +69,7 @@ def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: b
     """
     record = read_run(output_dir)
     record.license = arguments.card_license or record.license
-    shown = next((name for name in IN_CARDS if (output_dir / name).is_file()), None)
+    shown = _picture(output_dir)
     card = model_card(record, output_dir.resolve().name, record.product, shown)
     card = write_card(output_dir / "README.md", card)
     if arguments.write_report and (anew or not (output_dir / REPORT).exists()):
@@ -104,6 +106,25 @@ def publish_run(output_dir: Path, arguments, repo_id: str | None = None, anew: b
             token=getattr(arguments, "hub_token", None),
         )
     print(f"Uploaded to {address}")
+
+
+def tell_comparison(folders: Iterable[Path], results: Mapping) -> None:
+    """
+    Writes the cards of runs anew, with what came of the comparison that they are part of.
+
+    Args:
+        folders (`Iterable[Path]`): The folders of finished runs of pre-training and fine-tuning.
+        results (`Mapping`): What [`~aligndet_hf.commands.compare.compare`] writes to `results.json`.
+    """
+    for folder in folders:
+        record = read_run(folder)
+        record.comparison = summary(results)
+        write_card(folder / "README.md", model_card(record, folder.name, record.product, _picture(folder)))
+
+
+def _picture(folder: Path) -> str | None:
+    """The picture that the card of a run shows."""
+    return next((name for name in IN_CARDS if (folder / name).is_file()), None)
 
 
 def _told_pictures(names: list[str], are_uploaded: bool) -> str:
