@@ -30,14 +30,14 @@ KEPT = {
     "search": {
         "max_boxes": 10,
         "nms_threshold": 0.2,
-        "min_side": 0,
+        "min_side": 0.0,
         "min_relative_size": 0.04,
         "max_relative_size": 0.8,
     },
     "other": {
         "max_boxes": 300,
         "nms_threshold": 0.7,
-        "min_side": 0,
+        "min_side": 0.0,
         "min_relative_size": 0.04,
         "max_relative_size": 1.0,
     },
@@ -45,7 +45,7 @@ KEPT = {
     "paper": {
         "max_boxes": 300,
         "nms_threshold": 0.7,
-        "min_side": 32,
+        "min_side": 32.0,
         "min_relative_size": 0.0,
         "max_relative_size": 0.8,
     },
