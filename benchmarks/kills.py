@@ -181,12 +181,11 @@ def goes_on(task: Attacked, output: Path, whole: Whole, tally: Tally, what: str)
     tally.expect(not rest and not (output / ".lock").exists(), f"after {what} there is left {rest}")
 
 
-def one_line(log: Path = SCRATCH / "log") -> bool:
+def one_line(log: Path | None = None) -> bool:
     """Whether a failed command told why in one line, and showed no traceback."""
-    text = log.read_text()
-    return (
-        "Traceback" not in text and text.count("error: ") == 1 and text.strip().split("\n")[-1].startswith("error: ")
-    )
+    text = (log or SCRATCH / "log").read_text()
+    lines = text.strip().split("\n")
+    return "Traceback" not in text and [line for line in lines if line.startswith("error: ")] == lines[-1:]
 
 
 # ---- attacks ----
