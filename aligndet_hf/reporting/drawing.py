@@ -70,6 +70,12 @@ def draw_boxes(
     return picture
 
 
+def enlarged(image: np.ndarray, boxes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image as many times larger as fits the side, and its boxes: tags in small images do not hide them."""
+    times = max(1, side // max(image.shape[:2]))
+    return image.repeat(times, 0).repeat(times, 1), boxes * times
+
+
 def _draw_dashes(draw: PIL.ImageDraw.ImageDraw, box: Sequence[float], color: str, width: int) -> None:
     """Draws the outline of a box (xyxy) in dashes."""
     x1, y1, x2, y2 = box

@@ -14,7 +14,7 @@ from ..evaluation.coco_metrics import CocoMetrics
 from ..evaluation.detections import EvaluationImages, match_categories, predict_batches
 from ..evaluation.diagnosis import Diagnosis, agreeing
 from ..files import write_json
-from .drawing import JPEG_QUALITY, contact_sheet, draw_boxes
+from .drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged
 from .pictures import color_of
 from .run_record import DIAGNOSIS, read_json
 
@@ -169,8 +169,7 @@ def _draw(image: np.ndarray, panel: Mapping, class_names: Sequence[str], side: i
     """One picture with its boxes, best scores first, with a tag each (short ones where boxes are many)."""
     boxes, labels = np.array(panel["boxes"], dtype=float).reshape(-1, 4), np.asarray(panel["labels"], dtype=int)
     boxes[:, 2:] -= boxes[:, :2]
-    times = max(1, side // max(image.shape[:2]))  # so that boxes and tags in small images can be told apart
-    image, boxes = image.repeat(times, 0).repeat(times, 1), boxes * times
+    image, boxes = enlarged(image, boxes, side)
     scores = panel.get("scores")
     order = np.arange(len(labels)) if scores is None else np.argsort(-np.asarray(scores), kind="stable")
     names = ["" if len(labels) > CROWDED else class_names[label] for label in labels]

@@ -10,7 +10,7 @@ from ..data.arrow_boxes import read_boxes
 from ..data.collate import collate_labelled
 from ..detectors.build import open_detector
 from ..evaluation.detections import EvaluationImages, predict_batches
-from ..reporting.drawing import JPEG_QUALITY, contact_sheet, draw_boxes
+from ..reporting.drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged
 
 BOXES = "boxes.jpg"
 NUM_IMAGES, NUM_BOXES, SIDE = 4, 8, 340
@@ -51,7 +51,9 @@ class BestBoxes:
             proposals = read_boxes(self.images.dataset.select([row]).with_format("arrow")[:]["proposals"])[0]
             for boxes in (proposals[:NUM_BOXES], self.before[number], after[number]):
                 ranks = range(len(boxes))
-                pictures.append(draw_boxes(image, boxes, list(ranks), [str(rank + 1) for rank in ranks], SIDE))
+                pictures.append(
+                    draw_boxes(*enlarged(image, boxes, SIDE), list(ranks), [str(rank + 1) for rank in ranks], SIDE)
+                )
         titles = ["proposals", "best boxes before pre-training", "after"] * len(self.rows)
         note = f"The first {NUM_BOXES} proposals, and the {NUM_BOXES} boxes that the detector is surest of, in order"
         contact_sheet(pictures, titles, 3, SIDE, note).save(path, quality=JPEG_QUALITY)
