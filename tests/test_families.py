@@ -19,7 +19,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def test_every_family_of_the_table_is_tested_and_documented():
     assert {tiny_config(name).model_type for name in CONFIGS} == set(FAMILIES)
-    rows = re.findall(r"^\| (\S+(?: two-stage)?) \|", (DOCS / "families.md").read_text(), re.MULTILINE)
+    table, *_ = (DOCS / "families.md").read_text().split("| name |")  # of published checkpoints
+    rows = re.findall(r"^\| (\S+(?: two-stage)?) \|", table, re.MULTILINE)
     assert rows == ["family", *CONFIGS]
 
 
