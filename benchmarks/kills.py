@@ -113,9 +113,10 @@ def share_server_of_workers() -> None:
     """One server for the worker processes of all tries: its start takes longer than they do."""
     from multiprocessing import forkserver
 
-    from aligndet_hf.commands import proposals
+    from aligndet_hf.commands.proposals import _PRELOADED
+    from aligndet_hf.data.shard_search import _process_context
 
-    proposals._process_context()
+    _process_context(_PRELOADED)
     forkserver.ensure_running()
     forkserver._forkserver.ensure_running = lambda: None
 
