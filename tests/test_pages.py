@@ -57,6 +57,14 @@ def test_a_sheet_has_its_note_and_its_legend():
     assert (np.asarray(full) == [255, 0, 0]).all(-1).sum() > 50
 
 
+def test_names_with_a_line_break_are_drawn_in_one_line():
+    picture = PIL.Image.new("RGB", (90, 40), "white")
+    broken, whole = (
+        contact_sheet([picture], [name], 1, 90, legend={name: "#ff0000"}) for name in ("a\nname\n", "a name")
+    )
+    np.testing.assert_array_equal(np.asarray(broken), np.asarray(whole))
+
+
 def test_a_diagnosis_on_a_page(tmp_path):
     diagnosis = Diagnosis([EVIL, "dog"])
     box, other = [0, 0, 10, 10], [50, 50, 60, 60]

@@ -25,8 +25,8 @@ SMALL = {
     "--max_steps 2000": "--max_steps 1 --use_cpu true --write_report false",
     "--output_dir outputs/finetuned": "--output_dir outputs/finetuned --max_steps 1 --use_cpu true "
     "--write_report false --num_pictures 0 --dataloader_num_workers 0 --dataloader_persistent_workers false",
-    "--max_boxes 50": "--max_boxes 5 --dataloader_num_workers 0",
-    "max_boxes=50": "max_boxes=5, dataloader_num_workers=0",
+    "--output_dir outputs/proposals": "--output_dir outputs/proposals --dataloader_num_workers 0",
+    'output_dir="outputs/boxes"': 'output_dir="outputs/boxes", dataloader_num_workers=0',
     'detector="deformable_detr"': 'detector="tiny", max_steps=1, use_cpu=True, write_report=False, image_sizes=[64]',
     'output_dir="outputs/tuned"': 'output_dir="outputs/tuned", max_steps=1, use_cpu=True, write_report=False, '
     "num_pictures=0, dataloader_num_workers=0, dataloader_persistent_workers=False, image_sizes=[64]",

@@ -59,6 +59,7 @@ def draw_boxes(
     for corner, label, tag in zip(corners, labels, tags, strict=True):
         if not tag:
             continue
+        tag = _in_one_line(tag)
         place = _free_place(corner, draw.textbbox((0, 0), tag, font=font), picture.size, taken)
         if place is None:
             continue
@@ -141,6 +142,8 @@ def contact_sheet(
     Returns:
         `PIL.Image.Image`
     """
+    # The name of a class or file may hold a line break, which Pillow does not measure.
+    titles, legend = map(_in_one_line, titles), {_in_one_line(name): color for name, color in (legend or {}).items()}
     small = [picture.copy() for picture in pictures]
     for picture in small:
         picture.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
@@ -151,20 +154,18 @@ def contact_sheet(
     sheet_width = columns * (side + gap) + gap
     measure = PIL.ImageDraw.Draw(PIL.Image.new("RGB", (1, 1)))
     notes = _lines(note.split(), lambda words: measure.textlength(" ".join(words), font=font), sheet_width - 2 * gap)
-    names = _lines(
-        legend or (), lambda names: sum(30 + measure.textlength(name, font=font) for name in names), sheet_width
-    )
+    names = _lines(legend, lambda names: sum(30 + measure.textlength(name, font=font) for name in names), sheet_width)
     top = gap + 18 * len(notes)
     sheet_height = top + sum(heights) + gap * len(rows) + 18 * len(names)
     sheet = PIL.Image.new("RGB", (sheet_width, sheet_height), "white")
-    draw, title = PIL.ImageDraw.Draw(sheet), iter(titles)
+    draw = PIL.ImageDraw.Draw(sheet)
     for number, line in enumerate(notes):
         draw.text((gap, gap / 2 + 18 * number), " ".join(line), font=font, fill=INK)
     for row, height in zip(rows, heights, strict=True):
         for column, picture in enumerate(row):
             left = gap + column * (side + gap)
             sheet.paste(picture, (left, top))
-            words = next(title)
+            words = next(titles)
             while draw.textlength(words, font=font) > side and len(words) > 1:
                 words = "…" + words[2:]
             draw.text((left, top + picture.height + 2), words, font=font, fill=INK)
@@ -177,6 +178,10 @@ def contact_sheet(
             left += 30 + draw.textlength(name, font=font)
         top += 18
     return sheet
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _lines(words: Iterable[str], length: Callable[[list[str]], float], limit: float) -> list[list[str]]:
