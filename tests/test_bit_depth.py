@@ -10,6 +10,7 @@ import forks
 import numpy as np
 import PIL.Image
 import pytest
+from tiny_detectors import tiny_detector
 from transformers import AutoImageProcessor, pipeline
 
 from aligndet_hf.commands.evaluate import EvaluateArguments, evaluate
@@ -31,6 +32,7 @@ from aligndet_hf.data.views import ViewConfig
 from aligndet_hf.detectors.build import save_image_processor
 from aligndet_hf.detectors.deep_images import open_image, to_8_bits
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
+from aligndet_hf.training.publish import _model_files
 
 LOW, HIGH = 7000, 9040  # 12 of the 16 bits, as thermal cameras have them: 8 levels for each of the 256
 
@@ -238,6 +240,15 @@ def test_the_pipeline_scales_as_training_does(run, kind):
         image = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     scaled = to_8_bits(open_image(str(path) if kind == "file" else image), (LOW, HIGH))
     np.testing.assert_array_equal(np.asarray(scaled.convert("RGB")), decode_image(path, (LOW, HIGH)))
+
+
+def test_the_code_that_the_config_names_goes_to_the_hub(run, tmp_path):
+    """The pipeline of deep images and the model of torchvision's detectors, and no script that lies beside them."""
+    (run / "finetuned" / "mine.py").write_text("token = 'secret'\n")
+    assert {"config.json", "model.safetensors", "deep_images.py"} <= set(files := _model_files(run / "finetuned"))
+    assert "mine.py" not in files
+    tiny_detector("torchvision_fcos").save_pretrained(tmp_path)
+    assert sorted(_model_files(tmp_path)) == ["config.json", "model.safetensors", "modeling_torchvision.py"]
 
 
 def test_eight_bits_stay_as_they_are():

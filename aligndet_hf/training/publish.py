@@ -136,4 +136,9 @@ def _told_pictures(names: list[str], are_uploaded: bool) -> str:
 
 
 def _model_files(folder: Path) -> dict[str, Path]:
-    return {path.name: path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    """What loads the model of a folder: also the code that its config names, and no other."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    pipelines = [pipeline["impl"] for pipeline in config.get("custom_pipelines", {}).values()]
+    code = {f"{name.split('.')[0]}.py" for name in [*config.get("auto_map", {}).values(), *pipelines]}
+    found = [path for pattern in _MODEL_FILES for path in folder.glob(pattern)]
+    return {path.name: path for path in [*found, *(path for path in folder.glob("*.py") if path.name in code)]}
