@@ -178,11 +178,10 @@ def _read_row(path: Path, where: str, row, spelling: dict[str, str]) -> Labelled
     if type(row.get("width")) is int and type(row.get("height")) is int:
         image.width, image.height = row["width"], row["height"]
     column = next((column for column in COLUMNS if column in row), None)
-    at_top = {name: value for name, value in row.items() if isinstance(value, list)}
     if column is not None:
         image.objects = _read_objects(row[column], column, where, spelling)
-    elif {"bbox", "category"} <= set(find_spelling(at_top)):
-        image.objects = _read_objects(at_top, "the row", where, spelling)
+    elif {"bbox", "category"} <= set(find_spelling(lists := {n: v for n, v in row.items() if isinstance(v, list)})):
+        image.objects = _read_objects(lists, "the row", where, spelling)
     return image
 
 

@@ -1,9 +1,9 @@
 """What every reader makes of its files: labelled images and the categories, and the data set that is built of them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,24 +120,23 @@ def _images(images: list[LabelledImage], source: str) -> pa.Array:
         return pa.array([door.image_value(image.path) for image in images], datasets.Image.pa_type)
     structs = [{"bytes": None, "path": door.printable(image.path.absolute())} for image in images]
     faults = inspect_images([pa.array(structs, datasets.Image.pa_type)], len(images)).faults
-    lines = []
+    lines, names_in = [], cache(_names_in_lower_case)
     for row, reason in faults.items():
         if not os.path.lexists(images[row].path):
-            reason = f"there is no file {door.printable(images[row].path)}{_with_other_capitals(images[row].path)}."
+            hint = _with_other_capitals(images[row].path, names_in)
+            reason = f"there is no file {door.printable(images[row].path)}{hint}."
         lines.append(f"{images[row].where}: {reason}")
     if len(lines) == 1:
         raise DataError(lines[0])
     raise DataError(f"{source}: {len(lines)} of {len(images)} images cannot be read:\n  {door.first(lines)}")
 
 
-def _with_other_capitals(path: Path) -> str:
+def _with_other_capitals(path: Path, names_in: Callable[[Path], dict[str, str]]) -> str:
     """What to say of a file whose name differs in capitals only; file systems of Windows and macOS take it as well."""
-    names = _names_in_lower_case(path.parent)
-    near = names.get(path.name.lower())
+    near = names_in(path.parent).get(path.name.lower())
     return f"; '{door.printable(near)}' is there: capitals count" if near else ""
 
 
-@lru_cache(maxsize=1)
 def _names_in_lower_case(folder: Path) -> dict[str, str]:
     return {name.lower(): name for name in os.listdir(folder)} if folder.is_dir() else {}
 
