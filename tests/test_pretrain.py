@@ -50,8 +50,7 @@ def arguments(proposal_folder, detector_folders, tmp_path):
 
 @pytest.fixture
 def warnings_of(caplog, monkeypatch):
-    for module in (pretrain_module, pretrain_aligndet):
-        monkeypatch.setattr(module, "logger", logging.getLogger("pretrain"))
+    monkeypatch.setattr(pretrain_aligndet, "logger", logging.getLogger("pretrain"))
     return caplog
 
 
@@ -70,7 +69,7 @@ def test_the_loss_falls_and_everything_moves_that_should_and_nothing_else(argume
     is_slow = is_vit or model_type == "torchvision_retinanet"
     steps, rate = (80, 1e-3) if is_slow else (24, 1e-2 if model_type in CONVNETS else 3e-3)
     steps = 48 if model_type == "conditional_detr" else steps
-    # The smallest backbone leaves the losses of an R-CNN, of which most is chance, close to the bound.
+    # The smallest backbone leaves the losses of an R-CNN, mostly chance, close to the bound.
     larger = {"backbone_config": timm_backbone("resnet10t", (1, 2, 3, 4))} if "rcnn" in model_type else {}
     fields = {"learning_rate": rate, "max_grad_norm": 1.0, "flip_probability": 0.0}
     run = arguments(model_type, larger, max_steps=steps, **fields)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from datasets import Dataset
-from transformers.utils import logging
 
 from ..cards import versions
 from ..data.bit_depth import pixel_window, settle_pixel_window, window_line
@@ -34,8 +33,6 @@ from ..training.publish import finished_metrics, open_run_repository, publish_ru
 from ..training.run_length import length_note
 from ..training.schedules import Schedules
 from ..training.start import start_hashes
-
-logger = logging.get_logger(__name__)
 
 # What is written to `output_dir`, beside checkpoints and the summary.
 WRITTEN = [
