@@ -4,7 +4,7 @@ Memory of `aligndet predict` on many images: the peak of the process, and how mu
     python benchmarks/predict.py --num_images 10000
 
 Images are rendered, small, and linked to as many names; the detector is tiny, so that what is measured is the command:
-`peak` is the largest resident size (VmHWM), of which the pages of libraries and files are given back when others
+`peak` is the largest resident size (VmHWM). The pages of libraries and files in it are given back when others
 need memory; `own` is what cannot be given back (anonymous). `--kill_after` kills the command once it has that many
 images, and runs it again to its end.
 """

@@ -483,7 +483,7 @@ def test_interrupted_anywhere_it_continues(arguments, counted, monkeypatch, tmp_
         assert not (tmp_path / "out").exists()
         seen.append(len(counted))
         counted.clear()
-    # Three batches of two images and the seventh one, of which all boxes are seen; then the four others.
+    # Three batches of two images and the seventh one, with all its boxes; then the four others.
     assert seen == [6, 1, 0, 1, 3]
     assert rows_of(cluster_proposals(arguments(**few))) == expected and not counted
     assert command.fit_clusters is fit and not (tmp_path / "out.partial").exists()

@@ -129,7 +129,7 @@ def test_longer_arms_of_the_baseline(settings):
         if job.arm.startswith("plain"):
             assert [stage.name for stage in job.stages] == ["finetune"]
             assert job.measured.settings["transfer"] == "paper"
-    # The arms are those of the configuration from now on: what is published has them without the flags.
+    # From now on the arms are the configuration's: what is published has them without the flags.
     again = CompareArguments(**settings | changes | {"arms": arguments.arms})
     assert {job.arm: job.measured.settings["max_steps"] for job in plan_jobs(again)} == steps
     epochs = settings["common"] | {"max_steps": -1}

@@ -125,13 +125,13 @@ def test_the_bootstrap_over_images_pairs_its_samples():
     ours, theirs = found_in(*[True] * 20), found_in(*[True] * 10, *[False] * 10)
     samples = [resampled_precisions(matches, 200) for matches in (ours, theirs)]
     assert (samples[0] == 1).all()
-    # Without a wrong one before them, the right ones find so many of the objects: their share in the sample.
+    # Without a wrong one before them, the right ones find as many objects as their share in the sample.
     shares = np.random.default_rng(0).multinomial(20, np.full(20, 1 / 20), 200)[:, :10].sum(axis=1) / 20
     np.testing.assert_allclose(samples[1], (100 * shares + 1) / 101, atol=1.01 / 101)  # to a point of recall
     runs = [run("ours", 0, [0.9]), run("plain", 0, [0.5]), run("ours", 1, [0.9]), run("plain", 1, [0.9])]
     resampled = {("ours", 0.1, 0): samples[0], ("plain", 0.1, 0): samples[1]}
     gain = compare_runs(runs, "plain", resampled=resampled)[0.1]["ours"]["gain"]
-    assert gain["image_interval"] is None  # those of the second seed are missing
+    assert gain["image_interval"] is None  # the matches of the second seed are missing
     resampled |= {("ours", 0.1, 1): samples[0], ("plain", 0.1, 1): samples[0]}
     gain = compare_runs(runs, "plain", resampled=resampled)[0.1]["ours"]["gain"]
     assert gain["image_interval"] == pytest.approx(np.quantile((1 - samples[1]) / 2, [0.025, 0.975]).tolist())

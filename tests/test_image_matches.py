@@ -1,4 +1,4 @@
-"""AP on any choice of images from saved matches: that of pycocotools, also with crowds, ties and repeated images."""
+"""AP on any choice of images from saved matches equals pycocotools', also with crowds, ties and repeated images."""
 
 import contextlib
 import io
@@ -42,7 +42,7 @@ def matched(truth: dict, predictions: dict) -> ImageMatches:
 
 
 def pycocotools_ap(truth: dict, predictions: dict, weights: np.ndarray) -> float:
-    """The AP on images that are there so many times, each beside its copies."""
+    """The AP on images that are repeated, each beside its copies."""
     copies = [(image, copy) for image, weight in enumerate(weights) for copy in range(weight)]
     annotations, detections = [], []
     for number, (image, _) in enumerate(copies, start=1):
