@@ -27,6 +27,12 @@ def cautions(results: Mapping) -> list[str]:
     return [*_about_convergence(results), *_about_crops(results), *_about_images(results)]
 
 
+def includes_zero(gain: Mapping) -> bool:
+    """Whether the bootstrap over evaluation images, where there is one, includes no difference at all."""
+    interval = gain.get("image_interval")
+    return interval is not None and interval[0] <= 0 <= interval[1]
+
+
 def _about_convergence(results: Mapping) -> Iterator[str]:
     baseline, longer = results["baseline"], longer_arms(results)
     if not longer:
@@ -64,9 +70,7 @@ def _about_images(results: Mapping) -> Iterator[str]:
     unsure = []
     for fraction, arms in results["statistics"].items():
         for arm, found in arms.items():
-            gain = found.get("gain") or {}
-            low, high = gain.get("image_interval") or (1, 1)
-            if low <= 0 <= high:
+            if includes_zero(found.get("gain") or {}):
                 unsure.append(f"{arm} at {100 * float(fraction):g} %")
     if unsure:
         yield (

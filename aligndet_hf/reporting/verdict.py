@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from .fairness import includes_zero
+
 LEARNT = 0.05  # AP; below it nothing was learnt that a difference could be about
 ENOUGH_SEEDS = 6  # six agree by chance in 3 % of comparisons
 
@@ -38,7 +40,7 @@ def _of_arm(arm: str, baseline: str, found: Mapping) -> str:
         if fractions := groups.get(outcome):
             gains = [found[fraction][arm]["gain"] for fraction in fractions]
             seeds += [len(gain["seeds"]) for gain in gains]
-            open_ += [fraction for fraction in fractions if _includes_zero(found[fraction][arm]["gain"])]
+            open_ += [fraction for fraction in fractions if includes_zero(found[fraction][arm]["gain"])]
             size = sorted(abs(100 * gain["mean"]) for gain in gains)
             size = f"{size[0]:.1f}" + (f" to {size[-1]:.1f}" if len(size) > 1 else "")
             clauses.append(f"is {outcome} {baseline} in every seed, by {size} points of AP, with {_labels(fractions)}")
@@ -69,12 +71,6 @@ def _outcome(arm: Mapping, baseline: Mapping) -> str:
     if gain["wins"] == len(gain["seeds"]):
         return "above"
     return "below" if all(difference < 0 for difference in gain["differences"]) else "undecided"
-
-
-def _includes_zero(gain: Mapping) -> bool:
-    """Whether the bootstrap over evaluation images, where there is one, includes no difference at all."""
-    interval = gain.get("image_interval")
-    return interval is not None and interval[0] <= 0 <= interval[1]
 
 
 def _labels(fractions: list[str]) -> str:
