@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from ..data.sources import Search, select_fields
 from ..data.views import resize_image, view_shape
 from ..detectors.build import build_detector
+from ..processes import device_of
 from .box_features import BoxFeatures
 
 # Chosen by the precision of the first boxes on photographs of lost parts (fod), of COCO, and of blood cells.
@@ -91,4 +92,4 @@ def ring_features(backbone: str, backbone_weights: str) -> BoxFeatures:
     detector = build_detector(  # for its backbone only, so any family will do
         "detr", backbone=backbone, backbone_weights=backbone_weights, strides=tuple(STRIDES)
     )
-    return BoxFeatures(detector, STRIDES, normalize=False, device="cuda" if torch.cuda.is_available() else "cpu")
+    return BoxFeatures(detector, STRIDES, normalize=False, device=device_of(use_cpu=False))
