@@ -183,7 +183,7 @@ def test_weights_that_cannot_be_downloaded_are_one_clear_error(detector, monkeyp
         return create_model(*args, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(OSError, match=r"timm's weights of 'resnet10t' could not be loaded \(no connection\)"):
+    with pytest.raises(OSError, match=r"timm's weights of 'resnet10t' could not be loaded \(no connection\). .*FILE"):
         load_backbone_weights(detector, "timm")
 
 

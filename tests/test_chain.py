@@ -203,6 +203,21 @@ def test_an_interrupted_chain_goes_on_where_it_was(argv, proposal_folder, detect
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 21))
 
 
+def test_weights_that_cannot_be_had_are_told_before_the_first_stage(argv, ran, tmp_path, capsys):
+    stages = CHAIN["stages"] | {
+        "pretrain": CHAIN["stages"]["pretrain"] | {"detector": "detr", "backbone": "resnet10t"}
+    }
+    stages["pretrain"]["backbone_weights"] = "${weights}"
+    content = CHAIN | {"stages": stages, "variables": CHAIN["variables"] | {"weights": "timm"}}
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    assert cli.main(argv) == 2 and not ran  # the Hub is offline
+    error = capsys.readouterr().err
+    assert "stage 'pretrain': timm's weights of 'resnet10t' could not be loaded" in error
+    assert "--backbone_weights FILE" in error and error.rstrip().endswith("Here that is --set weights=...")
+    assert cli.main([*argv, f"weights={tmp_path}/none.safetensors"]) == 2 and not ran
+    assert "none.safetensors not found" in capsys.readouterr().err
+
+
 def test_a_round_of_self_training(data, ran, tmp_path):
     """The recipe as it is, with tiny sizes: each stage learns from what the one before has made."""
     torch.manual_seed(0)

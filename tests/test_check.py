@@ -97,9 +97,15 @@ def test_copies_and_leaks(tmp_path):
     image.resize((40, 30)).save(tmp_path / "x" / "validation" / "smaller.jpg")
     report = run(tmp_path / "x")
     assert [leak["image"].rsplit("/", 1)[1] for leak in report.leaks] == ["smaller.jpg"]
-    assert report.leaks[0]["seen"].endswith("train/2.png") and report.exit_code == 1
+    assert report.leaks[0]["seen"].endswith("train/2.png")
+    assert report.exit_code == 0 and report.notes[0].startswith("1 images of one split look like one of another split")
     ((copy, original),) = report.splits["train"].copies
     assert copy.endswith("copy.png") and original.endswith("0.png") and report.splits["validation"].copies == []
+    shutil.copy(tmp_path / "x" / "train" / "1.png", tmp_path / "x" / "validation" / "same.png")
+    report = run(tmp_path / "x")
+    (problem,) = report.all_problems
+    assert report.exit_code == 1 and "same.png (validation) = " in problem and "smaller" not in problem
+    assert len(report.notes) == 1
     assert run(tmp_path / "x", find_copies=False).exit_code == 0
 
 

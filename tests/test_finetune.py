@@ -438,6 +438,20 @@ def test_the_last_stages_of_a_backbone_with_weights_are_trained_alone(folder, tm
         arguments_for(folder, tmp_path, freeze_backbone=True, trainable_backbone_stages=1)
 
 
+def test_a_random_backbone_is_trained_as_a_whole_and_told(folder, tmp_path, capsys):
+    tiny = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 9}
+    changes = {"detector": "detr", "backbone": "resnet10t", "detector_config": tiny, "do_eval": False, "max_steps": 1}
+    for frozen in ({"freeze_backbone": True}, {"trainable_backbone_stages": 2}):
+        with pytest.raises(ValueError, match="frozen of it teaches the detector nothing. Give --backbone_weights"):
+            finetune(arguments_for(folder, tmp_path / "run", **changes, **frozen))
+    capsys.readouterr()
+    finetune(arguments_for(folder, tmp_path / "run", **changes))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("note: the backbone starts from random numbers, so all of it") for line in lines) == 1
+    (told,) = [line for line in lines if line.startswith("step 1 of 1: loss ")]
+    assert ", learning rate 0.0001" in told and not any("{'" in line for line in lines)
+
+
 def test_a_pretraining_run_gives_its_detector(folder, tmp_path):
     shutil.copytree(folder / "detector", tmp_path / "pretrained" / "detector")
     changes = {"max_steps": 1, "do_eval": False, "seed": 3}

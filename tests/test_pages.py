@@ -114,8 +114,8 @@ def results_of(aps: dict[str, dict[float, list[float]]], **protocol) -> dict:
                 }
                 runs.append(Run(arm, fraction, seed, metrics, [{"step": 1, "AP": value}]))
     statistics = {f"{fraction:g}": arms for fraction, arms in compare_runs(runs, "plain").items()}
-    arms = {arm: {"start": {}, "protocol": protocol if arm != "plain" else {}} for arm in aps}
-    return {"statistics": statistics, "baseline": "plain", "arms": arms}
+    arms = {arm: {"start": {"detector": arm}, "protocol": protocol if arm != "plain" else {}} for arm in aps}
+    return {"statistics": statistics, "baseline": "plain", "arms": arms, "protocol": {"max_steps": 4}}
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,8 @@ def test_a_verdict_on_several_shares_and_arms():
     results = results_of({"plain": {0.1: [0.2, 0.2]}, "ours": {0.1: [0.3, 0.3]}})
     results["statistics"]["0.1"]["ours"]["gain"]["image_interval"] = [-0.01, 0.2]
     assert "; with 10 % of the labels, other evaluation images could say the opposite (a hint" in verdict(results)[0]
+    results["arms"] = {"plain": {"start": {}, "protocol": {}}, "ours": {"start": {}, "protocol": {"max_steps": 8}}}
+    assert verdict(results)[0].startswith("ours, which is plain with longer fine-tuning, is above plain in every seed")
     assert verdict(results_of({"plain": plain})) == ["There is nothing yet to compare plain with."]
     assert verdict({"statistics": {}, "baseline": "plain"}) == ["Nothing is finished yet."]
 

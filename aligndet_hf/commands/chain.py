@@ -8,6 +8,7 @@ import yaml
 
 from ..arguments import OutputArguments, again
 from ..flags import nearest
+from ..pipelines.inputs import require_weights
 from ..pipelines.runner import is_finished, run_stages
 from ..pipelines.stages import Stage, merged, resolve_stages
 from ..ranges import check_values
@@ -137,11 +138,11 @@ def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
         stages = plan_chain(arguments)
         if any(stage.beside(".json") == Path(arguments.output_dir) / RECORD for stage in stages.values()):
             raise ValueError(f"a stage cannot be called 'run': {RECORD} is the record of the chain's folder")
-        for stage in stages.values():
-            stage.write_recipe()
-        for stage in stages.values():
-            if is_finished(stage):
-                print(f"stage {stage.name}: finished before, in {stage.folder}", flush=True)
+        parsed = {stage: stage.write_recipe() for stage in stages.values()}
+        for stage in [stage for stage in parsed if is_finished(stage)]:
+            del parsed[stage]
+            print(f"stage {stage.name}: finished before, in {stage.folder}", flush=True)
+        require_weights(parsed, arguments.variables)
 
         def tell(stage: Stage, failure: str | None) -> None:
             print(f"stage {stage.name}: {failure or f'finished, in {stage.folder}'}", flush=True)

@@ -129,6 +129,7 @@ class CheckReport:
         splits (`dict[str, SplitReport]`): Per split what was found.
         leaks (`list[dict]`): Images that two splits share: `splits`, `image`, `seen`, `same_file`, `distance`.
         problems (`list[str]`): Those that concern no single split.
+        notes (`list[str]`): What one should know of several splits.
     """
 
     source: str
@@ -136,6 +137,7 @@ class CheckReport:
     splits: dict[str, SplitReport] = field(default_factory=dict)
     leaks: list[dict] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def all_problems(self) -> list[str]:
@@ -199,13 +201,9 @@ def _check(arguments: CheckArguments) -> CheckReport:
     for one, other in combinations(prints, 2):
         for leak in find_leaks(prints[one], prints[other]):
             report.leaks.append({"splits": [other, one], **leak})
-    if report.leaks:
-        pairs = [(leak["image"], leak["splits"][0], leak["seen"], leak["splits"][1]) for leak in report.leaks]
-        found = listed(f"{image} ({split}) = {seen} ({other})" for image, split, seen, other in pairs)
-        report.problems.append(
-            f"{len(report.leaks)} images of one split are in another one as well, or look the same: {found}. Remove "
-            "them from one of the two, or numbers measured on it say too much."
-        )
+    _tell_leaks(report)
+    for note in report.notes:
+        print(f"note: {note}")
     for problem in report.problems:
         print(f"problem: {problem}")
     number = len(report.all_problems)
@@ -215,6 +213,20 @@ def _check(arguments: CheckArguments) -> CheckReport:
     if arguments.export is not None:
         _export(labelled, report, arguments)
     return report
+
+
+def _tell_leaks(report: CheckReport) -> None:
+    """A file that is in two splits is a problem; images that look the same may be right, such as two of one scene."""
+    for same_file, told, what in (
+        (True, report.problems, "are in another one as well. Remove them from one of the two, or numbers measured on "
+         "it say too much"),
+        (False, report.notes, "look like one of another split. If they are copies, remove them from one of the two"),
+    ):  # fmt: skip
+        leaks = [leak for leak in report.leaks if leak["same_file"] == same_file]
+        if leaks:
+            pairs = [(leak["image"], leak["splits"][0], leak["seen"], leak["splits"][1]) for leak in leaks]
+            found = listed(f"{image} ({split}) = {seen} ({other})" for image, split, seen, other in pairs)
+            told.append(f"{len(leaks)} images of one split {what}: {found}")
 
 
 def _export(labelled: dict[str, datasets.Dataset], report: CheckReport, arguments: CheckArguments) -> None:

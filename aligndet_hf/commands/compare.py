@@ -14,7 +14,7 @@ from ..data.splits import nested_subsets
 from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..files import write_json
 from ..flags import nearest
-from ..pipelines.inputs import path_hash
+from ..pipelines.inputs import path_hash, require_weights
 from ..pipelines.outcomes import (
     START,
     TRAINED,
@@ -219,6 +219,7 @@ def compare(arguments: CompareArguments) -> dict:
         jobs = plan_jobs(arguments)
         stages = list(dict.fromkeys(stage for job in jobs for stage in job.stages))
         parsed = {stage: stage.write_recipe() for stage in stages}
+        require_weights({stage: parsed[stage] for stage in stages if not is_finished(stage)}, arguments.variables)
         check = _check_data(arguments, jobs, parsed[jobs[0].measured], output_dir)
         ended = sum(map(is_finished, stages))
         print(

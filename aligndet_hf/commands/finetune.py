@@ -28,6 +28,7 @@ from ..detectors.build import (
     find_detector,
     is_new,
     load_detector,
+    require_useful_backbone,
     save_image_processor,
 )
 from ..detectors.criterion import use_correct_loss
@@ -325,8 +326,9 @@ def _start_detector(arguments: FinetuneArguments, categories: list[str]):
     id2label = dict(enumerate(categories))
     if is_new(arguments):
         detector, report = load_detector(arguments, len(categories), id2label)
-        if report is None and arguments.freeze_backbone:
-            raise ValueError("freeze_backbone: the backbone is random. Give --backbone_weights (`timm`, or a file)")
+        is_frozen = arguments.freeze_backbone or arguments.trainable_backbone_stages is not None
+        if note := require_useful_backbone(detector, report is None, is_frozen):
+            PartialState().print(f"note: {note}.")
     else:
         detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)
     # Always set, never trusted: transformers freezes by patterns that miss, and forgets it when it loads.

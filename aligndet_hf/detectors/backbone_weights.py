@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 # Networks that a self-supervised checkpoint holds beside the one that is meant to be used: the momentum encoders of
 # MoCo (v1 to v3) and SoCo, and DINO's student.
 SECOND_CHOICE = ("encoder_k.", "momentum_encoder.", "student.")
+# What to do about weights that cannot be downloaded.
+OFFLINE = (
+    "Without a connection to the Hub give a file, --backbone_weights FILE (.safetensors or .pth); pretrain and "
+    "finetune also start from random ones, with --backbone_weights none"
+)
 # Layers that a transformers backbone adds to the checkpoint's network: norms of its feature maps, which start neutral.
 ADDED = "hidden_states_norms."
 
@@ -95,28 +100,12 @@ def load_backbone_weights(detector: PreTrainedModel, weights: str | Path) -> Bac
 
 def load_weights(backbone: nn.Module, config: PreTrainedConfig, weights: str | Path) -> BackboneReport:
     """[`load_backbone_weights`] for a backbone outside a detector, and its config."""
-    name = getattr(config, "backbone", None) or config.model_type
-    is_timm, unused = config.model_type == "timm_backbone", []
-    if weights == "timm" and is_timm:
-        tensors = _timm_weights(config.backbone)
-    elif Path(weights).is_file():
-        tensors = read_tensors(Path(weights))
-    elif is_timm and (Path(weights) / "model.safetensors").is_file():
-        tensors = read_tensors(Path(weights) / "model.safetensors")
-    elif is_timm and hub_ids(weights):
-        tensors = read_tensors(_hub_file(weights))
-    elif not is_timm and ((Path(weights) / "config.json").is_file() or not Path(weights).exists()):
-        tensors, unused = _transformers_weights(str(weights), config)
-    else:
-        raise FileNotFoundError(
-            f"backbone weights {weights} not found: expected a .safetensors or .pth file"
-            + (", a folder or Hub id of a saved backbone, or 'timm'" if is_timm else " or a transformers checkpoint")
-        )
-
+    tensors, unused = read_weights(config, weights)
     network = _network(backbone)
     report, chosen = match_tensors(network.state_dict(), tensors, str(weights))
     lost = [name for name in report.missing if not name.endswith("num_batches_tracked") and ADDED not in name]
     if lost or report.mismatched:
+        name = getattr(config, "backbone", None) or config.model_type
         raise ValueError(
             f"{weights} does not fit backbone {name!r} (best prefix {report.prefix!r}): "
             + "; ".join(_problems(report, lost, network.state_dict(), tensors))
@@ -124,6 +113,34 @@ def load_weights(backbone: nn.Module, config: PreTrainedConfig, weights: str | P
     network.load_state_dict(chosen, strict=False)
     report.unused += unused
     return report
+
+
+def read_weights(config: PreTrainedConfig, weights: str | Path) -> tuple[dict[str, Tensor], list[str]]:
+    """
+    The tensors of weights for a backbone of this config, see [`load_backbone_weights`].
+
+    Returns:
+        `tuple[dict[str, Tensor], list[str]]`: the tensors by name, and the names of those that it has no place for.
+
+    Raises:
+        `FileNotFoundError`: if there are no such weights.
+        `OSError`: if they cannot be downloaded.
+    """
+    is_timm = config.model_type == "timm_backbone"
+    if weights == "timm" and is_timm:
+        return _timm_weights(config.backbone), []
+    if Path(weights).is_file():
+        return read_tensors(Path(weights)), []
+    if is_timm and (Path(weights) / "model.safetensors").is_file():
+        return read_tensors(Path(weights) / "model.safetensors"), []
+    if is_timm and hub_ids(weights):
+        return read_tensors(_hub_file(weights)), []
+    if not is_timm and ((Path(weights) / "config.json").is_file() or not Path(weights).exists()):
+        return _transformers_weights(str(weights), config)
+    raise FileNotFoundError(
+        f"backbone weights {weights} not found: expected a .safetensors or .pth file"
+        + (", a folder or Hub id of a saved backbone, or 'timm'" if is_timm else " or a transformers checkpoint")
+    )
 
 
 def match_tensors(
@@ -187,8 +204,7 @@ def _timm_weights(name: str) -> dict[str, Tensor]:
         return timm.create_model(name, features_only=True, pretrained=True).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
         raise OSError(
-            f"timm's weights of {name!r} could not be loaded ({str(error).splitlines()[0]}). Without a connection to "
-            "the Hub, give a file of weights"
+            f"timm's weights of {name!r} could not be loaded ({str(error).splitlines()[0]}). {OFFLINE}"
         ) from error
 
 
@@ -199,7 +215,7 @@ def _hub_file(repo_id: str) -> Path:
     except OSError as error:
         raise OSError(
             f"backbone weights {repo_id!r} are neither a file nor a folder, and could not be loaded from the Hub: "
-            f"{str(error).splitlines()[0]}"
+            f"{str(error).splitlines()[0]}. {OFFLINE}"
         ) from error
 
 
@@ -212,7 +228,7 @@ def _transformers_weights(source: str, config) -> tuple[dict[str, Tensor], list[
     except OSError as error:
         raise OSError(
             f"backbone weights {source!r} are neither a file nor a folder with a transformers checkpoint, and could "
-            f"not be loaded from the Hub: {str(error).splitlines()[0]}"
+            f"not be loaded from the Hub: {str(error).splitlines()[0]}. {OFFLINE}"
         ) from error
     except RuntimeError as error:
         raise ValueError(f"{source} does not fit backbone {config.model_type!r}: {error}") from error

@@ -19,7 +19,7 @@ from ..objects import as_source, copy_of
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
 from .class_losses import CLASS_LOSSES
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, Family, backbone_path, family_of
 from .published import hub_id
 
 if TYPE_CHECKING:
@@ -292,6 +292,52 @@ def _weights_of(arguments: DetectorArguments) -> str | None:
         has_backbone_of_choice = FAMILIES[arguments.detector].strides and arguments.backbone is None
         return "timm" if has_backbone_of_choice else None
     return None if arguments.backbone_weights == "none" else arguments.backbone_weights
+
+
+def require_useful_backbone(detector: PreTrainedModel, is_random: bool, is_frozen: bool) -> str | None:
+    """
+    The rule of all commands for a backbone that starts from random numbers: it is trained, and that is told.
+
+    Args:
+        detector (`PreTrainedModel`): with the backbone, if its family has one.
+        is_random (`bool`): whether nothing gave the backbone weights.
+        is_frozen (`bool`): whether some of it is asked to stay as it is.
+
+    Returns:
+        `str`, *optional*: what to tell.
+
+    Raises:
+        `ValueError`: a random backbone shall stay as it is, in part or as a whole.
+    """
+    if not is_random or backbone_path(detector) is None:
+        return None
+    fix = "Give --backbone_weights (`timm`, or a file)"
+    if is_frozen:
+        raise ValueError(
+            f"the backbone starts from random numbers, and what stays frozen of it teaches the detector nothing. {fix}"
+            ", or leave out freeze_backbone and trainable_backbone_stages"
+        )
+    return (
+        f"the backbone starts from random numbers, so all of it is trained. {fix} to start from ImageNet's, which is "
+        "better unless there are very many images; otherwise give --freeze_batch_norm false too"
+    )
+
+
+def backbone_source(arguments: Any) -> tuple[str, str | None] | None:
+    """
+    Which backbone the arguments of a command name, and which weights for it; `None` where it comes with a detector.
+
+    Args:
+        arguments ([`DetectorArguments`], or others with `backbone` and `backbone_weights`): the arguments.
+    """
+    if not hasattr(arguments, "backbone_weights"):
+        return None
+    weights = None if arguments.backbone_weights == "none" else arguments.backbone_weights
+    if isinstance(arguments, DetectorArguments) and getattr(arguments, "method", "aligndet") == "aligndet":
+        if not is_new(arguments) or not FAMILIES[arguments.detector].strides:
+            return None
+        weights = _weights_of(arguments)
+    return arguments.backbone or "resnet50", weights
 
 
 def find_detector(source: str | Path) -> str:

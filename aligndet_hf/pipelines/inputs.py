@@ -3,13 +3,17 @@
 import functools
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.errors import DataError
 from ..data.formats import load_dataset_source, split_names
 from ..data.shards import content_hash
 from ..data.sources import file_hash
+from ..detectors.backbone_weights import read_weights
+from ..detectors.backbones import find_backbone
+from ..detectors.build import backbone_source
 from ..flags import names_of
 from ..runs import RECORD
 
@@ -48,6 +52,39 @@ def inputs_of(stage: "Stage", arguments: type) -> dict[str, str]:
                 image_dir = stage.settings.get(name.replace("dataset", "image_dir"))
                 hashes[f"{name} {value}"] = path_hash(path, image_dir if name != "image_dir" else None)
     return hashes
+
+
+def require_weights(parsed: Mapping["Stage", Any], variables: Mapping[str, Any]) -> None:
+    """
+    Refuses a pipeline whose backbones cannot get their weights, before hours of work that do not need them yet.
+
+    Args:
+        parsed (`Mapping[Stage, Any]`): The stages that will run, with the arguments of their commands.
+        variables (`Mapping`): The variables of the pipeline, for the fix that the message names.
+
+    Raises:
+        ValueError: weights are not there, cannot be read, or cannot be downloaded. The message names the stage.
+    """
+    made = [stage.folder.absolute() for stage in parsed]
+    known = set()
+    for stage, arguments in parsed.items():
+        found = backbone_source(arguments)
+        if found is None or found in known or any(_is_in(source, made) for source in found if source):
+            continue
+        known.add(found)
+        backbone, weights = found
+        try:
+            config = find_backbone(backbone)
+            if weights := weights or config._name_or_path:
+                read_weights(config, weights)
+        except (OSError, ValueError) as error:
+            names = [name for name, value in variables.items() if value == weights]
+            name = names[0] if names else f"{stage.name}.backbone_weights"
+            raise ValueError(f"stage {stage.name!r}: {error}. Here that is --set {name}=...") from error
+
+
+def _is_in(source: str, folders: list[Path]) -> bool:
+    return any(Path(source).expanduser().absolute().is_relative_to(folder) for folder in folders)
 
 
 def path_hash(path: Path, image_dir: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from .fairness import includes_zero
+from .fairness import includes_zero, longer_arms
 
 LEARNT = 0.05  # AP; below it nothing was learnt that a difference could be about
 ENOUGH_SEEDS = 6  # six agree by chance in 3 % of comparisons
@@ -21,11 +21,13 @@ def verdict(results: Mapping) -> list[str]:
     statistics, baseline = results["statistics"], results["baseline"]
     if not statistics:
         return ["Nothing is finished yet."]
-    sentences = []
+    sentences, longer = [], longer_arms(results)
     for arm, differences in results["arms"].items():
         found = {fraction: arms for fraction, arms in statistics.items() if "gain" in arms.get(arm, {})}
         if found:
             unequal = ", not under the same protocol," if differences["protocol"] else ""
+            if arm in longer:
+                unequal = f", which is {baseline} with longer fine-tuning,"
             sentences.append(f"{arm}{unequal} {_of_arm(arm, baseline, found)}.")
     return sentences or [f"There is nothing yet to compare {baseline} with."]
 

@@ -27,6 +27,7 @@ from .parameter_groups import parameter_groups
 from .plain_datasets import DEFAULT_SIZE, evaluation_images, training_images
 from .schedules import learning_rate, milestone_steps
 from .sharding import whole
+from .told_log import tell_in_words
 from .weight_average import WeightAverage
 
 logger = logging.get_logger(__name__)
@@ -127,6 +128,7 @@ class DetectionTrainer(Trainer):
             **kwargs,
         )
         self._aside: Path | None = None  # where a checkpoint is written that is not complete
+        tell_in_words(self)
         self.add_callback(FiniteGradients)
         self.normalization = normalization_of(processing_class)
         self.backbone = get_backbone(model)

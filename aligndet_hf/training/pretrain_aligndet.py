@@ -13,7 +13,7 @@ from ..data.columns import DataError, read_values
 from ..data.dataset import ProposalViews
 from ..data.views import ViewConfig
 from ..detectors.backbone_weights import BackboneReport
-from ..detectors.build import build_image_processor, is_new, load_detector
+from ..detectors.build import build_image_processor, is_new, load_detector, require_useful_backbone
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import TransferReport, transfer_detector
 from ..models import AlignDetConfig, AlignDetForPreTraining
@@ -52,7 +52,10 @@ def build_model(
     if detector.config.num_labels != len(id2label):  # A checkpoint for other classes.
         detector, report = transfer_detector(detector, len(id2label), id2label)
     detector.config.id2label, detector.config.label2id = id2label, {name: i for i, name in id2label.items()}
-    config = _with_a_useful_backbone(arguments.aligndet_config, is_random=is_new(arguments) and report is None)
+    config, is_random = dict(arguments.aligndet_config), is_new(arguments) and report is None
+    if note := require_useful_backbone(detector, is_random, config.get("freeze_backbone", False)):
+        logger.warning(f"note: {note}.")
+        config["freeze_backbone"] = False
     model = AlignDetForPreTraining.from_detector(detector, **config).train()
     if arguments.gradient_checkpointing:
         enable_gradient_checkpointing(model)
@@ -60,22 +63,6 @@ def build_model(
     # Families of square images are evaluated at the middle of the sizes they were trained with, others at the largest.
     size = sizes[len(sizes) // 2] if family_of(detector.config).resize == "square" else sizes[-1]
     return model, build_image_processor(detector, size, arguments.max_size), report
-
-
-def _with_a_useful_backbone(config: dict, is_random: bool) -> dict:
-    """Fields of AlignDetConfig for a backbone that is random or not: a random one is trained, and never frozen."""
-    if not is_random:
-        return config
-    if config.get("freeze_backbone", False):
-        raise ValueError(
-            "the backbone is random and frozen, which teaches the detector nothing. Give --backbone_weights (`timm`, "
-            "or a file), or leave out freeze_backbone"
-        )
-    logger.warning(
-        "The backbone starts from random weights, so it is trained, not frozen; give --freeze_batch_norm false too. "
-        "--backbone_weights timm starts from ImageNet's instead, which is better unless there are very many images."
-    )
-    return config | {"freeze_backbone": False}
 
 
 def enable_gradient_checkpointing(model: AlignDetForPreTraining) -> None:

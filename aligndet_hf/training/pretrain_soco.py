@@ -11,6 +11,7 @@ from ..data.collate import collate_soco
 from ..data.dataset import SoCoViews
 from ..detectors.backbone_weights import BackboneReport, load_weights
 from ..detectors.backbones import build_backbone_config, image_statistics
+from ..detectors.build import backbone_source
 from ..models import SoCoConfig, SoCoForPreTraining
 from ..processes import is_distributed
 from .pretrain_arguments import PretrainArguments
@@ -22,14 +23,16 @@ def build_model(
     """The model to train, what normalises its images, and the report of the weights that its backbone got."""
     torch.manual_seed(arguments.seed)
     strides = (16, 32) if arguments.soco_config.get("variant") == "c4" else (4, 8, 16, 32)
-    backbone, _, _ = build_backbone_config(arguments.backbone or "resnet50", strides, freeze_batch_norm=False)
+    name, weights = backbone_source(arguments)
+    backbone, _, _ = build_backbone_config(name, strides, freeze_batch_norm=False)
     checkpoint, backbone._name_or_path = backbone._name_or_path, ""
     config = SoCoConfig(backbone_config=backbone, **arguments.soco_config)
     config._name_or_path = checkpoint  # where the statistics are
     mean, std = image_statistics(config)
     config._name_or_path = ""
     model = SoCoForPreTraining(config).train().to(memory_format=torch.channels_last)  # on CPUs a fourth faster
-    weights = arguments.backbone_weights or checkpoint
+    if arguments.backbone_weights is None:
+        weights = checkpoint
     report = load_weights(model.encoder.backbone, backbone, weights) if weights else None
     model.update_momentum_encoder(0.0)
     if is_distributed() and not arguments.use_cpu:
