@@ -10,6 +10,8 @@ from xml.sax.saxutils import quoteattr
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from aligndet_hf.data.columns import category_ids, validate_objects
@@ -222,6 +224,27 @@ def cvat(root):
     write_text(root / "annotations.xml", f"<?xml version='1.0'?><annotations>{meta}{images}</annotations>")
 
 
+def table_kaggle(root):
+    """One table with a column of splits; images without their ending, and a row without a box for an empty one."""
+    lines = ["image_id,class_name,x_min,y_min,x_max,y_max,width,height,Split"]
+    for split, name in (("train", "TRAIN"), ("validation", "VALIDATION")):
+        write_images(root / "pictures" / "all", split)
+        for stem, (width, height), objects in scenes(split):
+            boxes = [f"{NAMES[label]},{x},{y},{x + w}.0,{y + h}" for (x, y, w, h), label in objects]
+            lines += [f"{stem},{box},{width},{height},{name}" for box in boxes or ["No finding,,,,"]]
+    write_text(root / "train.csv", "\r\n".join(lines))
+
+
+def table_in_each_split(root):
+    for split, name in (("train", "train"), ("validation", "valid")):
+        write_images(root / name, split)
+        lines = ["Filename;X;Y;W;H;Label"]
+        for stem, _, objects in scenes(split):
+            boxes = [f"{x};{y};{w};{h};{NAMES[label]}" for (x, y, w, h), label in objects]
+            lines += [f"/home/bob/{name}/{stem}.png;{box}" for box in boxes or [";;;;"]]
+        write_text(root / name / "_annotations.csv", "\ufeff" + "\n".join(lines))
+
+
 def metadata(objects_of):
     def write(root):
         for split, name in (("train", "training"), ("validation", "val")):
@@ -260,6 +283,8 @@ LAYOUTS = {
     "voc, beside": voc_labelimg,
     "labelme": labelme,
     "cvat": cvat,
+    "table, Kaggle": table_kaggle,
+    "table, in each split": table_in_each_split,
     "metadata, documentation": metadata(lambda o: {"objects": {"bbox": boxes_of(o), "categories": labels_of(o)}}),
     "metadata, names": metadata(lambda o: {"objects": {"bbox": boxes_of(o), "category": names_of(o)}}),
     "metadata, labels": metadata(lambda o: {"objects": {"bboxes": boxes_of(o), "labels": names_of(o)}}),
@@ -267,7 +292,9 @@ LAYOUTS = {
         lambda o: {"annotations": [{"bbox": box, "label": category} for box, category in o]}
     ),
 }  # fmt: skip
-READER_OF = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC", "labelme": "labelme", "cvat": "CVAT"}
+READER_OF = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC", "labelme": "labelme", "cvat": "CVAT"} | {
+    "table": "table of boxes"
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -292,6 +319,63 @@ def test_layouts(tmp_path, layout, capsys):
     assert len(load_dataset_source(root, "train+validation", labels=True)) == 5
     told = f"{root}: {find_reader(root).NAME}, split train + validation of {', '.join(split_names(root))}.\n"
     assert capsys.readouterr().out == ("" if find_reader(root).NAME == "image folder" else told)
+
+
+def test_a_table_of_tensorflow_and_the_images_that_it_does_not_name(tmp_path, caplog):
+    write_images(tmp_path / "images", "train")
+    rows = ["t1.png,30,50,7,6,5,18,25", "t0.png,40,30,10,4,3,14,15", "t0.png,40,30,7,20,6,28,15"]
+    path = tmp_path / "labels.csv"
+    write_text(path, "\n".join(["filename,width,height,class,xmin,ymin,xmax,ymax", *rows]))
+    with caplog.at_level(logging.WARNING):
+        dataset = load_dataset_source(path, labels=True)
+    assert "1 images are left out, they have no row in the table (e.g. t2.png)" in caplog.text
+    assert category_names(dataset) == ["7", "10"] and dataset["file_name"][:] == ["t1.png", "t0.png"]
+    assert dataset[1]["objects"]["bbox"] == [[4, 3, 10, 12], [20, 6, 8, 9]]
+    assert dataset[1]["objects"]["category"] == [1, 0] and dataset["width"][:] == [30, 40]
+    assert len(load_dataset_source(tmp_path, "train", labels=True)) == 2  # the folder is the same
+
+
+def test_boxes_in_cells_of_a_parquet_file_without_classes(tmp_path, caplog):
+    write_images(tmp_path / "train", "train")
+    table = {"image_id": ["t0", "t0", "t1"], "bbox": [[4, 3, 10, 12], [20, 6, 8, 9], None], "source": ["a", "b", "c"]}
+    pq.write_table(pa.table(table), tmp_path / "train.parquet")
+    (tmp_path / "train.csv").write_text('image_id,bbox\nt1,"[6, 5, 12.5, 20]"\n')
+    with pytest.raises(DataError, match="train.csv and train.parquet are both tables of boxes"):
+        load_dataset_source(tmp_path)
+    dataset = load_dataset_source(tmp_path / "train.parquet", labels=True)
+    assert "all are 'object'" in caplog.text and category_names(dataset) == ["object"]
+    assert [row["bbox"] for row in dataset["objects"]] == [[[4, 3, 10, 12], [20, 6, 8, 9]], []]
+    assert load_dataset_source(tmp_path / "train.csv")[0]["objects"]["bbox"] == [[6, 5, 12.5, 20]]
+
+
+@pytest.mark.parametrize(
+    "header, row, message",
+    [
+        (
+            "filename,class,xmin,ymin,xmax",
+            "a.png,cat,1,2,3",
+            "boxes.csv: expected a row for each box, .* found filename",
+        ),
+        ("name,age", "bob,3", "found name, age in the first line"),
+        ("file,class,x,y,w,h", "a.png,cat,1,2,three,4", "boxes.csv, line 3: column 'w' must be a number, got 'three'"),
+        ("file,class,x,y,w,h", "a.png,cat,1,2,,4", "line 3: column 'w' must be a number, got ''"),
+        ("file,class,x,y,w,h", "a.png,,1,2,3,4", "line 3: column 'class' is empty"),
+        ("file,class,x,y,w,h", ",cat,1,2,3,4", "line 3: column 'file' is empty"),
+        ("file,class,x,y,w,h", "a.png,cat,1,2,3,4,5", "line 3: more cells than the first line has names"),
+        ("file,class,x,y,w,h", "c.png,cat,1,2,3,4", "line 3: there is no image 'c.png' in .* Give the folder as"),
+        ("file,class,x,y,w,h", "../../a.txt,cat,1,2,3,4", "line 3: there is no image '../../a.txt'"),
+        ("file,class,x,y,w,h", "b,cat,1,2,3,4", "line 3: 'b' may be .*b.jpg or .*b.png"),
+        ("file,class,bbox", "a.png,cat,1 2 3 4", "line 3, column 'bbox': not valid JSON"),
+        ("file,class,bbox", 'a.png,cat,"[1, 2]"', r"line 3: column 'bbox' must hold four numbers .* got '\[1, 2\]'"),
+    ],
+)
+def test_tables_that_are_wrong(tmp_path, header, row, message):
+    for name in ("a.png", "b.png", "b.jpg"):
+        write_image(tmp_path / "x" / name, (40, 30), 0)
+    sound = 'a.png,cat,"[1, 2, 3, 4]"' if "bbox" in header else "a.png,cat,1,2,3,4"
+    write_text(tmp_path / "x" / "boxes.csv", f"{header}\n{sound}\n{row}\n")
+    with pytest.raises(DataError, match=message):
+        load_dataset_source(tmp_path / "x" / "boxes.csv")
 
 
 def test_the_group_of_roboflow_is_left_out_and_told(tmp_path, caplog):

@@ -30,8 +30,8 @@ def load_dataset_source(
         source (`str`, `Path`, `datasets.Dataset` or `datasets.DatasetDict`):
             A data set in memory (of a `Dataset` the `split` does not count), or one of: a folder in a format that
             [`~aligndet_hf.data.readers.READERS`] know, found by looking at it (COCO, YOLO, Pascal VOC, labelme, CVAT,
-            or images with or without metadata); a COCO JSON file; a folder written by `save_to_disk`; a Hub id or a
-            local copy of such a repository.
+            a table of boxes, or images with or without metadata); a COCO JSON file or a table; a folder written by
+            `save_to_disk`; a Hub id or a local copy of such a repository.
         split (`str`, *optional*):
             The split to load; several are joined by `+`. Sub-folders such as `train`, `val2017` or `test` are splits;
             a folder without them is one split, named after itself (`train` if its name does not tell). A single label
@@ -67,7 +67,9 @@ def load_dataset_source(
             print(f"{path}: {reader.NAME}, split {' + '.join(chosen)} of {', '.join(names)}.")
         dataset = build_dataset(reader.read(path, chosen, Path(image_dir) if image_dir else None), str(path))
     elif path.is_file():
-        raise DataError(f"{path}: expected a folder or a COCO file ending in .json.")
+        raise DataError(
+            f"{path}: expected a folder, a COCO file ending in .json, or a table of boxes (.csv, .parquet)."
+        )
     else:
         dataset = _load_hub(str(source), split)
         roots = door.hub_roots(source)

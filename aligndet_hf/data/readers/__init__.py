@@ -15,14 +15,14 @@ A new format is one file here and its name in `READERS`.
 from pathlib import Path
 from types import ModuleType
 
-from . import coco, cvat, image_folder, labelme, saved, voc, yolo
+from . import box_table, coco, cvat, image_folder, labelme, saved, voc, yolo
 
 # In this order: the first that recognises a file or folder reads it. The last one takes any folder of images.
-READERS: list[ModuleType] = [saved, coco, cvat, yolo, voc, labelme, image_folder]
+READERS: list[ModuleType] = [saved, coco, cvat, yolo, voc, labelme, box_table, image_folder]
 
 
 def find_reader(path: Path) -> ModuleType | None:
     """The reader of a file or folder; `None` if it is in no format that is known."""
     if path.is_dir() and not saved.recognise(path) and image_folder.has_metadata(path):
-        return image_folder
+        return box_table if any(file.stem == "metadata" for file in box_table.find_files(path)) else image_folder
     return next((reader for reader in READERS if reader.recognise(path)), None)

@@ -1,0 +1,292 @@
+"""A table with a row for each box, in CSV or Parquet, as Kaggle, Roboflow and TensorFlow have it."""
+
+import csv
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import DataError
+from .files import (
+    inside,
+    is_file,
+    list_files,
+    list_images,
+    number,
+    parse_json,
+    read_start,
+    read_text,
+    split_of_file,
+    split_of_folder,
+    tell_unlisted,
+)
+from .rows import Categories, LabelledImage, Labels, is_box
+
+logger = logging.getLogger(__name__)
+
+NAME = "table of boxes"
+
+SUFFIXES = (".csv", ".tsv", ".parquet")
+_SNIFFED_BYTES = 1 << 16
+# What columns are called, in lower case and without other characters than letters and digits.
+_IMAGE = ("filename", "file", "imagename", "image", "imagepath", "filepath", "path", "img", "imgname", "imageid")
+_CLASS = ("class", "classname", "label", "labelname", "category", "categoryname", "classid", "labelid", "categoryid")
+_CORNERS = (
+    ("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"),
+    ("bboxxmin", "bboxymin", "bboxxmax", "bboxymax"), ("bboxx1", "bboxy1", "bboxx2", "bboxy2"),
+)  # fmt: skip
+_SIDES = (
+    ("bboxx", "bboxy", "bboxwidth", "bboxheight"), ("bboxx", "bboxy", "bboxw", "bboxh"), ("x", "y", "w", "h"),
+    ("x", "y", "width", "height"), ("xmin", "ymin", "width", "height"), ("xmin", "ymin", "w", "h"),
+    ("left", "top", "width", "height"), ("bbox",), ("box",),
+)  # fmt: skip
+_SIZES = (("imagewidth", "imageheight"), ("imgwidth", "imgheight"), ("width", "height"))
+_SPLIT = ("split", "subset", "set")
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is a file of this kind, or a folder with one at its top or in one of its folders."""
+    return path.suffix.lower() in SUFFIXES if path.is_file() else bool(find_files(path))
+
+
+def split_names(path: Path) -> list[str]:
+    """The splits: those of a column of that name, or else of the names of the files or of their folders."""
+    return list(dict.fromkeys(table.split_of(row) for table in _tables(path) for _, row in table.rows()))
+
+
+def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+    """
+    Reads these splits.
+
+    Corners are coordinates. A row without coordinates is an image without objects; images without a row are left out
+    and counted. Names of categories come from all splits: texts in alphabetical order, numbers in theirs.
+
+    Args:
+        path (`Path`): The file or the folder.
+        splits (`list[str]`): As [`split_names`] has them.
+        image_dir (`Path`, *optional*): Folder of the images, at any depth. By default the folder of the table.
+
+    Returns:
+        [`Labels`]: the images in the order of their first rows.
+
+    Raises:
+        [`DataError`]: for a table that is not as it should be; it names the file, the line and the column.
+    """
+    folder = image_dir or (path if path.is_dir() else path.parent)
+    finder, images, names, listed = _Finder(folder), {}, set(), set()
+    for table in _tables(path):
+        if table.category is None:
+            logger.warning("%s: no column of classes (%s): all are 'object'.", table.path, ", ".join(_CLASS[:6]))
+        for where, row in table.rows():
+            box, label = table.box(row, where), table.label(row, where)
+            names |= {label} if box is not None else set()
+            name = table.cell(row, table.image, where)
+            listed |= {PureWindowsPath(name).name, PureWindowsPath(name).stem}
+            if (split := table.split_of(row)) not in splits:
+                continue
+            file = finder.find(name, where, table.path.parent)
+            if (split, file) not in images:
+                width, height = table.size(row, where)
+                objects = {"bbox": [], "category": []}
+                images[split, file] = LabelledImage(file, where, name, None, width, height, objects)
+            if box is not None:
+                images[split, file].add(box, label)
+    categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    numbers = {name: position for position, name in enumerate(categories)}
+    for image in images.values():
+        image.objects["category"] = [numbers[label] for label in image.objects["category"]]
+    tell_unlisted(folder, listed, "have no row in the table")
+    return Labels(list(images.values()), Categories(categories) if categories else None)
+
+
+@dataclass
+class _Table:
+    """
+    A file, and which of its columns are what.
+
+    Attributes:
+        path (`Path`): The file.
+        image (`str`): The column of the images.
+        coordinates (`list[str]`): Four columns, or one with four numbers.
+        are_corners (`bool`): Whether these are corners, and not corner and sides.
+        category, split (`str`, *optional*): The columns of the classes and of the splits.
+        sizes (`list[str]`): The columns of width and height of the image, if there are any.
+    """
+
+    path: Path
+    image: str
+    coordinates: list[str]
+    are_corners: bool
+    category: str | None
+    split: str | None
+    sizes: list[str]
+
+    def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
+        """The rows, each with its place; all values are texts, those that are missing empty."""
+        if self.path.suffix.lower() == ".parquet":
+            try:
+                rows = pq.read_table(self.path).to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{self.path}: not a Parquet file ({error}).") from error
+            for position, row in enumerate(rows):
+                yield f"{self.path}, row {position}", {name: _as_text(value) for name, value in row.items()}
+            return
+        text = read_text(self.path)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text), restval="")
+        try:
+            for row in reader:
+                where = f"{self.path}, line {reader.line_num}"
+                if None in row:
+                    raise DataError(f"{where}: more cells than the first line has names of columns.")
+                yield where, {name: value.strip() for name, value in row.items()}
+        except csv.Error as error:
+            raise DataError(f"{self.path}, line {reader.line_num}: not valid CSV ({error}).") from error
+
+    def cell(self, row: dict[str, str], column: str, where: str) -> str:
+        """What a cell holds, which must not be empty."""
+        if not row[column]:
+            raise DataError(f"{where}: column '{column}' is empty.")
+        return row[column]
+
+    def split_of(self, row: dict[str, str]) -> str:
+        own = row[self.split].lower() if self.split else ""
+        path = self.path
+        return split_of_folder(own) or own or split_of_file(path.stem) or split_of_folder(path.parent.name) or "train"
+
+    def label(self, row: dict[str, str], where: str) -> str:
+        if self.category is None:
+            return "object"
+        is_empty = not any(row[name] for name in self.coordinates)
+        text = row[self.category] if is_empty else self.cell(row, self.category, where)
+        return re.sub(r"^(\d+)\.0+$", r"\1", text)  # whole numbers beside empty cells, as pandas writes them
+
+    def box(self, row: dict[str, str], where: str) -> list[float] | None:
+        """xywh in pixels, `None` if the row has no coordinates at all."""
+        texts = [row[name] for name in self.coordinates]
+        if not any(texts):
+            return None
+        if len(texts) == 1:
+            box = parse_json(texts[0], f"{where}, column '{self.coordinates[0]}'")
+            if not is_box(box):
+                raise DataError(
+                    f"{where}: column '{self.coordinates[0]}' must hold four numbers [x, y, width, height], got "
+                    f"{texts[0][:80]!r}."
+                )
+            return box
+        named = zip(texts, self.coordinates, strict=True)
+        x, y, a, b = (number(text, where, f"column '{name}'") for text, name in named)
+        return [x, y, a - x, b - y] if self.are_corners else [x, y, a, b]
+
+    def size(self, row: dict[str, str], where: str) -> list[int | None]:
+        """Width and height of the image, where the row has them."""
+        given = [int(number(row[name], where, f"column '{name}'")) if row[name] else 0 for name in self.sizes]
+        return given if len(given) == 2 and all(given) else [None, None]
+
+
+class _Finder:
+    """Finds the images that a table names: by their path, or anywhere in a folder by their name."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.found: dict[tuple[str, Path], Path] = {}
+        self.by_name: dict[str, list[Path]] = {}
+        for path in list_images(folder):
+            for name in (path.name, path.stem):
+                self.by_name.setdefault(name, []).append(path)
+
+    def find(self, name: str, where: str, base: Path) -> Path:
+        if (name, base) not in self.found:
+            self.found[name, base] = self._find(name, where, base)
+        return self.found[name, base]
+
+    def _find(self, name: str, where: str, base: Path) -> Path:
+        for start in (base, self.folder):
+            try:
+                path = inside(self.folder, name, where, start)
+            except DataError:  # of another machine, or beside a table that is not in the folder
+                continue
+            if is_file(path):
+                return path
+        found = self.by_name.get(PureWindowsPath(name).name, [])
+        if len(found) > 1:
+            raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
+        if not found:
+            raise DataError(f"{where}: there is no image {name!r} in {self.folder}. Give the folder as image_dir.")
+        return found[0]
+
+
+def _tables(path: Path) -> list[_Table]:
+    """The tables of a file or folder, which have to be of different splits."""
+    tables = {}
+    for file in [path] if path.is_file() else find_files(path):
+        table = _columns_of(file)
+        if table is None:
+            raise DataError(
+                f"{file}: expected a row for each box, with the columns image (or filename, ...), class (or label, "
+                "...) and xmin, ymin, xmax, ymax, or x, y, width, height, or bbox; found "
+                f"{', '.join(_header(file)) or 'no names'} in the first line."
+            )
+        other = tables.setdefault(split_of_file(file.stem) or split_of_folder(file.parent.name), table)
+        if other is not table:
+            raise DataError(
+                f"{path}: {other.path.relative_to(path)} and {file.relative_to(path)} are both tables of boxes, and "
+                "their names do not tell splits apart. Give the file that you mean instead of the folder."
+            )
+    return list(tables.values())
+
+
+def find_files(folder: Path) -> list[Path]:
+    """The tables at the top of a folder and in its folders."""
+    files = [path for path in list_files(folder, *SUFFIXES) if folder in (path.parent, path.parent.parent)]
+    # A cell `bbox` of metadata may hold the boxes of an image: `image_folder` reads it.
+    tables = [(path, _columns_of(path)) for path in files]
+    return [path for path, table in tables if table and (path.stem != "metadata" or len(table.coordinates) == 4)]
+
+
+def _header(path: Path) -> list[str]:
+    """The names of the columns; none of a file that cannot be read, or whose images are not named but in it."""
+    if path.suffix.lower() == ".parquet":
+        try:
+            schema = pq.read_schema(path)
+        except (pa.ArrowException, OSError):
+            return []
+        return [field.name for field in schema if not pa.types.is_nested(field.type) or pa.types.is_list(field.type)]
+    text = read_start(path, _SNIFFED_BYTES).decode("utf-8-sig", errors="replace").partition("\n")[0].rstrip("\r")
+    try:
+        return next(csv.reader([text], delimiter=_delimiter(text)), [])
+    except csv.Error:
+        return []
+
+
+def _delimiter(text: str) -> str:
+    return max(",;\t", key=text.partition("\n")[0].count)
+
+
+def _columns_of(path: Path) -> _Table | None:
+    """What the columns of a file are; `None` if there is none of images, or of boxes."""
+    names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in _header(path)}
+
+    def first(*known: tuple[str, ...]) -> list[str]:
+        return next(([names[name] for name in group] for group in known if names.keys() >= set(group)), [])
+
+    def column(known: tuple[str, ...]) -> str | None:
+        return next((names[name] for name in known if name in names), None)
+
+    image, corners = column(_IMAGE), first(*_CORNERS)
+    coordinates = corners or first(*_SIDES)
+    if image is None or not coordinates:
+        return None
+    sizes = next((size for group in _SIZES if (size := first(group)) and not set(size) & set(coordinates)), [])
+    return _Table(path, image, coordinates, bool(corners), column(_CLASS), column(_SPLIT), sizes)
+
+
+def _as_text(value) -> str:
+    if value is None or value != value:  # not a number
+        return ""
+    return json.dumps(value) if isinstance(value, list) else str(value).strip()
