@@ -60,6 +60,7 @@ class DatasetArguments:
     dataset: str = field(
         metadata={
             "role": "data",
+            "is_path": True,
             "help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
         }
     )
@@ -77,7 +78,11 @@ class LabelledArguments(DatasetArguments):
     dataset: str = again(DatasetArguments, "dataset", help="labelled images: folder, label file or Hub id")
     image_dir: str | None = field(
         default=None,
-        metadata={"role": "data", "help": "folder of the images of a label file, if they are not found beside it"},
+        metadata={
+            "role": "data",
+            "is_path": True,
+            "help": "folder of the images of a label file, if they are not found beside it",
+        },
     )
 
 
@@ -126,6 +131,7 @@ class ReadyDetectorArguments:
     detector: str = field(
         metadata={
             "role": "start",
+            "is_path": True,
             "help": "folder, published file, Hub id or short name of a detector with its image processor",
         }
     )

@@ -2,7 +2,8 @@
 What is known of flags, without importing anything heavy.
 
 A fact about a flag stands at the flag, in the metadata of its field: `help`; `role`, one of [`ROLES`]; `range` (see
-`ranges`); and `was`, what the last release called it (see [`takes_old_names`]).
+`ranges`); `is_path`, where the value may be a path (see [`local_paths`]); and `was`, what the last release called it
+(see [`takes_old_names`]).
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 # The roles of a flag. The first three make a run what it is, and may not change when it is resumed.
@@ -95,6 +97,20 @@ def _declared(cls: type) -> Iterable[str]:
 def names_of(cls: type, *wanted: str) -> set[str]:
     """The names of the flags that have one of these roles."""
     return {name for name, role in roles(cls).items() if role in wanted}
+
+
+def local_paths(arguments) -> set[str]:
+    """
+    The names of the flags whose values are paths of files and folders that are there.
+
+    What decides whose run it is is their content, which commands hash, and not where it lies.
+    """
+    given = {
+        item.name: getattr(arguments, item.name)
+        for item in dataclasses.fields(arguments)
+        if item.metadata.get("is_path")
+    }
+    return {name for name, value in given.items() if isinstance(value, str) and Path(value).expanduser().exists()}
 
 
 def old_names(cls: type) -> dict[str, dict[str, Callable]]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import os
 import typing
 
 
@@ -58,7 +59,7 @@ SEED = Range(0, 2**32 - 1)
 
 def check_values(arguments) -> None:
     """
-    Refuses numbers out of their ranges, and text that is empty.
+    Refuses numbers out of their ranges, and text that is empty; `~` in `output_dir` becomes the home.
 
     To be called first in `__post_init__` of a command's arguments: neither the console nor Python gets past it.
 
@@ -70,6 +71,8 @@ def check_values(arguments) -> None:
     Raises:
         `ValueError`: for the first such field, with what it takes.
     """
+    if isinstance(getattr(arguments, "output_dir", None), str):
+        arguments.output_dir = os.path.expanduser(arguments.output_dir)  # here, so that all of a command writes there
     inherited = getattr(arguments, "inherited_ranges", {})
     for field in dataclasses.fields(arguments):
         value, kinds = getattr(arguments, field.name, None), _kinds(type(arguments))[field.name]

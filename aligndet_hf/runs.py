@@ -82,7 +82,7 @@ class RunFolder:
         aside: bool = False,
         on_main: Callable = lambda function, *args: function(*args),
     ):
-        self.path = Path(output_dir).expanduser().absolute()
+        self.path = Path(output_dir).expanduser().resolve()  # one folder is one run, under whatever name
         self.work = self.path.with_name(f"{self.path.name}.partial") if aside else self.path
         self.command = command
         self.result = result
@@ -98,6 +98,7 @@ class RunFolder:
         self._is_claimed = False
         self._parts: dict[str, Any] = {}
         self._may_change: set[str] = set()
+        self._places: set[str] = set()
 
     def __enter__(self) -> "RunFolder":
         self._on_main(self._enter)
@@ -139,13 +140,17 @@ class RunFolder:
         """The open lock file. A process that inherits it keeps others out for as long as it lives."""
         return self._descriptor
 
-    def claim(self, may_change: Iterable[str] = (), **parts: Mapping[str, Any]) -> dict[str, tuple]:
+    def claim(
+        self, may_change: Iterable[str] = (), places: Iterable[str] = (), **parts: Mapping[str, Any]
+    ) -> dict[str, tuple]:
         """
         Makes the folder this run's, or refuses.
 
         Args:
             may_change (`Iterable[str]`, *optional*): Keys that may differ from the run that is there. The
                 record has the values now after [`extend`].
+            places (`Iterable[str]`, *optional*): Keys of settings that are paths, whose content is among the parts.
+                Where it lies decides nothing; a refusal tells it.
             parts (`Mapping`): What tells this run from others, as JSON has it: `settings`, and `data` with hashes of
                 the content. What is known later can be given in a second call.
 
@@ -158,6 +163,7 @@ class RunFolder:
         """
         self._parts |= json.loads(json.dumps(parts))
         self._may_change |= set(may_change)
+        self._places |= set(places)
         self.is_finished, changes = self._on_main(self._claim, self._parts, self._may_change)
         return changes
 
@@ -175,6 +181,7 @@ class RunFolder:
         """
         write_json(complete / RECORD, self._read(self.work))
         sync_folder(complete)
+        self._of_output(self._parts)  # something may have come there meanwhile
         if self.path.exists():
             os.replace(self.path, self.work / "replaced")
         os.replace(complete, self.path)
@@ -189,6 +196,20 @@ class RunFolder:
             self._descriptor = _acquire(self.work / LOCK)
         except OSError as error:
             self._hindrance = error
+        self._refuse_other_lock()
+
+    def _refuse_other_lock(self) -> None:
+        """A run that works aside and one that works in place hold different locks: each holds its own, then looks."""
+        beside = self.path if self.aside else self.path.with_name(f"{self.path.name}.partial")
+        if fcntl is None or not os.path.isfile(beside / LOCK):
+            return
+        try:
+            _release(_acquire(beside / LOCK))
+        except ValueError:
+            self._leave()
+            raise
+        except OSError:
+            pass  # not ours to open, so not held by a run of ours
 
     def _claim(self, parts: dict, may_change: set[str]) -> tuple[bool, dict]:
         if self.aside and (record := self._of_output(parts)):
@@ -203,14 +224,14 @@ class RunFolder:
         if record is None:
             self._refuse_foreign(self.work, self._found() if not self.aside else self._content(self.work))
         else:
-            changes = _differences(record, parts)
-            refused = {key: values for key, values in changes.items() if key not in may_change}
+            changes = _differences(record, parts, self._places)
+            refused = changes.keys() - may_change
             if self.overwrite and (refused if self.aside else not self._is_claimed):
                 record = None
             elif refused and not any(self._found(self.kept)):
                 record = None
             elif refused:
-                raise ValueError(self._refusal(self.work, refused))
+                raise ValueError(self._refusal(self.work, _differences(record, parts), may_change))
         self._hold()
         for path in self._found() if record is None else self.work.glob(f"{UNFINISHED}*"):
             remove(path)
@@ -237,10 +258,12 @@ class RunFolder:
         if record is None:
             if self.path.is_file():
                 raise ValueError(f"{self.path} is a file: choose another output_dir")
+            if os.path.ismount(self.path):
+                raise ValueError(f"nothing can take the place of {self.path}, a mount point: choose a folder in it")
             self._refuse_foreign(self.path, self._content(self.path))
-        elif changes := _differences(record, parts):
+        elif _differences(record, parts, self._places):
             if not self.overwrite:
-                raise ValueError(self._refusal(self.path, changes))
+                raise ValueError(self._refusal(self.path, _differences(record, parts)))
             return None
         return record
 
@@ -257,6 +280,8 @@ class RunFolder:
         """The record of a folder, `None` if it has none."""
         path = folder / RECORD
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("not a file")  # opening a pipe would wait for ever
             record = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -299,8 +324,9 @@ class RunFolder:
                 f"{self.command}`. Choose another output_dir, or empty this one."
             )
 
-    def _refusal(self, folder: Path, changes: dict[str, tuple]) -> str:
-        listed = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in changes.items())
+    def _refusal(self, folder: Path, changes: dict[str, tuple], may_change: set[str] = frozenset()) -> str:
+        told = {key: values for key, values in changes.items() if key not in may_change}
+        listed = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in told.items())
         return (
             f"{folder} holds a run of another configuration, or of other data ({listed}). Give the same to resume it, "
             f"another --output_dir to leave it alone, or --overwrite_output_dir to start anew."
@@ -337,12 +363,13 @@ def _is_in_finalizer(frame: FrameType | None) -> bool:
     return False
 
 
-def _differences(record: dict, parts: dict) -> dict[str, tuple]:
-    """What differs between the parts and those that the record has: key -> (there, now)."""
+def _differences(record: dict, parts: dict, places: set[str] = frozenset()) -> dict[str, tuple]:
+    """What differs between the parts and those that the record has, but for places: key -> (there, now)."""
     changes = {}
     for name in (name for name in parts if name in record):  # in their order, which a set has not
         before, now = _flat(record[name]), _flat(parts[name])
-        changes |= {key: (before.get(key), now.get(key)) for key in before | now if before.get(key) != now.get(key)}
+        counted = [key for key in before | now if name != "settings" or key not in places]
+        changes |= {key: (before.get(key), now.get(key)) for key in counted if before.get(key) != now.get(key)}
     return changes
 
 
@@ -375,7 +402,7 @@ def _acquire(path: Path) -> int | None:
     if fcntl is None:
         return None
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -489,6 +489,24 @@ def test_interrupted_anywhere_it_continues(arguments, counted, monkeypatch, tmp_
     assert command.fit_clusters is fit and not (tmp_path / "out.partial").exists()
 
 
+def test_damaged_work_is_done_anew(arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "_SHARD_SIZE", 2)
+    monkeypatch.setattr(command, "put_in_place", lambda *_: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        cluster_proposals(arguments())
+    work = tmp_path / "out.partial"
+    whole = {path.name: path.read_bytes() for path in work.glob("*-*")}
+    assert {name.split("-")[0] for name in whole} == {"clustering", "features", "train"}
+    for name, content in whole.items():
+        half = len(content) // 2
+        damaged = content[:half] if "train-000000000" in name else content[:half] + b"!" + content[half + 1 :]
+        (work / name).write_bytes(damaged)
+    with pytest.raises(InterruptedError):
+        cluster_proposals(arguments())
+    assert {path.name: path.read_bytes() for path in work.glob("*-*")} == whole
+    assert capsys.readouterr().out.count("is damaged, and done anew") == len(whole)
+
+
 def test_images_that_cannot_be_read_are_left_out_and_listed(proposed, arguments, tmp_path, capsys):
     def spoil(row, index):
         content = row["image"]["bytes"]

@@ -161,6 +161,21 @@ def test_average_augmentations_and_early_stopping_resume_exactly(folder, tmp_pat
     assert same(*average) and not same(average[0], weights_of(tmp_path / "whole" / f"checkpoint-{steps}"))
 
 
+def test_what_is_read_may_lie_elsewhere(folder, tmp_path, interrupt, monkeypatch):
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(arguments_for(folder, tmp_path / "run"))
+    interrupt(None)
+    shutil.copytree(folder / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    changes = {"dataset": "data/", "detector": os.path.relpath(folder / "detector")}
+    finetune(arguments_for(folder, "run", **changes))
+    image = next(Path("data/train").glob("*.jpg"))
+    image.write_bytes(image.read_bytes() + b"0")
+    with pytest.raises(ValueError, match="dataset: .*/data' there, 'data/' now.*content: "):
+        finetune(arguments_for(folder, "run", **changes))
+
+
 def test_early_stopping_ends_a_run_that_does_not_improve(folder, tmp_path):
     changes = {"max_steps": 8, "learning_rate": 1e-12, "eval_strategy": "steps", "eval_steps": 1}
     finetune(arguments_for(folder, tmp_path, **changes, early_stopping_patience=2, save_strategy="no"))
@@ -703,6 +718,15 @@ def test_the_best_checkpoint_is_loaded_at_the_end(folder, tmp_path, monkeypatch)
     assert state["best_metric"] == 0.3 and state["best_global_step"] == 2
     best = AutoModelForObjectDetection.from_pretrained(tmp_path / "run" / "checkpoint-2").state_dict()
     assert same(AutoModelForObjectDetection.from_pretrained(result.output_dir).state_dict(), best)
+    # Elsewhere, and as long as before and longer, the best checkpoint is still known; one that is lost is told.
+    os.replace(tmp_path / "run", tmp_path / "moved")
+    changes |= {"save_total_limit": 2}
+    result = finetune(arguments_for(folder, tmp_path / "moved", **changes, num_train_epochs=3))
+    assert json.loads((tmp_path / "moved" / "results.json").read_text())["steps"] == 6
+    assert same(AutoModelForObjectDetection.from_pretrained(result.output_dir).state_dict(), best)
+    shutil.rmtree(tmp_path / "moved" / "checkpoint-2")
+    with pytest.raises(ValueError, match="moved/checkpoint-2, the best checkpoint of this run, is damaged"):
+        finetune(arguments_for(folder, tmp_path / "moved", **changes, num_train_epochs=4))
 
 
 def measure_and_train(output_dir: Path, batch_size: int) -> dict:

@@ -15,6 +15,7 @@ import forks
 import numpy as np
 import PIL.Image
 import pytest
+from damages import cut, flip
 
 from aligndet_hf import cli
 from aligndet_hf.commands import proposals as generate
@@ -321,6 +322,20 @@ def test_interrupted_anywhere_it_continues(tmp_path, counted, monkeypatch):
     assert len(counted) == 5 + 5
     assert rows_of(generate_proposals(run)) == expected
     assert len(counted) == 5 + 5 and not (tmp_path / "out.partial").exists()
+
+
+def test_damaged_shards_are_searched_anew(tmp_path, counted, monkeypatch, capsys):
+    write_images(tmp_path / "images", 5)
+    run = arguments(tmp_path / "images", tmp_path / "out")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "_with_proposals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        generate_proposals(run)
+    first, second, _ = sorted((tmp_path / "out.partial").glob("train-0*.arrow"))
+    cut(first)
+    flip(second)
+    result = rows_of(generate_proposals(run))
+    assert len(counted) == 5 + 4 and capsys.readouterr().out.count("is damaged, and done anew") == 2
+    assert result == rows_of(generate_proposals(arguments(tmp_path / "images", tmp_path / "whole")))
 
 
 def test_unfinished_run_of_other_settings_is_not_mixed_in(tmp_path, counted, monkeypatch):
@@ -669,6 +684,8 @@ def test_a_stream_interrupted_anywhere_continues(parquet, tmp_path, monkeypatch,
             break
         except Killed:
             kills += 1
+        for rows in sorted((tmp_path / "out.partial").glob("*.rows"))[: kills == 3]:
+            rows.write_bytes(rows.read_bytes()[:-1])
     assert kills > 3 and rows_of(result) == expected
     assert len(counted) <= 8 + 2 * kills  # a kill costs no more than a shard
 

@@ -186,13 +186,14 @@ def test_kill_in_every_phase(flags, uninterrupted, tmp_path):
     assert (tmp_path / "console.txt").read_text().count("Resuming from") > 3
 
 
-class SlowSteps:
-    """Makes steps long enough for a signal to arrive in the middle of one; touches `mark` in each."""
+class InStep:
+    """Touches `mark` in each step, and waits there: for some seconds, or until there is the file `until`."""
 
-    def __init__(self, mark, seconds):
-        self.mark, self.seconds = mark, seconds
+    def __init__(self, mark, seconds=0.0, until=None):
+        self.mark, self.seconds, self.until = mark, seconds, until
 
     def __call__(self):
+        from aligndet_hf.commands import pretrain
         from aligndet_hf.models import AlignDetForPreTraining
 
         original = AlignDetForPreTraining.forward
@@ -200,9 +201,12 @@ class SlowSteps:
         def slow(model, *args, **kwargs):
             self.mark.touch()
             time.sleep(self.seconds)
+            if self.until is not None:
+                wait_for(self.until.exists)
             return original(model, *args, **kwargs)
 
         AlignDetForPreTraining.forward = slow
+        pretrain.write_result = lambda *_: wait_for(lambda: False)  # it does not end before it is ended
 
 
 def wait_for(condition):
@@ -216,7 +220,7 @@ def test_kill_at_random_moments(flags, uninterrupted, tmp_path):
     argv, mark, chance = [*flags, "--output_dir", str(tmp_path)], tmp_path / "mark", random.Random(0)
     for _ in range(5):
         mark.unlink(missing_ok=True)
-        process = start(argv, SlowSteps(mark, seconds=0.1))
+        process = start(argv, InStep(mark, seconds=0.1))
         wait_for(mark.exists)
         time.sleep(chance.uniform(0, 0.4))
         process.kill()
@@ -228,10 +232,11 @@ def test_kill_at_random_moments(flags, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_resume(flags, uninterrupted, tmp_path, number, code):
-    argv, mark = [*flags, "--output_dir", str(tmp_path)], tmp_path / "mark"
-    process = start(argv, SlowSteps(mark, seconds=0.3))
+    argv, mark, until = [*flags, "--output_dir", str(tmp_path)], tmp_path / "mark", tmp_path / "until"
+    process = start(argv, InStep(mark, until=until))
     wait_for(mark.exists)
     os.kill(process.pid, number)
+    until.touch()
     process.join()
     assert process.exitcode == code
     console = (tmp_path / "console.txt").read_text()

@@ -1,6 +1,8 @@
 """`aligndet predict`: what is found is where it is, in every form of output, and a run that was cut off goes on."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,9 +239,12 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         look(photos, BlobDetector(patience=5), **settings)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    shard = tmp_path / "out.partial" / "shard-000000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    shutil.copytree(photos, tmp_path / "moved")  # the same images, at another place and time
     rest = BlobDetector()
-    look(photos, rest, **settings)
-    assert rest.seen == 2  # of four shards the last one was missing
+    look(tmp_path / "moved", rest, **settings)
+    assert rest.seen == 4  # of four shards the last one was missing, and the first damaged
     for name in ("labels.json", "predictions.json"):
         assert (tmp_path / "out" / name).read_text() == (output / name).read_text()
     assert not (tmp_path / "out.partial").exists()
@@ -249,6 +254,21 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monk
         look(photos, again, score_threshold=0.5, **settings)
     look(photos, again, score_threshold=0.5, overwrite_output_dir=True, **settings)
     assert again.seen == 7
+
+
+def test_images_are_told_by_their_content(tmp_path):
+    folder, settings = tmp_path / "photos", {"output_dir": str(tmp_path / "photos" / "out"), "formats": ["pictures"]}
+    folder.mkdir()
+    for name, boxes in {"a.bmp": [(4, 4, 9, 9, 0)], "b.bmp": [(30, 8, 12, 9, 1)]}.items():
+        PIL.Image.fromarray(scene(boxes)).save(folder / name)
+    assert len(look(folder, **settings)) == 2
+    again = BlobDetector()
+    assert len(look(folder, again, **settings)) == 2 and again.seen == 0  # its pictures lie there and are none of ours
+    stat = (folder / "a.bmp").stat()
+    shutil.copyfile(folder / "b.bmp", folder / "a.bmp")  # as large
+    os.utime(folder / "a.bmp", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ValueError, match="or of other data"):
+        look(folder, again, **settings)
 
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, monkeypatch):

@@ -83,6 +83,8 @@ def test_labels_of_a_teacher(folder, oracle, tmp_path):
     assert (tmp_path / "out" / "pseudolabel.jpg").stat().st_size > 1000
     with pytest.raises(ValueError, match="overwrite"):
         pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), score_threshold=0.7))
+    with pytest.raises(ValueError, match="backbone_weights: None there, 'timm' now"):
+        pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), backbone_weights="timm"))
 
 
 def test_shuffled_classes_are_a_control(folder, oracle, tmp_path):

@@ -198,8 +198,9 @@ def test_training_is_started_with_the_launcher():
 def test_a_broken_record_counts_as_none(make):
     stage = make("stage")
     stage.folder.mkdir()
-    stage.beside(".json").write_text(json.dumps({"settings": stage.settings})[:-5])
-    assert not is_finished(stage)
+    for text in (json.dumps({"settings": stage.settings, "seconds": 1})[:-5], "[]", json.dumps({"settings": {}})):
+        stage.beside(".json").write_text(text)
+        assert not is_finished(stage)
 
 
 @pytest.mark.parametrize("num_parallel", [0, 1])

@@ -300,6 +300,52 @@ def test_a_finished_data_set_needs_no_place_to_write(tmp_path):
         make(tmp_path / "out", {"seed": 1}, overwrite=True)
 
 
+def test_where_content_lies_decides_nothing(tmp_path):
+    begin(tmp_path, "checkpoint-2", settings=SETTINGS | {"dataset": "data"})
+    elsewhere = SETTINGS | {"dataset": "/mnt/data/"}
+    with training(tmp_path) as run:
+        assert run.claim(places=["dataset"], settings=elsewhere) == {}
+        run.claim(data={"images": "a1"}, start={"dataset": "f0"})
+        assert (tmp_path / "checkpoint-2").exists() and record_of(tmp_path)["settings"]["dataset"] == "data"
+    with training(tmp_path) as run:
+        run.claim(places=["dataset"], settings=elsewhere)
+        with pytest.raises(ValueError, match="dataset: 'data' there, '/mnt/data/' now, images: 'a1' there, 'b2' now"):
+            run.claim(data={"images": "b2"})
+    with training(tmp_path) as run, pytest.raises(ValueError, match="dataset: 'f0' there, 'f1' now"):
+        run.claim(places=["dataset"], settings=elsewhere, start={"dataset": "f1"})
+    with training(tmp_path) as run, pytest.raises(ValueError, match="dataset: 'data' there, '/mnt/data/' now"):
+        run.claim(settings=elsewhere)
+
+
+def test_what_comes_to_the_place_of_the_output_meanwhile_is_not_replaced(tmp_path):
+    with data_set(tmp_path / "out") as run:
+        run.claim(settings=SETTINGS)
+        (run.work / "dataset").mkdir()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").touch()
+        with pytest.raises(ValueError, match="holds thesis.tex, but no run.json"):
+            run.put_in_place(run.work / "dataset")
+    assert names(tmp_path / "out") == ["thesis.tex"] and "dataset" in names(tmp_path / "out.partial")
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(ValueError, match="disk, a mount point: choose a folder in it"):
+        make(tmp_path / "disk")
+    assert make(tmp_path / "disk" / "out")
+
+
+def test_through_a_link_the_output_is_where_the_link_leads(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to("large")
+    (tmp_path / "dangling").symlink_to("new")
+    assert make(tmp_path / "link") and not make(tmp_path / "large") and make(tmp_path / "dangling")
+    assert names(tmp_path) == ["dangling", "large", "link", "new"] and (tmp_path / "link").is_symlink()
+    with data_set(tmp_path / "large"), pytest.raises(ValueError, match="in use"), data_set(tmp_path / "link"):
+        pass
+
+
 # ---- one process at a time ----
 
 
@@ -316,6 +362,35 @@ def test_a_second_run_is_refused_with_the_holder(tmp_path):
     with training(tmp_path) as run:
         run.claim(settings=SETTINGS)
     assert names(tmp_path) == [RECORD]
+
+
+def test_a_run_aside_and_one_in_place_keep_each_other_out(tmp_path):
+    with training(tmp_path / "out") as run:
+        run.claim(settings=SETTINGS)
+        with pytest.raises(ValueError, match="out is in use by process .* .aligndet pretrain"), data_set(run.path):
+            pass
+        assert names(tmp_path) == ["out"]
+    with data_set(tmp_path / "new") as run:
+        run.claim(settings=SETTINGS)
+        with pytest.raises(ValueError, match="new.partial is in use .* .aligndet proposals"), training(run.path):
+            pass
+    with training(tmp_path / "new") as run:
+        run.claim(settings=SETTINGS)
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to("../precious")
+    with pytest.raises(OSError, match="cannot write to the output folder"):
+        begin(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_record_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / RECORD)
+    with pytest.raises(ValueError, match="run.json, which tells whose run this is, is damaged .not a file"):
+        begin(tmp_path)
 
 
 def in_a_fork(function):
@@ -431,6 +506,18 @@ def test_a_folder_half_removed_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "checkpoint-1").mkdir()
     files.remove(tmp_path / "checkpoint-1")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"shar", b"shardX", b"shard", b"Shard"])
+def test_a_sealed_file_that_changed_is_told_and_removed(tmp_path, capsys, content):
+    path = tmp_path / "shard.arrow"
+    (tmp_path / "part").write_bytes(b"shard")
+    files.seal_file(tmp_path / "part", path)
+    assert files.is_sound(path) and names(tmp_path) == ["shard.arrow"] and capsys.readouterr().out == ""
+    seal = path.read_bytes()[5:]
+    path.write_bytes(content + (seal if content in (b"shardX", b"Shard") else b""))
+    assert not files.is_sound(path) and not files.is_sound(path) and names(tmp_path) == []
+    assert capsys.readouterr().out == f"{path} is damaged, and done anew.\n"
 
 
 def test_files_are_written_where_folders_cannot_be_opened(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -45,7 +44,7 @@ from ..detectors.backbones import check_backbone
 from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
-from ..files import sync
+from ..files import is_sound, seal_file
 from ..flags import names_of, takes_old_names
 from ..hub import HubDatasetArguments, open_dataset_repository
 from ..objects import name_objects
@@ -188,13 +187,13 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
         raise DataError(f"{output} holds the input. Choose another output_dir.")
     if arguments.num_pictures:
         new_figure(1, 1)  # says now, not after the clustering, that matplotlib is missing
-    with data_folder(arguments, "clusters", ["clustering-*.npz", "features-*.safetensors"]) as folder:
+    with data_folder(arguments, "clusters", ["clustering-*.npz", "features-*.npz"]) as folder:
         repo_id = open_dataset_repository(arguments, output)
         sources = _load_sources(arguments)
         arguments = _with_num_clusters(arguments, sources)
         features = load_features(arguments)
         report = _new_report(arguments, sources, features)
-        folder.claim(settings=report["settings"])
+        folder.claim(places={"clusters.backbone"}, settings=_deciding(report))
         if folder.is_finished:
             print(f"{output} is complete: these proposals have been clustered with these settings. Nothing to do.")
         else:
@@ -227,6 +226,12 @@ def _new_report(arguments: ClustersArguments, sources: dict[str, datasets.Datase
         "statistics": {},
         "skipped": list(before.get("skipped", [])),
     }
+
+
+def _deciding(report: dict) -> dict:
+    """The settings of a report without the name of the backbone: a hash of its weights is among them."""
+    own = report["settings"]["clusters"]
+    return report["settings"] | {"clusters": {name: own[name] for name in own if name != "backbone"}}
 
 
 def load_features(arguments: ClustersArguments) -> BoxFeatures:
@@ -286,7 +291,7 @@ def _cluster(
     arguments: ClustersArguments,
 ) -> None:
     """Does the work of [`cluster_proposals`] in a folder beside the output, and puts it in place."""
-    work, state = folder.work, report["settings"] | {"versions": report["versions"]}
+    work, state = folder.work, _deciding(report) | {"versions": report["versions"]}
     folder.claim(shards={"versions": report["versions"]})
     key = settings_hash(state)
     rows, total = _choose_images(sources, arguments)
@@ -324,7 +329,7 @@ def _fit(
     run has left.
     """
     _see_images(sources, features, files, arguments)
-    if path.is_file():
+    if is_sound(path):
         with np.load(path) as stored:
             return Clustering(**{name: stored[name] for name in stored.files})
     scratch_file = path.with_name("scratch.f16")
@@ -342,8 +347,7 @@ def _fit(
     clustering = fit_clusters(scratch[:filled], arguments.num_clusters, arguments.pca_dim, arguments.seed)
     part = path.with_name("part.npz")
     np.savez(part, **dataclasses.asdict(clustering))
-    sync(part)
-    os.replace(part, path)
+    seal_file(part, path)
     del scratch
     scratch_file.unlink()
     return clustering
@@ -395,7 +399,7 @@ def _assign(
     arguments: ClustersArguments,
 ) -> None:
     """Writes the files of the shards that are not there yet: the proposals with their clusters."""
-    pending = [shard for shard in shards if not os.path.exists(shard.path)]
+    pending = [shard for shard in shards if not is_sound(shard.path)]
     rows = [(shard.split, row) for shard in pending for row in range(shard.start, shard.stop)]
     total = sum(len(source) for source in sources.values())
     stored = {name: source.select_columns(["proposals"]) for name, source in sources.items()}

@@ -16,7 +16,7 @@ from ..detectors.build import open_detector, open_image_processor
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
 from ..evaluation.diagnosis import format_diagnosis
-from ..files import write_json
+from ..files import write_json, write_text
 from ..flags import takes_old_names
 from ..objects import name_objects
 from ..processes import device_of
@@ -130,6 +130,6 @@ def _measure(arguments: EvaluateArguments) -> dict:
         told = tell_predictions(images, metrics, folder, arguments.num_pictures, arguments.score_threshold)
         print(format_diagnosis(told, categories))
         if arguments.save_predictions:
-            (folder / "predictions.json").write_text(json.dumps(detections), encoding="utf-8")
+            write_text(folder / "predictions.json", json.dumps(detections))
         print(f"Report: {write_report(folder)}")
     return results

@@ -39,7 +39,7 @@ from ..evaluation.detections import EvaluationImages
 from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..evaluation.speed import measure_speed
 from ..files import write_json
-from ..flags import names_of
+from ..flags import local_paths, names_of
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED
 from ..runs import RunFolder
@@ -107,7 +107,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         on_main=Launch().on_main,
     ) as folder:
         settings = settings_of(arguments)
-        changes = folder.claim({"max_steps", "num_train_epochs"}, settings=settings)
+        changes = folder.claim({"max_steps", "num_train_epochs"}, local_paths(arguments), settings=settings)
         repo_id = open_run_repository(arguments)
         data = _load_data(arguments, folder, processes)
         if folder.is_finished and not changes:

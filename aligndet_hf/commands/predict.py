@@ -1,6 +1,7 @@
 """`aligndet predict`: what a detector finds in images, videos and data sets, as pictures, labels and a data set."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from ..evaluation.predicted_rows import (
     write_results,
 )
 from ..evaluation.predictions import Prediction, Tiling, predict_images
-from ..files import write_json
+from ..files import is_sound, write_json
 from ..flags import takes_old_names
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
@@ -242,7 +243,10 @@ def _predict_to_folder(arguments: PredictArguments, images: ImageList, image_pro
             on_main=launch.on_main,
         )
         with folder:
-            folder.claim(settings=_settings(arguments), data={"images": images.identity()})
+            given = (
+                {} if image_processor is None else {"image_processor": json.loads(image_processor.to_json_string())}
+            )
+            folder.claim(settings=_settings(arguments) | given, data={"images": images.identity()})
             if folder.is_finished:
                 if launch.is_main:
                     print(f"{folder.path} is complete: nothing to do.")
@@ -264,7 +268,7 @@ def _identity(detector) -> str:
     """A hash that tells a detector from others."""
     if isinstance(detector, (str, Path)):
         return model_hash(find_detector(detector))
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(repr(detector.config.id2label).encode(), digest_size=16)
     for name, tensor in detector.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -278,7 +282,7 @@ def _predict_shards(
     detector, image_processor = _load(arguments, image_processor)
     classes = [detector.config.id2label[label] for label in sorted(detector.config.id2label)]
     shards = _shards(images)
-    missing = [n for n in range(launch.rank, len(shards), launch.size) if not _shard_path(work, n).exists()]
+    missing = [n for n in range(launch.rank, len(shards), launch.size) if not is_sound(_shard_path(work, n))]
     indices = [index for number in missing for index in shards[number]]
     unfinished = {}
     for found in _run(arguments, detector, image_processor, images, indices):

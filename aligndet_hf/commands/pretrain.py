@@ -13,6 +13,7 @@ from ..data.formats import load_dataset_source
 from ..data.launch import Launch
 from ..data.shards import content_hash
 from ..files import write_json
+from ..flags import local_paths
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..reporting.run_record import SUMMARY
 from ..runs import RunFolder
@@ -99,7 +100,8 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         on_main=Launch().on_main,
     ) as folder:
         configuration = compared_configuration(arguments, accelerator)
-        changes = folder.claim({"max_steps", "num_train_epochs"}, settings=configuration)
+        places = local_paths(arguments) - ({"dataset"} if arguments.streaming else set())  # a stream is not hashed
+        changes = folder.claim({"max_steps", "num_train_epochs"}, places, settings=configuration)
         repo_id = open_run_repository(arguments)
         dataset, data = _load_data(arguments, accelerator, folder)
         if folder.is_finished and not changes:

@@ -35,6 +35,8 @@ from ..data.shards import (
 from ..data.sources import SOURCES, Search, file_hash, model_hash
 from ..data.stream_shards import read_rows, read_streams
 from ..data.streaming import load_stream
+from ..files import is_sound
+from ..flags import local_paths
 from ..hub import open_dataset_repository
 from ..runs import RunFolder
 
@@ -86,7 +88,7 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
                 if launch.is_main:
                     print(window_line(window))
         settings = launch.on_main(_settings, sources, arguments)
-        folder.claim(settings=settings)
+        folder.claim(places=local_paths(arguments), settings=settings)
         if folder.is_finished:
             if launch.is_main:
                 print(
@@ -105,7 +107,8 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
 
 def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArguments) -> dict:
     """Everything that decides what is found: the settings, and hashes of the images and of other files."""
-    settings = {"source": arguments.source, **arguments.source_settings(), **arguments.selection()}
+    own = {name: value for name, value in arguments.source_settings().items() if name not in local_paths(arguments)}
+    settings = {"source": arguments.source, **own, **arguments.selection()}
     if arguments.source == "detector":
         settings["detector_content"] = model_hash(_box_finder(arguments.detector))
     if arguments.source == "json":
@@ -168,7 +171,8 @@ def _generate(
                 f"{len(missing)} of {len(shards)} shards are not there, such as {missing[0]}: all machines must see "
                 "the same output_dir."
             )
-        report = {"dataset": arguments.dataset, "settings": settings, "versions": versions}
+        told = settings | arguments.source_settings()
+        report = {"dataset": arguments.dataset, "settings": told, "versions": versions}
         report |= {"statistics": {}, "skipped": []}
         plain = {name: without_proposals(source) for name, source in sources.items()}
         put_in_place(join_proposals(plain, shards, work, report, with_clusters), report, folder)
@@ -200,7 +204,7 @@ def _search_shards(
         needed = {"image", arguments.input_column() or "image"}
         inputs = {name: source.select_columns(sorted(needed)) for name, source in sources.items()}
         total = sum(shard.stop - shard.start for shard in shards)
-        shards = [shard for shard in shards if not os.path.exists(shard.path)]
+        shards = [shard for shard in shards if not is_sound(shard.path)]
         done = total - sum(shard.stop - shard.start for shard in shards)
     workers = arguments.dataloader_num_workers
     if workers is None:

@@ -38,11 +38,12 @@ from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import CheckedClasses, check_classes, crop_features, suppress
 from ..files import write_json
-from ..flags import takes_old_names
+from ..flags import local_paths, takes_old_names
 from ..processes import device_of
 from ..ranges import COUNT, SHARE, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
 from ..runs import RunFolder
+from ..training.start import start_hashes
 from .predict import PredictArguments, _identity, predict
 
 REPORT, SHEET = "pseudolabel.json", "pseudolabel.jpg"
@@ -184,17 +185,20 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
                 "nms_threshold",
                 "class_check",
                 "backbone",
+                "backbone_weights",
                 "shuffle_classes",
+                "label_seed",
             )
         }
         settings |= {"detector": _identity(arguments.detector), "num_pictures": arguments.num_pictures}
+        hashes = start_hashes(arguments)
         data = {"images": content_hash(images), "labelled": content_hash(labelled), "rows": list(rows)}
-        folder.claim(settings=settings, data=data)
+        folder.claim(places=local_paths(arguments), settings=settings, data=data, start=hashes)
         if folder.is_finished:
             print(f"{folder.path} is complete: nothing to do.")
             return datasets.load_from_disk(str(folder.path))
         _label(arguments, images.select(unseen), labelled.select(rows), names, folder)
-    return datasets.load_from_disk(str(Path(arguments.output_dir)))
+    return datasets.load_from_disk(str(folder.path))
 
 
 def _unseen(images, labelled, rows, arguments: PseudolabelArguments) -> list[int]:

@@ -22,10 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..runs import RECORD
 from .errors import DataError
 
 MAX_IMAGE_BYTES = 1 << 30
 MAX_TEXT_BYTES = 1 << 32  # of a label file; the largest public ones have some hundred megabytes
+OUTPUT = "written by a command: give that folder itself"  # why a folder in a folder of images is left out
 
 _LISTED = 5
 # Not pictures, formats without a decoder in Pillow, and one (EPS) that would start another program.
@@ -272,7 +274,8 @@ class Found:
 
 def walk(root: str | Path) -> Found:
     """
-    Finds the images of a folder and its folders, without hidden ones (`.ipynb_checkpoints` and the like).
+    Finds the images of a folder and its folders, without hidden ones (`.ipynb_checkpoints` and the like) and what
+    commands have written there.
 
     Links to folders are not followed: those in `root` are met anyway, and what lies elsewhere is not read.
 
@@ -291,6 +294,11 @@ def walk(root: str | Path) -> Found:
     return found
 
 
+def is_output(folder: str | Path) -> bool:
+    """Whether a command of ours writes there, or has written: the pictures in it are none of the data around it."""
+    return os.path.isfile(os.path.join(folder, RECORD))
+
+
 def visit(root: str | Path, is_wanted: Callable[[str], bool] = is_image_name) -> Iterator[tuple[str, str | None]]:
     """
     Goes through a folder as [`walk`] does, one file at a time.
@@ -305,6 +313,9 @@ def visit(root: str | Path, is_wanted: Callable[[str], bool] = is_image_name) ->
     failed = []
     for folder, folders, names in os.walk(root, onerror=failed.append):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in filter(lambda name: is_output(os.path.join(folder, name)), list(folders)):
+            folders.remove(name)
+            yield os.path.join(folder, name), OUTPUT
         for path in (os.path.join(folder, name) for name in folders):
             if os.path.islink(path) and not is_inside(path, root):
                 yield path, "a link to a folder outside: give that folder itself"

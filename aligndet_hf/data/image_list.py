@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 
 from .bit_depth import pixel_window
 from .columns import arrow_batches, category_ids, image_ids
-from .door import image_value, is_image_name, printable, visit
+from .door import OUTPUT, image_value, is_image_name, printable, visit
 from .errors import DataError, ImageError
 from .formats import category_names, load_dataset_source, split_names
 from .images import decode_image
 from .shards import content_hash
+from .sources import file_hash
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 _MAGIC = "*?["  # what makes a path a pattern
@@ -40,9 +41,16 @@ class ImageFiles:
         return decode_image(self.paths[index], window)
 
     def identity(self) -> str:
-        """Names, sizes and times: to hash the content of many files would take as long as to predict on them."""
-        stats = [os.stat(path) if os.path.exists(path) else None for path in self.paths]
-        return repr([(name, s and (s.st_size, s.st_mtime_ns)) for name, s in zip(self.names, stats, strict=True)])
+        """Names and hashes of the content: other files may have the same sizes and times."""
+        return repr([(name, _hash(path)) for name, path in zip(self.names, self.paths, strict=True)])
+
+
+def _hash(path: str) -> str | None:
+    """The hash of a file; of one that cannot be read, which is told when it is looked at, `None`."""
+    try:
+        return file_hash(path)
+    except OSError:
+        return None
 
 
 class MemoryImage:
@@ -250,7 +258,7 @@ def _parts_of(source, split: str | None, faults: list[dict]) -> list:
         raise DataError(f"expected images as paths, arrays, PIL images or a datasets.Dataset, got {type(source)}.")
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        found = list(visit(path, _is_wanted))
+        found = [(name, reason) for name, reason in visit(path, _is_wanted) if reason != OUTPUT]
         files = [name for name, reason in found if reason is None]
         faults += [
             {"file": printable(os.path.relpath(name, path)), "reason": f"{printable(name)}: {reason}."}

@@ -123,6 +123,7 @@ class ProposalsArguments(
         default=None,
         metadata={
             "role": "start",
+            "is_path": True,
             "help": "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM",
         },
     )
@@ -142,7 +143,11 @@ class ProposalsArguments(
     )
     proposals_file: str | None = field(
         default=None,
-        metadata={"role": "data", "help": "json: the file, in COCO format; every annotation is a proposal"},
+        metadata={
+            "role": "data",
+            "is_path": True,
+            "help": "json: the file, in COCO format; every annotation is a proposal",
+        },
     )
 
     max_boxes: int | None = field(

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from datasets.table import embed_table_storage, table_cast
 from tqdm.auto import tqdm
 
-from ..files import sync, write_json
+from ..files import seal_file, write_json
 from ..runs import Interrupted, RunFolder
 from .columns import RECORD_MARK, proposals_feature
 from .door import read_bytes
@@ -77,13 +77,12 @@ def write_shard(shard: Shard, rows: list[dict], with_clusters: bool = False) -> 
             read, `{"file", "reason"}`.
         with_clusters (`bool`, *optional*, defaults to `False`): Whether the proposals have the field `cluster`.
     """
-    part = f"{shard.path}.{os.getpid()}.part"
+    part = Path(f"{shard.path}.{os.getpid()}.part")
     schema = pa.schema([*_features(with_clusters).arrow_schema, ("file", pa.string()), ("reason", pa.string())])
     table = pa.Table.from_pylist(rows, schema=schema)
-    with pa.OSFile(part, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-    sync(Path(part))
-    os.replace(part, shard.path)
+    seal_file(part, Path(shard.path))
 
 
 def _features(with_clusters: bool) -> datasets.Features:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import datasets
 import pyarrow as pa
 from datasets.table import embed_table_storage, table_cast
 
-from ..files import write_json
+from ..files import is_sound, seal_file, write_json
 from .errors import DataError
 from .launch import Launch
 from .shards import Shard, settings_hash, write_arrow
@@ -40,22 +39,27 @@ def _read_part(
     launch: Launch,
     is_shared: bool,
 ) -> Iterator[Shard]:
-    number = next(number for number in itertools.count() if not _shard_path(work, name, part, number, key).exists())
+    number = next(number for number in itertools.count() if not _is_done(_shard_path(work, name, part, number, key)))
     end = work / f"{name}-{part:05d}-{key}.json"
     if end.is_file() and number >= json.loads(end.read_text())["shards"]:
         return
     rows = (table for _, table in read_shard(stream, part, number * shard_size))
     while tables := list(itertools.islice(rows, shard_size)):
         path = _shard_path(work, name, part, number, key)
-        if not path.exists() and (not is_shared or number % launch.size == launch.rank):
+        if not _is_done(path) and (not is_shared or number % launch.size == launch.rank):
             table = table_cast(pa.concat_tables(tables), stream.features.arrow_schema)
             unfinished = path.with_suffix(".part")
             write_arrow(datasets.Dataset(embed_table_storage(table)), unfinished)
-            os.replace(unfinished, path.with_suffix(".rows"))
+            seal_file(unfinished, path.with_suffix(".rows"))
             yield Shard(name, 0, len(tables), str(path))
         number += 1
     if not is_shared or launch.rank == 0:
         write_json(end, {"shards": number})
+
+
+def _is_done(path: Path) -> bool:
+    """Whether the boxes of a shard are there, and its rows."""
+    return is_sound(path) and is_sound(path.with_suffix(".rows"))
 
 
 def _shard_path(work: Path, name: str, part: int, number: int, key: str) -> Path:

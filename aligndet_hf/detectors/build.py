@@ -39,6 +39,7 @@ class DetectorArguments:
         default="rt_detr",
         metadata={
             "role": "start",
+            "is_path": True,
             "help": "folder, published file or Hub id of a detector, or a short name such as `rt_detr_r18` "
             "(docs/families.md has all), or a family to build a new detector of: " + ", ".join(sorted(FAMILIES)),
         },
@@ -47,6 +48,7 @@ class DetectorArguments:
         default=None,
         metadata={
             "role": "start",
+            "is_path": True,
             "help": "a new detector's backbone: a timm name, or a folder or Hub id of a transformers checkpoint "
             "(`facebook/dinov2-small`), whose weights come with it. resnet50 if not given; not for "
             + ", ".join(sorted(name for name, family in FAMILIES.items() if not family.strides))
@@ -57,6 +59,7 @@ class DetectorArguments:
         default=None,
         metadata={
             "role": "start",
+            "is_path": True,
             "help": "weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or "
             "SoCo, `timm` to download timm's own, or `none` for random ones. If not given: `timm` for the default "
             "backbone, those that come with a transformers checkpoint, and random ones for another timm name",

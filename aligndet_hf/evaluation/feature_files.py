@@ -5,14 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from ..files import sync
+from ..files import is_sound, seal_file
 from .box_features import BoxFeatures
 
 BATCH = 16  # images between two files
-_PATTERN = "features-*.safetensors"
+_PATTERN = "features-*.npz"
 
 
 def seen_boxes(features: BoxFeatures, items: Sequence[dict]) -> list[dict]:
@@ -55,11 +53,11 @@ class FeatureFiles:
         self.batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
         self._paths = [folder / _PATTERN.replace("*", f"{key}-{n:06d}") for n in range(len(self.batches))]
         self._places = {row: divmod(n, BATCH) for n, row in enumerate(rows)}
-        self._opened: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        self._opened: tuple[int, dict[str, np.ndarray]] = (-1, {})
 
     def missing(self) -> list[int]:
         """The numbers of the batches that have no file yet."""
-        return [number for number, path in enumerate(self._paths) if not path.exists()]
+        return [number for number, path in enumerate(self._paths) if not is_sound(path)]
 
     def write(self, number: int, found: list[dict]) -> None:
         """Writes the file of a batch: what [`seen_boxes`] gave for its rows."""
@@ -69,29 +67,28 @@ class FeatureFiles:
         for name in ("kept", "features"):
             tensors[name] = np.concatenate([entry[name] for entry in read]) if read else np.zeros(0, np.int64)
         part = self._paths[number].with_suffix(f".{os.getpid()}.part")
-        save_file(tensors, str(part))
-        sync(part)
-        os.replace(part, self._paths[number])
+        with open(part, "wb") as file:
+            np.savez(file, **tensors)
+        seal_file(part, self._paths[number])
 
     def __contains__(self, row: tuple[str, int]) -> bool:
         """Whether the features of an image are there; they are not if it cannot be read."""
-        return row in self._places and self._counts(row)[self._places[row][1]] >= 0
+        return row in self._places and self._batch(row)["counts"][self._places[row][1]] >= 0
 
     def __getitem__(self, row: tuple[str, int]) -> dict:
         """What [`seen_boxes`] gave for an image."""
-        number, index = self._places[row]
-        counts = self._counts(row).clip(0)
+        batch, index = self._batch(row), self._places[row][1]
+        counts = batch["counts"].clip(0)
         start = int(counts[:index].sum())
         boxes = slice(start, start + int(counts[index]))
-        with safe_open(str(self._paths[number]), "numpy") as file:
-            return {name: file.get_slice(name)[boxes] for name in ("kept", "features")}
+        return {name: batch[name][boxes] for name in ("kept", "features")}
 
-    def _counts(self, row: tuple[str, int]) -> np.ndarray:
-        """The numbers of boxes of the images of a row's batch."""
+    def _batch(self, row: tuple[str, int]) -> dict[str, np.ndarray]:
+        """What the file of a row's batch holds: the numbers of boxes of its images, and of all boxes the rest."""
         number = self._places[row][0]
         if self._opened[0] != number:
-            with safe_open(str(self._paths[number]), "numpy") as file:
-                self._opened = number, file.get_tensor("counts")
+            with np.load(self._paths[number]) as stored:
+                self._opened = number, {name: stored[name] for name in stored.files}
         return self._opened[1]
 
     def best(self, per_image: int, total: int) -> Iterator[np.ndarray]:

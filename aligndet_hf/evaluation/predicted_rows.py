@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from ..data.columns import objects_feature
 from ..data.image_list import ImageList
+from ..files import seal_file
 from .predictions import Prediction
 
 _ROWS_IN_MEMORY = 8  # photographs may take some 10 MB each
@@ -36,7 +37,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], images: Ima
         for start in range(0, len(predictions), _ROWS_IN_MEMORY):
             rows = [_row(found, images) for found in predictions[start : start + _ROWS_IN_MEMORY]]
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    os.replace(unfinished, path)
+    seal_file(unfinished, path)
 
 
 def _row(found: Prediction, images: ImageList) -> dict:

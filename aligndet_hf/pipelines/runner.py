@@ -112,6 +112,8 @@ def is_finished(stage: Stage) -> bool:
         record = json.loads(stage.beside(".json").read_text())
     except (OSError, ValueError):
         return False
+    if not isinstance(record, dict) or not record.keys() >= {"settings", "seconds"}:
+        return False
     if record["settings"] != _plain(stage.settings) or not stage.folder.exists():
         return False
     return "inputs" not in record or record["inputs"] == stage.inputs()  # earlier versions wrote none

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from ..cards import describe_versions, told
+from ..files import write_text
 from .fairness import cautions, longer_arms
 from .plots import plot_arms, plot_bands
 from .verdict import verdict
@@ -54,7 +55,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
         *_how(results),
     ]
     path = output_dir / REPORT
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(parts) + "\n")
     return path
 
 

@@ -72,6 +72,16 @@ class FiniteGradients(TrainerCallback):
             )
 
 
+class KeepBest(TrainerCallback):
+    """Has a run that is resumed know its best checkpoint, which may lie elsewhere than when the state was written."""
+
+    def __init__(self, best: str | None):
+        self.best = best
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.best_model_checkpoint = self.best
+
+
 class DetectionTrainer(Trainer):
     """
     `transformers.Trainer` for detectors.
@@ -229,17 +239,22 @@ class DetectionTrainer(Trainer):
 
         Raises:
             Interrupted: SIGTERM or SIGINT; a checkpoint was written.
-            ValueError: the checkpoint is beyond the last step.
+            ValueError: the checkpoint is beyond the last step, or the best one, which is to be loaded at the end, is
+                damaged.
         """
         state = self.require_steps(checkpoint)
+        best = self._best_of(state) if state else None
         if not state or state.global_step < self.total_steps():
             with StopSignals(self.accelerator) as stop:
-                callback = StopAfterSaving(stop)
-                self.add_callback(callback)
+                callbacks = [StopAfterSaving(stop), KeepBest(best)]
+                for callback in callbacks:
+                    self.add_callback(callback)
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-                self.remove_callback(callback)
+                for callback in callbacks:
+                    self.remove_callback(callback)
             return
         self.state = state
+        self.state.best_model_checkpoint = best
         self._load_from_checkpoint(str(checkpoint))
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
@@ -382,12 +397,24 @@ class DetectionTrainer(Trainer):
             for group, rate in zip(groups, scheduler._last_lr, strict=True):
                 group["lr"] = rate
 
-    def _load_best_model(self) -> None:
-        if damage := damage_of(self.state.best_model_checkpoint):
+    def _best_of(self, state: TrainerState) -> str | None:
+        """The best checkpoint of a run that is resumed: it lies beside the others, wherever they were before."""
+        if state.best_model_checkpoint is None:
+            return None
+        best = Path(self.args.output_dir) / Path(state.best_model_checkpoint).name
+        if self.args.load_best_model_at_end:
+            self._require_sound(best)
+        return str(best) if best.is_dir() else None
+
+    def _require_sound(self, best: str | Path) -> None:
+        if damage := damage_of(best):
             raise ValueError(
-                f"{self.state.best_model_checkpoint}, the best checkpoint of this run, is damaged ({damage}). Give "
-                "--load_best_model_at_end false and another output_dir, or --overwrite_output_dir to start anew."
+                f"{best}, the best checkpoint of this run, is damaged ({damage}). Give --load_best_model_at_end false "
+                "and another output_dir, or --overwrite_output_dir to start anew."
             )
+
+    def _load_best_model(self) -> None:
+        self._require_sound(self.state.best_model_checkpoint)
         super()._load_best_model()
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)

@@ -103,6 +103,7 @@ class FinetuneArguments(
         default=None,
         metadata={
             "role": "data",
+            "is_path": True,
             "help": "learn from the images that `aligndet pseudolabel` has labelled as well: its output folder",
         },
     )
@@ -219,12 +220,14 @@ class FinetuneArguments(
         default=True, metadata={"role": "run", "help": "measure on eval_dataset, at the end at least"}
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"role": "best", "help": "what to measure on; `dataset` if not given"}
+        default=None, metadata={"role": "best", "is_path": True, "help": "what to measure on; `dataset` if not given"}
     )
     eval_split: str | None = field(
         default=None, metadata={"role": "best", "help": "its split; of `dataset` `validation` if not given"}
     )
-    eval_image_dir: str | None = field(default=None, metadata={"role": "best", "help": "as image_dir"})
+    eval_image_dir: str | None = field(
+        default=None, metadata={"role": "best", "is_path": True, "help": "as image_dir"}
+    )
     eval_strategy: str = field(
         default="epoch", metadata={"role": "best", "help": "when to measure: epoch, steps, or no (at the end)"}
     )

@@ -48,6 +48,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     parts = [folder / name for name in names if is_folder(folder / name, folder)]
+    parts = [part for part in parts if split_of_folder(part.name) or not door.is_output(part)]
     if not any(split_of_folder(part.name) for part in parts):
         return {}
     splits = {}
