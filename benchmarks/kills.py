@@ -38,8 +38,10 @@ from typing import NamedTuple
 
 from attacked import Attacked, attacked, make_inputs
 
-SCRATCH = Path(tempfile.mkdtemp(prefix="kills-"))
+# Worker processes import this file too: they have the same.
+SCRATCH = Path(os.environ.get("KILLS_SCRATCH") or tempfile.mkdtemp(prefix="kills-"))
 SCRATCH.chmod(0o755)
+os.environ |= {"KILLS_SCRATCH": str(SCRATCH)}
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 os.environ |= {name: str(SCRATCH / "home") for name in ("HOME", "HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME")}
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
