@@ -146,11 +146,12 @@ class ViewArguments:
 
     help_groups = {"image_sizes": "Views"}
 
-    image_sizes: list[int] = field(
-        default_factory=lambda: list(range(480, 801, 32)),
+    image_sizes: list[int] | None = field(
+        default=None,
         metadata={
             "role": "result",
-            "help": "sizes in pixels that images are resized to at random: the shorter side, or both sides",
+            "help": "sizes in pixels that images are resized to at random: the shorter side, or both sides; 480 512 "
+            "... 800 if not given, smaller ones for images whose shorter side is below 480",
             "range": COUNT,
         },
     )

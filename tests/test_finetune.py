@@ -453,6 +453,22 @@ def test_the_last_stages_of_a_backbone_with_weights_are_trained_alone(folder, tm
         arguments_for(folder, tmp_path, freeze_backbone=True, trainable_backbone_stages=1)
 
 
+def test_sizes_that_suit_the_images_are_chosen_once(folder, tmp_path, capsys):
+    arguments = arguments_for(folder, tmp_path / "run", image_sizes=None, label_fraction=0.5, max_steps=1)
+    output_dir = finetune(arguments).output_dir
+    told = capsys.readouterr().out
+    assert "image_sizes 64 96, since the shorter side of half of the images is at most 64 pixels" in told
+    assert AutoImageProcessor.from_pretrained(output_dir).size["shortest_edge"] == 96
+    assert json.loads((output_dir / "run.json").read_text())["data"]["image_sizes"] == [64, 96]
+    settings = json.loads((output_dir / "finetune_settings.json").read_text())
+    assert settings["image_sizes"] == [64, 96] and settings["eval_size"] == 96
+    assert arguments.image_sizes is None  # the same again is the same run
+    finetune(arguments)
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"image_sizes: None there, \[64\] now"):
+        finetune(arguments_for(folder, tmp_path / "run", image_sizes=[64], label_fraction=0.5, max_steps=1))
+
+
 def test_a_random_backbone_is_trained_as_a_whole_and_told(folder, tmp_path, capsys):
     tiny = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_queries": 9}
     changes = {"detector": "detr", "backbone": "resnet10t", "detector_config": tiny, "do_eval": False, "max_steps": 1}

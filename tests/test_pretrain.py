@@ -390,6 +390,18 @@ def test_fewer_queries_than_proposals(arguments, capsys, monkeypatch):
     assert "The detector has 3 queries: at most 3 proposals per image are used." in capsys.readouterr().out
 
 
+def test_sizes_that_suit_the_images_are_chosen_once(arguments, capsys):
+    given = arguments(image_sizes=None, max_steps=2)
+    result = pretrain(given)
+    assert "image_sizes 96, since the shorter side of half of the images is at most 64" in capsys.readouterr().out
+    assert json.loads((result.output_dir / "run.json").read_text())["data"]["image_sizes"] == [96]
+    summary = json.loads((result.output_dir / "pretrain_summary.json").read_text())
+    assert summary["arguments"]["image_sizes"] == [96] and given.image_sizes is None
+    (result.output_dir / "pretrain_summary.json").unlink()
+    assert pretrain(given).metrics == result.metrics and "Resuming from" in capsys.readouterr().out
+    assert arguments(image_sizes=None, preset="paper").image_sizes[0] == 640
+
+
 def test_a_random_backbone_is_trained_and_a_random_frozen_one_refused(arguments, warnings_of):
     config = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     new = {"detector": "detr", "backbone": "resnet10t", "detector_config": config, "max_steps": 1}

@@ -102,6 +102,21 @@ def test_size_is_always_bounded():
     assert views.view_shape(8000, 50, "square", 256) == (256, 256)
 
 
+@pytest.mark.parametrize(
+    "side, sizes",
+    [
+        (1000, views.PUBLISHED_SIZES), (480, views.PUBLISHED_SIZES),
+        (224, [224, 256, 288, 320, 352, 384]),  # 480 and 800 times 224 / 480, to multiples of 32
+        (128, [128, 160, 192, 224]), (30, [64]),
+    ],
+)  # fmt: skip
+def test_sizes_are_to_images_as_the_published_ones_are_to_cocos(side, sizes):
+    images = np.array([[0, 0], [side, 2 * side], [side + 9, side], [9000, 5000], [side, side]])
+    chosen, line = views.choose_sizes(views.PUBLISHED_SIZES, images)
+    assert chosen == sizes and f"is at most {side} pixels" in line
+    assert views.choose_sizes([100], np.zeros((1, 2), dtype=int))[0] == [96]
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (8000, 50), (50, 8000)])
 @pytest.mark.parametrize("resize", ["shortest_edge", "square"])
 def test_extreme_images(shape, resize):

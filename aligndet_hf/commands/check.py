@@ -18,7 +18,7 @@ from ..data.label_export import LAYOUTS, export_labels
 from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.pixels import ImageFacts, inspect_images
 from ..data.sampling import SampleKey
-from ..data.views import ViewConfig, view_shape
+from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes, view_shape
 from ..files import write_json
 from ..flags import takes_old_names
 from ..ranges import COUNT, check_values
@@ -83,7 +83,7 @@ class CheckArguments(MeasureArguments, ProgressArguments, ViewArguments, Labelle
             raise ValueError(f"export must be one of {', '.join(LAYOUTS)}, got {self.export!r}")
         if self.export is not None and self.output_dir is None:
             raise ValueError("export needs an output_dir to write to")
-        ViewConfig(self.image_sizes, self.max_size, self.resize)  # raises what is wrong with them
+        ViewConfig(self.image_sizes or PUBLISHED_SIZES, self.max_size, self.resize)  # raises what is wrong with them
 
 
 @dataclass
@@ -99,8 +99,9 @@ class SplitReport:
         objects (`int`, *optional*): Its boxes, crowds included; `None` without labels.
         objects_per_image (`dict`): `median`, `max` and `without`: images without objects.
         classes (`dict[str, int]`): Objects of each category.
-        box_sides (`dict`): Per size of the views the shares of boxes whose side, `sqrt(width * height)`, is below 8,
-            16 and 32 pixels of the view.
+        image_sizes (`list[int]`): Sizes of the views of a training: those that are given, or that it would choose.
+        box_sides (`dict`): For the smallest and the largest of them the shares of boxes whose side,
+            `sqrt(width * height)`, is below 8, 16 and 32 pixels of the view.
         copies (`list[list[str]]`): Images that look like one before them in the split, with the name of that.
         problems (`list[str]`): What has to be mended before a training.
         notes (`list[str]`): What one should know.
@@ -112,6 +113,7 @@ class SplitReport:
     objects: int | None = None
     objects_per_image: dict = field(default_factory=dict)
     classes: dict[str, int] = field(default_factory=dict)
+    image_sizes: list[int] = field(default_factory=list)
     box_sides: dict = field(default_factory=dict)
     copies: list[list[str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -197,7 +199,7 @@ def _check(arguments: CheckArguments) -> CheckReport:
             labelled[name] = dataset
         print(_describe(name, split))
         if arguments.output_dir is not None and arguments.num_pictures and split.classes and not split.problems:
-            _draw(dataset, list(split.classes), arguments, Path(arguments.output_dir) / f"check-{name}.jpg")
+            _draw(dataset, split, arguments, Path(arguments.output_dir) / f"check-{name}.jpg")
     for one, other in combinations(prints, 2):
         for leak in find_leaks(prints[one], prints[other]):
             report.leaks.append({"splits": [other, one], **leak})
@@ -279,7 +281,8 @@ def _check_split(dataset: datasets.Dataset, source: str, arguments: CheckArgumen
     without = [name for name, count in split.classes.items() if not count]
     if without:
         split.notes.append(f"{len(without)} of {len(names)} categories have no object here: {listed(without)}")
-    split.box_sides = _box_sides(dataset, facts.sizes, arguments)
+    split.image_sizes = arguments.image_sizes or choose_sizes(PUBLISHED_SIZES, facts.sizes)[0]
+    split.box_sides = _box_sides(dataset, facts.sizes, split.image_sizes, arguments)
 
 
 def _validated(validate, dataset: datasets.Dataset, split: SplitReport) -> BoxReport | None:
@@ -308,7 +311,9 @@ def _sizes(facts: ImageFacts) -> dict:
     return described | {"rotated": int(facts.rotated.sum())}
 
 
-def _box_sides(dataset: datasets.Dataset, sizes: np.ndarray, arguments: CheckArguments) -> dict[str, dict[str, float]]:
+def _box_sides(
+    dataset: datasets.Dataset, sizes: np.ndarray, of_views: list[int], arguments: CheckArguments
+) -> dict[str, dict[str, float]]:
     """For the smallest and the largest size of views the shares of boxes below some sides, in pixels of the view."""
     boxes, rows = [], []
     for start, table in arrow_batches(dataset, ["objects"]):
@@ -319,7 +324,7 @@ def _box_sides(dataset: datasets.Dataset, sizes: np.ndarray, arguments: CheckArg
     boxes, rows = boxes[(sizes[rows] > 0).all(axis=1)], rows[(sizes[rows] > 0).all(axis=1)]
     sides = np.sqrt(np.clip(boxes[:, 2], 0, None) * np.clip(boxes[:, 3], 0, None))
     described = {}
-    for size in sorted({min(arguments.image_sizes), max(arguments.image_sizes)}):
+    for size in sorted({min(of_views), max(of_views)}):
         # An image that cannot be read has no size; its boxes are left out.
         views = [
             view_shape(*image, arguments.resize, size, arguments.max_size) for image in np.maximum(sizes, 1).tolist()
@@ -372,10 +377,10 @@ def _describe(name: str, split: SplitReport) -> str:
     )
 
 
-def _draw(dataset: datasets.Dataset, names: list[str], arguments: CheckArguments, path: Path) -> None:
+def _draw(dataset: datasets.Dataset, split: SplitReport, arguments: CheckArguments, path: Path) -> None:
     """A sheet of evenly spaced images with their boxes, as views of a training have them."""
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(arguments.num_pictures, len(dataset))).round().astype(int))
-    view = ViewConfig(arguments.image_sizes, arguments.max_size, arguments.resize)
+    names, view = list(split.classes), ViewConfig(split.image_sizes, arguments.max_size, arguments.resize)
     images, pictures, titles = LabelledImages(dataset, view), [], []
     for row in rows.tolist():
         item = images[SampleKey(row, 0, 0)]

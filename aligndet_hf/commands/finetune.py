@@ -1,5 +1,6 @@
 """`aligndet finetune`: fine-tune a detector on labelled images, starting from a pre-trained one."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..data.launch import Launch
 from ..data.shards import content_hash
 from ..data.sources import model_hash
 from ..data.splits import nested_subsets
-from ..data.views import ViewConfig
+from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes
 from ..detectors.backbones import freeze_batch_norms, get_backbone, set_backbone_trainable
 from ..detectors.build import (
     DetectorArguments,
@@ -112,6 +113,10 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         data = _load_data(arguments, folder, processes)
         if folder.is_finished and not changes:
             return FinetuneResult(folder.path, finished_metrics(folder.path, RESULTS, arguments, repo_id))
+        if arguments.image_sizes is None:
+            arguments = copy.copy(arguments)
+            arguments.image_sizes = data.image_sizes
+            arguments.eval_size = arguments.eval_size or max(data.image_sizes)
         last = Launch().on_main(find_last_checkpoint, folder.path)
         checkpoint = last and last.path
         trainer, about = _start(arguments, data, folder, processes)
@@ -124,7 +129,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
                 "rates follow the schedule of that length; until there they followed the former schedule."
             )
         if processes.is_main_process:
-            write_json(folder.path / SETTINGS, settings)
+            write_json(folder.path / SETTINGS, settings_of(arguments))
         trainer.fit(checkpoint)
         metrics = _finish(arguments, trainer, about, folder.path, processes)
         if processes.is_main_process:
@@ -140,19 +145,20 @@ class _Data(NamedTuple):
     truth: Dataset | None
     categories: list[str]
     window: tuple | None  # see `settle_pixel_window`
+    image_sizes: list[int]
 
 
 def _load_data(arguments: FinetuneArguments, folder: RunFolder, processes: PartialState) -> _Data:
     """The data, whose content is a part of what the run is, even if it is finished."""
     with processes.main_process_first():
-        dataset, categories = _load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
+        dataset, categories, report = _load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
         require_metric(arguments.metric_for_best_model, categories)
         truth = None
         if arguments.do_eval:
             source = (arguments.eval_dataset, arguments.eval_split, arguments.eval_image_dir)
             try:
                 _require_another_file(arguments)
-                truth, _ = _load_labelled(*source, categories)
+                truth, _, _ = _load_labelled(*source, categories)
             except DataError as error:
                 choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
                 raise DataError(f"{error} ({choices}.)") from error
@@ -160,18 +166,23 @@ def _load_data(arguments: FinetuneArguments, folder: RunFolder, processes: Parti
     window = settle_pixel_window([dataset] if truth is None else [dataset, truth], arguments.pixel_window, known)
     if window is not None:
         processes.print(window_line(window))
+    sizes, line = choose_sizes(PUBLISHED_SIZES, report.images.sizes)  # of all images, however few have labels
+    if arguments.image_sizes is None:
+        processes.print(line)
     rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     dataset = dataset.select(rows)
     on_main = Launch().on_main
-    folder.claim(data=on_main(_fingerprint, arguments, dataset, truth), start=on_main(start_hashes, arguments))
-    return _Data(dataset, truth, categories, window)
+    content = on_main(_fingerprint, arguments, dataset, truth)
+    content |= {"image_sizes": sizes} if arguments.image_sizes is None else {}
+    folder.claim(data=content, start=on_main(start_hashes, arguments))
+    return _Data(dataset, truth, categories, window, sizes)
 
 
 def _start(
     arguments: FinetuneArguments, data: _Data, folder: RunFolder, processes: PartialState
 ) -> tuple[DetectionTrainer, dict]:
     """The trainer, and what the results say of the run."""
-    dataset, truth, categories, window = data
+    dataset, truth, categories, window, _ = data
     if truth is not None and processes.is_main_process:
         notes = [leak_note(dataset, truth, arguments.eval_dataset), metric_note(objects_per_image(truth)[1])]
         for note in filter(None, notes):
@@ -283,7 +294,7 @@ def _require_another_file(arguments: FinetuneArguments) -> None:
 
 
 def _load_labelled(source: str, split: str | None, image_dir: str | None, categories: list[str] | None = None):
-    """A validated dataset and the names of its categories, which must be `categories` if those are given."""
+    """A validated dataset, the names of its categories (`categories` if those are given), and what was found in it."""
     dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir)
     names = category_names(dataset, source)
     if categories is not None and names != categories:
@@ -291,8 +302,9 @@ def _load_labelled(source: str, split: str | None, image_dir: str | None, catego
             f"{source} (split {split}) has other categories than the training data: {', '.join(names)} instead of "
             f"{', '.join(categories)}. Number them alike in both."
         )
-    PartialState().print(validate_objects(dataset, names, source))
-    return dataset, names
+    report = validate_objects(dataset, names, source)
+    PartialState().print(report)
+    return dataset, names, report
 
 
 def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], view: ViewConfig):

@@ -1,5 +1,6 @@
 """`aligndet pretrain`: pre-train a detector, or with SoCo a backbone, on images with proposals."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..data.columns import proposal_record, validate_proposals
 from ..data.formats import load_dataset_source
 from ..data.launch import Launch
 from ..data.shards import content_hash
+from ..data.views import choose_sizes
 from ..files import write_json
 from ..flags import local_paths
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
@@ -21,7 +23,7 @@ from ..training import pretrain_aligndet, pretrain_soco, sharding
 from ..training.best_boxes import BOXES, BestBoxes
 from ..training.checkpointing import CHECKPOINTS, DAMAGED
 from ..training.compilation import compile_networks
-from ..training.pretrain_arguments import PretrainArguments
+from ..training.pretrain_arguments import DEFAULTS, PretrainArguments
 from ..training.pretrain_loop import Run, train, write_result
 from ..training.pretrain_setup import (
     build_accelerator,
@@ -106,6 +108,9 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         dataset, data = _load_data(arguments, accelerator, folder)
         if folder.is_finished and not changes:
             return _result(arguments, folder.path, finished_metrics(folder.path, SUMMARY, arguments, repo_id))
+        if arguments.image_sizes is None:
+            arguments = copy.copy(arguments)
+            arguments.image_sizes = data["image_sizes"]
         run, best_boxes = _start(arguments, accelerator, configuration, dataset, data, folder)
         if changes:
             run.tell_changes(changes)
@@ -137,6 +142,9 @@ def _load_data(arguments: PretrainArguments, accelerator: Accelerator, folder: R
             dataset = load_dataset_source(arguments.dataset, arguments.split)
         report = validate_proposals(dataset, arguments.dataset, with_clusters=arguments.use_clusters)
         data = {"images": report.rows, "proposals": report.boxes}
+        if arguments.image_sizes is None:
+            data["image_sizes"], line = choose_sizes(DEFAULTS["aligndet"]["image_sizes"], report.images.sizes)
+            accelerator.print(line)
         window = settle_pixel_window([dataset])
         if window is not None:
             accelerator.print(window_line(window))

@@ -1,10 +1,14 @@
 """Random views of an image and its boxes: crop, resize, flip and one colour operation, all on uint8."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
+# The sizes that detectors are fine-tuned with on COCO, and the shorter side of half of COCO's images.
+PUBLISHED_SIZES, PUBLISHED_SIDE = list(range(480, 801, 32)), 480
+STRIDE, MIN_SIZE = 32, 64  # of the sizes that are chosen
 MIN_BOX_SIDE = 0.01  # pixels of the view; smaller boxes are dropped, as in AlignDet's pipeline
 
 
@@ -53,6 +57,28 @@ class ViewConfig:
 
 
 # ---- geometry ----
+
+
+def choose_sizes(published: Sequence[int], images: np.ndarray) -> tuple[list[int], str]:
+    """
+    The sizes of views that are to images as the published ones are to COCO's: larger by at most two thirds.
+
+    Args:
+        published (`Sequence[int]`): Sizes in pixels for COCO, which are never exceeded.
+        images (`np.ndarray`): int `[N, 2]`, height and width of all images; 0 where they are not known.
+
+    Returns:
+        `tuple[list[int], str]`: the sizes in pixels, multiples of 32, and what to say of them.
+    """
+    sides = images[(images > 0).all(axis=1)].min(axis=1)
+    side = float(np.median(sides)) if len(sides) else PUBLISHED_SIDE
+    scale = min(1.0, side / PUBLISHED_SIDE)
+    sizes = sorted({max(MIN_SIZE, round(size * scale / STRIDE) * STRIDE) for size in published})
+    return sizes, (
+        f"image_sizes {' '.join(map(str, sizes))}, since the shorter side of half of the images is at most {side:g} "
+        f"pixels (published, for {PUBLISHED_SIDE} pixels: {min(published)} to {max(published)}); --image_sizes gives "
+        "others."
+    )
 
 
 def view_shape(height: int, width: int, resize: str, size: int, max_size: int | None = None) -> tuple[int, int]:

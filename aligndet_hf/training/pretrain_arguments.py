@@ -102,7 +102,8 @@ class PretrainArguments(
         "image_sizes",
         default=None,
         help="sizes in pixels that images are resized to at random: the shorter side, or both sides; 640 672 ... 800 "
-        "if not given. SoCo: both sides of each view, the whole image's first; 224 224 112",
+        "if not given, smaller ones for images whose shorter side is below 480. SoCo: both sides of each view, the "
+        "whole image's first; 224 224 112",
     )
     color: bool | None = again(
         AugmentationArguments,
@@ -123,7 +124,7 @@ class PretrainArguments(
         metadata={
             "role": "result",
             "help": "where a value is not given, `suited` takes one that suits the number of steps and any images, "
-            "`paper` the published one: `base_momentum` 0.996, no warm-up, and random colours",
+            "`paper` the published one: `base_momentum` 0.996, no warm-up, image_sizes up to 800, and random colours",
         },
     )
     method: Literal["aligndet", "soco"] = field(
@@ -190,7 +191,10 @@ class PretrainArguments(
         name_objects(self)
         check_values(self)
         join_config(self)
+        self.streaming |= isinstance(getattr(self.dataset, "value", None), IterableDataset)
         defaults = DEFAULTS[self.method] | ({"color": True} if self.preset == "paper" else {})
+        if self.method == "aligndet" and self.preset == "suited" and not self.streaming:
+            del defaults["image_sizes"]  # which the images decide
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 by_variant = isinstance(value, dict)
@@ -198,7 +202,6 @@ class PretrainArguments(
         for name in ("streaming", "gradient_checkpointing"):
             if getattr(self, name) and self.method != "aligndet":
                 raise ValueError(f"{name} is for --method aligndet, this is {self.method}")
-        self.streaming |= isinstance(getattr(self.dataset, "value", None), IterableDataset)
         if self.streaming and self.max_steps <= 0:
             raise ValueError("streaming needs max_steps: the length of a stream is not known")
         if self.streaming and self.use_clusters and self.num_clusters is None:
