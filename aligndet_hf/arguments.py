@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .flags import same_value
+from .flags import flag, same_value
 from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE
 
 
@@ -64,9 +64,7 @@ class DatasetArguments:
             "help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
         }
     )
-    split: str | None = field(
-        default=None, metadata={"role": "data", "help": "split of the dataset; all of them if not given"}
-    )
+    split: str | None = flag(None, "data", "split of the dataset; all of them if not given")
 
 
 @dataclass(kw_only=True)
@@ -76,13 +74,8 @@ class LabelledArguments(DatasetArguments):
     help_groups = {"dataset": "Data"}
 
     dataset: str = again(DatasetArguments, "dataset", help="labelled images: folder, label file or Hub id")
-    image_dir: str | None = field(
-        default=None,
-        metadata={
-            "role": "data",
-            "is_path": True,
-            "help": "folder of the images of a label file, if they are not found beside it",
-        },
+    image_dir: str | None = flag(
+        None, "data", "folder of the images of a label file, if they are not found beside it", is_path=True
     )
 
 
@@ -92,17 +85,10 @@ class LabelShareArguments:
 
     help_groups = {"label_fraction": "Data"}
 
-    label_fraction: float = field(
-        default=1.0,
-        metadata={
-            "role": "data",
-            "help": "share of the labelled images to use; smaller ones lie inside larger ones",
-            "range": PART,
-        },
+    label_fraction: float = flag(
+        1.0, "data", "share of the labelled images to use; smaller ones lie inside larger ones", range=PART
     )
-    label_seed: int = field(
-        default=0, metadata={"role": "data", "help": "seed of the choice of these images", "range": SEED}
-    )
+    label_seed: int = flag(0, "data", "seed of the choice of these images", range=SEED)
 
 
 @dataclass(kw_only=True)
@@ -111,14 +97,12 @@ class PixelWindowArguments:
 
     help_groups = {"pixel_window": "Data"}
 
-    pixel_window: str = field(
-        default="range",
-        metadata={
-            "role": "data",
-            "help": "grey levels of images with more than 8 bits that become black and white, unless the detector or "
-            "the dataset has them: range, the lowest and the highest of the data; percentile, 0.1 and 99.9 percent of "
-            "the pixels; or two numbers such as 7000,9000",
-        },
+    pixel_window: str = flag(
+        "range",
+        "data",
+        "grey levels of images with more than 8 bits that become black and white, unless the detector or the dataset "
+        "has them: range, the lowest and the highest of the data; percentile, 0.1 and 99.9 percent of the pixels; or "
+        "two numbers such as 7000,9000",
     )
 
 
@@ -146,22 +130,15 @@ class ViewArguments:
 
     help_groups = {"image_sizes": "Views"}
 
-    image_sizes: list[int] | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "sizes in pixels that images are resized to at random: the shorter side, or both sides; 480 512 "
-            "... 800 if not given, smaller ones for images whose shorter side is below 480",
-            "range": COUNT,
-        },
+    image_sizes: list[int] | None = flag(
+        None,
+        "result",
+        "sizes in pixels that images are resized to at random: the shorter side, or both sides; 480 512 ... 800 if "
+        "not given, smaller ones for images whose shorter side is below 480",
+        range=COUNT,
     )
-    max_size: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "longest side in pixels; 5/3 of the drawn size if not given",
-            "range": COUNT,
-        },
+    max_size: int | None = flag(
+        None, "result", "longest side in pixels; 5/3 of the drawn size if not given", range=COUNT
     )
 
 
@@ -171,19 +148,13 @@ class AugmentationArguments(ViewArguments):
 
     help_groups = {"flip_probability": "Views"}
 
-    flip_probability: float = field(
-        default=0.5, metadata={"role": "result", "help": "probability of a horizontal flip", "range": SHARE}
-    )
-    color: bool | None = field(
-        default=False, metadata={"role": "result", "help": "apply one random colour operation to each image"}
-    )
-    crop_scale: list[float] | None = field(
-        default_factory=lambda: [0.3, 1.0],
-        metadata={
-            "role": "result",
-            "help": "smallest and largest area of a random crop, as shares of the image; `1 1` for no crop",
-            "range": PART,
-        },
+    flip_probability: float = flag(0.5, "result", "probability of a horizontal flip", range=SHARE)
+    color: bool | None = flag(False, "result", "apply one random colour operation to each image")
+    crop_scale: list[float] | None = flag(
+        [0.3, 1.0],
+        "result",
+        "smallest and largest area of a random crop, as shares of the image; `1 1` for no crop",
+        range=PART,
     )
 
     def check_crop_scale(self) -> None:
@@ -200,22 +171,10 @@ class FeatureArguments:
 
     # Strides, size and scaling were chosen by the agreement with the labels of blood cells and of photographs: fine
     # strides are best for the cells, coarse ones for the photographs, and both together lose little on either.
-    strides: list[int] = field(
-        default_factory=lambda: [16, 32],
-        metadata={
-            "role": "result",
-            "help": "feature maps to use, by stride in pixels: fine ones tell small objects apart",
-            "range": COUNT,
-        },
+    strides: list[int] = flag(
+        [16, 32], "result", "feature maps to use, by stride in pixels: fine ones tell small objects apart", range=COUNT
     )
-    short_side: int = field(
-        default=448,
-        metadata={
-            "role": "result",
-            "help": "shorter side in pixels of the images that the backbone sees",
-            "range": COUNT,
-        },
-    )
+    short_side: int = flag(448, "result", "shorter side in pixels of the images that the backbone sees", range=COUNT)
 
 
 @dataclass(kw_only=True)
@@ -224,18 +183,13 @@ class NeighborArguments:
 
     help_groups = {"max_objects": "Neighbours"}
 
-    max_objects: int = field(
-        default=5000,
-        metadata={"role": "result", "help": "look at a random choice of at most this many objects", "range": COUNT},
-    )
-    num_neighbors: int = field(
-        default=10,
-        metadata={
-            "role": "result",
-            "help": "neighbours that vote for the class of an object",
-            "range": COUNT,
-            "was": {"neighbors": same_value, "k": same_value},
-        },
+    max_objects: int = flag(5000, "result", "look at a random choice of at most this many objects", range=COUNT)
+    num_neighbors: int = flag(
+        10,
+        "result",
+        "neighbours that vote for the class of an object",
+        range=COUNT,
+        was={"neighbors": same_value, "k": same_value},
     )
 
 
@@ -248,7 +202,7 @@ class ProgressArguments:
 
     help_groups = {"disable_tqdm": "Run"}
 
-    disable_tqdm: bool = field(default=False, metadata={"role": "output", "help": "show no progress bar"})
+    disable_tqdm: bool = flag(False, "output", "show no progress bar")
 
 
 @dataclass(kw_only=True)
@@ -257,10 +211,7 @@ class DeviceArguments(ProgressArguments):
 
     help_groups = {"use_cpu": "Run"}
 
-    use_cpu: bool = field(
-        default=False,
-        metadata={"role": "run", "help": "use the CPU even if there is a GPU", "was": {"device": is_cpu}},
-    )
+    use_cpu: bool = flag(False, "run", "use the CPU even if there is a GPU", was={"device": is_cpu})
 
 
 @dataclass(kw_only=True)
@@ -269,9 +220,8 @@ class LoadingArguments(DeviceArguments):
 
     help_groups = {"dataloader_num_workers": "Run"}
 
-    dataloader_num_workers: int = field(
-        default=0,
-        metadata={"role": "run", "help": "processes that load images, of each training process", "was": "num_workers"},
+    dataloader_num_workers: int = flag(
+        0, "run", "processes that load images, of each training process", was="num_workers"
     )
 
 
@@ -281,10 +231,7 @@ class InferenceArguments(LoadingArguments):
 
     help_groups = {"per_device_eval_batch_size": "Run"}
 
-    per_device_eval_batch_size: int = field(
-        default=8,
-        metadata={"role": "run", "help": "images per forward pass", "range": COUNT, "was": "batch_size"},
-    )
+    per_device_eval_batch_size: int = flag(8, "run", "images per forward pass", range=COUNT, was="batch_size")
 
 
 # ---- what a training is made of ----
@@ -296,69 +243,39 @@ class OptimisationArguments:
 
     help_groups = {"num_train_epochs": "Optimisation"}
 
-    num_train_epochs: float = field(default=50, metadata={"role": "result", "help": "epochs", "range": POSITIVE})
-    max_steps: int = field(
-        default=-1,
-        metadata={"role": "result", "help": "optimizer steps; if positive, overrides the epochs", "range": LIMIT},
+    num_train_epochs: float = flag(50, "result", "epochs", range=POSITIVE)
+    max_steps: int = flag(-1, "result", "optimizer steps; if positive, overrides the epochs", range=LIMIT)
+    per_device_train_batch_size: int = flag(4, "batch", "images per process and forward pass", range=COUNT)
+    gradient_accumulation_steps: int = flag(1, "batch", "forward passes per optimizer step", range=COUNT)
+    learning_rate: float = flag(1e-4, "result", "peak learning rate")
+    weight_decay: float = flag(1e-4, "result", "weight decay")
+    max_grad_norm: float = flag(0.1, "result", "clip gradients to this norm")
+    lr_scheduler_type: str = flag(
+        "cosine", "result", "learning rate after the warm-up: cosine, linear, constant_with_warmup, ..."
     )
-    per_device_train_batch_size: int = field(
-        default=4, metadata={"role": "batch", "help": "images per process and forward pass", "range": COUNT}
+    lr_milestones: list[float] = flag(
+        [], "result", "fractions of the run (below 1) or epochs at which the rate falls to a tenth", range=POSITIVE
     )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"role": "batch", "help": "forward passes per optimizer step", "range": COUNT}
+    warmup_steps: float = flag(0, "result", "steps of linear warm-up, or below 1 a share of the run")
+    bf16: bool = flag(
+        False, "result", "run forward passes in bfloat16 (autocast)", was={"mixed_precision": is_precision("bf16")}
     )
-    learning_rate: float = field(default=1e-4, metadata={"role": "result", "help": "peak learning rate"})
-    weight_decay: float = field(default=1e-4, metadata={"role": "result", "help": "weight decay"})
-    max_grad_norm: float = field(default=0.1, metadata={"role": "result", "help": "clip gradients to this norm"})
-    lr_scheduler_type: str = field(
-        default="cosine",
-        metadata={
-            "role": "result",
-            "help": "learning rate after the warm-up: cosine, linear, constant_with_warmup, ...",
-        },
+    fp16: bool = flag(
+        False,
+        "result",
+        "run forward passes in float16 (autocast), with scaled losses",
+        was={"mixed_precision": is_precision("fp16")},
     )
-    lr_milestones: list[float] = field(
-        default_factory=list,
-        metadata={
-            "role": "result",
-            "help": "fractions of the run (below 1) or epochs at which the rate falls to a tenth",
-            "range": POSITIVE,
-        },
+    torch_compile: bool = flag(
+        False,
+        "result",
+        "compile the networks with torch.compile: minutes at the start, and again for new image sizes, for faster "
+        "steps",
     )
-    warmup_steps: float = field(
-        default=0, metadata={"role": "result", "help": "steps of linear warm-up, or below 1 a share of the run"}
+    gradient_checkpointing: bool = flag(
+        False, "run", "compute the layers again in the backward pass: slower, with less memory"
     )
-    bf16: bool = field(
-        default=False,
-        metadata={
-            "role": "result",
-            "help": "run forward passes in bfloat16 (autocast)",
-            "was": {"mixed_precision": is_precision("bf16")},
-        },
-    )
-    fp16: bool = field(
-        default=False,
-        metadata={
-            "role": "result",
-            "help": "run forward passes in float16 (autocast), with scaled losses",
-            "was": {"mixed_precision": is_precision("fp16")},
-        },
-    )
-    torch_compile: bool = field(
-        default=False,
-        metadata={
-            "role": "result",
-            "help": "compile the networks with torch.compile: minutes at the start, and again for new image sizes, "
-            "for faster steps",
-        },
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"role": "run", "help": "compute the layers again in the backward pass: slower, with less memory"},
-    )
-    seed: int = field(
-        default=0, metadata={"role": "result", "help": "seed of new weights, the data and all noise", "range": SEED}
-    )
+    seed: int = flag(0, "result", "seed of new weights, the data and all noise", range=SEED)
 
 
 # ---- what is written ----
@@ -379,13 +296,8 @@ class RunArguments(OutputArguments):
 
     help_groups = {"overwrite_output_dir": "Output"}
 
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={
-            "role": "place",
-            "help": "start anew, and replace what another run of this command wrote to output_dir",
-            "was": "overwrite",
-        },
+    overwrite_output_dir: bool = flag(
+        False, "place", "start anew, and replace what another run of this command wrote to output_dir", was="overwrite"
     )
 
 
@@ -404,15 +316,7 @@ class TrainingRunArguments(RunArguments):
 
     help_groups = {"save_total_limit": "Output"}
 
-    save_steps: float = field(
-        default=500, metadata={"role": "run", "help": "steps between checkpoints", "range": POSITIVE}
-    )
-    save_total_limit: int | None = field(
-        default=2, metadata={"role": "output", "help": "keep this many checkpoints, besides the best", "range": COUNT}
-    )
-    logging_steps: float = field(
-        default=20, metadata={"role": "run", "help": "steps between entries of the log", "range": POSITIVE}
-    )
-    write_report: bool = field(
-        default=True, metadata={"role": "output", "help": "write report.html at the end; its curves need matplotlib"}
-    )
+    save_steps: float = flag(500, "run", "steps between checkpoints", range=POSITIVE)
+    save_total_limit: int | None = flag(2, "output", "keep this many checkpoints, besides the best", range=COUNT)
+    logging_steps: float = flag(20, "run", "steps between entries of the log", range=POSITIVE)
+    write_report: bool = flag(True, "output", "write report.html at the end; its curves need matplotlib")

@@ -73,6 +73,21 @@ SYNONYMS = [
 ]  # fmt: skip
 
 
+def flag(default: Any, role: str, words: str, **more: Any) -> Any:
+    """
+    A field of a dataclass of arguments, with what is known of it.
+
+    Args:
+        default: Its value if it is not given; lists and mappings are copied. One that must be given is a `field` with
+            the same metadata.
+        role (`str`): One of [`ROLES`].
+        words (`str`): Its help.
+        more: Further entries of the metadata, such as `range` and `was`.
+    """
+    start = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
+    return dataclasses.field(**start, metadata={"role": role, "help": words, **more})
+
+
 def roles(cls: type) -> dict[str, str]:
     """
     The role of every flag of a dataclass of arguments, by name.

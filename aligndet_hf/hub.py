@@ -6,11 +6,12 @@ Tokens come from `hf auth login` or `HF_TOKEN` (or `hub_token` of `TrainingArgum
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import again
 from .cards import merge_card
+from .flags import flag
 
 
 @dataclass(kw_only=True)
@@ -19,28 +20,16 @@ class HubArguments:
 
     help_groups = {"push_to_hub": "Hub"}
 
-    push_to_hub: bool = field(default=False, metadata={"role": "output", "help": "upload the result to the Hub"})
-    hub_private_repo: bool | None = field(
-        default=None,
-        metadata={
-            "role": "output",
-            "help": "make a new repository private (also if not given) or, with false, public; true refuses one that "
-            "is public",
-        },
+    push_to_hub: bool = flag(False, "output", "upload the result to the Hub")
+    hub_private_repo: bool | None = flag(
+        None,
+        "output",
+        "make a new repository private (also if not given) or, with false, public; true refuses one that is public",
     )
-    hub_revision: str | None = field(
-        default=None, metadata={"role": "output", "help": "branch to upload to; main if not given"}
-    )
-    push_pictures: bool = field(
-        default=False,
-        metadata={"role": "output", "help": "upload the pictures of your images in the report as well"},
-    )
-    card_license: str | None = field(
-        default=None,
-        metadata={
-            "role": "output",
-            "help": "licence of what is uploaded, for its card, by its Hub name, e.g. apache-2.0",
-        },
+    hub_revision: str | None = flag(None, "output", "branch to upload to; main if not given")
+    push_pictures: bool = flag(False, "output", "upload the pictures of your images in the report as well")
+    card_license: str | None = flag(
+        None, "output", "licence of what is uploaded, for its card, by its Hub name, e.g. apache-2.0"
     )
 
 
@@ -50,10 +39,7 @@ class HubModelArguments(HubArguments):
 
     help_groups = {"hub_model_id": "Hub"}
 
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={"role": "output", "help": "Hub repository, `user/name`; the name of output_dir if not given"},
-    )
+    hub_model_id: str | None = flag(None, "output", "Hub repository, `user/name`; the name of output_dir if not given")
 
 
 @dataclass(kw_only=True)

@@ -1,13 +1,13 @@
 """`aligndet chain`: several commands, each on the output of those before it, as one pipeline from one file."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..arguments import OutputArguments, again
-from ..flags import nearest
+from ..flags import flag, nearest
 from ..pipelines.inputs import require_weights
 from ..pipelines.runner import is_finished, run_stages
 from ..pipelines.stages import Stage, merged, resolve_stages
@@ -21,27 +21,16 @@ class PipelineArguments(OutputArguments):
 
     help_groups = {"stages": "Stages", "launcher": "Run"}
 
-    stages: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={
-            "role": "result",
-            "help": "the stages in order: a name and the flags of the command of that name, or of `command`; "
-            "${name} is the output folder of an earlier stage, or a variable",
-        },
+    stages: dict[str, Any] = flag(
+        {},
+        "result",
+        "the stages in order: a name and the flags of the command of that name, or of `command`; ${name} is the "
+        "output folder of an earlier stage, or a variable",
     )
-    common: dict[str, Any] = field(
-        default_factory=dict, metadata={"role": "result", "help": "flags of all stages whose command knows them"}
-    )
-    variables: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"role": "result", "help": "names and their values; null for one that --set must give"},
-    )
-    set: list[str] = field(
-        default_factory=list,
-        metadata={
-            "role": "result",
-            "help": "NAME=VALUE of variables, STAGE.FLAG=VALUE of stages; values are read as in the file",
-        },
+    common: dict[str, Any] = flag({}, "result", "flags of all stages whose command knows them")
+    variables: dict[str, Any] = flag({}, "result", "names and their values; null for one that --set must give")
+    set: list[str] = flag(
+        [], "result", "NAME=VALUE of variables, STAGE.FLAG=VALUE of stages; values are read as in the file"
     )
 
     output_dir: str = again(
@@ -49,12 +38,8 @@ class PipelineArguments(OutputArguments):
         "output_dir",
         help="folder for the folders of the stages; the same command again goes on where it stopped",
     )
-    launcher: str = field(
-        default="",
-        metadata={
-            "role": "run",
-            "help": "what to start proposals, pretrain and finetune with: accelerate launch --num_processes 8",
-        },
+    launcher: str = flag(
+        "", "run", "what to start proposals, pretrain and finetune with: accelerate launch --num_processes 8"
     )
 
     def __post_init__(self):
@@ -91,16 +76,10 @@ class ChainArguments(PipelineArguments):
 
     help_groups = {"skip": "Stages", "in_this_process": "Run"}
 
-    skip: list[str] = field(
-        default_factory=list,
-        metadata={
-            "role": "result",
-            "help": "stages to leave out; a flag that refers to one takes the value that it has there",
-        },
+    skip: list[str] = flag(
+        [], "result", "stages to leave out; a flag that refers to one takes the value that it has there"
     )
-    in_this_process: bool = field(
-        default=False, metadata={"role": "run", "help": "run the stages in this process, to debug them"}
-    )
+    in_this_process: bool = flag(False, "run", "run the stages in this process, to debug them")
 
 
 def plan_chain(arguments: ChainArguments) -> dict[str, Stage]:

@@ -20,7 +20,7 @@ from ..data.pixels import ImageFacts, inspect_images
 from ..data.sampling import SampleKey
 from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes, view_shape
 from ..files import write_json
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..ranges import COUNT, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
 from ..runs import measuring_folder
@@ -41,40 +41,25 @@ class CheckArguments(MeasureArguments, ProgressArguments, ViewArguments, Labelle
         "dataset",
         help="images, with or without labels: folder, label file, folder of save_to_disk or Hub id",
     )
-    resize: str = field(
-        default="shortest_edge",
-        metadata={"role": "result", "help": "shortest_edge, as DETR does; or square, as RT-DETR, D-FINE and YOLOS do"},
+    resize: str = flag(
+        "shortest_edge", "result", "shortest_edge, as DETR does; or square, as RT-DETR, D-FINE and YOLOS do"
     )
-    num_queries: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "object queries of the detector: 100 of DETR, 300 of RT-DETR and most others",
-            "range": COUNT,
-        },
+    num_queries: int | None = flag(
+        None, "result", "object queries of the detector: 100 of DETR, 300 of RT-DETR and most others", range=COUNT
     )
-    find_copies: bool = field(
-        default=True,
-        metadata={"role": "result", "help": "decode all images, to find copies that look the same as well"},
-    )
+    find_copies: bool = flag(True, "result", "decode all images, to find copies that look the same as well")
 
     output_dir: str | None = again(
         MeasureArguments, "output_dir", help="folder for check.json and the sheet of pictures"
     )
-    num_pictures: int = field(
-        default=12,
-        metadata={
-            "role": "output",
-            "help": "draw this many images of a split, with their boxes, on a sheet: check-SPLIT.jpg",
-        },
+    num_pictures: int = flag(
+        12, "output", "draw this many images of a split, with their boxes, on a sheet: check-SPLIT.jpg"
     )
-    export: str | None = field(
-        default=None,
-        metadata={
-            "role": "output",
-            "help": "write images and labels as they were read, for other tools or to correct them, to a folder "
-            "of that name in output_dir: coco, yolo or voc",
-        },
+    export: str | None = flag(
+        None,
+        "output",
+        "write images and labels as they were read, for other tools or to correct them, to a folder of that name in "
+        "output_dir: coco, yolo or voc",
     )
 
     def __post_init__(self):

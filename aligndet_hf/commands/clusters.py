@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
 from ..files import is_sound, seal_file
-from ..flags import names_of, takes_old_names
+from ..flags import flag, names_of, takes_old_names
 from ..hub import HubDatasetArguments, open_dataset_repository
 from ..objects import name_objects
 from ..processes import device_of
@@ -71,16 +71,9 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
         DatasetArguments, "split", help="split of the dataset; all of them, with the same clusters, if not given"
     )
 
-    backbone: str = field(
-        default="resnet50",
-        metadata={"role": "start", "help": "timm name of the frozen backbone; best the one to pre-train with"},
-    )
-    backbone_weights: str | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "help": "a .safetensors file with timm's names, or 'timm' to download timm's own weights",
-        },
+    backbone: str = flag("resnet50", "start", "timm name of the frozen backbone; best the one to pre-train with")
+    backbone_weights: str | None = flag(
+        None, "start", "a .safetensors file with timm's names, or 'timm' to download timm's own weights"
     )
     detector: str | None = again(
         ReadyDetectorArguments,
@@ -93,50 +86,26 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
         "short_side",
         help="shorter side in pixels of the images that the backbone sees; smaller ones stay as they are",
     )
-    normalize: bool = field(
-        default=True,
-        metadata={
-            "role": "result",
-            "help": "scale the features of a box to length 1, each stride's by themselves",
-        },
-    )
+    normalize: bool = flag(True, "result", "scale the features of a box to length 1, each stride's by themselves")
 
-    num_clusters: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "sort the boxes into this many pseudo-classes; if not given, a number chosen from the number of "
-            "boxes, 256 as in AlignDet at most",
-            "range": COUNT,
-        },
+    num_clusters: int | None = flag(
+        None,
+        "result",
+        "sort the boxes into this many pseudo-classes; if not given, a number chosen from the number of boxes, 256 "
+        "as in AlignDet at most",
+        range=COUNT,
     )
-    pca_dim: int = field(
-        default=128, metadata={"role": "result", "help": "numbers per box that PCA leaves for k-means", "range": COUNT}
+    pca_dim: int = flag(128, "result", "numbers per box that PCA leaves for k-means", range=COUNT)
+    fit_boxes: int = flag(
+        50_000, "result", "boxes that PCA and k-means are fitted to, of random images; all get a cluster", range=COUNT
     )
-    fit_boxes: int = field(
-        default=50_000,
-        metadata={
-            "role": "result",
-            "help": "boxes that PCA and k-means are fitted to, of random images; all get a cluster",
-            "range": COUNT,
-        },
-    )
-    fit_boxes_per_image: int = field(
-        default=50,
-        metadata={
-            "role": "result",
-            "help": "take at most this many boxes of each of these images, the best first",
-            "range": COUNT,
-        },
+    fit_boxes_per_image: int = flag(
+        50, "result", "take at most this many boxes of each of these images, the best first", range=COUNT
     )
     seed: int = again(OptimisationArguments, "seed", help="seed of the choice of images and of k-means")
 
-    num_pictures: int = field(
-        default=0,
-        metadata={
-            "role": "output",
-            "help": f"draw boxes of this many clusters, the largest first: {PICTURE} in output_dir",
-        },
+    num_pictures: int = flag(
+        0, "output", f"draw boxes of this many clusters, the largest first: {PICTURE} in output_dir"
     )
 
     def __post_init__(self):

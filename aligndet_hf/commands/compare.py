@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..data.leakage import look_for_leaks
 from ..data.splits import nested_subsets
 from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..files import write_json
-from ..flags import nearest
+from ..flags import flag, nearest
 from ..pipelines.inputs import path_hash, require_weights
 from ..pipelines.outcomes import (
     START,
@@ -69,76 +69,43 @@ class CompareArguments(PipelineArguments):
 
     help_groups = {"arms": "Comparison", "num_parallel": "Run"}
 
-    arms: dict[str, Any] = field(
-        default_factory=lambda: {"plain": {"pretrain": None}, "aligndet": {}},
-        metadata={
-            "role": "result",
-            "help": "names of starting points, and what each changes: stages and their flags, null to leave one out, "
-            "`chain: FILE` for the stages of another chain before the last one, `fraction: 1.0` for a share of the "
-            "labels of its own, as a ceiling",
-        },
+    arms: dict[str, Any] = flag(
+        {"plain": {"pretrain": None}, "aligndet": {}},
+        "result",
+        "names of starting points, and what each changes: stages and their flags, null to leave one out, `chain: "
+        "FILE` for the stages of another chain before the last one, `fraction: 1.0` for a share of the labels of its "
+        "own, as a ceiling",
     )
-    checkpoints: list[str] = field(
-        default_factory=list,
-        metadata={
-            "role": "result",
-            "help": "NAME=DETECTOR: an arm for each, that starts from this checkpoint (folder or Hub id)",
-        },
+    checkpoints: list[str] = flag(
+        [], "result", "NAME=DETECTOR: an arm for each, that starts from this checkpoint (folder or Hub id)"
     )
-    baseline: str | None = field(
-        default=None,
-        metadata={"role": "result", "help": "the arm to compare with: `plain`, or else the first, if not given"},
+    baseline: str | None = flag(None, "result", "the arm to compare with: `plain`, or else the first, if not given")
+    fractions: list[float] = flag(
+        [0.01, 0.05, 0.1, 0.2, 1.0], "result", "shares of the labels to fine-tune with", range=PART
     )
-    fractions: list[float] = field(
-        default_factory=lambda: [0.01, 0.05, 0.1, 0.2, 1.0],
-        metadata={"role": "result", "help": "shares of the labels to fine-tune with", "range": PART},
+    seeds: list[int] = flag(
+        [0, 1, 2],
+        "result",
+        "each draws its labels and trains all arms; a stage with `seed` of its own is run once",
+        range=SEED,
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2],
-        metadata={
-            "role": "result",
-            "help": "each draws its labels and trains all arms; a stage with `seed` of its own is run once",
-            "range": SEED,
-        },
+    baseline_long: bool = flag(
+        False, "result", "add an arm like the baseline with twice its steps, to see whether the baseline has converged"
     )
-    baseline_long: bool = field(
-        default=False,
-        metadata={
-            "role": "result",
-            "help": "add an arm like the baseline with twice its steps, to see whether the baseline has converged",
-        },
+    baseline_all_compute: bool = flag(
+        False,
+        "result",
+        "add an arm like the baseline whose fine-tuning sees as many images as the costliest other arm in all its "
+        "stages",
     )
-    baseline_all_compute: bool = field(
-        default=False,
-        metadata={
-            "role": "result",
-            "help": "add an arm like the baseline whose fine-tuning sees as many images as the costliest other arm "
-            "in all its stages",
-        },
+    target_ap: list[float] = flag(
+        [], "output", "AP values (0 to 1) to count the steps to, beside the baseline's last", range=SHARE
     )
-    target_ap: list[float] = field(
-        default_factory=list,
-        metadata={
-            "role": "output",
-            "help": "AP values (0 to 1) to count the steps to, beside the baseline's last",
-            "range": SHARE,
-        },
-    )
-    allow_leakage: bool = field(
-        default=False, metadata={"role": "run", "help": "run although evaluation images are among the training images"}
-    )
+    allow_leakage: bool = flag(False, "run", "run although evaluation images are among the training images")
 
-    num_pictures: int = field(
-        default=4, metadata={"role": "output", "help": "draw what all arms find in this many evaluation images"}
-    )
+    num_pictures: int = flag(4, "output", "draw what all arms find in this many evaluation images")
 
-    num_parallel: int = field(
-        default=1,
-        metadata={
-            "role": "run",
-            "help": "runs at the same time, each a process; 0: one after the other in this process",
-        },
-    )
+    num_parallel: int = flag(1, "run", "runs at the same time, each a process; 0: one after the other in this process")
 
     def __post_init__(self):
         if not self.stages:

@@ -13,7 +13,7 @@ from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
 from ..files import write_json
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..hub import HubArguments
 from ..ranges import COUNT, check_values
 from ..runs import RunFolder
@@ -37,12 +37,8 @@ class ConvertArguments(RunArguments):
             "was": "source",
         }
     )
-    family: str | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "help": "the family that it becomes, where its tensors leave a choice; recognised if not given",
-        },
+    family: str | None = flag(
+        None, "start", "the family that it becomes, where its tensors leave a choice; recognised if not given"
     )
     detector_config: dict[str, Any] | None = again(
         DetectorArguments,
@@ -50,29 +46,16 @@ class ConvertArguments(RunArguments):
         help="fields of the detector's config that the file does not tell, such as "
         "'{\"encoder_attention_heads\": 4}'; 8 heads are the default",
     )
-    partial: bool = field(
-        default=False,
-        metadata={
-            "role": "start",
-            "help": "accept a file that lacks tensors, or has unknown ones, and take what fits",
-        },
+    partial: bool = flag(False, "start", "accept a file that lacks tensors, or has unknown ones, and take what fits")
+    to: Literal["transformers", "mmdet", "torchvision"] = flag(
+        "transformers", "result", "write the detector for this library: transformers, mmdet 3 or torchvision"
     )
-    to: Literal["transformers", "mmdet", "torchvision"] = field(
-        default="transformers",
-        metadata={
-            "role": "result",
-            "help": "write the detector for this library: transformers, mmdet 3 or torchvision",
-        },
-    )
-    eval_size: int = field(
-        default=PUBLISHED_SIZE,
-        metadata={
-            "role": "result",
-            "help": "size to measure and to deploy with: the shorter side in pixels to which the image processor "
-            "resizes images",
-            "range": COUNT,
-            "was": "image_size",
-        },
+    eval_size: int = flag(
+        PUBLISHED_SIZE,
+        "result",
+        "size to measure and to deploy with: the shorter side in pixels to which the image processor resizes images",
+        range=COUNT,
+        was="image_size",
     )
 
     output_dir: str = again(

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from ..detectors.build import detector_from_config, find_detector
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..matching import match_queries
 from ..objects import name_objects
 from ..processes import device_of
@@ -60,12 +60,8 @@ class EmbeddingsArguments(
         "detector",
         help="folders or Hub ids of detectors with their image processors, or folders of runs",
     )
-    untrained: bool = field(
-        default=True,
-        metadata={
-            "role": "result",
-            "help": "add the first detector as it was before pre-training: random but for its backbone",
-        },
+    untrained: bool = flag(
+        True, "result", "add the first detector as it was before pre-training: random but for its backbone"
     )
     output_dir: str = again(OutputArguments, "output_dir", help=f"folder for {PICTURE} and {RESULTS}")
     split: str = again(LabelledArguments, "split", default="validation", help="split of the dataset")

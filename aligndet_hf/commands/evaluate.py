@@ -1,7 +1,7 @@
 """`aligndet evaluate`: the COCO numbers of a detector on labelled images."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -17,7 +17,7 @@ from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
 from ..evaluation.diagnosis import format_diagnosis
 from ..files import write_json, write_text
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..objects import name_objects
 from ..processes import device_of
 from ..ranges import SHARE, check_values
@@ -36,34 +36,24 @@ class EvaluateArguments(MeasureArguments, InferenceArguments, LabelledArguments,
 
     help_groups = {"save_predictions": "Output"}
 
-    image_processor: str | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "help": "folder or Hub id of another image processor; needed for a detector that is given as an object",
-        },
+    image_processor: str | None = flag(
+        None, "start", "folder or Hub id of another image processor; needed for a detector that is given as an object"
     )
     split: str = again(LabelledArguments, "split", default="validation", help="split of the dataset")
 
     output_dir: str | None = again(
         MeasureArguments, "output_dir", help="folder for results.json, diagnosis.json, report.html and what follows"
     )
-    save_predictions: bool = field(
-        default=False,
-        metadata={"role": "output", "help": "write predictions.json, a list of detections in COCO's result format"},
+    save_predictions: bool = flag(
+        False, "output", "write predictions.json, a list of detections in COCO's result format"
     )
-    num_pictures: int = field(
-        default=0,
-        metadata={
-            "role": "output",
-            "help": "draw predictions beside the truth, of this many evenly spaced images (predictions.jpg) and of "
-            "the worst ones (worst.jpg)",
-        },
+    num_pictures: int = flag(
+        0,
+        "output",
+        "draw predictions beside the truth, of this many evenly spaced images (predictions.jpg) and of the worst "
+        "ones (worst.jpg)",
     )
-    score_threshold: float = field(
-        default=0.3,
-        metadata={"role": "output", "help": "draw boxes with at least this score; no effect on AP", "range": SHARE},
-    )
+    score_threshold: float = flag(0.3, "output", "draw boxes with at least this score; no effect on AP", range=SHARE)
 
     def __post_init__(self):
         name_objects(self)

@@ -22,7 +22,7 @@ from ..data.formats import category_names, load_dataset_source
 from ..detectors.build import build_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import write_json
-from ..flags import takes_old_names, told_of
+from ..flags import flag, takes_old_names, told_of
 from ..objects import name_objects
 from ..processes import device_of
 from ..ranges import check_values
@@ -91,9 +91,7 @@ class KnnArguments(MeasureArguments, DeviceArguments, NeighborArguments, Feature
             "help": "a timm name, or the folder of a backbone, such as SoCo's, whose weights come with it",
         }
     )
-    backbone_weights: str | None = field(
-        default=None, metadata={"role": "start", "help": "its weights, if it does not come with any"}
-    )
+    backbone_weights: str | None = flag(None, "start", "its weights, if it does not come with any")
     seed: int = again(
         OptimisationArguments, "seed", help="seed of the choice, of the five parts, and of random weights"
     )

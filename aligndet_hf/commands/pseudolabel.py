@@ -6,7 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +38,7 @@ from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import CheckedClasses, check_classes, crop_features, suppress
 from ..files import write_json
-from ..flags import local_paths, takes_old_names
+from ..flags import flag, local_paths, takes_old_names
 from ..processes import device_of
 from ..ranges import COUNT, SHARE, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
@@ -73,64 +73,42 @@ class PseudolabelArguments(
         LabelledArguments, "dataset", help="unlabelled images: folder, label file or Hub id; labels are not used"
     )
     split: str = again(LabelledArguments, "split", default="train", help="split of the dataset")
-    labelled_dataset: str | None = field(
-        default=None, metadata={"role": "data", "help": "what the teacher learned from; `dataset` if not given"}
-    )
-    labelled_split: str = field(default="train", metadata={"role": "data", "help": "its split"})
+    labelled_dataset: str | None = flag(None, "data", "what the teacher learned from; `dataset` if not given")
+    labelled_split: str = flag("train", "data", "its split")
     label_fraction: float = again(
         LabelShareArguments, "label_fraction", help="share of labelled_dataset that the teacher learned from"
     )
 
-    score_threshold: float = field(
-        default=0.5,
-        metadata={"role": "result", "help": "make labels of boxes with at least this score", "range": SHARE},
+    score_threshold: float = flag(0.5, "result", "make labels of boxes with at least this score", range=SHARE)
+    ignore_threshold: float = flag(
+        0.2,
+        "result",
+        "leave boxes from this score on out of account: they are neither object nor background",
+        range=SHARE,
     )
-    ignore_threshold: float = field(
-        default=0.2,
-        metadata={
-            "role": "result",
-            "help": "leave boxes from this score on out of account: they are neither object nor background",
-            "range": SHARE,
-        },
-    )
-    nms_threshold: float = field(
-        default=0.6,
-        metadata={
-            "role": "result",
-            "help": "drop a box that overlaps a better one by more (IoU), whatever their classes",
-            "range": SHARE,
-        },
+    nms_threshold: float = flag(
+        0.6, "result", "drop a box that overlaps a better one by more (IoU), whatever their classes", range=SHARE
     )
 
-    class_check: Literal["neighbours", "none"] = field(
-        default="neighbours",
-        metadata={
-            "role": "result",
-            "help": "`neighbours`: keep a box only where the nearest labelled object and label spreading agree on its "
-            "class, in features of a frozen backbone; `none`: believe the teacher",
-        },
+    class_check: Literal["neighbours", "none"] = flag(
+        "neighbours",
+        "result",
+        "`neighbours`: keep a box only where the nearest labelled object and label spreading agree on its class, in "
+        "features of a frozen backbone; `none`: believe the teacher",
     )
-    backbone: str | None = field(
-        default=None,
-        metadata={"role": "start", "help": "that backbone: a timm name or a folder; the teacher's own if not given"},
+    backbone: str | None = flag(
+        None, "start", "that backbone: a timm name or a folder; the teacher's own if not given"
     )
-    backbone_weights: str | None = field(default=None, metadata={"role": "start", "help": "its weights"})
+    backbone_weights: str | None = flag(None, "start", "its weights")
 
-    shuffle_classes: bool = field(
-        default=False,
-        metadata={
-            "role": "result",
-            "help": "as a control, deal the classes out at random among the boxes that are labels",
-        },
+    shuffle_classes: bool = flag(
+        False, "result", "as a control, deal the classes out at random among the boxes that are labels"
     )
 
     output_dir: str = again(
         RunArguments, "output_dir", help="folder for the data set of images with pseudo-labels, and the report"
     )
-    num_pictures: int = field(
-        default=24,
-        metadata={"role": "output", "help": "put this many images on the sheet of pictures", "range": COUNT},
-    )
+    num_pictures: int = flag(24, "output", "put this many images on the sheet of pictures", range=COUNT)
 
     def __post_init__(self):
         check_values(self)
@@ -170,12 +148,7 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     images = load_dataset_source(arguments.dataset, arguments.split, image_dir=arguments.image_dir)
     unseen = _unseen(images, labelled, rows, arguments)
-    folder = RunFolder(
-        arguments.output_dir,
-        "pseudolabel",
-        aside=True,
-        overwrite=arguments.overwrite_output_dir,
-    )
+    folder = RunFolder(arguments.output_dir, "pseudolabel", aside=True, overwrite=arguments.overwrite_output_dir)
     with folder:
         settings = {
             name: getattr(arguments, name)

@@ -1,7 +1,7 @@
 """`aligndet recall`: which objects the proposals find, and which are objects, beside boxes that saw no image."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -15,7 +15,7 @@ from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..files import write_json
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..objects import name_objects
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
@@ -53,16 +53,9 @@ class RecallArguments(MeasureArguments, ProgressArguments, DatasetArguments):
     seed: int = again(OptimisationArguments, "seed", help="seed of the random boxes beside the proposals")
 
     output_dir: str | None = again(MeasureArguments, "output_dir", help="folder for recall.json and the pictures")
-    plot: bool = field(
-        default=True, metadata={"role": "output", "help": "draw the recall over the number of boxes: recall.png"}
-    )
-    num_pictures: int = field(
-        default=0, metadata={"role": "output", "help": "draw the first boxes of this many images: proposals.png"}
-    )
-    num_boxes: int = field(
-        default=10,
-        metadata={"role": "output", "help": "draw this many boxes of an image, the best ones", "range": COUNT},
-    )
+    plot: bool = flag(True, "output", "draw the recall over the number of boxes: recall.png")
+    num_pictures: int = flag(0, "output", "draw the first boxes of this many images: proposals.png")
+    num_boxes: int = flag(10, "output", "draw this many boxes of an image, the best ones", range=COUNT)
 
     def __post_init__(self):
         name_objects(self)

@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..flags import flag
 from ..ranges import check_values
 from ..reporting.html_report import REPORT, write_report
 from ..runs import RunFolder
@@ -14,9 +15,7 @@ class ReportArguments:
     """Arguments of [`report`]: the flags of `aligndet report` and the keys of its recipes."""
 
     run: str = field(metadata={"role": "data", "help": "folder that an aligndet command has written"})
-    output: str | None = field(
-        default=None, metadata={"role": "place", "help": f"the HTML file; {REPORT} in the folder if not given"}
-    )
+    output: str | None = flag(None, "place", f"the HTML file; {REPORT} in the folder if not given")
 
     def __post_init__(self):
         check_values(self)

@@ -75,11 +75,7 @@ def proposals_feature(with_clusters: bool) -> dict:
 
 
 def objects_feature(
-    categories: list[str] | None,
-    ids: list[int | str] | None = None,
-    *,
-    crowds: bool = False,
-    text_ids: bool = False,
+    categories: list[str] | None, ids: list[int | str] | None = None, *, crowds: bool = False, text_ids: bool = False
 ) -> dict:
     """
     The feature of the `objects` column: a struct of lists.
@@ -340,10 +336,7 @@ def validate_proposals(
 
 
 def validate_objects(
-    dataset: datasets.Dataset,
-    categories: list[str],
-    source: str = "the data set",
-    images: ImageFacts | None = None,
+    dataset: datasets.Dataset, categories: list[str], source: str = "the data set", images: ImageFacts | None = None
 ) -> BoxReport:
     """
     Checks the `objects` column of all rows, and `image_id` if there is one.

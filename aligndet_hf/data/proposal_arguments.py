@@ -1,7 +1,7 @@
 """The arguments of `aligndet proposals`: its flags and the keys of its recipes."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from ..arguments import (
@@ -13,7 +13,7 @@ from ..arguments import (
     RunArguments,
     again,
 )
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..hub import HubDatasetArguments
 from ..objects import name_objects
 from ..proposals.filters import parse_strategy
@@ -78,58 +78,35 @@ class ProposalsArguments(
     split: str | None = again(
         LabelledArguments, "split", help="split of the dataset; all of them, each by itself, if not given"
     )
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "role": "data",
-            "help": "search images while they are downloaded, instead of all of them after that",
-        },
-    )
+    streaming: bool = flag(False, "data", "search images while they are downloaded, instead of all of them after that")
 
-    source: str | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; "
-            "column: boxes that the dataset has; json: a proposal file of AlignDet or SoCo; random: boxes that "
-            "have not seen the image, as a control. If not given, the one that the following flags are of, else "
-            "selective_search",
-        },
+    source: str | None = flag(
+        None,
+        "result",
+        "selective_search; opencv: the same as OpenCV has it; detector: the boxes of a trained model; column: boxes "
+        "that the dataset has; json: a proposal file of AlignDet or SoCo; random: boxes that have not seen the "
+        "image, as a control. If not given, the one that the following flags are of, else selective_search",
     )
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "selective_search: tiny (fastest), default, or quality (most boxes); of any source `paper`: keep "
-            "boxes as AlignDet does, with its bounds of size, instead of a few that are apart",
-        },
+    preset: str | None = flag(
+        None,
+        "result",
+        "selective_search: tiny (fastest), default, or quality (most boxes); of any source `paper`: keep boxes as "
+        "AlignDet does, with its bounds of size, instead of a few that are apart",
     )
-    mode: str | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "opencv: single, fast (the default) or quality (about 0.03, 0.2 and 0.8 s an image)",
-        },
+    mode: str | None = flag(
+        None, "result", "opencv: single, fast (the default) or quality (about 0.03, 0.2 and 0.8 s an image)"
     )
-    short_side: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "opencv: search on a copy with this shorter side in pixels, 200 if not given",
-            "range": COUNT,
-        },
+    short_side: int | None = flag(
+        None, "result", "opencv: search on a copy with this shorter side in pixels, 200 if not given", range=COUNT
     )
-    detector: str | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "is_path": True,
-            "help": "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM",
-        },
+    detector: str | None = flag(
+        None,
+        "start",
+        "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM",
+        is_path=True,
     )
-    score_threshold: float | None = field(
-        default=None,
-        metadata={"role": "result", "help": "detector: lowest score of a box, 0.05 if not given", "range": SHARE},
+    score_threshold: float | None = flag(
+        None, "result", "detector: lowest score of a box, 0.05 if not given", range=SHARE
     )
     per_device_eval_batch_size: int | None = again(
         InferenceArguments,
@@ -137,99 +114,56 @@ class ProposalsArguments(
         default=None,
         help="detector: images per forward pass, 8 if not given",
     )
-    column: str | None = field(
-        default=None,
-        metadata={"role": "data", "help": "column: its name, proposals if not given; objects for the labels"},
-    )
-    proposals_file: str | None = field(
-        default=None,
-        metadata={
-            "role": "data",
-            "is_path": True,
-            "help": "json: the file, in COCO format; every annotation is a proposal",
-        },
+    column: str | None = flag(None, "data", "column: its name, proposals if not given; objects for the labels")
+    proposals_file: str | None = flag(
+        None, "data", "json: the file, in COCO format; every annotation is a proposal", is_path=True
     )
 
-    max_boxes: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "store at most this many boxes of an image, the best first; 10 of a search, 300 of other sources "
-            "if not given",
-            "range": COUNT,
-        },
+    max_boxes: int | None = flag(
+        None,
+        "result",
+        "store at most this many boxes of an image, the best first; 10 of a search, 300 of other sources if not given",
+        range=COUNT,
     )
-    nms_threshold: float | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "drop a box that overlaps a better one by more (IoU); less variety, more objects; 0.2 "
-            "for a search, 0.7 for other sources if not given",
-            "range": SHARE,
-        },
+    nms_threshold: float | None = flag(
+        None,
+        "result",
+        "drop a box that overlaps a better one by more (IoU); less variety, more objects; 0.2 for a search, 0.7 for "
+        "other sources if not given",
+        range=SHARE,
     )
-    max_aspect_ratio: float = field(
-        default=3.0,
-        metadata={"role": "result", "help": "longer side over shorter side", "range": Range(1, also=math.inf)},
+    max_aspect_ratio: float = flag(3.0, "result", "longer side over shorter side", range=Range(1, also=math.inf))
+    min_side: float | None = flag(None, "result", "smallest width and height in pixels of the image; 0 if not given")
+    min_relative_size: float | None = flag(
+        None, "result", "smallest sqrt(box area / image area); large values lose small objects; 0.04 if not given"
     )
-    min_side: float | None = field(
-        default=None,
-        metadata={"role": "result", "help": "smallest width and height in pixels of the image; 0 if not given"},
+    max_relative_size: float | None = flag(
+        None,
+        "result",
+        "largest sqrt(box area / image area); 0.8 for a search, 1 for other sources if not given",
+        range=POSITIVE,
     )
-    min_relative_size: float | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "smallest sqrt(box area / image area); large values lose small objects; 0.04 if not given",
-        },
+    max_borders: int = flag(
+        4,
+        "result",
+        "drop boxes that touch more than this many borders of the image; 1 leaves more objects among them",
+        range=Range(0, 4),
     )
-    max_relative_size: float | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "largest sqrt(box area / image area); 0.8 for a search, 1 for other sources if not given",
-            "range": POSITIVE,
-        },
+    relax_if_empty: bool = flag(
+        True, "result", "for an image left without boxes drop the bounds of size and borders, then the aspect ratio"
     )
-    max_borders: int = field(
-        default=4,
-        metadata={
-            "role": "result",
-            "help": "drop boxes that touch more than this many borders of the image; 1 leaves more objects among them",
-            "range": Range(0, 4),
-        },
+    strategy: str | None = flag(
+        None, "result", "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the six above"
     )
-    relax_if_empty: bool = field(
-        default=True,
-        metadata={
-            "role": "result",
-            "help": "for an image left without boxes drop the bounds of size and borders, then the aspect ratio",
-        },
+    rerank: Literal["ring", "none"] = flag(
+        "none",
+        "result",
+        "ring: put those boxes first that differ most from the ring around them, in features of a frozen backbone; "
+        "so more of the first ones are objects",
     )
-    strategy: str | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "a filter of SoCo or AlignDet by name, e.g. ratio3size0308post, instead of the six above",
-        },
-    )
-    rerank: Literal["ring", "none"] = field(
-        default="none",
-        metadata={
-            "role": "result",
-            "help": "ring: put those boxes first that differ most from the ring around them, in features of a frozen "
-            "backbone; so more of the first ones are objects",
-        },
-    )
-    backbone: str | None = field(
-        default=None, metadata={"role": "start", "help": "rerank: timm name of that backbone, or a folder"}
-    )
-    backbone_weights: str | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "help": "rerank: a .safetensors file with timm's names, or 'timm' to download them",
-        },
+    backbone: str | None = flag(None, "start", "rerank: timm name of that backbone, or a folder")
+    backbone_weights: str | None = flag(
+        None, "start", "rerank: a .safetensors file with timm's names, or 'timm' to download them"
     )
 
     dataloader_num_workers: int | None = again(
@@ -239,14 +173,8 @@ class ProposalsArguments(
         help="processes that load images and search them; 0: this one; one per core, but 0 for the source detector, "
         "if not given",
     )
-    shard_size: int = field(
-        default=32,
-        metadata={"role": "run", "help": "images between two saves; a killed run loses no more", "range": COUNT},
-    )
-    export_json: str | None = field(
-        default=None,
-        metadata={"role": "output", "help": "also write the proposals to this file, in AlignDet's COCO format"},
-    )
+    shard_size: int = flag(32, "run", "images between two saves; a killed run loses no more", range=COUNT)
+    export_json: str | None = flag(None, "output", "also write the proposals to this file, in AlignDet's COCO format")
 
     def __post_init__(self):
         name_objects(self)

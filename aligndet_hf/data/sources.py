@@ -108,11 +108,7 @@ def _open_json(proposals_file: str, selection: dict) -> Search:
 
 
 SOURCES = {
-    "selective_search": Source(
-        _open_selective_search,
-        {"preset": "default"},
-        lambda: {"numba": version("numba")},
-    ),
+    "selective_search": Source(_open_selective_search, {"preset": "default"}, lambda: {"numba": version("numba")}),
     "opencv": Source(
         _open_opencv, {"mode": "fast", "short_side": 200}, lambda: {"opencv": import_opencv().__version__}
     ),

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from ..files import write_json
+from ..flags import flag
 from ..objects import as_source, copy_of
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
@@ -35,50 +36,37 @@ class DetectorArguments:
 
     help_groups = {"detector": "Detector"}
 
-    detector: str = field(
-        default="rt_detr",
-        metadata={
-            "role": "start",
-            "is_path": True,
-            "help": "folder, published file or Hub id of a detector, or a short name such as `rt_detr_r18` "
-            "(docs/families.md has all), or a family to build a new detector of: " + ", ".join(sorted(FAMILIES)),
-        },
+    detector: str = flag(
+        "rt_detr",
+        "start",
+        "folder, published file or Hub id of a detector, or a short name such as `rt_detr_r18` "
+        "(docs/families.md has all), or a family to build a new detector of: " + ", ".join(sorted(FAMILIES)),
+        is_path=True,
     )
-    backbone: str | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "is_path": True,
-            "help": "a new detector's backbone: a timm name, or a folder or Hub id of a transformers checkpoint "
-            "(`facebook/dinov2-small`), whose weights come with it. resnet50 if not given; not for "
-            + ", ".join(sorted(name for name, family in FAMILIES.items() if not family.strides))
-            + ", which have their own. Ignored for checkpoints",
-        },
+    backbone: str | None = flag(
+        None,
+        "start",
+        "a new detector's backbone: a timm name, or a folder or Hub id of a transformers checkpoint "
+        "(`facebook/dinov2-small`), whose weights come with it. resnet50 if not given; not for "
+        + ", ".join(sorted(name for name, family in FAMILIES.items() if not family.strides))
+        + ", which have their own. Ignored for checkpoints",
+        is_path=True,
     )
-    backbone_weights: str | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "is_path": True,
-            "help": "weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or "
-            "SoCo, `timm` to download timm's own, or `none` for random ones. If not given: `timm` for the default "
-            "backbone, those that come with a transformers checkpoint, and random ones for another timm name",
-        },
+    backbone_weights: str | None = flag(
+        None,
+        "start",
+        "weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or SoCo, `timm` "
+        "to download timm's own, or `none` for random ones. If not given: `timm` for the default backbone, those "
+        "that come with a transformers checkpoint, and random ones for another timm name",
+        is_path=True,
     )
-    freeze_batch_norm: bool = field(
-        default=True,
-        metadata={
-            "role": "start",
-            "help": "keep the statistics of a new detector's backbone norms. Set to false when a random backbone is "
-            "to be trained",
-        },
+    freeze_batch_norm: bool = flag(
+        True,
+        "start",
+        "keep the statistics of a new detector's backbone norms. Set to false when a random backbone is to be trained",
     )
-    detector_config: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "help": "fields of a new detector's config as JSON (a mapping in YAML), e.g. '{\"num_queries\": 60}'",
-        },
+    detector_config: dict[str, Any] | None = flag(
+        None, "start", "fields of a new detector's config as JSON (a mapping in YAML), e.g. '{\"num_queries\": 60}'"
     )
 
 

@@ -31,10 +31,7 @@ def seen_boxes(features: BoxFeatures, items: Sequence[dict]) -> list[dict]:
     return [
         item
         if "reason" in item
-        else {
-            "kept": item["kept"].numpy(),
-            "features": next(found).astype(np.float16) if len(item["kept"]) else empty,
-        }
+        else {"kept": item["kept"].numpy(), "features": next(found).astype(np.float16) if len(item["kept"]) else empty}
         for item in items
     ]
 

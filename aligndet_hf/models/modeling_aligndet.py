@@ -257,10 +257,7 @@ class AlignDetForPreTraining(MomentumModel):
         # The momentum detector comes first: its matching is done when the one wait for the other's is over.
         with torch.no_grad():
             momentum = self.momentum_detector(
-                pixel_values=momentum_pixel_values,
-                pixel_mask=momentum_pixel_mask,
-                labels=momentum_labels,
-                **kwargs,
+                pixel_values=momentum_pixel_values, pixel_mask=momentum_pixel_mask, labels=momentum_labels, **kwargs
             )
         online = self.online_detector(pixel_values=pixel_values, pixel_mask=pixel_mask, labels=labels, **kwargs)
         rows = self._family.object_rows(self.online_detector, online, labels)

@@ -152,10 +152,7 @@ def _result_tables(statistics: Mapping, images: Mapping, arms: Sequence[str], ba
                     [_percent_of_labels(fraction), arm, _signed(gain["mean"]), each, *intervals]
                     + [f"{gain['wins']} of {len(gain['seeds'])}"]
                 )
-    parts = [
-        "Mean over seeds ± standard deviation (number of seeds).",
-        _table(["labels", "images", *arms], rows),
-    ]
+    parts = ["Mean over seeds ± standard deviation (number of seeds).", _table(["labels", "images", *arms], rows)]
     if gains:
         parts += [
             f"Difference to {baseline} on the same labels, seed by seed:",
@@ -260,10 +257,7 @@ def _protocol(results: Mapping) -> list[str]:
         listed = "; ".join(f"{arm}: {_settings(results['arms'][arm]['protocol'])}" for arm in longer)
         parts.append(f"Like {results['baseline']}, but longer on purpose: {listed}.")
     if unequal:
-        parts += [
-            "**Not under the same protocol**: these arms also differ in",
-            _table(["arm", "settings"], unequal),
-        ]
+        parts += ["**Not under the same protocol**: these arms also differ in", _table(["arm", "settings"], unequal)]
     seeds = ", ".join(map(str, results["config"]["seeds"]))
     parts += [
         f"Everything else is the same for all arms. Seeds: {seeds}; each draws the labelled images, smaller subsets "

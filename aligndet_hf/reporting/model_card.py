@@ -96,10 +96,7 @@ def _soco_card(record: RunRecord, name: str, subfolder: str | None, picture: str
             "crops, sizes and colours. **It is a start for training detectors, and detects nothing by itself.**"
         ),
         usage=usage,
-        limits=[
-            "What it takes for an object is what the proposal algorithm took for one.",
-            *_unmeasured(record),
-        ],
+        limits=["What it takes for an object is what the proposal algorithm took for one.", *_unmeasured(record)],
         tags=["soco", "self-supervised-learning", "pretraining"],
     )
 

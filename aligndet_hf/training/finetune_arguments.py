@@ -1,6 +1,6 @@
 """The arguments of fine-tuning: the flags of `aligndet finetune` and the keys of its recipes."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 from datasets import Dataset
@@ -21,7 +21,7 @@ from ..data.augmentations import AUGMENTATIONS
 from ..data.bit_depth import parse_rule
 from ..detectors.build import DetectorArguments
 from ..evaluation.coco_metrics import SUMMARY
-from ..flags import nearest, roles, takes_old_names
+from ..flags import flag, nearest, roles, takes_old_names
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range, check_values
@@ -99,177 +99,105 @@ class FinetuneArguments(
     ) | {"hub_token": "secret"}  # fmt: skip
 
     split: str = again(LabelledArguments, "split", default="train", help="split of the dataset")
-    pseudo_dataset: str | None = field(
-        default=None,
-        metadata={
-            "role": "data",
-            "is_path": True,
-            "help": "learn from the images that `aligndet pseudolabel` has labelled as well: its output folder",
-        },
+    pseudo_dataset: str | None = flag(
+        None,
+        "data",
+        "learn from the images that `aligndet pseudolabel` has labelled as well: its output folder",
+        is_path=True,
     )
-    pseudo_split: str | None = field(
-        default=None, metadata={"role": "data", "help": "its split, if there are several"}
-    )
-    labelled_share: float = field(
-        default=0.5,
-        metadata={
-            "role": "data",
-            "help": "share of labelled images in each batch, beside pseudo-labelled ones",
-            "range": Range(0, 1, above=True, below=True),
-        },
+    pseudo_split: str | None = flag(None, "data", "its split, if there are several")
+    labelled_share: float = flag(
+        0.5,
+        "data",
+        "share of labelled images in each batch, beside pseudo-labelled ones",
+        range=Range(0, 1, above=True, below=True),
     )
     dataloader_num_workers: int = again(LoadingArguments, "dataloader_num_workers", default=2)
     per_device_eval_batch_size: int = again(InferenceArguments, "per_device_eval_batch_size", was={})
-    dataloader_persistent_workers: bool = field(
-        default=True, metadata={"role": "run", "help": "keep these processes from one epoch to the next"}
-    )
-    dataloader_drop_last: bool = field(
-        default=True,
-        metadata={
-            "role": "result",
-            "help": "leave out the images of an epoch that do not fill a batch, others each time",
-        },
+    dataloader_persistent_workers: bool = flag(True, "run", "keep these processes from one epoch to the next")
+    dataloader_drop_last: bool = flag(
+        True, "result", "leave out the images of an epoch that do not fill a batch, others each time"
     )
 
-    eval_size: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "size to measure and to deploy with; the largest of image_sizes if not given",
-            "range": COUNT,
-        },
+    eval_size: int | None = flag(
+        None, "result", "size to measure and to deploy with; the largest of image_sizes if not given", range=COUNT
     )
-    augmentations: list[str] = field(
-        default_factory=list,
-        metadata={
-            "role": "result",
-            "help": "apply these before the view is drawn, in this order: mosaic, mixup, copy_paste, zoom_out, rotate "
-            "(by up to 10 degrees), quarter_turn, photometric",
-        },
+    augmentations: list[str] = flag(
+        [],
+        "result",
+        "apply these before the view is drawn, in this order: mosaic, mixup, copy_paste, zoom_out, rotate (by up to "
+        "10 degrees), quarter_turn, photometric",
     )
-    augmentation_probability: float = field(
-        default=0.5,
-        metadata={"role": "result", "help": "apply each of the augmentations with this probability", "range": SHARE},
+    augmentation_probability: float = flag(
+        0.5, "result", "apply each of the augmentations with this probability", range=SHARE
     )
 
-    transfer: Literal["keep-boxes", "paper", "encoder-only", "everything"] = field(
-        default="keep-boxes",
-        metadata={
-            "role": "start",
-            "help": "what a checkpoint passes on: all but its class layers, `paper` not the last box layers either, "
-            "`encoder-only` nothing of the decoder, queries and heads, `everything` all that fits",
-        },
+    transfer: Literal["keep-boxes", "paper", "encoder-only", "everything"] = flag(
+        "keep-boxes",
+        "start",
+        "what a checkpoint passes on: all but its class layers, `paper` not the last box layers either, "
+        "`encoder-only` nothing of the decoder, queries and heads, `everything` all that fits",
     )
-    freeze_backbone: bool = field(default=False, metadata={"role": "start", "help": "keep the backbone as it is"})
-    trainable_backbone_stages: int | None = field(
-        default=None,
-        metadata={
-            "role": "start",
-            "help": "train only this many of the backbone's stages, counted from the last",
-            "range": COUNT,
-        },
+    freeze_backbone: bool = flag(False, "start", "keep the backbone as it is")
+    trainable_backbone_stages: int | None = flag(
+        None, "start", "train only this many of the backbone's stages, counted from the last", range=COUNT
     )
-    freeze_backbone_norms: bool = field(
-        default=False,
-        metadata={
-            "role": "start",
-            "help": "keep weights and statistics of the backbone's batch norms, a checkpoint's too",
-        },
+    freeze_backbone_norms: bool = flag(
+        False, "start", "keep weights and statistics of the backbone's batch norms, a checkpoint's too"
     )
 
     learning_rate: float = again(
         OptimisationArguments, "learning_rate", help="peak learning rate of all but the backbone"
     )
-    backbone_learning_rate: float | None = field(
-        default=None,
-        metadata={"role": "start", "help": "peak learning rate of the backbone; a tenth of the other if not given"},
+    backbone_learning_rate: float | None = flag(
+        None, "start", "peak learning rate of the backbone; a tenth of the other if not given"
     )
-    transferred_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "peak learning rate of what the checkpoint passed on, the backbone apart; learning_rate if not "
-            "given",
-        },
+    transferred_learning_rate: float | None = flag(
+        None,
+        "result",
+        "peak learning rate of what the checkpoint passed on, the backbone apart; learning_rate if not given",
     )
-    layer_decay: float = field(
-        default=1.0,
-        metadata={
-            "role": "result",
-            "help": "multiply the learning rate by this factor from each layer to the one before it; 1: do not",
-            "range": PART,
-        },
+    layer_decay: float = flag(
+        1.0,
+        "result",
+        "multiply the learning rate by this factor from each layer to the one before it; 1: do not",
+        range=PART,
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "average the weights over the steps with this momentum, such as 0.999; keep the average",
-            "range": Range(0, 1, above=True, below=True),
-        },
+    ema_decay: float | None = flag(
+        None,
+        "result",
+        "average the weights over the steps with this momentum, such as 0.999; keep the average",
+        range=Range(0, 1, above=True, below=True),
     )
     weight_decay: float = again(OptimisationArguments, "weight_decay", help="weight decay; never of norms and biases")
 
     # transformers warns of its old name wherever it is not None.
     gradient_checkpointing: bool | None = again(OptimisationArguments, "gradient_checkpointing", default=None)
 
-    do_train: bool = field(
-        default=True, metadata={"role": "run", "help": "always true: `aligndet evaluate` measures without training"}
+    do_train: bool = flag(True, "run", "always true: `aligndet evaluate` measures without training")
+    do_eval: bool = flag(True, "run", "measure on eval_dataset, at the end at least")
+    eval_dataset: str | None = flag(None, "best", "what to measure on; `dataset` if not given", is_path=True)
+    eval_split: str | None = flag(None, "best", "its split; of `dataset` `validation` if not given")
+    eval_image_dir: str | None = flag(None, "best", "as image_dir", is_path=True)
+    eval_strategy: str = flag("epoch", "best", "when to measure: epoch, steps, or no (at the end)")
+    metric_for_best_model: str | None = flag("AP", "best", "what load_best_model_at_end goes by, e.g. AP50 or APs")
+    early_stopping_patience: int | None = flag(
+        None,
+        "result",
+        "stop after this many measurements in a row without a better metric_for_best_model",
+        range=COUNT,
     )
-    do_eval: bool = field(
-        default=True, metadata={"role": "run", "help": "measure on eval_dataset, at the end at least"}
-    )
-    eval_dataset: str | None = field(
-        default=None, metadata={"role": "best", "is_path": True, "help": "what to measure on; `dataset` if not given"}
-    )
-    eval_split: str | None = field(
-        default=None, metadata={"role": "best", "help": "its split; of `dataset` `validation` if not given"}
-    )
-    eval_image_dir: str | None = field(
-        default=None, metadata={"role": "best", "is_path": True, "help": "as image_dir"}
-    )
-    eval_strategy: str = field(
-        default="epoch", metadata={"role": "best", "help": "when to measure: epoch, steps, or no (at the end)"}
-    )
-    metric_for_best_model: str | None = field(
-        default="AP", metadata={"role": "best", "help": "what load_best_model_at_end goes by, e.g. AP50 or APs"}
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "stop after this many measurements in a row without a better metric_for_best_model",
-            "range": COUNT,
-        },
-    )
-    load_best_model_at_end: bool = field(
-        default=False,
-        metadata={
-            "role": "result",
-            "help": "end with the best measured weights instead of the last: chosen on eval_dataset",
-        },
+    load_best_model_at_end: bool = flag(
+        False, "result", "end with the best measured weights instead of the last: chosen on eval_dataset"
     )
 
-    save_strategy: str = field(
-        default="epoch", metadata={"role": "run", "help": "when to save a checkpoint: epoch, steps, best or no"}
+    save_strategy: str = flag("epoch", "run", "when to save a checkpoint: epoch, steps, best or no")
+    logging_nan_inf_filter: bool = flag(False, "run", "hide losses that are not finite")
+    remove_unused_columns: bool = flag(False, "run", "not for detectors: there are no columns")
+    num_pictures: int = flag(
+        4, "output", "draw predictions beside ground truth for this many images of eval_dataset, in the report"
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"role": "run", "help": "hide losses that are not finite"}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"role": "run", "help": "not for detectors: there are no columns"}
-    )
-    num_pictures: int = field(
-        default=4,
-        metadata={
-            "role": "output",
-            "help": "draw predictions beside ground truth for this many images of eval_dataset, in the report",
-        },
-    )
-    hub_strategy: str = field(
-        default="end",
-        metadata={"role": "output", "help": "when to upload: end; or what transformers does during training as well"},
-    )
+    hub_strategy: str = flag("end", "output", "when to upload: end; or what transformers does during training as well")
 
     def __post_init__(self):
         name_objects(self)

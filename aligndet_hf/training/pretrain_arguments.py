@@ -1,6 +1,6 @@
 """The arguments of pre-training: the flags of `aligndet pretrain` and the keys of its recipes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from datasets import IterableDataset
@@ -14,7 +14,7 @@ from ..arguments import (
     again,
 )
 from ..detectors.build import DetectorArguments
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import COUNT, POSITIVE, check_values
@@ -55,47 +55,25 @@ class PretrainArguments(
     help_groups = {"streaming": "Data", "preset": "Method", "optim": "Optimisation", "report_to": "Output"}
 
     split: str = again(DatasetArguments, "split", default="train", help="split of the dataset")
-    streaming: bool = field(
-        default=False,
-        metadata={"role": "data", "help": "read the dataset as a stream instead of downloading it; needs max_steps"},
+    streaming: bool = flag(False, "data", "read the dataset as a stream instead of downloading it; needs max_steps")
+    stream_buffer: int = flag(
+        256, "data", "streaming: shuffle this many images together, in each data loading process", range=COUNT
     )
-    stream_buffer: int = field(
-        default=256,
-        metadata={
-            "role": "data",
-            "help": "streaming: shuffle this many images together, in each data loading process",
-            "range": COUNT,
-        },
+    num_clusters: int | None = flag(
+        None, "result", "streaming: clusters of the proposals, which are counted otherwise", range=COUNT
     )
-    num_clusters: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "streaming: clusters of the proposals, which are counted otherwise",
-            "range": COUNT,
-        },
+    max_proposals: int | None = flag(
+        None,
+        "data",
+        "proposals per image, never more than the detector has queries; 50 if not given. SoCo: per crop; 4",
+        range=COUNT,
     )
-    max_proposals: int | None = field(
-        default=None,
-        metadata={
-            "role": "data",
-            "help": "proposals per image, never more than the detector has queries; 50 if not given. SoCo: per crop; "
-            "4",
-            "range": COUNT,
-        },
+    proposal_sampling: Literal["top", "random"] | None = flag(
+        None,
+        "data",
+        "`top`: always the best by score; `random`: drawn anew each epoch; `top`, for SoCo `random`, if not given",
     )
-    proposal_sampling: Literal["top", "random"] | None = field(
-        default=None,
-        metadata={
-            "role": "data",
-            "help": "`top`: always the best by score; `random`: drawn anew each epoch; `top`, for SoCo `random`, if "
-            "not given",
-        },
-    )
-    use_clusters: bool = field(
-        default=False,
-        metadata={"role": "data", "help": "use the proposals' clusters as classes instead of one class `object`"},
-    )
+    use_clusters: bool = flag(False, "data", "use the proposals' clusters as classes instead of one class `object`")
 
     image_sizes: list[int] | None = again(
         AugmentationArguments,
@@ -119,50 +97,32 @@ class PretrainArguments(
         help="smallest and largest area of a random crop, as shares of the image; no crop if not given. SoCo: 0.5 1.0",
     )
 
-    preset: Literal["suited", "paper"] = field(
-        default="suited",
-        metadata={
-            "role": "result",
-            "help": "where a value is not given, `suited` takes one that suits the number of steps and any images, "
-            "`paper` the published one: `base_momentum` 0.996, no warm-up, image_sizes up to 800, and random colours",
-        },
+    preset: Literal["suited", "paper"] = flag(
+        "suited",
+        "result",
+        "where a value is not given, `suited` takes one that suits the number of steps and any images, `paper` the "
+        "published one: `base_momentum` 0.996, no warm-up, image_sizes up to 800, and random colours",
     )
-    method: Literal["aligndet", "soco"] = field(
-        default="aligndet",
-        metadata={
-            "role": "result",
-            "help": "`aligndet`: the whole detector; `soco`: a backbone, with a feature pyramid and a box head. Of "
-            "the detector's flags SoCo takes `backbone` and `backbone_weights`",
-        },
+    method: Literal["aligndet", "soco"] = flag(
+        "aligndet",
+        "result",
+        "`aligndet`: the whole detector; `soco`: a backbone, with a feature pyramid and a box head. Of the "
+        "detector's flags SoCo takes `backbone` and `backbone_weights`",
     )
-    aligndet_config: dict = field(
-        default_factory=dict,
-        metadata={
-            "role": "result",
-            "help": "fields of AlignDetConfig, several at once; each is a flag of its own as well",
-        },
+    aligndet_config: dict = flag(
+        {}, "result", "fields of AlignDetConfig, several at once; each is a flag of its own as well"
     )
-    soco_config: dict = field(
-        default_factory=dict,
-        metadata={
-            "role": "result",
-            "help": "fields of SoCoConfig, several at once; each is a flag of its own as well",
-        },
-    )
+    soco_config: dict = flag({}, "result", "fields of SoCoConfig, several at once; each is a flag of its own as well")
 
     per_device_train_batch_size: int = again(OptimisationArguments, "per_device_train_batch_size", default=2)
-    optim: Literal["adamw_torch_fused", "lars"] = field(
-        default="adamw_torch_fused",
-        metadata={
-            "role": "result",
-            "help": "optimizer; `lars` is for large batches: SGD with a rate for each layer",
-            "was": {"optimizer": lambda value: {"adamw": "adamw_torch_fused"}.get(value, value)},
-        },
+    optim: Literal["adamw_torch_fused", "lars"] = flag(
+        "adamw_torch_fused",
+        "result",
+        "optimizer; `lars` is for large batches: SGD with a rate for each layer",
+        was={"optimizer": lambda value: {"adamw": "adamw_torch_fused"}.get(value, value)},
     )
     learning_rate: float = again(OptimisationArguments, "learning_rate", default=2e-4, range=POSITIVE)
-    decay_norms_and_biases: bool = field(
-        default=True, metadata={"role": "result", "help": "decay one-dimensional parameters too"}
-    )
+    decay_norms_and_biases: bool = flag(True, "result", "decay one-dimensional parameters too")
     max_grad_norm: float = again(OptimisationArguments, "max_grad_norm", range=POSITIVE)
     lr_scheduler_type: Literal["constant", "step", "cosine"] = again(
         OptimisationArguments,
@@ -182,10 +142,7 @@ class PretrainArguments(
     save_steps: int = again(TrainingRunArguments, "save_steps", range=COUNT)
     save_total_limit: int = again(TrainingRunArguments, "save_total_limit", help="keep this many checkpoints")
     logging_steps: int = again(TrainingRunArguments, "logging_steps", default=50, range=COUNT)
-    report_to: list[str] = field(
-        default_factory=list,
-        metadata={"role": "output", "help": "trackers of Accelerate: tensorboard, wandb, ... (or none)"},
-    )
+    report_to: list[str] = flag([], "output", "trackers of Accelerate: tensorboard, wandb, ... (or none)")
 
     def __post_init__(self):
         name_objects(self)

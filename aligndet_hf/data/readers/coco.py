@@ -7,16 +7,7 @@ from pathlib import Path
 
 from ..door import is_inside, spelt_as_there
 from ..errors import DataError
-from .files import (
-    inside,
-    is_file,
-    list_files,
-    parse_json,
-    read_start,
-    read_text,
-    split_of_file,
-    split_of_folder,
-)
+from .files import inside, is_file, list_files, parse_json, read_start, read_text, split_of_file, split_of_folder
 from .rows import Categories, LabelledImage, Labels, is_box
 
 logger = logging.getLogger(__name__)

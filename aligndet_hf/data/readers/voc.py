@@ -108,9 +108,7 @@ def _read_image(
     folder: Path, file: Path, root: ElementTree.Element, names: list[str], image_dir: Path | None
 ) -> LabelledImage:
     image = LabelledImage(
-        path=_find_image(folder, file, root, image_dir),
-        where=str(file),
-        objects={"bbox": [], "category": []},
+        path=_find_image(folder, file, root, image_dir), where=str(file), objects={"bbox": [], "category": []}
     )
     image.width, image.height = (_size(root, side) for side in ("width", "height"))
     first = 1 if "PASCAL VOC" in (root.findtext("source/annotation") or "") else 0

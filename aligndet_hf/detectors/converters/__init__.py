@@ -40,10 +40,7 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def read_detector(
-    path: str | Path,
-    family: str | None = None,
-    fields: Mapping[str, Any] | None = None,
-    partial: bool = False,
+    path: str | Path, family: str | None = None, fields: Mapping[str, Any] | None = None, partial: bool = False
 ) -> tuple[PreTrainedModel, ConversionReport]:
     """
     Reads a published checkpoint as a detector of transformers.

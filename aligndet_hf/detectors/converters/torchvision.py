@@ -96,11 +96,5 @@ TORCHVISION = (
         config=_rcnn_config,
         aliases=(*PYRAMID, *OLD_MASKS),
     ),
-    _shifted(
-        "Faster R-CNN",
-        "torchvision_faster_rcnn",
-        *_RCNN,
-        config=_rcnn_config,
-        aliases=PYRAMID,
-    ),
+    _shifted("Faster R-CNN", "torchvision_faster_rcnn", *_RCNN, config=_rcnn_config, aliases=PYRAMID),
 )
