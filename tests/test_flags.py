@@ -181,7 +181,6 @@ ANOTHER_DEFAULT = {
     "score_threshold": "a label must be surer than a box to look at, and a box to compare less sure",
     "nms_threshold": "tiles repeat a box, classes repeat it more, proposals are to differ",
     "short_side": "OpenCV's search is slow; None where another source is chosen",
-    "image_sizes": "pre-training sees whole images, large enough for small proposals, or those of SoCo's crops",
     "max_objects": "t-SNE is slow",
     "dataloader_num_workers": "fine-tuning is fast enough to wait for images; a search wants every core",
     "per_device_eval_batch_size": "None where another source is chosen",

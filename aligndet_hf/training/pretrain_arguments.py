@@ -78,7 +78,6 @@ class PretrainArguments(
     image_sizes: list[int] | None = again(
         AugmentationArguments,
         "image_sizes",
-        default=None,
         help="sizes in pixels that images are resized to at random: the shorter side, or both sides; 640 672 ... 800 "
         "if not given, smaller ones for images whose shorter side is below 480. SoCo: both sides of each view, the "
         "whole image's first; 224 224 112",
