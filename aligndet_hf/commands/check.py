@@ -68,7 +68,8 @@ class CheckArguments(MeasureArguments, ProgressArguments, ViewArguments, Labelle
             raise ValueError(f"export must be one of {', '.join(LAYOUTS)}, got {self.export!r}")
         if self.export is not None and self.output_dir is None:
             raise ValueError("export needs an output_dir to write to")
-        ViewConfig(self.image_sizes or PUBLISHED_SIZES, self.max_size, self.resize)  # raises what is wrong with them
+        sizes = PUBLISHED_SIZES if self.image_sizes is None else self.image_sizes
+        ViewConfig(sizes, self.max_size, self.resize)  # raises what is wrong with them
 
 
 @dataclass

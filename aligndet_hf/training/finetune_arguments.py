@@ -208,7 +208,7 @@ class FinetuneArguments(
             self.eval_strategy = "no"
         if self.backbone_learning_rate is None:
             self.backbone_learning_rate = self.learning_rate / 10
-        if self.eval_size is None and self.image_sizes:
+        if self.eval_size is None and self.image_sizes is not None:
             self.eval_size = max(self.image_sizes)
         if self.do_eval and self.eval_dataset is None and isinstance(getattr(self.dataset, "value", None), Dataset):
             raise ValueError("the data set is one split: give eval_dataset to measure on, or do_eval=False")
