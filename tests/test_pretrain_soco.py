@@ -195,7 +195,8 @@ def test_images_with_more_than_8_bits(arguments, proposal_folder, tmp_path):
 
 def test_what_is_not_given_depends_on_the_method_and_its_variant():
     base = {"dataset": "data", "output_dir": "out"}
-    assert PretrainArguments(**base).image_sizes == [640, 672, 704, 736, 768, 800]
+    assert PretrainArguments(**base).image_sizes is None  # the images decide
+    assert PretrainArguments(**base, preset="paper").image_sizes == [640, 672, 704, 736, 768, 800]
     assert PretrainArguments(**base).max_proposals == 50 and PretrainArguments(**base).crop_scale is None
     soco = PretrainArguments(**base, method="soco")
     assert (soco.image_sizes, soco.max_proposals, soco.proposal_sampling) == ([224, 224, 112], 4, "random")

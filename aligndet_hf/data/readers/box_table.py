@@ -92,9 +92,9 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
                 continue
             file = finder.find(name, where, table.path.parent)
             if (split, file) not in images:
-                width, height = table.size(row, where)
-                objects = {"bbox": [], "category": []}
-                images[split, file] = LabelledImage(file, where, name, None, width, height, objects)
+                image = LabelledImage(file, where, file_name=name, objects={"bbox": [], "category": []})
+                image.width, image.height = table.size(row, where)
+                images[split, file] = image
             if box is not None:
                 images[split, file].add(box, label)
     categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
