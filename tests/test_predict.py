@@ -239,6 +239,8 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         look(photos, BlobDetector(patience=5), **settings)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    with pytest.raises(ValueError, match="score_threshold: 0.3 there, 0.5 now"):
+        look(photos, score_threshold=0.5, **settings)
     shard = tmp_path / "out.partial" / "shard-000000.arrow"
     shard.write_bytes(shard.read_bytes()[:-1])
     shutil.copytree(photos, tmp_path / "moved")  # the same images, at another place and time

@@ -238,6 +238,7 @@ def _predict_to_folder(arguments: PredictArguments, images: ImageList, image_pro
         folder = RunFolder(
             arguments.output_dir,
             "predict",
+            kept=["shard-*.arrow"],
             aside=True,
             overwrite=arguments.overwrite_output_dir,
             on_main=launch.on_main,

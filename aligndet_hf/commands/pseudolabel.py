@@ -148,7 +148,13 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     images = load_dataset_source(arguments.dataset, arguments.split, image_dir=arguments.image_dir)
     unseen = _unseen(images, labelled, rows, arguments)
-    folder = RunFolder(arguments.output_dir, "pseudolabel", aside=True, overwrite=arguments.overwrite_output_dir)
+    folder = RunFolder(
+        arguments.output_dir,
+        "pseudolabel",
+        kept=["predictions*/*.arrow"],
+        aside=True,
+        overwrite=arguments.overwrite_output_dir,
+    )
     with folder:
         settings = {
             name: getattr(arguments, name)
