@@ -5,10 +5,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from tiny_detectors import tiny_detector
-from transformers import DetrConfig, DetrImageProcessor
+from transformers import AutoConfig, DetrConfig, DetrImageProcessor
 
 from aligndet_hf.cards import merge_card
 from aligndet_hf.commands.finetune import settings_of
@@ -140,6 +141,21 @@ def test_the_code_on_the_cards_parses(record):
         (usage,) = blocks(ModelCard(model_card(record(kind), "d")), "python")
         assert "aligndet_hf" not in usage
         ast.parse(usage)
+
+
+def test_the_code_on_the_card_of_a_convnet_loads_it(record, tmp_path):
+    detector = tiny_detector("torchvision_fcos")
+    detector.save_pretrained(tmp_path)
+    processor = DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 96})
+    processor.save_pretrained(tmp_path)
+    card = ModelCard(model_card(record("pretrain", config=AutoConfig.from_pretrained(tmp_path)), str(tmp_path)))
+    assert "modeling_torchvision.py" in card.text and "It is a plain" not in card.text
+    (usage,) = blocks(card, "python")
+    exec(usage, found := {})
+    assert found["detector"].config.id2label == {0: "cat", 1: "dog"}
+    kept = dict(found["detector"].named_parameters())
+    name = next(name for name in kept if "regression_head" in name)
+    assert torch.equal(kept[name], dict(detector.named_parameters())[name])
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "finetune"])

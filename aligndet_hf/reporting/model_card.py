@@ -18,6 +18,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # The numbers a leaderboard reads; the card's table has all twelve.
 INDEXED = {"AP": "AP (IoU 0.50:0.95)", "AP50": "AP50", "AP75": "AP75", "AR100": "AR (100 detections)"}
+CODE_NOTE = " The model's code lies beside its weights."
 COCO_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -41,6 +42,8 @@ def model_card(record: RunRecord, name: str, subfolder: str | None = None, pictu
 
 def _pretraining_card(record: RunRecord, name: str, subfolder: str | None, picture: str | None) -> str:
     place = f'path, subfolder="{subfolder}"' if subfolder else "path"
+    has_code = _has_code(record)
+    trust = ", trust_remote_code=True" if has_code else ""
     return _card(
         record,
         picture=picture,
@@ -55,9 +58,9 @@ def _pretraining_card(record: RunRecord, name: str, subfolder: str | None, pictu
             'id2label = {0: "cat", 1: "dog"}  # yours\n'
             "label2id = {name: index for index, name in id2label.items()}\n"
             f"processor = AutoImageProcessor.from_pretrained({place})\n"
-            "# A new class layer; everything else is kept.\n"
+            f"# A new class layer; everything else is kept.{CODE_NOTE if has_code else ''}\n"
             "detector = AutoModelForObjectDetection.from_pretrained(\n"
-            f"    {place}, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True\n"
+            f"    {place}, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True{trust}\n"
             ")"
         ),
         limits=[
@@ -122,11 +125,16 @@ def _finetuning_card(record: RunRecord, name: str, picture: str | None) -> str:
     )
 
 
+def _has_code(record: RunRecord) -> bool:
+    """Whether transformers lacks the model, whose code then lies beside its weights."""
+    return bool(getattr(record.config, "auto_map", None))
+
+
 def _pipeline_usage(record: RunRecord, name: str) -> str:
     """How to detect objects in a file; one with more than 8 bits becomes the picture that training has seen."""
     file, note, trust = "image.jpg", "", ""
-    if getattr(record.config, "auto_map", None):
-        note = "# The model's code lies beside its weights.\n"
+    if _has_code(record):
+        note = f"#{CODE_NOTE}\n"
     if record.pixel_window is not None:
         low, high = record.pixel_window
         file = "image.png"
@@ -180,6 +188,7 @@ def _card(record: RunRecord, *, summary, usage, limits, picture, tags=()) -> str
         title=inert(title),
         inert=inert,
         plain=is_detector,
+        has_code=_has_code(record),
         summary=summary,
         picture=picture,
         facts=_facts(record),
