@@ -66,6 +66,15 @@ def attacked(root: Path) -> dict[str, Attacked]:
             seed,
             ["model.safetensors", "transfer_report.json"],
         ),
+        # Ends early: three measurements in a row are no better.
+        "finetune_averaged": Attacked(
+            "finetune",
+            ["--dataset", data, "--detector", detector, "--image_sizes", "64", "--ema_decay", "0.9", *steps]
+            + ["--early_stopping_patience", "3", "--eval_strategy", "steps", "--eval_steps", "1"]
+            + ["--save_strategy", "steps", "--layer_decay", "0.9", "--augmentations", "mosaic", "mixup", "copy_paste"],
+            ["--ema_decay", "0.8"],
+            ["model.safetensors", "transfer_report.json"],
+        ),
         "chain": Attacked(
             "chain",
             ["--config", str(root / "chain.yaml"), "--in_this_process"],

@@ -233,6 +233,18 @@ def test_pictures_show_the_boxes(output):
     assert sheet.width > 4 * 400
 
 
+def test_that_nothing_was_found_is_told_with_the_best_score(photos, tmp_path, capsys):
+    images = [scene([(8, 16, 20, 10, 1)]), scene([(9, 9, 9, 9, 0)])]  # scores 1 / (1 + exp(-1.2)) = 0.769, and 0.747
+    expected = "no box has a score of at least 0.8, the score_threshold; the best score is 0.769"
+    assert [len(found["boxes"]) for found in look(images, score_threshold=0.8)] == [0, 0]
+    assert expected in capsys.readouterr().out
+    look(images, score_threshold=0.8, tile_size=32, output_dir=str(tmp_path / "out"))
+    assert expected in capsys.readouterr().out  # seen in the whole image, though tiles cut the object
+    assert json.loads((tmp_path / "out/report.json").read_text())["best_score"] == pytest.approx(0.769, abs=1e-3)
+    look(images)
+    assert "no box" not in capsys.readouterr().out
+
+
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monkeypatch, output):
     monkeypatch.setattr("aligndet_hf.commands.predict._SHARD_SIZE", 2)
     settings = {"output_dir": str(tmp_path / "out"), "per_device_eval_batch_size": 1}

@@ -182,8 +182,9 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
     if arguments.output_dir is not None:
         return _predict_to_folder(arguments, listed, image_processor)
     model, image_processor = _load(arguments, image_processor)
-    results = [None] * len(listed)
+    results, best_score = [None] * len(listed), 0.0
     for found in _run(arguments, model, image_processor, listed, range(len(listed))):
+        best_score = max(best_score, found.best_score)
         results[found.index] = {
             "boxes": found.boxes,
             "scores": found.scores,
@@ -194,6 +195,8 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
             "width": found.size[1],
             "error": found.error,
         }
+    if not any(len(found["scores"]) for found in results):
+        _tell_nothing_found(arguments.score_threshold, best_score)
     return results
 
 
@@ -349,7 +352,7 @@ def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], 
         _write_sheet(dataset, classes, complete / "sheet.jpg", arguments.num_pictures, images.window)
     write_json(complete / "report.json", {"settings": _settings(arguments), "classes": classes} | report)
     folder.put_in_place(complete)
-    _print_report(report, folder.path)
+    _print_report(report, arguments.score_threshold, folder.path)
 
 
 def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, number: int, window) -> None:
@@ -368,11 +371,21 @@ def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, numb
     path.write_bytes(jpeg_bytes(contact_sheet(pictures, titles)))
 
 
-def _print_report(report: dict, output: Path) -> None:
+def _print_report(report: dict, score_threshold: float, output: Path) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in report["boxes_of_class"].items() if count)
     print(
         f"{report['images']} images, {report['images_without_boxes']} of them without boxes; {report['boxes']} boxes"
         + (f": {counts}" if counts else "")
     )
+    if report["boxes"] == 0:
+        _tell_nothing_found(score_threshold, report["best_score"])
     print_left_out([image["reason"] for image in report["skipped"]], output / "report.json")
     print(f"Saved to {output}")
+
+
+def _tell_nothing_found(score_threshold: float, best_score: float) -> None:
+    print(
+        f"note: no box has a score of at least {score_threshold:g}, the score_threshold; the best score is "
+        f"{best_score:.3g}. A lower threshold shows what the detector sees; a best score near 0 means that it has "
+        "not learnt to find objects yet."
+    )

@@ -31,7 +31,7 @@ def predicted_features(classes: list[str] | None = None, ids: list[int | str] | 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], images: ImageList) -> None:
     """Writes the predictions on some images to a file, at once and complete."""
-    schema = pa.schema([*predicted_features().arrow_schema, ("error", pa.string())])
+    schema = pa.schema([*predicted_features().arrow_schema, ("best_score", pa.float32()), ("error", pa.string())])
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for start in range(0, len(predictions), _ROWS_IN_MEMORY):
@@ -55,6 +55,7 @@ def _row(found: Prediction, images: ImageList) -> dict:
             "id": [0] * len(found.scores),  # numbered by `join_predictions`
             "score": found.scores.tolist(),
         },
+        "best_score": found.best_score,
         "error": found.error,
     }
 
@@ -73,10 +74,10 @@ def join_predictions(
 
     Returns:
         `tuple`: the data set, without the images that could not be read, and a report: `images`, `boxes`,
-        `images_without_boxes`, `boxes_of_class` and `skipped`, a list of `file` and `reason`.
+        `images_without_boxes`, `boxes_of_class`, the `best_score` seen, and `skipped`, a list of `file` and `reason`.
     """
     features = predicted_features(classes, ids)
-    report = {"images": 0, "images_without_boxes": 0, "boxes": 0, "boxes_of_class": {}, "skipped": []}
+    report = {"images": 0, "images_without_boxes": 0, "boxes": 0, "boxes_of_class": {}, "best_score": 0.0, "skipped": []}
     counts = Counter()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
         for rows in _stored(shards):
@@ -90,6 +91,7 @@ def join_predictions(
                 report["images"] += 1
                 report["boxes"] += found
                 report["images_without_boxes"] += found == 0
+                report["best_score"] = max(report["best_score"], row.pop("best_score"))
                 del row["error"]
             writer.write_table(pa.Table.from_pylist(readable, schema=features.arrow_schema))
     report["boxes_of_class"] = {name: counts[label] for label, name in enumerate(classes)}

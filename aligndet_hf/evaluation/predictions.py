@@ -56,6 +56,7 @@ class Prediction:
         boxes (`np.ndarray`): float32 `[n, 4]`, absolute xywh inside the image, best score first.
         scores (`np.ndarray`): float32 `[n]`.
         labels (`np.ndarray`): int64 `[n]`, classes of the detector.
+        best_score (`float`): The best score in the image, also if it is too low for a box.
         error (`str`, *optional*): Why the image could not be read.
         encoded (`bytes`, *optional*): The image as JPEG, if it is in no file and this was asked for.
     """
@@ -65,6 +66,7 @@ class Prediction:
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), dtype=np.float32))
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    best_score: float = 0.0
     error: str | None = None
     encoded: bytes | None = None
 
@@ -177,19 +179,22 @@ def predict_images(
         for prediction in found:
             view = coming.popleft()
             kept = prediction["scores"] >= score_threshold
-            parts, encoded = unfinished.setdefault(view["index"], ([], view["encoded"]))
+            parts, scores, encoded = unfinished.setdefault(view["index"], ([], [], view["encoded"]))
+            scores.append(float(prediction["scores"].max(initial=0.0)))
             parts.append({name: prediction[name][kept] for name in ("boxes", "scores", "labels")})
             if len(parts) == len(view["corners"]):
                 del unfinished[view["index"]]
                 merged = merge_views(parts, view["corners"], view["size"], tiling.iou_threshold if tiling else 1.0)
-                yield _prediction(view["index"], view["size"], merged, encoded)
+                yield _prediction(view["index"], view["size"], merged, max(scores), encoded)
     while faults:
         yield Prediction(**faults.popleft())
 
 
-def _prediction(index: int, size: tuple[int, int], found: dict, encoded: bytes | None) -> Prediction:
+def _prediction(
+    index: int, size: tuple[int, int], found: dict, best_score: float, encoded: bytes | None
+) -> Prediction:
     """What was found, as boxes xywh inside the image; boxes without a part in it are left out."""
     xywh = np.concatenate([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], axis=1)
     boxes, kept = clean_boxes(xywh, size[1], size[0])
     scores, labels = found["scores"][kept].astype(np.float32), found["labels"][kept].astype(np.int64)
-    return Prediction(index, size, boxes, scores, labels, encoded=encoded)
+    return Prediction(index, size, boxes, scores, labels, best_score, encoded=encoded)
