@@ -345,7 +345,9 @@ def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
     card = ModelCard.load(output_dir / "README.md")
     assert card.data.license == "apache-2.0"
     assert "| kept | " in card.text and "| reset | 2 | `class_labels_classifier.weight`" in card.text
-    assert "  reset: class_labels_classifier.weight" in capsys.readouterr().out.splitlines()
+    told = capsys.readouterr().out.splitlines()
+    assert "  reset: class_labels_classifier.weight" in told
+    assert told[-1].startswith(f"Finished. The detector is in {result.output_dir}.")
     assert card.data.eval_results[0].metric_value == round(100 * result.metrics["AP"], 2)
 
     capsys.readouterr()

@@ -9,6 +9,7 @@ import pytest
 
 from aligndet_hf.evaluation.diagnosis import agreeing
 from aligndet_hf.reporting import plots, predictions
+from aligndet_hf.reporting.pictures import color_of
 
 
 def has_color(path, color: str) -> bool:
@@ -96,3 +97,8 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(ImportError, match=r"aligndet-hf\[plots\]"):
             draw()
+
+
+def test_no_two_of_thirty_classes_have_the_same_colour():
+    assert len({color_of(label) for label in range(30)}) == 30
+    assert [color_of(label) for label in (0, 9)] == [plots.PALETTE[0], plots.PALETTE[9]]

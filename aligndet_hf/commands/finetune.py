@@ -135,6 +135,10 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         if processes.is_main_process:
             publish_run(folder.path, arguments, repo_id)
         processes.wait_for_everyone()
+        report = " Look at report.html there." if arguments.write_report else ""
+        processes.print(
+            f"Finished. The detector is in {folder.path}.{report} Next: aligndet predict --detector {folder.path} ..."
+        )
     return FinetuneResult(folder.path, metrics)
 
 
@@ -242,6 +246,11 @@ def _finish(
 ) -> dict:
     """Measures and saves what training gave; the results come last, as the mark of a finished run."""
     choice, metrics = trainer.choose_weights(), {}
+    if "AP_average" in choice:
+        processes.print(
+            f"AP {100 * choice['AP_average']:.1f} with the average of the weights, {100 * choice['AP_last']:.1f} with "
+            f"the last ones: the {choice['kept']} is kept."
+        )
     if trainer.eval_dataset is not None:
         if trainer.measured_at != trainer.state.global_step or arguments.load_best_model_at_end:
             trainer.evaluate()

@@ -77,7 +77,14 @@ def join_predictions(
         `images_without_boxes`, `boxes_of_class`, the `best_score` seen, and `skipped`, a list of `file` and `reason`.
     """
     features = predicted_features(classes, ids)
-    report = {"images": 0, "images_without_boxes": 0, "boxes": 0, "boxes_of_class": {}, "best_score": 0.0, "skipped": []}
+    report = {
+        "images": 0,
+        "images_without_boxes": 0,
+        "boxes": 0,
+        "boxes_of_class": {},
+        "best_score": 0.0,
+        "skipped": [],
+    }
     counts = Counter()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
         for rows in _stored(shards):
