@@ -231,6 +231,8 @@ def test_pictures_show_the_boxes(output):
     assert empty.max() < 30 and (full[..., 2] > 100).any()  # the blue of a box: the scene has none
     sheet = PIL.Image.open(output / "sheet.jpg")
     assert sheet.width > 4 * 400
+    first = np.asarray(sheet)[8:408, 8:408].astype(int)  # image 0, of 64 pixels, fills its place
+    assert first.max() < 30
 
 
 def test_that_nothing_was_found_is_told_with_the_best_score(photos, tmp_path, capsys):

@@ -35,13 +35,14 @@ from ..files import is_sound, write_json
 from ..flags import takes_old_names
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
-from ..reporting.drawing import contact_sheet, draw_boxes, jpeg_bytes
+from ..reporting.drawing import contact_sheet, draw_boxes, enlarged, jpeg_bytes
 from ..runs import RunFolder
 
 FORMATS = ("coco", "results", "yolo", "voc", "dataset", "pictures", "sheet")
 
 _COMPLETE, _TABLE = "complete", "predictions.arrow"
 _SHARD_SIZE = 64  # images between two saves; a killed run loses no more
+_SHEET_SIDE = 400  # pixels of a picture on the sheet
 
 
 @takes_old_names
@@ -364,11 +365,10 @@ def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, numb
         tags = [
             f"{classes[label]} {score:.2f}" for label, score in zip(objects["category"], objects["score"], strict=True)
         ]
-        pictures.append(
-            draw_boxes(decode_image(row["image"], window), objects["bbox"], objects["category"], tags, 400)
-        )
+        image, boxes = enlarged(decode_image(row["image"], window), objects["bbox"], _SHEET_SIDE)
+        pictures.append(draw_boxes(image, boxes, objects["category"], tags, _SHEET_SIDE))
         titles.append(f"{row['file_name']}: {len(tags)}")
-    path.write_bytes(jpeg_bytes(contact_sheet(pictures, titles)))
+    path.write_bytes(jpeg_bytes(contact_sheet(pictures, titles, side=_SHEET_SIDE)))
 
 
 def _print_report(report: dict, score_threshold: float, output: Path) -> None:

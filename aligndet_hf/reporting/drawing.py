@@ -72,9 +72,9 @@ def draw_boxes(
 
 
 def enlarged(image: np.ndarray, boxes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image as many times larger as fits the side, and its boxes: tags in small images do not hide them."""
-    times = max(1, side // max(image.shape[:2]))
-    return image.repeat(times, 0).repeat(times, 1), boxes * times
+    """An image as large as the side, if it is smaller, and its boxes: tags hide much of a small image."""
+    times = max(1.0, side / max(image.shape[:2]))
+    return resize_image(image, *(round(times * own) for own in image.shape[:2])), np.asarray(boxes) * times
 
 
 def _draw_dashes(draw: PIL.ImageDraw.ImageDraw, box: Sequence[float], color: str, width: int) -> None:
