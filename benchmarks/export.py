@@ -32,9 +32,7 @@ SIDE = 64
 def measure(family: str, num_images: int) -> dict:
     torch.manual_seed(0)
     detector = detector_from_config(tiny_config(family)).eval()
-    for (
-        module
-    ) in detector.modules():  # as PyTorch starts layers: transformers' start leaves nothing of an image to see
+    for module in detector.modules():  # as PyTorch starts layers: transformers' start shows nothing of an image
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and module.weight.any():
             module.reset_parameters()
     for name, parameter in detector.named_parameters():
@@ -61,7 +59,9 @@ def table(results: dict[str, dict]) -> str:
     lines = ["| family | detections the same | boxes, pixels | scores | images |", "|---|---|---|---|---|"]
     for family, found in results.items():
         if "error" in found:
-            lines.append(f"| `{family}` | cannot be exported | | | {found['error'][:160]} |")
+            lines.append(
+                f"| `{family}` | cannot be exported | | | {found['error'].split(': ', 1)[-1].split('. ')[0]} |"
+            )
             continue
         same = found["detections"] - found["differing"]
         sizes = "any size" if "pixel_mask" in found["inputs"] else "one size"

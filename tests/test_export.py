@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny_detectors import tiny_config
+from tiny_detectors import CONVNETS, tiny_config
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -28,7 +28,7 @@ from aligndet_hf.data.synthetic import render_scene
 from aligndet_hf.detectors.build import build_image_processor, detector_from_config
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.exporting import run_onnx
-from aligndet_hf.exporting.onnx_graph import _postprocessing, describe
+from aligndet_hf.exporting.onnx_graph import _postprocessing, describe, export_onnx
 from aligndet_hf.exporting.parity import compare
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -216,6 +216,14 @@ def test_the_size_is_that_of_the_image_processor(shape):
     image = np.zeros((*shape, 3), dtype=np.uint8)
     height, width = processor(images=image, do_pad=False, return_tensors="pt")["pixel_values"].shape[2:]
     assert run_onnx.resized(shape[1], shape[0], {"shortest_edge": 200, "longest_edge": 333}) == (width, height)
+
+
+@pytest.mark.parametrize("family", CONVNETS)
+def test_convnets_are_refused_with_the_reason(family, tmp_path):
+    detector = detector_from_config(tiny_config(family))
+    with pytest.raises(ValueError, match=f"a {family} cannot be exported to ONNX: it suppresses boxes"):
+        export_onnx(detector, tmp_path / "model.onnx", (64, 64))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_lacking_is_named(tmp_path, capsys):

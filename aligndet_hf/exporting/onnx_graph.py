@@ -42,8 +42,14 @@ def export_onnx(
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError: the detector cannot be exported. The message has what the exporter says.
+        ValueError: the detector cannot be exported: a convnet, or for what the exporter says.
     """
+    if family_of(detector.config).own_loss:
+        raise ValueError(
+            f"a {detector.config.model_type} cannot be exported to ONNX: it suppresses boxes that overlap better ones, "
+            "how many boxes are left depends on the image, and transformers' exporter needs to know it before. "
+            "`aligndet convert --to torchvision` writes its weights for the detector of torchvision"
+        )
     try:
         import onnx
         import onnx_ir
