@@ -226,6 +226,22 @@ def test_convnets_are_refused_with_the_reason(family, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("side", [(64, 64), (37, 301), (200, 90)])
+def test_images_are_resized_to_the_grey_level_as_the_image_processor_does(resample, side):
+    """Larger, smaller, by little and by much; a real image, whose sums end between two grey levels everywhere."""
+    processor = RTDetrImageProcessor(
+        size={"height": side[0], "width": side[1]}, do_normalize=False, do_rescale=False, resample=resample
+    )
+    model = {"inputs": [], "preprocessing": {"size": {"height": side[0], "width": side[1]}, "resample": resample}}
+    model["preprocessing"] |= {"rescale_factor": 1.0, "mean": [0.0] * 3, "std": [1.0] * 3}
+    for shape in ((97, 130), (64, 64), (480, 640), (33, 900)):
+        image = render_scene(np.random.default_rng(0), *shape)[0]
+        image = (image + np.random.default_rng(1).integers(-9, 9, image.shape)).clip(0, 255).astype(np.uint8)
+        expected = processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        np.testing.assert_array_equal(run_onnx.prepare(model, PIL.Image.fromarray(image))["pixel_values"], expected)
+
+
 def test_what_is_lacking_is_named(tmp_path, capsys):
     assert main(["export", "--detector", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
     assert "is not a detector" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -46,8 +46,8 @@ def export_onnx(
     """
     if family_of(detector.config).own_loss:
         raise ValueError(
-            f"a {detector.config.model_type} cannot be exported to ONNX: it suppresses boxes that overlap better ones, "
-            "how many boxes are left depends on the image, and transformers' exporter needs to know it before. "
+            f"a {detector.config.model_type} cannot be exported to ONNX: it suppresses boxes that overlap better "
+            "ones, how many are left depends on the image, and transformers' exporter needs to know it before. "
             "`aligndet convert --to torchvision` writes its weights for the detector of torchvision"
         )
     try:
