@@ -120,10 +120,8 @@ class CompareArguments(PipelineArguments):
             self.arms = self.arms | {name: {self.measured: {"detector": detector}}}
         if (self.stages[self.measured] or {}).get("command", self.measured) != "finetune":
             raise ValueError(f"the last stage, {self.measured!r}, must be a `finetune`: it is what the arms share")
-        if set_here := sorted(set(PER_RUN) & set(self.stages[self.measured])):
-            raise ValueError(f"stage {self.measured!r}: {set_here[0]} is set by the comparison (--fractions, --seeds)")
-        if set_here := sorted(set(PER_RUN) & set(self.common)):
-            raise ValueError(f"common: {set_here[0]} is set by the comparison (--fractions, --seeds)")
+        _refuse_what_is_set_here(f"stage {self.measured!r}", self.stages[self.measured])
+        _refuse_what_is_set_here("common", self.common)
         if not self.arms or "shared" in self.arms:
             raise ValueError("there must be arms, and none of them called `shared`, the folder of common stages")
         for name, changes in self.arms.items():
@@ -336,9 +334,13 @@ def _of_arm(arguments: CompareArguments, changes: Mapping) -> tuple[dict, set[st
             stages[name] = merged(stages[name] or {}, change)
     if measured in skip:
         raise ValueError(f"stage {measured!r} is what is measured: no arm can do without")
-    if set_here := sorted(set(PER_RUN) & set(stages[measured])):
-        raise ValueError(f"stage {measured!r}: {set_here[0]} is set by the comparison (--fractions, --seeds)")
+    _refuse_what_is_set_here(f"stage {measured!r}", stages[measured])
     return stages, skip, variables
+
+
+def _refuse_what_is_set_here(where: str, settings: Mapping) -> None:
+    if set_here := sorted(set(PER_RUN) & set(settings)):
+        raise ValueError(f"{where}: {set_here[0]} is set by the comparison (--fractions, --seeds)")
 
 
 def _refuse_other_labels(job: Job) -> None:

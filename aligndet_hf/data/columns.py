@@ -367,20 +367,16 @@ def validate_objects(
                 f"{len(categories)} categories, expected 0 to {len(categories) - 1}."
             )
     report = _validate_boxes(dataset, "objects", source, images)
-    report.crowds = sum(int(crowds.sum()) for crowds in _crowds(dataset, source))
+    if "iscrowd" in dataset.features["objects"]:
+        for start, table in arrow_batches(dataset, ["objects"]):
+            crowds, _ = _check_lengths(table["objects"], "objects", "iscrowd", start, source)
+            report.crowds += int((crowds == 1).sum())
     if report.crowds == report.boxes:
         raise DataError(
             f"{source}: all {report.boxes} boxes in 'objects' are crowds (iscrowd is 1), which are never trained. "
             "CVAT writes this for every mask: export boxes or polygons, or set iscrowd to 0 in the label file."
         )
     return report
-
-
-def _crowds(dataset: datasets.Dataset, source: str):
-    """Yields the marks of the crowds, batch by batch; none if there is no such field."""
-    if "iscrowd" in dataset.features["objects"]:
-        for start, table in arrow_batches(dataset, ["objects"]):
-            yield _check_lengths(table["objects"], "objects", "iscrowd", start, source)[0] == 1
 
 
 def _check_lengths(column: pa.ChunkedArray, name: str, field_name: str, start: int, source: str):

@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
-from .detr import (
-    AROUND,
-    NO_AUXILIARY_LOSS,
-    NO_CLASSES,
-    NORMED_TWICE,
-    PRE_NORM,
-    PRETEXT,
-    TRANSFORMER,
-    class_fields,
-    detr_fields,
-)
-from .layout import Layout, Tensors
-from .resnet import resnet_config
-
-
-def _config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
-    classes = tensors["class_embed.bias"].shape[0] if "class_embed.bias" in tensors else 1
-    return {
-        **detr_fields(tensors, options),
-        **class_fields(classes),
-        **NO_AUXILIARY_LOSS,
-        "backbone_config": resnet_config(tensors, "backbone.0.body.", (4,), options.get("dilation", False)),
-    }
-
+from .detr import AROUND, NO_CLASSES, NORMED_TWICE, PRE_NORM, PRETEXT, TRANSFORMER, detr_config
+from .layout import Layout
 
 # Projections of the decoder, which are modules of their own there; before the rules of DETR.
 DECODER = (
@@ -45,7 +22,7 @@ CONDITIONAL_DETR = Layout(
     family="conditional_detr",
     marks=("transformer.decoder.ref_point_head.layers.0.weight", "input_proj.weight", "query_embed.weight"),
     names=(*AROUND, *DECODER, *TRANSFORMER),
-    config=_config,
+    config=partial(detr_config, has_background=False),
     dropped=PRETEXT,
     absent=(NO_CLASSES,),
     refused=(PRE_NORM,),

@@ -97,8 +97,9 @@ def count(tensors: Iterable[str], prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
 
 
-def _config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
-    classes = tensors["class_embed.bias"].shape[0] - 1 if "class_embed.bias" in tensors else 1
+def detr_config(tensors: Tensors, options: Mapping[str, Any], has_background: bool = True) -> dict[str, Any]:
+    """The config of a DETR, or of a relative whose classes have no background among them."""
+    classes = tensors["class_embed.bias"].shape[0] - has_background if "class_embed.bias" in tensors else 1
     return {
         **detr_fields(tensors, options),
         **class_fields(classes),
@@ -113,7 +114,7 @@ DETR = Layout(
     family="detr",
     marks=("transformer.decoder.layers.0.multihead_attn.in_proj_weight", "input_proj.weight", "query_embed.weight"),
     names=(*AROUND, *TRANSFORMER),
-    config=_config,
+    config=detr_config,
     dropped=PRETEXT,
     absent=(NO_CLASSES,),
     refused=(PRE_NORM,),
