@@ -11,6 +11,7 @@ import signal
 
 import datasets
 import forks
+import hypothesis
 import pytest
 
 # A suite that a shell has started in the background inherits that Ctrl-C is ignored. Tests send it.
@@ -19,6 +20,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 forks.be_quick()
+
+# A busy machine is slow to draw examples, and to run them: neither is a fault of what is tested.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 
 # No test cuts the power, against which files wait for the disk. What is killed is a fork, which does wait.
 os.fsync = lambda descriptor: None
