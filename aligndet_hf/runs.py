@@ -317,6 +317,7 @@ class RunFolder:
         (self.work / RECORD).unlink(missing_ok=True)
 
     def _refuse_foreign(self, folder: Path, found: list[Path]) -> None:
+        found = [path for path in found if path.name != UNFINISHED + RECORD]  # of a run that ended as it began
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise ValueError(

@@ -292,6 +292,15 @@ def test_killed_while_the_work_is_removed_nothing_old_is_delivered(tmp_path, mon
         assert (out / "data").read_text() == str({"seed": 1}) and not (tmp_path / f"{call}.partial").exists()
 
 
+def test_a_run_that_ended_while_it_wrote_its_record_is_in_nobodys_way(tmp_path, monkeypatch):
+    for begun, name in ((make, "out"), (begin, "run")):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(files.os, "replace", killed_at(1, files.os.replace))
+            begun(tmp_path / name)
+        begun(tmp_path / name)
+    assert names(tmp_path) == ["out", "run"] and names(tmp_path / "run") == [RECORD]
+
+
 def test_a_finished_data_set_needs_no_place_to_write(tmp_path):
     make(tmp_path / "out")
     (tmp_path / "out.partial").touch()  # in the way, as in a folder that is read-only
