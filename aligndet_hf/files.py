@@ -3,12 +3,13 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
 UNFINISHED = "unfinished-"  # What a folder or file is called until it is complete, or while it is being removed.
-_HASH_BYTES = 16
+_SEAL_BYTES = 32  # of the hash at the end of a file
 
 
 def write_text(path: Path, text: str) -> None:
@@ -30,9 +31,9 @@ def seal_file(unfinished: Path, path: Path) -> None:
     Gives a complete file its name, synced and with a hash of its content at its end, where readers of Arrow streams
     and of zip files do not look.
     """
-    digest = _digest(unfinished, unfinished.stat().st_size)
+    seal = file_hash(unfinished)
     with open(unfinished, "ab") as file:
-        file.write(digest)
+        file.write(seal.encode())
     sync(unfinished)
     os.replace(unfinished, path)
 
@@ -42,25 +43,25 @@ def is_sound(path: str | Path) -> bool:
     path = Path(path)
     if not path.is_file():  # opening a pipe would wait for ever
         return False
-    size = path.stat().st_size - _HASH_BYTES
+    size = path.stat().st_size - _SEAL_BYTES
     with open(path, "rb") as file:
         file.seek(max(size, 0))
         written = file.read()
-    if size >= 0 and written == _digest(path, size):
+    if size >= 0 and written == file_hash(path, size).encode():
         return True
     print(f"{path} is damaged, and done anew.")
     path.unlink()
     return False
 
 
-def _digest(path: Path, size: int) -> bytes:
-    """The hash of the first bytes of a file."""
-    digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+def file_hash(path: str | Path, size: float = math.inf) -> str:
+    """A hash of the content of a file, or of its first `size` bytes: 32 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while block := file.read(min(size, 1 << 22)):
             digest.update(block)
             size -= len(block)
-    return digest.digest()
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

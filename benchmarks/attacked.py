@@ -38,13 +38,13 @@ def attacked(root: Path) -> dict[str, Attacked]:
                 "2",
             ],
             ["--max_boxes", "5"],
-            ["**/*.arrow", "**/proposals.json"],
+            ["**/*"],
         ),
         "clusters": Attacked(
             "clusters",
             ["--dataset", found, "--detector", labelled, "--num_clusters", "2", "--strides", "32"],
             seed,
-            ["**/*.arrow", "**/proposals.json"],
+            ["**/*"],
         ),
         "pretrain": Attacked(
             "pretrain",

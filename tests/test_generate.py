@@ -229,6 +229,8 @@ def test_several_processes_give_the_same(tmp_path):
     one = generate_proposals(arguments(tmp_path / "images", tmp_path / "one"))
     two = generate_proposals(arguments(tmp_path / "images", tmp_path / "two", dataloader_num_workers=2, shard_size=3))
     assert rows_of(one) == rows_of(two)
+    states = [(tmp_path / name / "state.json").read_text() for name in ("one", "two")]
+    assert states[0] == states[1]  # whatever `datasets` made on the way
 
 
 # ---- again, and after a kill ----

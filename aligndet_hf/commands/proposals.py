@@ -32,10 +32,10 @@ from ..data.shards import (
     telling_progress,
     writing_to,
 )
-from ..data.sources import SOURCES, Search, file_hash, model_hash
+from ..data.sources import SOURCES, Search, model_hash
 from ..data.stream_shards import read_rows, read_streams
 from ..data.streaming import load_stream
-from ..files import is_sound
+from ..files import file_hash, is_sound
 from ..flags import local_paths
 from ..hub import open_dataset_repository
 from ..runs import RunFolder

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pyarrow.compute as pc
 
+from ..files import file_hash
 from .bit_depth import pixel_window
 from .columns import arrow_batches, category_ids, image_ids
 from .door import OUTPUT, image_value, is_image_name, printable, visit
@@ -20,7 +21,6 @@ from .errors import DataError, ImageError
 from .formats import category_names, load_dataset_source, split_names
 from .images import decode_image
 from .shards import content_hash
-from .sources import file_hash
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 _MAGIC = "*?["  # what makes a path a pattern

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from datasets.table import embed_table_storage, table_cast
 from tqdm.auto import tqdm
 
-from ..files import seal_file, write_json
+from ..files import file_hash, seal_file, write_json
 from ..runs import Interrupted, RunFolder
 from .columns import RECORD_MARK, proposals_feature
 from .door import read_bytes
@@ -206,9 +206,12 @@ def save_split(dataset: datasets.Dataset, folder: Path) -> None:
                 writer.write_table(batch)
                 batch = next(batches, None)
     dataset.info.write_to_directory(str(folder))
+    fingerprint = hashlib.blake2b(str(dataset.features).encode(), digest_size=8)  # of the content, not of its history
+    for name in files:
+        fingerprint.update(file_hash(folder / name).encode())
     state = {
         "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": dataset._fingerprint,
+        "_fingerprint": fingerprint.hexdigest(),
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

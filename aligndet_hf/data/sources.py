@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers.utils.hub import cached_file
 
+from ..files import file_hash
 from ..proposals.controls import random_boxes
 from ..proposals.filters import select_indices
 from ..proposals.opencv import import_opencv, opencv_selective_search
@@ -127,15 +128,6 @@ def select_fields(proposals: dict[str, np.ndarray], image_size: tuple[int, int],
     """The proposals of an image that [`select_indices`] keeps, with all their fields."""
     kept = select_indices(proposals["bbox"], proposals["score"], image_size, **selection)
     return {name: values[kept] for name, values in proposals.items()}
-
-
-def file_hash(path: str | Path) -> str:
-    """A hash of the content of a file, 32 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def model_hash(model: str) -> str:

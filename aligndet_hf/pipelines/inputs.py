@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ..data.errors import DataError
 from ..data.formats import load_dataset_source, split_names
 from ..data.shards import content_hash
-from ..data.sources import file_hash
 from ..detectors.backbone_weights import read_weights
 from ..detectors.backbones import find_backbone
 from ..detectors.build import backbone_source
+from ..files import file_hash
 from ..flags import names_of
 from ..runs import RECORD
 

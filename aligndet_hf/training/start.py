@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ..data.sources import file_hash, model_hash
+from ..data.sources import model_hash
 from ..detectors.build import DetectorArguments, find_detector
+from ..files import file_hash
 
 
 def start_hashes(arguments: DetectorArguments) -> dict[str, str]:
