@@ -216,6 +216,8 @@ def test_weights_that_cannot_be_had_are_told_before_the_first_stage(argv, ran, t
     assert "--backbone_weights FILE" in error and error.rstrip().endswith("Here that is --set weights=...")
     assert cli.main([*argv, f"weights={tmp_path}/none.safetensors"]) == 2 and not ran
     assert "none.safetensors not found" in capsys.readouterr().err
+    assert cli.main([*argv, "pretrain.backbone=someone/net", "pretrain.backbone_weights=null"]) == 2 and not ran
+    assert capsys.readouterr().err.rstrip().endswith("Here that is --set pretrain.backbone=...")
 
 
 def test_a_round_of_self_training(data, ran, tmp_path):

@@ -75,12 +75,12 @@ def require_weights(parsed: Mapping["Stage", Any], variables: Mapping[str, Any])
         backbone, weights = found
         try:
             config = find_backbone(backbone)
-            if weights := weights or config._name_or_path:
-                read_weights(config, weights)
+            if weights or config._name_or_path:
+                read_weights(config, weights or config._name_or_path)
         except (OSError, ValueError) as error:
-            names = [name for name, value in variables.items() if value == weights]
-            name = names[0] if names else f"{stage.name}.backbone_weights"
-            raise ValueError(f"stage {stage.name!r}: {error}. Here that is --set {name}=...") from error
+            flag, given = ("backbone_weights", weights) if weights else ("backbone", backbone)
+            names = [name for name, value in variables.items() if value == given] or [f"{stage.name}.{flag}"]
+            raise ValueError(f"stage {stage.name!r}: {error}. Here that is --set {names[0]}=...") from error
 
 
 def _is_in(source: str, folders: list[Path]) -> bool:
