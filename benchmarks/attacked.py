@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+CONVNETS = ("torchvision_fcos", "torchvision_faster_rcnn")  # one of one stage, and one of two
+
 
 class Attacked(NamedTuple):
     """A command with its flags, the flags that make it another run, and glob patterns of the files that count."""
@@ -22,7 +24,7 @@ def attacked(root: Path) -> dict[str, Attacked]:
     soco = {"fpn_channels": 8, "head_dim": 16, "mlp_dim": 16, "projection_dim": 8, "level_sizes": [8, 16, 32, 64]}
     seed, score = ["--seed", "1"], ["--score_threshold", "0.02"]
     measured = ["--dataset", data, "--split", "train"]
-    return {
+    tasks = {
         "proposals": Attacked(
             "proposals",
             [
@@ -116,6 +118,11 @@ def attacked(root: Path) -> dict[str, Attacked]:
         "embeddings": Attacked("embeddings", [*measured, "--detector", labelled], seed, ["embeddings.json"]),
         "check": Attacked("check", ["--dataset", data], ["--num_queries", "1"], ["check.json"]),
     }
+    for kind in CONVNETS:
+        for name in ("pretrain", "finetune"):
+            flags = [str(root / kind) if flag == detector else flag for flag in tasks[name].flags]
+            tasks[f"{name}-{kind}"] = tasks[name]._replace(flags=flags)
+    return tasks
 
 
 def make_inputs(root: Path) -> None:
@@ -131,7 +138,8 @@ def make_inputs(root: Path) -> None:
     from aligndet_hf.detectors.build import build_image_processor
 
     write_synthetic_folder(root / "data", {"train": 8, "validation": 2}, seed=0, image_size=(64, 64))
-    tiny_detector("rt_detr", num_labels=1).save_pretrained(root / "detector")
+    for kind, name in [("rt_detr", "detector"), *zip(CONVNETS, CONVNETS, strict=True)]:
+        tiny_detector(kind, num_labels=1).save_pretrained(root / name)
     labelled = tiny_detector("detr", num_labels=len(SYNTHETIC_CATEGORIES))
     labelled.config.id2label = dict(enumerate(SYNTHETIC_CATEGORIES))
     labelled.save_pretrained(root / "labelled")

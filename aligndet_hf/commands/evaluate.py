@@ -70,7 +70,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         arguments ([`EvaluateArguments`]): The configuration.
 
     Returns:
-        `dict`: What `CocoMetrics.compute()` gives: the 12 COCO numbers in 0 to 1, and `per_class`.
+        `dict`: What `CocoMetrics.compute()` gives: the 12 COCO numbers in 0 to 1, and `per_class`; where detector and
+        labels have masks `mask_AP` and others as well.
 
     Raises:
         DataError: the dataset is broken, or its categories are not among the detector's classes.
@@ -102,7 +103,7 @@ def _measure(arguments: EvaluateArguments) -> dict:
     own_ids = dict(zip(images.image_ids, image_ids(dataset), strict=True))  # as in the label file
     own_categories = category_ids(dataset, categories)
     metrics, detections = images.metrics(), []
-    batches = predict_batches(detector, loader, image_processor, classes)
+    batches = predict_batches(detector, loader, image_processor, classes, metrics.has_masks)
     for ids, predictions in tqdm(batches, total=len(loader), desc="evaluating", disable=arguments.disable_tqdm):
         metrics.update(predictions, ids)
         if arguments.save_predictions:

@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from ..cards import command_line, told, versions
 from ..data.bit_depth import saved_window, settle_pixel_window, window_line
-from ..data.checks import leak_note, metric_note, objects_per_image, query_note
+from ..data.checks import leak_note, mask_note, metric_note, objects_per_image, query_note
 from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages, MixedImages
 from ..data.errors import DataError
@@ -209,7 +209,7 @@ def _start(
     trainer = DetectionTrainer(
         detector,
         arguments,
-        train_dataset=_train_images(arguments, dataset, categories, view),
+        train_dataset=_train_images(arguments, dataset, categories, view, family_of(detector.config).masks),
         eval_dataset=EvaluationImages(truth, categories, image_processor) if truth else None,
         processing_class=image_processor,
         transferred=report.kept if isinstance(report, TransferReport) else (),
@@ -219,6 +219,8 @@ def _start(
         trainer.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
     if note := query_note(objects_per_image(dataset)[0], num_queries(detector.config)):
         processes.print(f"note: {note}")
+    if family_of(detector.config).masks:
+        processes.print(mask_note(dataset))
     processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
     if report is not None:
         processes.print(report)
@@ -316,14 +318,14 @@ def _load_labelled(source: str, split: str | None, image_dir: str | None, catego
     return dataset, names, report
 
 
-def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], view: ViewConfig):
-    """The labelled images, or these and the pseudo-labelled ones."""
+def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], view: ViewConfig, masks: bool):
+    """The labelled images, with masks if wanted, or these and the pseudo-labelled ones."""
     options = {
         "seed": arguments.seed,
         "augmentations": arguments.augmentations,
         "augmentation_probability": arguments.augmentation_probability,
     }
-    labelled = LabelledImages(dataset, view, **options)
+    labelled = LabelledImages(dataset, view, masks=masks, **options)
     if arguments.pseudo_dataset is None:
         return labelled
     source = arguments.pseudo_dataset

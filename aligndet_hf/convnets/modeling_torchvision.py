@@ -507,7 +507,8 @@ class TorchvisionDetector(PreTrainedModel):
             labels (`list[dict]`, *optional*): per image `boxes`, float `[n, 4]`, `cxcywh` normalised to the image
                 without padding, and `class_labels`, int64 `[n]`; optionally `weights` `[n]` of the boxes in the loss,
                 and `ignored_boxes` `[m, 4]`, where nothing is taught to be background; for Mask R-CNN `masks`
-                `[n, h, w]` of the image's size, with or without padding, if masks are to be trained.
+                `[n, h, w]` of the image's size, with or without padding, if masks are to be trained; images without
+                train boxes alone.
             output_hidden_states (`bool`, *optional*): whether to return `object_features`.
             kwargs: ignored.
         """
@@ -995,20 +996,25 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         return at_least_float32(roi.mask_predictor(roi.mask_head(pooled)))
 
     def _mask_loss(self, images: ImageList, maps: Maps, regions: list[Regions]) -> Tensor:
-        """Of the regions of objects; 0, with a graph, if the labels have no masks."""
-        if not all("masks" in own.target for own in regions):
+        """Of the regions of objects, in the images whose labels have masks; 0, with a graph, if there are none."""
+        objects = []
+        for own in regions:
+            rows = own.is_object if "masks" in own.target else torch.zeros_like(own.is_object)
+            objects.append(Regions(own.boxes[rows], own.matched[rows], own.target))
+        labels = torch.cat([own.labels for own in objects])
+        number = mean_over_processes(regions[0].boxes.new_tensor(len(labels))).clamp(min=1)
+        if not len(labels):
             roi = self.detector.roi_heads
             unused = [*roi.mask_head.parameters(), *roi.mask_predictor.parameters()]
             return 0 * sum(parameter.sum() for parameter in unused)
-        objects = [Regions(own.boxes[own.is_object], own.matched[own.is_object], own.target) for own in regions]
-        logits, labels = self._masks(maps, [own.boxes for own in objects], images), [own.labels for own in objects]
-        logits = logits[torch.arange(len(logits)), torch.cat(labels)]
+        logits = self._masks(maps, [own.boxes for own in objects], images)[torch.arange(len(labels)), labels]
         wanted = []
-        for boxes, matched, target in objects:
+        for boxes, matched, target in (own for own in objects if len(own.boxes)):
             places = torch.cat([matched[:, None].to(boxes.dtype), boxes], 1)
             wanted.append(roi_align(target["masks"][:, None].to(boxes.dtype), places, tuple(logits.shape[-2:]))[:, 0])
-        number = mean_over_processes(logits.new_tensor(logits.numel())).clamp(min=1)
-        return F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum") / number
+        return (
+            F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="none").mean((1, 2)).sum() / number
+        )
 
 
 def _smooth_l1(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
@@ -1016,7 +1022,7 @@ def _smooth_l1(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
 
 
 class MaskRcnnForObjectDetection(FasterRcnnForObjectDetection):
-    """Mask R-CNN of torchvision; without `masks` in the labels it trains boxes alone. See [`MaskRcnnConfig`]."""
+    """Mask R-CNN of torchvision; images without `masks` in their labels train boxes alone. See [`MaskRcnnConfig`]."""
 
     config_class = MaskRcnnConfig
     network = MaskRCNN

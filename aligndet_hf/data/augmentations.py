@@ -1,11 +1,13 @@
 """Augmentations that make few labelled images go further: of one image, or of several put together."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 import torch
+
+from .masks import cut_regions, draw_regions, move_regions, with_regions
 
 MIN_VISIBLE = 0.3  # share of a box that has to stay visible, or the box is dropped
 MAX_HIDDEN = 0.3  # share of a box that a pasted object may hide
@@ -49,7 +51,7 @@ def zoom_out(sample: Sample, others: Sequence[Sample], rng: np.random.Generator,
     canvas = _canvas(round(height * ratio), round(width * ratio))
     top, left = (int(rng.integers(0, room + 1)) for room in (canvas.shape[0] - height, canvas.shape[1] - width))
     canvas[top : top + height, left : left + width] = sample.image
-    return Sample(canvas, _shifted(sample.boxes, left, top), sample.classes)
+    return Sample(canvas, _shifted(sample.boxes, left, top), move_regions(sample.classes, [[1, 0, left], [0, 1, top]]))
 
 
 def mosaic(sample: Sample, others: Sequence[Sample], rng: np.random.Generator) -> Sample:
@@ -66,7 +68,7 @@ def mosaic(sample: Sample, others: Sequence[Sample], rng: np.random.Generator) -
         below, right = divmod(place, 2)
         room = (height - middle_y if below else middle_y, width - middle_x if right else middle_x)
         scale = max(room[0] / part.image.shape[0], room[1] / part.image.shape[1])
-        image, part_boxes = _scaled(part, scale)
+        image, part_boxes, rows = _scaled(part, scale)
         # The corner that touches the centre stays, whatever sticks out is cut off.
         top = middle_y if below else middle_y - image.shape[0]
         left = middle_x if right else middle_x - image.shape[1]
@@ -76,7 +78,8 @@ def mosaic(sample: Sample, others: Sequence[Sample], rng: np.random.Generator) -
         ]
         part_boxes, kept = _clipped(_shifted(part_boxes, left, top), window)
         boxes.append(part_boxes)
-        classes.append(part.classes[kept])
+        visible = np.array([window[1], window[0], window[3] - window[1], window[2] - window[0]])
+        classes.append(cut_regions(move_regions(rows[kept], [[1, 0, left], [0, 1, top]]), visible))
     return Sample(canvas, np.concatenate(boxes), np.concatenate(classes))
 
 
@@ -85,25 +88,23 @@ def mixup(sample: Sample, others: Sequence[Sample], rng: np.random.Generator) ->
     (other,) = others
     height, width = sample.image.shape[:2]
     scale = min(height / other.image.shape[0], width / other.image.shape[1])
-    image, boxes = _scaled(other, scale)
+    image, boxes, rows = _scaled(other, scale)
     share = rng.beta(8.0, 8.0)
     blended = sample.image.copy()
     part = blended[: image.shape[0], : image.shape[1]]
     part[:] = cv2.addWeighted(part, 1 - share, image[: part.shape[0], : part.shape[1]], share, 0)
     boxes, kept = _clipped(boxes, (0, 0, height, width))
-    return Sample(
-        blended, np.concatenate([sample.boxes, boxes]), np.concatenate([sample.classes, other.classes[kept]])
-    )
+    return Sample(blended, np.concatenate([sample.boxes, boxes]), np.concatenate([sample.classes, rows[kept]]))
 
 
 def copy_paste(sample: Sample, others: Sequence[Sample], rng: np.random.Generator) -> Sample:
     """
     Pastes the boxes of another image's objects where they hide little of what is there (Dwibedi et al. 2017).
 
-    Labels of detection have no masks, so that whole rectangles are pasted, with blurred edges.
+    Labels of detection seldom have masks, so that whole rectangles are pasted, with blurred edges.
     """
     (other,) = others
-    image, boxes, rows = sample.image.copy(), list(sample.boxes), []
+    image, boxes, classes = sample.image.copy(), list(sample.boxes), sample.classes
     height, width = image.shape[:2]
     for row, box in enumerate(other.boxes):
         x, y, w, h = (int(round(value)) for value in box)
@@ -117,13 +118,16 @@ def copy_paste(sample: Sample, others: Sequence[Sample], rng: np.random.Generato
         place = np.array([left, top, w, h], np.float32)
         if len(boxes) and _hidden(np.stack(boxes), place).max() > MAX_HIDDEN:
             continue
+        across, down = w / patch.shape[1], h / patch.shape[0]
+        pasted = move_regions(
+            other.classes[row : row + 1], [[across, 0, left - x * across], [0, down, top - y * down]]
+        )
+        classes = np.concatenate([cut_regions(classes, place, inside=False), cut_regions(pasted, place)])
         patch = cv2.resize(patch, (w, h), interpolation=cv2.INTER_LINEAR)
         soft = cv2.GaussianBlur(np.pad(np.ones((h - 2, w - 2), np.float32), 1), (3, 3), 0)[..., None]
         window = image[top : top + h, left : left + w]
         window[:] = np.rint(soft * patch + (1 - soft) * window).astype(np.uint8)
         boxes.append(place)
-        rows.append(row)
-    classes = np.concatenate([sample.classes, other.classes[rows]])
     return Sample(image, np.array(boxes, np.float32).reshape(-1, 4), classes)
 
 
@@ -143,24 +147,29 @@ def rotate(sample: Sample, others: Sequence[Sample], rng: np.random.Generator, d
     cos, sin = np.cos(angle), np.sin(angle)
     extent = np.sqrt(half**2 @ np.array([[cos**2, sin**2], [sin**2, cos**2]]))
     boxes, kept = _clipped(np.concatenate([centres - extent, 2 * extent], axis=1), (0, 0, height, width))
-    return Sample(image, boxes, sample.classes[kept])
+    return Sample(image, boxes, move_regions(sample.classes[kept], matrix))
 
 
 def quarter_turn(sample: Sample, others: Sequence[Sample], rng: np.random.Generator) -> Sample:
     """Turns the image by 90, 180 or 270 degrees: for images that have no upright, from above or a microscope."""
-    image, boxes = sample.image, sample.boxes
+    image, boxes, classes = sample.image, sample.boxes, sample.classes
     for _ in range(int(rng.integers(1, 4))):
         x, y, w, h = boxes.T
         boxes = np.stack([y, image.shape[1] - x - w, h, w], axis=1)  # counter-clockwise, as np.rot90
+        classes = move_regions(classes, [[0, 1, 0], [-1, 0, image.shape[1]]])
         image = np.rot90(image)
-    return Sample(np.ascontiguousarray(image), boxes.astype(np.float32), sample.classes)
+    return Sample(np.ascontiguousarray(image), boxes.astype(np.float32), classes)
 
 
 def photometric(sample: Sample, others: Sequence[Sample], rng: np.random.Generator) -> Sample:
     """Changes brightness, contrast, saturation and hue (SSD's distortion, as RT-DETR and D-FINE publish it)."""
     from torchvision.transforms import v2
 
-    return apply_transform(v2.RandomPhotometricDistort(p=0.8), sample, rng)
+    # The regions stay where they are, and need not be drawn.
+    changed = apply_transform(
+        v2.RandomPhotometricDistort(p=0.8), replace(sample, classes=np.arange(len(sample.boxes))), rng
+    )
+    return replace(changed, classes=sample.classes[changed.classes])
 
 
 # Name and function. A new one is a row here; its name is what `--augmentations` takes.
@@ -184,7 +193,9 @@ def apply_transform(transform: Callable, sample: Sample, rng: np.random.Generato
     Args:
         transform (`Callable`):
             Takes and returns `(image, target)`: `tv_tensors.Image` uint8 [3, h, w], and a dictionary of `boxes`
-            (`tv_tensors.BoundingBoxes` in xywh) and `labels` (int64 [n]).
+            (`tv_tensors.BoundingBoxes` in xywh), `labels` (int64 [n]) and, where masks are trained and all objects
+            have one, `masks` (`tv_tensors.Mask` uint8 [n, h, w]). Without `masks` in what it returns the sample has
+            none.
         sample ([`Sample`]): The image and its objects.
         rng (`np.random.Generator`): The source of the transform's seed.
 
@@ -202,14 +213,19 @@ def apply_transform(transform: Callable, sample: Sample, rng: np.random.Generato
     boxes = tv_tensors.BoundingBoxes(
         torch.from_numpy(sample.boxes.astype(np.float32)), format="XYWH", canvas_size=(height, width)
     )
+    # The labels are row numbers here: a transform may drop boxes, but does not care what labels say.
+    target = {"boxes": boxes, "labels": torch.arange(len(boxes))}
+    if (masks := draw_regions(sample.classes, height, width)) is not None:
+        target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**62)))
-        # The labels are row numbers here: a transform may drop boxes, but does not care what labels say.
-        result = transform(image, {"boxes": boxes, "labels": torch.arange(len(boxes))})
+        result = transform(image, target)
     try:
         image, target = result
         boxes = convert_bounding_box_format(target["boxes"], new_format="XYWH")
-        labels = target["labels"]
+        labels, masks = target["labels"], target.get("masks")
+        if masks is not None and tuple(masks.shape) != (len(boxes), *image.shape[-2:]):
+            raise ValueError(f"{len(boxes)} boxes, masks {tuple(masks.shape)}, image {tuple(image.shape)}")
         if len(labels) != len(boxes) or image.dtype != torch.uint8 or image.ndim != 3:
             raise ValueError(f"{len(boxes)} boxes, {len(labels)} labels, image {image.dtype} {tuple(image.shape)}")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -219,7 +235,8 @@ def apply_transform(transform: Callable, sample: Sample, rng: np.random.Generato
         ) from error
     image = np.ascontiguousarray(torch.as_tensor(image).permute(1, 2, 0).numpy())
     boxes, kept = _clipped(torch.as_tensor(boxes).numpy().astype(np.float32), (0, 0, *image.shape[:2]))
-    return Sample(image, boxes, sample.classes[labels.numpy()[kept]])
+    rows = sample.classes[labels.numpy()[kept]]
+    return Sample(image, boxes, with_regions(rows, None if masks is None else torch.as_tensor(masks).numpy()[kept]))
 
 
 def _canvas(height: int, width: int) -> np.ndarray:
@@ -230,13 +247,15 @@ def _shifted(boxes: np.ndarray, x: float, y: float) -> np.ndarray:
     return boxes + np.array([x, y, 0, 0], dtype=boxes.dtype)
 
 
-def _scaled(sample: Sample, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """The image and its boxes, resized by one factor."""
+def _scaled(sample: Sample, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The image, its boxes and what belongs to them, resized by one factor."""
     height, width = sample.image.shape[:2]
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     image = cv2.resize(sample.image, (new_width, new_height), interpolation=method)
-    return image, sample.boxes * np.tile(np.float32([new_width / width, new_height / height]), 2)
+    across, down = new_width / width, new_height / height
+    boxes = sample.boxes * np.tile(np.float32([across, down]), 2)
+    return image, boxes, move_regions(sample.classes, [[across, 0, 0], [0, down, 0]])
 
 
 def _clipped(boxes: np.ndarray, window: tuple[int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,11 @@ import os
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from .columns import arrow_batches, image_ids, read_boxes, read_crowds, read_values
 from .door import read_bytes
+from .masks import FIELD
 
 COCO_DETECTIONS = 100  # of one category in one image that COCO's metrics count, the best first
 
@@ -63,6 +65,21 @@ def metric_note(counts: np.ndarray) -> str | None:
         "image, so that a perfect detector gets less than 1. Compare such numbers only with one another, or measure "
         "on tiles."
     )
+
+
+def mask_note(dataset: datasets.Dataset) -> str:
+    """A line on how many images can train masks: all of their objects have one."""
+    have, objects = 0, dataset.features["objects"]
+    if FIELD in objects:
+        for _, table in arrow_batches(dataset, ["objects"]):
+            lengths, crowds = read_boxes(table["objects"])[1], read_crowds(table["objects"])
+            texts = pc.struct_field(table["objects"], FIELD).combine_chunks().flatten()
+            lacks = ~crowds & texts.is_null().to_numpy(zero_copy_only=False)
+            rows = np.repeat(np.arange(len(lengths)), lengths)
+            have += int((lengths > 0).sum()) - len(np.unique(rows[lacks]))
+    if not have:
+        return "Masks: the labels have none, boxes are trained alone."
+    return f"Masks: {have} of {len(dataset)} images have one with every object, and train masks beside boxes."
 
 
 def same_images(dataset: datasets.Dataset, other: datasets.Dataset) -> list[tuple[int, int]]:

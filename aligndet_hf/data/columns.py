@@ -19,6 +19,7 @@ from .arrow_boxes import (
     usable_boxes,
 )
 from .errors import DataError, ImageError
+from .masks import FIELD
 from .pixels import ImageFacts, check_box_format, check_declared_sizes, inspect_images
 
 __all__ = [
@@ -75,14 +76,20 @@ def proposals_feature(with_clusters: bool) -> dict:
 
 
 def objects_feature(
-    categories: list[str] | None, ids: list[int | str] | None = None, *, crowds: bool = False, text_ids: bool = False
+    categories: list[str] | None,
+    ids: list[int | str] | None = None,
+    *,
+    crowds: bool = False,
+    text_ids: bool = False,
+    masks: bool = False,
 ) -> dict:
     """
     The feature of the `objects` column: a struct of lists.
 
     `bbox` float64 [N, 4] absolute xywh, `category` int64 [N] in 0..C-1 (a `ClassLabel` if the names are known), `area`
-    float64 [N] in pixels, `iscrowd` int64 [N] and `id` int64 or text [N]. A number of a label file leaves as it came,
-    therefore float64.
+    float64 [N] in pixels, `iscrowd` int64 [N], `segmentation` text [N] (see
+    [`~aligndet_hf.data.masks.segmentation_text`]) and `id` int64 or text [N]. A number of a label file leaves as it
+    came, therefore float64.
 
     Args:
         categories (`list[str]`, *optional*): Names of the categories 0..C-1.
@@ -90,6 +97,7 @@ def objects_feature(
         crowds (`bool`, *optional*, defaults to `False`): Whether there is a field `iscrowd`: 1 for a region of many
             objects, which is neither trained nor measured.
         text_ids (`bool`, *optional*, defaults to `False`): Whether the ids of the objects are texts.
+        masks (`bool`, *optional*, defaults to `False`): Whether objects have a `segmentation`.
     """
     known = None if ids is None or list(ids) == list(range(len(ids))) else json.dumps(ids)
     category = datasets.ClassLabel(names=categories, id=known) if categories else datasets.Value("int64")
@@ -100,6 +108,8 @@ def objects_feature(
     }
     if crowds:
         feature["iscrowd"] = datasets.List(datasets.Value("int64"))
+    if masks:
+        feature[FIELD] = datasets.List(datasets.Value("string"))
     return feature | {"id": datasets.List(datasets.Value("string" if text_ids else "int64"))}
 
 

@@ -14,6 +14,7 @@ from .bit_depth import pixel_window
 from .columns import clean_boxes, read_boxes, read_values, require_columns, usable_boxes
 from .errors import ImageError
 from .images import decode_image
+from .masks import draw_regions, read_regions
 from .sampling import SampleKey
 from .soco_views import (
     assign_levels,
@@ -261,6 +262,7 @@ class SoCoViews(Dataset):
 
 # What belongs to a box of a labelled image.
 _OBJECT = np.dtype([("category", np.int64), ("score", np.float32), ("ignore", np.bool_)])
+_OBJECT_WITH_REGION = np.dtype([*_OBJECT.descr, ("region", object)])
 
 
 class LabelledImages(Dataset):
@@ -289,6 +291,9 @@ class LabelledImages(Dataset):
             Whether the labels are a teacher's, as `aligndet pseudolabel` writes them. The labels of an item then have
             `weights` (float32 [n], the scores of the boxes) and `ignored_boxes` (float32 [m, 4], as `boxes`), which
             are neither objects nor background.
+        masks (`bool`, *optional*, defaults to `False`):
+            Whether the labels of an item have `masks` (uint8 [n, h, w], 1 on the object). Only of views all of whose
+            objects have a segmentation; the others have boxes alone.
 
     Raises:
         [`DataError`]: if a column is missing. Items raise [`ImageError`] for an image that cannot be decoded, and
@@ -305,6 +310,7 @@ class LabelledImages(Dataset):
         augmentations: Sequence[str | Callable] = (),
         augmentation_probability: float = 0.5,
         pseudo: bool = False,
+        masks: bool = False,
     ):
         require_columns(dataset, ["image", "objects"])
         columns = [name for name in ("image", "objects", "image_id") if name in dataset.column_names]
@@ -317,6 +323,7 @@ class LabelledImages(Dataset):
         self.augmentations = list(augmentations)
         self.augmentation_probability = augmentation_probability
         self.pseudo = pseudo
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -327,7 +334,10 @@ class LabelledImages(Dataset):
         image = _read_image(row, index, self.window)
         height, width = image.shape[:2]
         boxes, kept = usable_boxes(row["objects"], width, height)
-        what = np.zeros(len(kept), _OBJECT)
+        what = np.zeros(len(kept), _OBJECT_WITH_REGION if self.masks else _OBJECT)
+        if self.masks:
+            found = read_regions(row["objects"], height, width)
+            what["region"] = [found[number] if found else None for number in kept]
         for name in ("category", "score", "ignore") if self.pseudo else ("category",):
             what[name] = read_values(row["objects"], name)[0][kept]
         return Sample(image, boxes, what)
@@ -355,11 +365,11 @@ class LabelledImages(Dataset):
         if self.view.crop_scale is not None:
             crop = draw_crop(*sample.image.shape[:2], rng, self.view.crop_scale)
         (size,) = _draw_sizes(1, self.view, self.seed, key, rng)
-        view, boxes, kept = make_view(sample.image, sample.boxes, rng, self.view, size, crop)
+        view, boxes, what = make_view(sample.image, sample.boxes, rng, self.view, size, crop, sample.classes)
         row = self.rows[key.index]
         image_id = row["image_id"][0].as_py() if "image_id" in row.column_names else key.index
         image_id = image_id if isinstance(image_id, int) else key.index  # a text cannot be in a tensor
-        what, boxes = sample.classes[kept], _normalized_cxcywh(boxes, view)
+        boxes = _normalized_cxcywh(boxes, view)
         labels = {"image_id": torch.tensor([image_id]), "orig_size": torch.tensor(stored.image.shape[:2])}
         if self.pseudo:
             ignored = torch.from_numpy(what["ignore"])
@@ -367,6 +377,8 @@ class LabelledImages(Dataset):
             what, boxes = what[~what["ignore"]], boxes[~ignored]
             labels["weights"] = torch.from_numpy(what["score"].copy())
         labels |= {"boxes": boxes, "class_labels": torch.from_numpy(what["category"].copy())}
+        if (masks := draw_regions(what, *view.shape[:2])) is not None:
+            labels["masks"] = torch.from_numpy(masks)
         return {"image": _to_tensor(view), "labels": labels}
 
 

@@ -17,6 +17,7 @@ from . import door
 from .columns import category_ids, clean_boxes, image_ids, read_boxes, read_crowds, read_values
 from .errors import DataError
 from .images import image_size
+from .masks import FIELD, has_regions
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +49,10 @@ def export_labels(
         output_dir (`str` or `Path`):
             A folder that is new or empty.
         layout (`str`):
-            `"coco"`: `annotations/instances_<split>.json` and `images/<split>`, with all ids, areas and crowds as they
-            came in. `"yolo"`: `data.yaml`, `images/<split>` and `labels/<split>`. `"voc"`: `Annotations`, `JPEGImages`
-            and `ImageSets/Main`; corners are coordinates, as all tools but the challenge's own have them. The split
-            `validation` is called `val`.
+            `"coco"`: `annotations/instances_<split>.json` and `images/<split>`, with all ids, areas, crowds and masks
+            as they came in. `"yolo"`: `data.yaml`, `images/<split>` and `labels/<split>`. `"voc"`: `Annotations`,
+            `JPEGImages` and `ImageSets/Main`; corners are coordinates, as all tools but the challenge's own have them.
+            The split `validation` is called `val`.
 
     Returns:
         `list[str]`: what was left out, a line each: boxes that a format has no room for.
@@ -86,6 +87,8 @@ def _rows(dataset: datasets.Dataset, flat: bool = False, taken: set[str] | None 
         height, width = image_size(value)
         objects = {"bbox": read_boxes(row["objects"], np.float64)[0], "iscrowd": read_crowds(row["objects"])}
         objects["category"] = read_values(row["objects"], "category")[0].astype(int)
+        if has_regions(row["objects"].type):
+            objects[FIELD] = np.array(row["objects"][0].as_py()[FIELD] or [], dtype=object)
         if "area" in row["objects"].type.names:
             objects["area"] = read_values(row["objects"], "area")[0].astype(float)
         name = _unique(_file_name(given, content, flat), taken)
@@ -165,6 +168,8 @@ def _export_coco(splits: dict[str, datasets.Dataset], categories: list[str], fol
                         "iscrowd": int(row.objects["iscrowd"][number]),
                     }
                 )
+                if FIELD in row.objects and (text := row.objects[FIELD][number]) is not None:
+                    annotations[-1][FIELD] = json.loads(text)
         listed = [{"id": own_id, "name": name} for own_id, name in zip(ids, categories, strict=True)]
         content = {"images": images, "annotations": annotations, "categories": listed}
         _write(folder / "annotations" / f"instances_{split}.json", json.dumps(content, ensure_ascii=False))

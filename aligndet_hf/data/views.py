@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from .masks import move_regions
+
 # The sizes that detectors are fine-tuned with on COCO, and the shorter side of half of COCO's images.
 PUBLISHED_SIZES, PUBLISHED_SIDE = list(range(480, 801, 32)), 480
 STRIDE, MIN_SIZE = 32, 64  # of the sizes that are chosen
@@ -180,6 +182,7 @@ def make_view(
     config: ViewConfig,
     size: int,
     crop: tuple[int, int, int, int] | None = None,
+    rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Makes one view: crop, resize, flip, colour. Padding is left to the collator, so a flip mirrors image and boxes
@@ -193,14 +196,18 @@ def make_view(
         size (`int`): The size drawn from `config.sizes`.
         crop (`tuple`, *optional*): (top, left, height, width); boxes that it does not show well are dropped and the
             others clipped to it.
+        rows (`np.ndarray` [N], *optional*): What belongs to each box; by default its index in `boxes`.
 
     Returns:
-        `tuple`: the view (uint8 [h, w, 3]), its boxes (float32 [n, 4], xywh in pixels of the view), and the indices of
-        these boxes in `boxes` (int64 [n]). Boxes with a side of 0.01 pixels or less are dropped.
+        `tuple`: the view (uint8 [h, w, 3]), its boxes (float32 [n, 4], xywh in pixels of the view), and the rows of
+        these boxes [n], with their regions, if any, where they are in the view. Boxes with a side of 0.01 pixels or
+        less are dropped.
     """
-    kept = np.arange(len(boxes))
+    rows = np.arange(len(boxes)) if rows is None else rows
+    top, left = 0, 0
     if crop is not None:
         kept = np.flatnonzero(boxes_in_crop(boxes, crop))
+        rows = rows[kept]
         top, left, height, width = crop
         x1, y1 = np.clip(boxes[kept, :2] - (left, top), 0, (width, height)).T
         x2, y2 = np.clip(boxes[kept, :2] + boxes[kept, 2:] - (left, top), 0, (width, height)).T
@@ -210,6 +217,8 @@ def make_view(
     new_height, new_width = view_shape(height, width, config.resize, size, config.max_size)
     scale = np.array([new_width / width, new_height / height], dtype=np.float32)
     boxes = boxes.astype(np.float32) * np.tile(scale, 2)
+    across, down = new_width / width, new_height / height
+    matrix = np.array([[across, 0, -left * across], [0, down, -top * down]])
     flip = rng.random() < config.flip_probability
     flip_first = flip and height * width < new_height * new_width  # the smaller image
     if flip_first:
@@ -217,11 +226,12 @@ def make_view(
     image = resize_image(image, new_height, new_width)
     if flip:
         boxes[:, 0] = new_width - boxes[:, 0] - boxes[:, 2]
+        matrix[0] = [-across, 0, new_width + left * across]
         image = image if flip_first else cv2.flip(image, 1)
     if config.color:
         image = random_color(image, rng)
     large = (boxes[:, 2:] > MIN_BOX_SIDE).all(axis=1)
-    return np.ascontiguousarray(image), boxes[large], kept[large]
+    return np.ascontiguousarray(image), boxes[large], move_regions(rows[large], matrix)
 
 
 # ---- colour ----

@@ -124,6 +124,8 @@ class Family:
         query_groups (`Callable`): `config -> int`, the groups of queries in training mode, each matched by itself.
         has_auxiliary_heads (`bool`): whether the decoder layers before the last have heads, which the config field
             `auxiliary_loss` trains.
+        masks (`bool`): whether the family is trained with the masks of objects, where the labels have them, and
+            predicts them.
         size_multiple (`Callable`): `config -> int`, what the sides of the images must be divisible by.
         starts_small (`bool`): whether transformers starts matrices and query embeddings many times smaller than the
             family's paper, see [`~aligndet_hf.detectors.build.detector_from_config`].
@@ -152,6 +154,7 @@ class Family:
     untrained_tokens: Callable[[PreTrainedConfig], bool] = lambda config: False
     query_groups: Callable[[PreTrainedConfig], int] = lambda config: 1
     has_auxiliary_heads: bool = True
+    masks: bool = False
     size_multiple: Callable[[PreTrainedConfig], int] = lambda config: 1
     starts_small: bool = False
     defaults: tuple[tuple[str, Any], ...] = ()
@@ -492,7 +495,7 @@ _ALL: dict[str, Family] = {
     "torchvision_retinanet": _DENSE,
     "torchvision_fcos": _DENSE,
     "torchvision_faster_rcnn": _R_CNN,
-    "torchvision_mask_rcnn": _R_CNN,
+    "torchvision_mask_rcnn": replace(_R_CNN, masks=True),
 }
 
 # Those that the installed transformers has.

@@ -6,15 +6,18 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from ..data.checks import COCO_DETECTIONS, metric_note
 from ..data.columns import image_numbers, read_boxes, read_values
+from ..data.masks import FIELD, coco_run_lengths, has_regions, run_lengths
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +36,8 @@ SUMMARY = {
     "ARm": ("recall", None, "medium", 100),
     "ARl": ("recall", None, "large", 100),
 }
+# The same precision by the overlap of masks.
+MASK_SUMMARY = {f"mask_{name}": row for name, row in SUMMARY.items() if name.startswith("AP")}
 
 
 class CocoMetrics:
@@ -55,7 +60,8 @@ class CocoMetrics:
         ground_truth (`dict` or `str` or `Path`):
             Ground truth in COCO format, or the JSON file that holds it: `images` with `id`, `categories` with `id` and
             `name`, and `annotations` with `image_id`, `category_id`, `bbox` (absolute xywh) and, optionally, `area` in
-            pixels (width times height of the box by default) and `iscrowd`.
+            pixels (width times height of the box by default), `iscrowd` and `segmentation` (polygons or run lengths,
+            or the text of [`~aligndet_hf.data.masks.segmentation_text`]).
 
     Raises:
         `ValueError`: If an annotation belongs to no image or category, or if two categories share a name.
@@ -87,7 +93,10 @@ class CocoMetrics:
                     "area": box[2] * box[3] if area is None or area != area else float(area),  # a null in Arrow is NaN
                     "iscrowd": int(annotation.get("iscrowd") == 1),
                 }
+                | ({FIELD: annotation[FIELD]} if annotation.get(FIELD) else {})
             )
+        annotations = [annotation for own in self.truth.values() for annotation in own]
+        self.has_masks = bool(annotations) and all(FIELD in annotation for annotation in annotations)
         if note := metric_note(self._most_objects()):
             logger.warning_once(note)
         self.reset()
@@ -112,9 +121,10 @@ class CocoMetrics:
 
         Args:
             dataset (`datasets.Dataset`):
-                With the column `objects`: `bbox` (absolute xywh), `category` (0..C-1) and, optionally, `area` and
-                `iscrowd`. The ids of the images come from [`~aligndet_hf.data.columns.image_numbers`]. Boxes
-                without area count as missed, as in pycocotools; those that are not finite do not.
+                With the column `objects`: `bbox` (absolute xywh), `category` (0..C-1) and, optionally, `area`,
+                `iscrowd` and `segmentation`. The ids of the images come from
+                [`~aligndet_hf.data.columns.image_numbers`]. Boxes without area count as missed, as in pycocotools;
+                those that are not finite do not.
             categories (`list[str]`): Names of the categories; label `k` of a prediction means `categories[k]`.
         """
         objects = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
@@ -125,8 +135,10 @@ class CocoMetrics:
         fields["image_id"] = np.repeat(ids, counts)
         kept = np.flatnonzero(np.isfinite(boxes).all(axis=1))
         annotations = [{name: values[i].item() for name, values in fields.items()} for i in kept]
-        for annotation, box in zip(annotations, boxes[kept].tolist(), strict=True):
+        texts = pc.struct_field(objects, FIELD).combine_chunks().flatten() if has_regions(objects.type) else None
+        for number, annotation, box in zip(kept.tolist(), annotations, boxes[kept].tolist(), strict=True):
             annotation["bbox"] = box
+            annotation[FIELD] = None if texts is None else texts[number].as_py()
         return cls(
             {
                 "images": [{"id": image_id} for image_id in ids],
@@ -138,6 +150,7 @@ class CocoMetrics:
     def reset(self) -> None:
         """Forgets all predictions; the ground truth stays."""
         self.predictions: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self.masks: dict[int, np.ndarray] = {}
 
     def update(self, predictions: list[dict], image_ids) -> None:
         """
@@ -148,7 +161,8 @@ class CocoMetrics:
             predictions (`list[dict]`):
                 One per image, as `post_process_object_detection` returns them: `scores` [n], `labels` [n] (category
                 ids of the ground truth) and `boxes` [n, 4] (absolute xyxy pixels of the stored image), as tensors,
-                arrays or lists. Detections of other categories or with NaN or infinite values are left out.
+                arrays or lists, and optionally `masks` [n] (an array of run lengths of COCO in the stored image;
+                of all images or of none). Detections of other categories or with NaN or infinite values are left out.
             image_ids (`list[int]` or tensor): The image of each prediction.
 
         Raises:
@@ -171,11 +185,14 @@ class CocoMetrics:
             scores, labels, boxes = scores[usable], labels[usable].astype(np.int64), boxes[usable]
             best = _best_of_each(labels, scores)
             self.predictions[image_id] = scores[best], labels[best], boxes[best]
+            if self.has_masks and "masks" in prediction:
+                self.masks[image_id] = prediction["masks"][usable][best]
 
     def gather(self) -> None:
         """Gives every process the predictions of all of them; does nothing in a single process."""
-        for predictions in gather_object([self.predictions]):
+        for predictions, masks in gather_object([(self.predictions, self.masks)]):
             self.predictions |= predictions
+            self.masks |= masks
 
     def compute(self) -> dict:
         """
@@ -185,28 +202,34 @@ class CocoMetrics:
         Returns:
             `dict`: `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl`, `AR1`, `AR10`, `AR100`, `ARs`, `ARm`, `ARl` between 0
             and 1, and `per_class`, the AP by name of the category. -1: there is nothing to find, as in pycocotools.
+            If the truth and all predictions have masks, also `mask_AP`, `mask_AP50`, `mask_AP75`, `mask_APs`,
+            `mask_APm` and `mask_APl`; sizes of detections are those of their boxes, as pycocotools has it for a file
+            with boxes and masks.
         """
         missing = len(self.images) - len(self.predictions)
         if missing:
             logger.warning(
                 "%d of %d images have no predictions yet: their objects count as missed.", missing, len(self.images)
             )
-        evaluations = [self._evaluate(category) for category in self.categories]
-        params = evaluations[0].params
+        counts, params = self._counts("bbox")
+        results = _summary(SUMMARY, counts, params)
+        average_precisions = counts["precision"][..., params.areaRngLbl.index("all"), params.maxDets.index(100)]
+        results["per_class"] = {
+            name: _mean(average_precisions[:, :, number]) for number, name in enumerate(self.categories.values())
+        }
+        if self.masks and len(self.masks) == len(self.predictions):
+            results |= _summary(MASK_SUMMARY, *self._counts("segm"))
+        return results
+
+    def _counts(self, kind: str) -> tuple[dict[str, np.ndarray], Any]:
+        """Precision and recall by the overlap of boxes ("bbox") or masks ("segm"), and what their axes are."""
+        evaluations = [self._evaluate(category, kind) for category in self.categories]
         # [thresholds, (recall levels,) categories, areas, numbers of detections]
         counts = {
             name: np.concatenate([evaluation.eval[name] for evaluation in evaluations], axis=-3)
             for name in ("precision", "recall")
         }
-        results = {}
-        for name, (kind, threshold, area, detections) in SUMMARY.items():
-            values = counts[kind][..., params.areaRngLbl.index(area), params.maxDets.index(detections)]
-            results[name] = _mean(values if threshold is None else values[np.isclose(params.iouThrs, threshold)])
-        average_precisions = counts["precision"][..., params.areaRngLbl.index("all"), params.maxDets.index(100)]
-        results["per_class"] = {
-            name: _mean(average_precisions[:, :, number]) for number, name in enumerate(self.categories.values())
-        }
-        return results
+        return counts, evaluations[0].params
 
     def pairs(self) -> Iterator[tuple[int, dict, dict]]:
         """
@@ -229,14 +252,29 @@ class CocoMetrics:
             boxes[:, 2:] += boxes[:, :2]
             yield image_id, found, {"boxes": boxes, "labels": np.array([label for label, _ in own], dtype=np.int64)}
 
-    def _evaluate(self, category: int):
+    def _with_masks(self, category: int, sizes: dict[int, tuple[int, int]]) -> list[dict]:
+        """The truth of a category, with masks in images of the sizes of those that were found."""
+        truth = []
+        for annotation in self.truth[category]:
+            size = sizes[annotation["image_id"]]
+            own = coco_run_lengths(annotation[FIELD], *size) or run_lengths(np.zeros(size))
+            truth.append(annotation | {FIELD: own})
+        return truth
+
+    def _sizes(self) -> dict[int, tuple[int, int]]:
+        """Height and width of the images, from their masks; of those in which nothing was found none is needed."""
+        found = {self._numbers[image_id]: masks[0]["size"] for image_id, masks in self.masks.items() if len(masks)}
+        return {number: tuple(found.get(number, (1, 1))) for number in self._numbers.values()}
+
+    def _evaluate(self, category: int, kind: str):
         """COCO's evaluation of one category: of all at once the dictionaries would fill the memory."""
         from faster_coco_eval import COCO, COCOeval_faster
 
-        detections = []
+        detections, sizes = [], self._sizes()
         for image_id, (scores, labels, boxes) in self.predictions.items():
             own = labels == category
-            for score, (x1, y1, x2, y2) in zip(scores[own].tolist(), boxes[own].tolist(), strict=True):
+            masks = self.masks[image_id][own] if kind == "segm" else [None] * int(own.sum())
+            for score, (x1, y1, x2, y2), mask in zip(scores[own].tolist(), boxes[own].tolist(), masks, strict=True):
                 width, height = x2 - x1, y2 - y1
                 detections.append(
                     {
@@ -247,20 +285,30 @@ class CocoMetrics:
                         "area": width * height,
                         "score": score,
                         "iscrowd": 0,
+                        FIELD: mask,
                     }
                 )
         with contextlib.redirect_stdout(io.StringIO()):
             sides = []
-            for annotations in (self.truth[category], detections):
+            truth = self._with_masks(category, sizes) if kind == "segm" else self.truth[category]
+            for annotations in (truth, detections):
                 side = COCO()
-                images = [{"id": number} for number in self._numbers.values()]
+                images = [{"id": number, "height": h, "width": w} for number, (h, w) in sizes.items()]
                 side.dataset = {"images": images, "categories": [{"id": 1}], "annotations": annotations}
                 side.createIndex()
                 sides.append(side)
-            evaluation = COCOeval_faster(*sides, iouType="bbox")
+            evaluation = COCOeval_faster(*sides, iouType=kind)
             evaluation.evaluate()
             evaluation.accumulate()
         return evaluation
+
+
+def _summary(rows: dict[str, tuple], counts: dict[str, np.ndarray], params) -> dict[str, float]:
+    results = {}
+    for name, (kind, threshold, area, detections) in rows.items():
+        values = counts[kind][..., params.areaRngLbl.index(area), params.maxDets.index(detections)]
+        results[name] = _mean(values if threshold is None else values[np.isclose(params.iouThrs, threshold)])
+    return results
 
 
 def format_table(results: dict) -> str:
@@ -271,12 +319,19 @@ def format_table(results: dict) -> str:
         results (`dict`): What [`CocoMetrics.compute`] returns.
 
     Returns:
-        `str`: The 12 numbers in two rows, then the AP of every class in as many columns as fit.
+        `str`: The 12 numbers in two rows, those of masks, if any, in a third, then the AP of every class in as many
+        columns as fit.
     """
     names = list(SUMMARY)
     lines = []
-    for row in (names[:6], names[6:]):
-        lines += ["".join(f"{name:>8}" for name in row), "".join(f"{_percent(results[name]):>8}" for name in row), ""]
+    masks = [name for name in MASK_SUMMARY if name in results]
+    for row in filter(None, (names[:6], names[6:], masks)):
+        width = max(8, *(len(name) + 2 for name in row))
+        lines += [
+            "".join(f"{name:>{width}}" for name in row),
+            "".join(f"{_percent(results[name]):>{width}}" for name in row),
+            "",
+        ]
     per_class = results["per_class"]
     width = max(map(len, [*per_class, "class"])) + 2
     columns = max(1, min(100 // (width + 8), -(-len(per_class) // 8)))

@@ -7,14 +7,18 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from ..data.bit_depth import pixel_window, window_of
 from ..data.collate import normalize_images
 from ..data.columns import image_numbers, read_values, usable_boxes
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image
+from ..data.masks import FIELD, run_lengths
 from ..proposals.trained import with_both_sides
 from .coco_metrics import CocoMetrics
+
+_NO_SCORE = 1e-9  # of a place that a detector of torchvision leaves empty
 
 
 class EvaluationImages(Dataset):
@@ -85,7 +89,7 @@ def prepare_image(image: np.ndarray, image_processor, image_id: int) -> dict:
 
 @torch.no_grad()
 def predict_batches(
-    detector, batches: Iterable[dict], image_processor, classes: list[int] | None = None
+    detector, batches: Iterable[dict], image_processor, classes: list[int] | None = None, masks: bool = False
 ) -> Iterator[tuple[list[int], list[dict]]]:
     """
     Detects objects in batches of images, and holds no more than one batch at a time.
@@ -98,10 +102,13 @@ def predict_batches(
         image_processor (`BaseImageProcessor`): The detector's: how to normalise, and what its outputs mean.
         classes (`list[int]`, *optional*):
             For each class of the detector the category to report, or -1 to leave its detections out.
+        masks (`bool`, *optional*, defaults to `False`):
+            Whether masks are wanted, of a detector that predicts them.
 
     Yields:
         `tuple`: the image ids of a batch and, for each, `scores` [n], `labels` [n] and `boxes` [n, 4] (xyxy in pixels
-        of the stored image, not clipped to it) as NumPy arrays; every detection, whatever its score.
+        of the stored image, not clipped to it) as NumPy arrays, and perhaps `masks` [n], run lengths of COCO in the
+        stored image; every detection, whatever its score.
     """
     detector.eval()
     device = next(detector.parameters()).device
@@ -112,14 +119,41 @@ def predict_batches(
         outputs = detector(
             pixel_values=normalize_images(pixel_values, pixel_mask, **normalization), pixel_mask=pixel_mask
         )
+        mask_logits = getattr(outputs, "pred_masks", None) if masks else None
         # The processors read these two only; in float32 also where the forward pass ran under autocast.
         outputs = SimpleNamespace(logits=outputs.logits.float(), pred_boxes=outputs.pred_boxes.float())
         sizes = [tuple(label["orig_size"].tolist()) for label in batch["labels"]]
         results = image_processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=sizes)
         predictions = [{name: value.cpu().numpy() for name, value in result.items()} for result in results]
+        if mask_logits is not None:
+            places = _places(outputs, image_processor)
+            for prediction, logits, place, size in zip(predictions, mask_logits, places, sizes, strict=True):
+                prediction["masks"] = _pasted(logits[place].float().cpu(), prediction, size)
         if classes is not None:
             predictions = [_relabelled(prediction, classes) for prediction in predictions]
         yield [int(label["image_id"]) for label in batch["labels"]], predictions
+
+
+def _places(outputs: SimpleNamespace, image_processor) -> list[torch.Tensor]:
+    """Which query each detection of an image is of, which the processor does not tell: the boxes say it here."""
+    numbers = torch.arange(outputs.logits.shape[1], device=outputs.logits.device)
+    boxes = torch.stack([numbers, numbers, 0 * numbers, 0 * numbers], -1).float()
+    numbered = SimpleNamespace(logits=outputs.logits, pred_boxes=boxes.expand(len(outputs.logits), -1, -1))
+    results = image_processor.post_process_object_detection(numbered, threshold=-1.0, target_sizes=None)
+    return [result["boxes"][:, 0].round().long() for result in results]
+
+
+def _pasted(logits: torch.Tensor, prediction: dict, size: tuple[int, int]) -> np.ndarray:
+    """Masks `[n, 28, 28]` in their boxes, in an image of this size, one after the other: run lengths `[n]`."""
+    masks = np.empty(len(logits), dtype=object)
+    boxes = torch.from_numpy(prediction["boxes"])
+    for number, (mask, score) in enumerate(zip(logits.sigmoid(), prediction["scores"], strict=True)):
+        if score > _NO_SCORE:
+            pasted = paste_masks_in_image(mask[None, None], boxes[number : number + 1], size)[0, 0] > 0.5
+            masks[number] = run_lengths(pasted.numpy())
+        else:
+            masks[number] = run_lengths(np.zeros(size))
+    return masks
 
 
 def normalization_of(image_processor) -> dict:
@@ -162,14 +196,15 @@ def match_categories(id2label: dict[int, str], categories: list[str]) -> list[in
 def coco_detections(image_id: int | str, prediction: dict, category_ids: list | None = None) -> list[dict]:
     """
     One image's detections in COCO's result format: `bbox` is xywh, `category_id` the id of the category, which is its
-    index by default.
+    index by default, `segmentation` the mask, if there is one.
     """
     category_of = (lambda label: label) if category_ids is None else category_ids.__getitem__
     x1, y1, x2, y2 = prediction["boxes"].T.tolist() if len(prediction["boxes"]) else ([], [], [], [])
     labels, scores = prediction["labels"].tolist(), prediction["scores"].tolist()
+    masks = [{FIELD: mask} for mask in prediction["masks"]] if "masks" in prediction else [{}] * len(labels)
     return [
-        {"image_id": image_id, "category_id": category_of(label), "bbox": [a, b, c - a, d - b], "score": score}
-        for a, b, c, d, label, score in zip(x1, y1, x2, y2, labels, scores, strict=True)
+        {"image_id": image_id, "category_id": category_of(label), "bbox": [a, b, c - a, d - b], "score": score} | mask
+        for a, b, c, d, label, score, mask in zip(x1, y1, x2, y2, labels, scores, masks, strict=True)
     ]
 
 

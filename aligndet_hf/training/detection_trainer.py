@@ -443,7 +443,9 @@ class DetectionTrainer(Trainer):
         metrics = images.metrics()
         detector = self.model if self.average is None else self.average.detector
         with self.accelerator.autocast():
-            for ids, predictions in predict_batches(detector, dataloader, self.processing_class):
+            for ids, predictions in predict_batches(
+                detector, dataloader, self.processing_class, masks=metrics.has_masks
+            ):
                 metrics.update(predictions, ids)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         metrics.gather()

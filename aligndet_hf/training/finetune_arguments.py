@@ -20,7 +20,7 @@ from ..arguments import (
 from ..data.augmentations import AUGMENTATIONS
 from ..data.bit_depth import parse_rule
 from ..detectors.build import DetectorArguments
-from ..evaluation.coco_metrics import SUMMARY
+from ..evaluation.coco_metrics import MASK_SUMMARY, SUMMARY
 from ..flags import flag, nearest, roles, takes_old_names
 from ..hub import HubModelArguments
 from ..objects import name_objects
@@ -262,10 +262,11 @@ def require_metric(name: str | None, categories: list[str] | None = None) -> Non
         ValueError: there is no such number.
     """
     metric = (name or "AP").removeprefix("eval_")
-    known = [*SUMMARY, *(f"AP_{category}" for category in categories or ())]
+    numbers = [*SUMMARY, *MASK_SUMMARY]
+    known = [*numbers, *(f"AP_{category}" for category in categories or ())]
     if metric not in known and (categories is not None or not metric.startswith("AP_")):
         raise ValueError(
-            f"metric_for_best_model: there is no {metric!r}{nearest(metric, known)}. There are {', '.join(SUMMARY)}, "
+            f"metric_for_best_model: there is no {metric!r}{nearest(metric, known)}. There are {', '.join(numbers)}, "
             "and AP_<class>"
         )
 

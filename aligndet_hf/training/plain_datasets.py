@@ -30,7 +30,7 @@ def training_images(dataset, model, args, image_processor) -> Dataset:
     dataset, _ = _labelled(dataset, model)
     sizes = getattr(args, "image_sizes", None) or [size_of(image_processor)]
     view = ViewConfig(list(sizes), resize=family_of(model.config).resize, color=False)
-    return LabelledImages(dataset, view, seed=args.seed)
+    return LabelledImages(dataset, view, seed=args.seed, masks=family_of(model.config).masks)
 
 
 def evaluation_images(dataset, model, image_processor) -> Dataset:

@@ -245,7 +245,7 @@ def _read_images(
         )
     if "annotations" in content:
         for image in images.values():
-            image.objects = {name: [] for name in ("bbox", "category", "area", "iscrowd", "id")}
+            image.objects = {name: [] for name in ("bbox", "category", "area", "iscrowd", "segmentation", "id")}
         _add_annotations(path, content["annotations"], images, categories)
     return list(images.values())
 
@@ -286,7 +286,9 @@ def _add_annotation(annotation: dict, number: int, images: dict, labels: dict) -
     if crowd not in (0, 1):
         raise DataError(f"'iscrowd' must be 0 or 1, got {crowd!r}.")
     own_id = annotation.get("id", number)
-    image.add(box, label, area=area, iscrowd=int(crowd), id=own_id if isinstance(own_id, str) else _key(own_id))
+    own_id = own_id if isinstance(own_id, str) else _key(own_id)
+    segmentation = annotation.get("segmentation")
+    image.add(box, label, area=area, iscrowd=int(crowd), segmentation=segmentation, id=own_id)
 
 
 def _require_unique(images: list[LabelledImage]) -> None:

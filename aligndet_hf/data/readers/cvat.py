@@ -114,8 +114,15 @@ def _read_image(
         place = f"{where}, {shape.tag} {position}"
         if shape.get("label") not in names:
             raise DataError(f"{place}: unknown label {shape.get('label')!r}, expected one of {', '.join(names[:10])}.")
-        image.add(_box(shape, place), names.index(shape.get("label")))
+        image.add(_box(shape, place), names.index(shape.get("label")), segmentation=_polygon(shape))
     return image
+
+
+def _polygon(shape: ElementTree.Element) -> list[list[float]] | None:
+    """The corners of a polygon; `None` of other shapes."""
+    if shape.tag != "polygon":
+        return None
+    return [[float(part) for point in shape.get("points").split(";") if point for part in point.split(",")]]
 
 
 def _integer(element: ElementTree.Element, name: str, where: str) -> int | None:

@@ -1,6 +1,7 @@
 """labelme: a JSON file with shapes beside each image."""
 
 import logging
+import math
 from pathlib import Path, PureWindowsPath
 
 from .. import door
@@ -13,6 +14,7 @@ logger = logging.getLogger(__name__)
 NAME = "labelme"
 
 _SNIFFED_BYTES = 1 << 16
+_CIRCLE = 64  # corners of the polygon that a circle becomes
 _WITHOUT_AREA = {"point", "points", "line", "linestrip"}
 
 
@@ -102,8 +104,23 @@ def _read_image(folder: Path, file: Path, content: dict, names: list[str], image
     if type(content["imageWidth"]) is int and type(content["imageHeight"]) is int:
         image.width, image.height = content["imageWidth"], content["imageHeight"]
     for shape in filter(_has_area, content["shapes"]):
-        image.add(_box(shape), names.index(shape["label"]))
+        image.add(_box(shape), names.index(shape["label"]), segmentation=_polygons(shape))
     return image
+
+
+def _polygons(shape: dict) -> list[list[float]] | None:
+    """The outline of a shape in COCO's form; of those without one `None`."""
+    kind, points = shape.get("shape_type") or "polygon", shape["points"]
+    if kind == "rectangle":
+        x, y, width, height = _box(shape)
+        points = [[x, y], [x + width, y], [x + width, y + height], [x, y + height]]
+    elif kind == "circle":
+        x, y, width, _ = _box(shape)
+        angles = [2 * math.pi * step / _CIRCLE for step in range(_CIRCLE)]
+        points = [[x + width / 2 * (1 + math.cos(a)), y + width / 2 * (1 + math.sin(a))] for a in angles]
+    elif kind != "polygon":
+        return None
+    return [[float(value) for point in points for value in point]]
 
 
 def _box(shape: dict) -> list[float]:

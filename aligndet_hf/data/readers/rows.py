@@ -1,5 +1,6 @@
 """What every reader makes of its files: labelled images and the categories, and the data set that is built of them."""
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ import pyarrow as pa
 from .. import door
 from ..columns import objects_feature
 from ..errors import DataError
+from ..masks import FIELD, segmentation_text
 from ..pixels import inspect_images
+
+logger = logging.getLogger(__name__)
 
 _NUMBERS = {int, float}
 
@@ -43,8 +47,8 @@ class LabelledImage:
         image_id (`int` or `str`, *optional*): Its id in the label file.
         width, height (`int`, *optional*): Its size in the label file.
         objects (`dict[str, list]`, *optional*):
-            `bbox` (absolute xywh), `category` (0..C-1) and, optionally, `area`, `iscrowd` and `id`, one entry per
-            object; `None` if nobody labelled the image.
+            `bbox` (absolute xywh), `category` (0..C-1) and, optionally, `area`, `iscrowd`, `segmentation` (in COCO's
+            form) and `id`, one entry per object; `None` if nobody labelled the image.
     """
 
     path: Path
@@ -94,12 +98,14 @@ def build_dataset(labels: Labels, source: str) -> datasets.Dataset:
         _add_column("width", "int64", images, features, columns)
         _add_column("height", "int64", images, features, columns)
         _complete_objects(images, categories)
+        has_masks = _complete_masks(images, source)
         given = {name: [value for image in images for value in image.objects[name]] for name in ("iscrowd", "id")}
         features["objects"] = objects_feature(
             categories.names if categories else None,
             categories.ids if categories else None,
             crowds=any(value is not None for value in given["iscrowd"]),
             text_ids=any(isinstance(value, str) for value in given["id"]),
+            masks=has_masks,
         )
         types = datasets.Features(features["objects"]).arrow_schema
         columns["objects"] = pa.StructArray.from_arrays(
@@ -181,6 +187,23 @@ def _complete_objects(images: list[LabelledImage], categories: Categories | None
     if any(isinstance(value, str) for image in images for value in image.objects["id"]):
         for image in images:
             image.objects["id"] = [str(value) for value in image.objects["id"]]
+
+
+def _complete_masks(images: list[LabelledImage], source: str) -> bool:
+    """Makes texts of the segmentations; whether there are any. Those that are none are counted and told."""
+    left_out, known = 0, False
+    for image in images:
+        given = image.objects.get(FIELD) or [None] * len(image.objects["bbox"])
+        image.objects[FIELD] = list(map(segmentation_text, given))
+        known |= any(image.objects[FIELD])
+        left_out += sum(bool(value) and text is None for value, text in zip(given, image.objects[FIELD], strict=True))
+    if left_out:
+        logger.warning(
+            "%s: %d objects have a segmentation that is neither polygons nor run lengths of COCO: they have no mask.",
+            source,
+            left_out,
+        )
+    return known
 
 
 def is_box(value) -> bool:

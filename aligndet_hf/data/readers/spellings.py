@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from ..columns import arrow_batches
 from ..errors import DataError
+from ..masks import FIELD, has_regions, segmentation_text
 
 COLUMNS = ("objects", "annotations", "annotation")
 FIELDS = {
@@ -15,6 +16,7 @@ FIELDS = {
     "category": ("category", "categories", "label", "labels", "category_id", "category_ids", "class", "classes"),
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd"),
+    "segmentation": ("segmentation", "segmentations"),
     "id": ("id", "ids", "bbox_id"),
 }
 
@@ -60,7 +62,7 @@ def standard_objects(splits: dict[str, datasets.Dataset], source: str) -> dict[s
         splits (`dict[str, datasets.Dataset]`): All splits of the data set.
         source (`str`): How to call it in messages.
     """
-    splits = {name: _with_our_names(split) for name, split in splits.items()}
+    splits = {name: _with_texts_of_masks(_with_our_names(split)) for name, split in splits.items()}
     labelled = [name for name, split in splits.items() if _category_feature(split) is not None]
     features = [_category_feature(splits[name]) for name in labelled]
     if not labelled or all(isinstance(feature, datasets.ClassLabel) for feature in features):
@@ -117,6 +119,22 @@ def _with_our_names(dataset: datasets.Dataset) -> datasets.Dataset:
     array = pa.StructArray.from_arrays(lists, names=[own.get(name, name) for name in names])
     feature = {own.get(name, name): datasets.List(fields[name]) if as_structs else fields[name] for name in names}
     return _replaced(dataset, column, array, feature)
+
+
+def _with_texts_of_masks(dataset: datasets.Dataset) -> datasets.Dataset:
+    """Polygons and run lengths as the texts that [`segmentation_text`] makes of them."""
+    feature = dataset.features.get("objects")
+    if not isinstance(feature, dict) or FIELD not in feature:
+        return dataset
+    values = _column_of(dataset, "objects")
+    if has_regions(values.type):
+        return dataset
+    texts = [None if row is None else list(map(segmentation_text, row)) for row in values.field(FIELD).to_pylist()]
+    parts = [
+        pa.array(texts, pa.list_(pa.string())) if name == FIELD else values.field(name) for name in values.type.names
+    ]
+    feature = dict(feature) | {FIELD: datasets.List(datasets.Value("string"))}
+    return _replaced(dataset, "objects", pa.StructArray.from_arrays(parts, names=values.type.names), feature)
 
 
 def _lists_at_top(dataset: datasets.Dataset) -> dict:

@@ -266,8 +266,17 @@ def _read_image(path: Path, file: Path, root: Path, keypoints: bool) -> Labelled
         left, top, right, bottom = (
             corner * side for corner, side in zip(corners, (image.width, image.height) * 2, strict=True)
         )
-        image.add([left, top, right - left, bottom - top], label)
+        image.add([left, top, right - left, bottom - top], label, segmentation=_polygon(values, keypoints, image))
     return image
+
+
+def _polygon(values: list[float], keypoints: bool, image: LabelledImage) -> list[list[float]] | None:
+    """The polygon of a line in pixels; `None` of a box."""
+    if len(values) == 4 or keypoints:
+        return None
+    return [
+        [value * side for value, side in zip(values, (image.width, image.height) * (len(values) // 2), strict=True)]
+    ]
 
 
 def _corners(values: list[float], keypoints: bool, where: str) -> tuple[float, float, float, float]:
