@@ -8,6 +8,9 @@ The contrast has `--rows` rows of each view, of which every one of `--proposals`
 official code, id by id. What a step cannot do without are the passes of both views through the backbone, which is
 frozen, the online detector with its loss, forward and backward, and the momentum detector as far as its features are
 contrasted. The loss under bfloat16 autocast is that of the same step.
+
+The memory of the IoU is what matching `--anchors` (of a RetinaNet at 800 x 1216) with 50 boxes takes at its peak, for
+one image and for eight: images are matched one after the other.
 """
 
 from collections.abc import Callable
@@ -18,6 +21,7 @@ import contrastive
 import torch
 
 from aligndet_hf import AlignDetForPreTraining
+from aligndet_hf.convnets.modeling_torchvision import match_boxes
 from aligndet_hf.detectors.build import build_detector
 from aligndet_hf.losses import object_contrastive_loss
 
@@ -59,6 +63,15 @@ def make_views(images: int, height: int, width: int, device: str) -> dict:
     return views
 
 
+def matching(images: int, anchors: int, device: str) -> None:
+    """Which of 50 boxes each anchor stands for, in so many images."""
+    generator = torch.Generator().manual_seed(0)
+    corners = [torch.rand(count, 2, generator=generator) * 700 for count in (anchors, *[50] * images)]
+    anchors, *boxes = (torch.cat([corner, corner + 100], 1).to(device) for corner in corners)
+    for own in boxes:
+        match_boxes(anchors, own, 0.4, 0.5, keep_best=True)
+
+
 def step(model: AlignDetForPreTraining, views: dict) -> float:
     model.zero_grad()
     loss = model(**views).loss
@@ -79,7 +92,14 @@ def main(words: list[str] | None = None) -> dict:
     parser = common.parser(__file__, __doc__, repeats=5)
     parser.add_argument("--families", nargs="*", default=FAMILIES)
     parser.add_argument("--backbone", default="resnet18", help="timm name of the backbone")
-    for name, value in {"rows": 1024, "proposals": 40, "images": 2, "height": 256, "width": 320}.items():
+    for name, value in {
+        "rows": 1024,
+        "proposals": 40,
+        "images": 2,
+        "height": 256,
+        "width": 320,
+        "anchors": 182403,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     arguments = parser.parse_args(words)
     device = arguments.device
@@ -90,6 +110,10 @@ def main(words: list[str] | None = None) -> dict:
     results = {
         "rows": common.summary(times),
         "contrast, times faster": common.times_faster(times, "contrast", "official loop"),
+        "IoU, MB": {
+            f"{images} images": common.peak_memory(partial(matching, images, arguments.anchors, device), device) / 1e6
+            for images in (1, 8)
+        },
     }
     views = make_views(arguments.images, arguments.height, arguments.width, device)
     for family in arguments.families:

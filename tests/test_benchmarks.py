@@ -167,7 +167,9 @@ def test_benchmark_of_the_momentum_update(run):
 def test_benchmark_of_convnets(tmp_path):
     words = ["--families", "torchvision_fcos", "--backbone", "resnet10t", "--height", "64", "--width", "96"]
     words += ["--rows", "200", "--proposals", "10", "--repeats", "1", "--output", str(tmp_path / "convnets.json")]
-    results = load("convnets").main(words)
+    results = load("convnets").main([*words, "--anchors", "2000"])
+    one, eight = results["IoU, MB"].values()
+    assert 0 < eight < 1.5 * one  # the images are matched one after the other
     assert results["contrast, times faster"] > 1
     row = results["rows"]["torchvision_fcos, step"]
     assert row["times the unavoidable"] > 0.5 and row["loss in bf16 / in float32"] == pytest.approx(1, abs=0.05)

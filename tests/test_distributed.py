@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_detectors import CONFIGS, CONVNETS, random_batch, timm_backbone, tiny_config, tiny_detector
 
 from aligndet_hf.detectors.criterion import use_correct_loss
+from aligndet_hf.detectors.families import family_of
 from aligndet_hf.models import AlignDetForPreTraining
 from aligndet_hf.processes import rows_of_other_processes
 from aligndet_hf.training.sharding import require_supported
@@ -39,6 +40,7 @@ PRETRAINED = [
     ("lw_detr", "even", True),
     ("torchvision_retinanet", "uneven", True),
     ("torchvision_fcos", "uneven", True),
+    ("torchvision_faster_rcnn", "even", True),
     ("torchvision_mask_rcnn", "uneven", True),
 ]
 
@@ -63,7 +65,10 @@ def loss_and_gradients(model_type: str, images: slice, correct: bool, wrap=lambd
     detector = without_chance(model_type).train()
     if correct:
         use_correct_loss(detector)
-    batch = {name: value[images] for name, value in random_batch(COUNTS).items()}
+    whole = random_batch(COUNTS)
+    if family_of(detector.config).masks:  # which only the first process has
+        whole["labels"][0]["masks"] = torch.ones(COUNTS[0], 64, 64).tril()
+    batch = {name: value[images] for name, value in whole.items()}
     return backward(detector, batch, wrap)
 
 

@@ -16,6 +16,7 @@ from tiny_detectors import tiny_detector
 from tiny_soco import SMALL
 
 from aligndet_hf.cards import BEGIN, END
+from aligndet_hf.convnets import modeling_torchvision
 from aligndet_hf.data.synthetic import write_synthetic_folder
 
 HERE = Path(__file__).parent
@@ -87,6 +88,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     write_synthetic_folder(folder / "scenes", {"train": 6, "validation": 2}, seed=0, image_size=(64, 80))
     tiny_detector("detr", num_labels=1).save_pretrained(folder / "tiny")
+    tiny_detector("torchvision_mask_rcnn", num_labels=1).save_pretrained(folder / "mask_rcnn")
     return folder
 
 
@@ -112,6 +114,11 @@ def commands(folder):
             "--report_to", "none", "--dataloader_num_workers", 0, "--dataloader_persistent_workers", "false",
             "--num_pictures", 1, "--push_to_hub", "true", *public, *short,
         ),
+        "convnet": (
+            "finetune", "--dataset", folder / "scenes", "--detector", folder / "mask_rcnn",
+            "--output_dir", folder / "convnet", "--report_to", "none", "--dataloader_num_workers", 0,
+            "--dataloader_persistent_workers", "false", "--push_to_hub", "true", *public, *short,
+        ),
         "soco": (
             "pretrain", "--method", "soco", "--dataset", "writer/boxes", "--backbone", "test_resnet",
             "--soco_config", json.dumps(SMALL | {"level_sizes": [8, 16, 32, 64]}), "--output_dir", folder / "trunk",
@@ -127,7 +134,7 @@ def commands(folder):
 @pytest.fixture(scope="module")
 def journey(aligndet, commands):
     """All of it, done once."""
-    for name in ("proposals", "pretrain", "finetune", "soco"):
+    for name in ("proposals", "pretrain", "finetune", "convnet", "soco"):
         outcome = aligndet(*commands[name])
         assert outcome.code == 0 and "Uploaded to http://" in outcome.output, outcome.output
 
@@ -148,9 +155,11 @@ AutoModelForObjectDetection.from_pretrained(
 boxes = load_dataset("writer/boxes")
 detect = pipeline("object-detection", model="writer/cells")
 found = detect(boxes["validation"][0]["image"], threshold=0.0)
+convnet = pipeline("object-detection", model="writer/convnet", trust_remote_code=True)
 with open("found.json", "w") as file:
     json.dump({
         "labels": sorted({one["label"] for one in found}),
+        "convnet": len(convnet(boxes["validation"][0]["image"], threshold=0.0)),
         "rows": {split: len(rows) for split, rows in boxes.items()},
         "columns": boxes["train"].column_names,
         "boxes": [len(row["bbox"]) for row in boxes["train"]["proposals"]],
@@ -172,6 +181,7 @@ def test_what_is_uploaded_needs_no_package_of_ours(journey, folder, environment,
     found = json.loads((tmp_path / "found.json").read_text())
     config = json.loads((folder / "cells" / "config.json").read_text())
     assert set(found["labels"]) <= set(config["id2label"].values()) and found["labels"]
+    assert found["convnet"] > 0
     assert found["rows"] == {"train": 6, "validation": 2} and {"image", "proposals", "objects"} <= set(
         found["columns"]
     )
@@ -192,6 +202,10 @@ def test_what_a_repository_holds(journey, hub, folder):
     assert cells.files().keys() == {
         *model, "preprocessor_config.json", "README.md", "report.html", "transfer_report.json"
     }  # fmt: skip
+    convnet = hub.repositories["models", "writer/convnet"].files()
+    code = Path(modeling_torchvision.__file__).read_bytes()
+    assert convnet.keys() == cells.files().keys() | {"modeling_torchvision.py"}
+    assert convnet["modeling_torchvision.py"] == code
     for repository in hub.repositories.values():
         for path, content in repository.files().items():
             if not path.endswith((".safetensors", ".parquet")):

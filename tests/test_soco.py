@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import golden_cases
 import pytest
@@ -28,7 +29,7 @@ from aligndet_hf.detectors.backbones import (
     split_network,
     tensors_of,
 )
-from aligndet_hf.detectors.build import build_detector
+from aligndet_hf.detectors.build import DetectorArguments, build_detector, load_detector
 from aligndet_hf.detectors.families import FAMILIES
 from aligndet_hf.detectors.torchvision_weights import load_torchvision_weights
 from aligndet_hf.losses import box_similarity_loss
@@ -346,8 +347,50 @@ def test_torchvisions_detector_takes_backbone_pyramid_and_head(tmp_path):
 
 
 def test_torchvision_detectors_that_do_not_fit_are_refused(tmp_path):
-    timm_soco(name="resnet18").export_torchvision(tmp_path / "torchvision.safetensors")
-    with pytest.raises(ValueError, match=r"does not have, such as backbone\.fpn\..*norms in pyramid and box head"):
-        load_torchvision_weights(faster_rcnn(norm=None), tmp_path / "torchvision.safetensors")
+    path = tmp_path / "torchvision.safetensors"
+    timm_soco(name="resnet18").export_torchvision(path)
+    timm_soco(name="resnet34").export_torchvision(tmp_path / "deeper.safetensors")
+    with pytest.raises(ValueError, match=r"does not have, such as backbone\.body\..*it takes the same trunk"):
+        load_torchvision_weights(faster_rcnn(), tmp_path / "deeper.safetensors")
+    arguments = DetectorArguments(
+        detector="torchvision_faster_rcnn", backbone="resnet18", backbone_weights=str(path),
+        detector_config={"hidden_size": 8},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"such as roi_heads\.box_head.*`box_head: conv`"):
+        load_detector(arguments, 3)
     with pytest.raises(ValueError, match="'c4' trains no feature pyramid"):
         tiny_soco("c4").export_torchvision(tmp_path / "c4.safetensors")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("family", ["torchvision_faster_rcnn", "torchvision_mask_rcnn", "torchvision_retinanet"])
+def test_our_convnets_take_pyramid_and_head_by_the_report_of_transfers(family, version, tmp_path):
+    """What they compute is SoCo's: with its norms, or, where a detector has none, with norms in the convolutions."""
+    if (family, version) == ("torchvision_retinanet", 2):
+        return  # takes its sixth level from the backbone; its pyramid is that of version 1
+    model, path = timm_soco(), tmp_path / "torchvision.safetensors"
+    model.export_torchvision(path)
+    fields = {"hidden_size": 8, "version": version}
+    if family != "torchvision_retinanet":
+        fields |= {"box_head": "conv", "box_head_size": 16}
+    arguments = DetectorArguments(
+        detector=family, backbone="resnet10t", backbone_weights=str(path), detector_config=fields
+    )
+    detector, report = load_detector(arguments, 3)
+    assert report.preset == "soco" and not report.mismatched and report.file_name == "transfer_report.json"
+    assert {name.split(".")[1] for name in report.kept} <= {"backbone", "roi_heads"}
+    new = r"detector\.(rpn\.|head\.|backbone\.fpn\.extra_blocks\.|roi_heads\.(box_predictor|mask_))"
+    assert report.reset and all(re.match(new, name) for name in report.reset)
+    assert set(report.kept) | set(report.reset) == set(detector.state_dict())
+
+    image, pooled = torch.rand(1, 3, 64, 64), torch.rand(2, 8, 7, 7)
+    model.eval(), detector.eval()
+    with torch.no_grad():
+        maps = list(model.encoder.feature_maps(image))
+        ours = list(detector.detector.backbone(image).values())
+        missing = 1 if family == "torchvision_retinanet" else 0  # it has no level of stride 4
+        for expected, found in zip(maps[missing:], ours, strict=False):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        if not missing:
+            found = detector.detector.roi_heads.box_head(pooled)
+            torch.testing.assert_close(found, model.encoder.head(pooled), rtol=1e-4, atol=1e-4)

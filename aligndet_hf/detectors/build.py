@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
+from ..convnets.modeling_torchvision import TorchvisionDetector
 from ..files import write_json
 from ..flags import flag
 from ..objects import as_source, copy_of
@@ -25,6 +26,8 @@ from .published import hub_id
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
+
+    from .transfer import TransferReport
 
 # Probability of every class that focal losses start from.
 CLASS_PRIOR = 0.01
@@ -55,9 +58,10 @@ class DetectorArguments:
     backbone_weights: str | None = flag(
         None,
         "start",
-        "weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or SoCo, `timm` "
-        "to download timm's own, or `none` for random ones. If not given: `timm` for the default backbone, those "
-        "that come with a transformers checkpoint, and random ones for another timm name",
+        "weights of a new detector's backbone: a .safetensors or .pth file, also of MoCo, SwAV, DINO or SoCo (whose "
+        "torchvision.safetensors gives detectors of torchvision pyramid and box head, too), `timm` to download timm's "
+        "own, or `none` for random ones. If not given: `timm` for the default backbone, those that come with a "
+        "transformers checkpoint, and random ones for another timm name",
         is_path=True,
     )
     freeze_batch_norm: bool = flag(
@@ -122,8 +126,8 @@ def _build(
     num_labels: int,
     id2label: dict[int, str] | None,
     fields: dict[str, Any],
-) -> tuple[PreTrainedModel, BackboneReport | None]:
-    """[`build_detector`] with the report of the backbone's weights, if it has any."""
+) -> tuple[PreTrainedModel, BackboneReport | TransferReport | None]:
+    """[`build_detector`] with the report of the weights, if it has any: of SoCo's pyramid and head a transfer's."""
     if model_type not in FAMILIES:
         raise ValueError(f"unknown detector family {model_type!r}; supported are {', '.join(sorted(FAMILIES))}")
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
@@ -148,6 +152,11 @@ def _build(
     detector.config._name_or_path = checkpoint
     check_backbone(detector)
     weights = backbone_weights or checkpoint or None
+    if weights and isinstance(detector, TorchvisionDetector):
+        from .torchvision_weights import is_socos, load_torchvision_weights  # which report as transfers do
+
+        if is_socos(weights):
+            return detector, load_torchvision_weights(detector, weights)
     return detector, load_backbone_weights(detector, weights) if weights else None
 
 
@@ -224,7 +233,7 @@ def detector_from_config(config: PreTrainedConfig) -> PreTrainedModel:
 
 def load_detector(
     arguments: DetectorArguments, num_labels: int, id2label: dict[int, str] | None = None
-) -> tuple[PreTrainedModel, BackboneReport | None]:
+) -> tuple[PreTrainedModel, BackboneReport | TransferReport | None]:
     """
     The detector that a command's arguments name: a new one, or a checkpoint's.
 
@@ -237,8 +246,8 @@ def load_detector(
         id2label (`dict[int, str]`, *optional*): their names.
 
     Returns:
-        `tuple[PreTrainedModel, BackboneReport | None]`: the detector, and which weights the backbone of a new one got,
-        `None` if it is random.
+        `tuple[PreTrainedModel, BackboneReport | TransferReport | None]`: the detector, and which weights a new one
+        got, `None` if it is random.
 
     Raises:
         `ValueError`: if there is no detector, its family is not supported, or the backbone has lost its activations.

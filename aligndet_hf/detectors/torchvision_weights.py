@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .transfer import TransferReport
 from .weight_files import read_tensors
+
+_PARTS = ("backbone.body.", "backbone.fpn.", "roi_heads.box_head.")  # of SoCo's encoder
+_EPSILON = 1e-5  # of its norms
+
+
+def is_socos(weights: str | Path) -> bool:
+    """Whether a path is a file of backbone, pyramid and box head, as SoCo's pre-training writes it."""
+    if not Path(weights).is_file() or Path(weights).suffix != ".safetensors":
+        return False
+    names = read_tensors(weights).keys()
+    return any(name.startswith(_PARTS[1]) for name in names) and all(name.startswith(_PARTS) for name in names)
 
 
 def load_torchvision_weights(detector: nn.Module, weights: str | Path) -> TransferReport:
@@ -16,7 +30,10 @@ def load_torchvision_weights(detector: nn.Module, weights: str | Path) -> Transf
 
     Args:
         detector (`nn.Module`): a detector of torchvision with the same trunk, changed in place. Faster and Mask R-CNN
-            in their second version (`fasterrcnn_resnet50_fpn_v2`) have the same pyramid and head, with norms.
+            in their second version (`fasterrcnn_resnet50_fpn_v2`) have the same pyramid and head, with norms. Or one
+            of [`~aligndet_hf.convnets`]. A pyramid or head without norms gets convolutions that do what convolution
+            and norm did together in evaluation mode; a pyramid without stride 4, RetinaNet's, the other levels, and
+            a detector without regions no box head.
         weights (`str` or `Path`): a file with the detector's names, as
             [`~aligndet_hf.SoCoForPreTraining.export_torchvision`] writes it.
 
@@ -25,8 +42,8 @@ def load_torchvision_weights(detector: nn.Module, weights: str | Path) -> Transf
         the file does not have, which stay as they are: RPN and predictors; `mismatched` the tensors of another shape.
 
     Raises:
-        `ValueError`: if the file has a tensor that the detector has not: it is another trunk, or a detector without
-            norms in its pyramid or head.
+        `ValueError`: if the file has another tensor that the detector has not: it is another trunk, or the box head
+            has no four convolutions.
 
     Example:
 
@@ -40,23 +57,55 @@ def load_torchvision_weights(detector: nn.Module, weights: str | Path) -> Transf
 
     ```
     """
-    tensors, report = read_tensors(weights), TransferReport("soco")
+    # In a model of transformers torchvision's own is `detector`, and a backbone of timm is wrapped.
+    own_names = {
+        name.removeprefix("detector.").replace("body._backbone.", "body."): name for name in detector.state_dict()
+    }
+    tensors, report = _fitted(read_tensors(weights), own_names), TransferReport("soco")
     target = detector.state_dict(keep_vars=True)
-    if unknown := [name for name in tensors if name not in target and not name.endswith("num_batches_tracked")]:
+    if unknown := [name for name in tensors if name not in own_names and not name.endswith("num_batches_tracked")]:
         raise ValueError(
             f"{weights} has {len(unknown)} of {len(tensors)} tensors that this {type(detector).__name__} does not "
-            f"have, such as {unknown[0]}: it takes the same trunk, and norms in pyramid and box head"
+            f"have, such as {unknown[0]}: it takes the same trunk, and four convolutions in the box head, which "
+            "`box_head: conv` in the detector's config gives"
         )
     chosen = {}
-    for name, tensor in target.items():
-        if name not in tensors:
+    for plain, name in own_names.items():
+        if plain not in tensors:
             report.reset.append(name)
-        elif tensors[name].shape != tensor.shape:
+        elif tensors[plain].shape != target[name].shape:
             report.mismatched.append(name)
         else:
-            chosen[name] = tensors[name]
+            chosen[name] = tensors[plain]
             report.kept.append(name)
-            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            if isinstance(target[name], nn.Parameter) and not target[name].requires_grad:
                 report.frozen.append(name)
     detector.load_state_dict(chosen, strict=False)
     return report
+
+
+def _fitted(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors for a detector with these names: only its parts and levels, and norms in the convolutions."""
+    if not any(name.startswith("roi_heads.") for name in names):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("roi_heads.")}
+    surplus = _levels(tensors) - _levels(names)
+    fitted = {}
+    for name, tensor in tensors.items():
+        level = re.match(r"(backbone\.fpn\.\w+_blocks\.)(\d+)(.*)", name)
+        if level is None:
+            fitted[name] = tensor
+        elif int(level[2]) >= surplus:  # the coarser levels are those that all pyramids have
+            fitted[f"{level[1]}{int(level[2]) - surplus}{level[3]}"] = tensor
+    for name in [name for name in fitted if name.endswith(".0.weight")]:
+        part = name.removesuffix("0.weight")
+        if f"{part}1.running_var" in fitted and f"{part}1.running_var" not in names:
+            norm = {key: fitted.pop(f"{part}1.{key}") for key in ("weight", "bias", "running_mean", "running_var")}
+            fitted.pop(f"{part}1.num_batches_tracked", None)
+            scale = norm["weight"] / torch.sqrt(norm["running_var"] + _EPSILON)
+            fitted[name] = fitted[name] * scale[:, None, None, None]
+            fitted[f"{part}0.bias"] = norm["bias"] - norm["running_mean"] * scale
+    return fitted
+
+
+def _levels(names) -> int:
+    return sum(bool(re.fullmatch(r"backbone\.fpn\.inner_blocks\.\d+\.0\.weight", name)) for name in names)
