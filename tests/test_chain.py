@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_detectors import CONFIGS
+from tiny_detectors import CONFIGS, timm_backbone
 from tiny_soco import SMALL
 
 from aligndet_hf import cli
@@ -136,6 +136,23 @@ def test_low_resolution_first_in_other_families(argv, ran, detector_folders, tmp
     assert ran == ["finetune", "finetune"]
     assert json.loads((out / "finetune" / "transfer_report.json").read_text())["reset"] == []
     assert all(re.search("running_|num_batches", name) for name in changed(out / "direct", out / "finetune"))
+
+
+def test_direct_pretraining_on_a_convnet(argv, ran, detector_folders, tmp_path):
+    """Norms of backbone, pyramid and heads are trained at low resolution; then the backbone's stay as they are."""
+    backbone = timm_backbone("test_resnet", (1, 2, 3, 4))
+    backbone.freeze_batch_norm_2d = False
+    start = detector_folders("torchvision_faster_rcnn", version=2, backbone_config=backbone)
+    out, of_norm = tmp_path / "out", r"detector\.({}).*(running_var|\.1\.weight|bn\d\.weight)$"
+    assert cli.main([*argv, f"start={start}", "--skip", "proposals", "pretrain"]) == 0 and ran == ["finetune"] * 2
+    trained = changed(start, out / "direct")
+    for part in (r"backbone\.body", r"backbone\.fpn", r"roi_heads\.box_head"):
+        kinds = {match[2] for name in trained if (match := re.match(of_norm.format(part), name))}
+        assert "running_var" in kinds and len(kinds) > 1, (part, kinds)
+    moved = changed(out / "direct", out / "finetune")  # at a learning rate of 0
+    assert moved and all(re.search("running_|num_batches", name) and "backbone.body" not in name for name in moved)
+    report = json.loads((out / "finetune" / "transfer_report.json").read_text())
+    assert report["frozen"] and all("backbone.body" in name for name in report["frozen"]) and not report["reset"]
 
 
 def test_nothing_runs_before_all_settings_are_right(argv, ran, tmp_path, capsys):

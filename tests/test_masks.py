@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from tiny_detectors import tiny_detector
 from torchvision.transforms import v2
 
-from aligndet_hf import EvaluateArguments, FinetuneArguments, evaluate, finetune, load_dataset_source
+from aligndet_hf import EvaluateArguments, FinetuneArguments, cli, evaluate, finetune, load_dataset_source
 from aligndet_hf.data.augmentations import AUGMENTATIONS, Sample, apply_transform
 from aligndet_hf.data.checks import mask_note
 from aligndet_hf.data.dataset import LabelledImages
@@ -370,3 +370,19 @@ def test_mask_rcnn_learns_masks(coco_file, trained, tmp_path):
     boxes = [results[name.removeprefix("mask_")] for name in NAMES]
     assert pycocotools_numbers(truth, detections, "bbox") == pytest.approx(boxes, abs=1e-12)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]["mask_AP"] == results["mask_AP"]
+
+
+def test_other_commands_take_it(coco_file, trained, tmp_path):
+    common = ["--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", "0", "--disable_tqdm"]
+    words = ["--images", str(coco_file), "--detector", str(trained), "--score_threshold", "0.5", "--use_cpu"]
+    assert cli.main(["predict", *words, *common]) == 0
+    truth = json.loads(coco_file.read_text())["annotations"]
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    for annotation in truth[:4]:
+        own = [one["bbox"] for one in found if one["image_id"] == annotation["image_id"]]
+        assert pycoco.iou(own, [annotation["bbox"]], [0]).max() > 0.6
+    common[1] = str(tmp_path / "boxes")
+    words = ["--dataset", str(coco_file), "--source", "detector", "--detector", str(trained), "--min_side", "4"]
+    assert cli.main(["proposals", *words, *common]) == 0
+    boxes = load_dataset_source(str(tmp_path / "boxes"))[0]["proposals"]["bbox"]
+    assert pycoco.iou(np.array(boxes, dtype=float), [truth[0]["bbox"]], [0]).max() > 0.6
