@@ -467,7 +467,7 @@ for folder in map(Path, sys.argv[1:]):
     for module in detector.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    target = {"boxes": case["pixels"], "labels": case["class_labels"] + (not dense), "masks": case["masks"]}
+    target = {"boxes": case["pixels"], "labels": case["class_labels"] + int(not dense), "masks": case["masks"]}
     with torch.no_grad():
         losses = detector([case["image"]], [target])
         found = detector.eval()([case["image"]])[0]
@@ -475,7 +475,7 @@ for folder in map(Path, sys.argv[1:]):
     assert len(found["scores"]) == len(case["scores"]) > 10, (kind, len(found["scores"]), len(case["scores"]))
     torch.testing.assert_close(found["scores"], case["scores"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["boxes"], case["boxes"], rtol=1e-4, atol=1e-2)
-    assert torch.equal(found["labels"] - (not dense), case["labels"])
+    assert torch.equal(found["labels"] - int(not dense), case["labels"])
 assert not {"transformers", "aligndet_hf", "timm"} & set(sys.modules)
 """
 
@@ -509,7 +509,6 @@ def write_case(model, backbone, place):
 
 
 def test_exported_files_load_strictly_and_do_the_same_in_torchvision_alone(tmp_path):
-    """Loss and detections of all four around a ResNet-18, and of two of torchvision's builders around a ResNet-50."""
-    cases = [(model, "resnet18") for model in MODELS] + [(model, "resnet50") for model in MODELS[1:3]]
-    folders = [write_case(model, backbone, tmp_path) for model, backbone in cases]
+    """Loss and detections; `write_case` and the process take a ResNet-50 as well, which costs a suite too much."""
+    folders = [write_case(model, "resnet18", tmp_path) for model in MODELS]
     subprocess.run([sys.executable, "-c", TORCHVISION_PROCESS, *map(str, folders)], check=True)

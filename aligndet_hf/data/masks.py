@@ -49,7 +49,9 @@ def _is_polygon(points) -> bool:
 def _run_lengths(segmentation: dict) -> np.ndarray | None:
     """The run lengths, which fill the image exactly; `None` if they do not."""
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not isinstance(size, list) or [type(side) for side in size] != [int, int] or min(size) < 1:
+    if not isinstance(size, list) or [type(side) for side in size] != [int, int]:
+        return None
+    if not 1 <= min(size) <= max(size) <= _FARTHEST:
         return None
     if isinstance(counts, str):
         counts = _decompressed(counts)
