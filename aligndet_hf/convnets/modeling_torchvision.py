@@ -886,6 +886,11 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         pool = AlignedRoIAlign if config.conventions == "mmdet" else MultiScaleRoIAlign
         return pool(["0", "1", "2", "3"], size, sampling_ratio=2)
 
+    @staticmethod
+    def _pooled(pool: MultiScaleRoIAlign, maps: Maps, boxes: list[Tensor], images: ImageList) -> Tensor:
+        """Features of boxes. `pool` infers scales from the first sizes: padded ones, which the strides divide."""
+        return pool(maps, boxes, [tuple(images.tensors.shape[-2:])] * len(boxes))
+
     def _mask_parts(self, config: FasterRcnnConfig, norm: type[nn.Module] | None) -> dict[str, nn.Module]:
         return {}
 
@@ -893,7 +898,7 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         """The detections."""
         roi, sizes = self.detector.roi_heads, images.image_sizes
         proposals, _ = self._propose(images, maps)
-        features = roi.box_head(roi.box_roi_pool(maps, proposals, sizes))
+        features = roi.box_head(self._pooled(roi.box_roi_pool, maps, proposals, images))
         logits, deltas = map(at_least_float32, roi.box_predictor(features))
         counts = [len(boxes) for boxes in proposals]
         scores = logits.softmax(-1)[:, 1:].split(counts)
@@ -921,7 +926,7 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         longest = max(map(len, [anchors, *proposals])) + max(len(target["boxes"]) for target in targets)
         noise = sampling_noise(targets, longest)
         regions = [self._sample(*item) for item in zip(proposals, targets, noise, strict=True)]
-        features = roi.box_head(roi.box_roi_pool(maps, [own.boxes for own in regions], images.image_sizes))
+        features = roi.box_head(self._pooled(roi.box_roi_pool, maps, [own.boxes for own in regions], images))
         outputs = TorchvisionDetectorOutput()
         if not self.rows_only:
             outputs.loss_dict = self._rpn_losses(*rpn_outputs, anchors, targets, noise)
@@ -992,7 +997,7 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
     def _masks(self, maps: Maps, boxes: list[Tensor], images: ImageList) -> Tensor:
         """Mask logits of all boxes and classes, `[sum, classes + 1, 28, 28]`."""
         roi = self.detector.roi_heads
-        pooled = roi.mask_roi_pool(maps, boxes, images.image_sizes)
+        pooled = self._pooled(roi.mask_roi_pool, maps, boxes, images)
         return at_least_float32(roi.mask_predictor(roi.mask_head(pooled)))
 
     def _mask_loss(self, images: ImageList, maps: Maps, regions: list[Regions]) -> Tensor:
