@@ -88,8 +88,8 @@ class Region:
     Attributes:
         shape (`list[np.ndarray]` or `np.ndarray`): Polygons, float64 `[points, 2]` each, or a mask, uint8
             `[height, width]` of the stored image.
-        matrix (`np.ndarray` of shape `[2, 3]`): From coordinates of the stored image to those of the image now. Both
-            are continuous: the first pixel reaches from 0 to 1.
+        matrix (`np.ndarray` of shape `[2, 3]`): From coordinates of the stored image to coordinates of the image
+            now. Both are continuous: the first pixel reaches from 0 to 1.
         cuts (`tuple`): What has been cut: corners `[4, 2]` in the image now, and whether what is inside stays.
     """
 

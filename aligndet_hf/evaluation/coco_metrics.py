@@ -203,8 +203,8 @@ class CocoMetrics:
             `dict`: `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl`, `AR1`, `AR10`, `AR100`, `ARs`, `ARm`, `ARl` between 0
             and 1, and `per_class`, the AP by name of the category. -1: there is nothing to find, as in pycocotools.
             If the truth and all predictions have masks, also `mask_AP`, `mask_AP50`, `mask_AP75`, `mask_APs`,
-            `mask_APm` and `mask_APl`; sizes of detections are those of their boxes, as pycocotools has it for a file
-            with boxes and masks.
+            `mask_APm` and `mask_APl`; sizes of detections are the sizes of their boxes, as pycocotools has it for
+            a file with boxes and masks.
         """
         missing = len(self.images) - len(self.predictions)
         if missing:
@@ -319,7 +319,7 @@ def format_table(results: dict) -> str:
         results (`dict`): What [`CocoMetrics.compute`] returns.
 
     Returns:
-        `str`: The 12 numbers in two rows, those of masks, if any, in a third, then the AP of every class in as many
+        `str`: The 12 numbers in two rows, numbers of masks, if any, in a third, then the AP of every class in as many
         columns as fit.
     """
     names = list(SUMMARY)
