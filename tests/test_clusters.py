@@ -489,6 +489,19 @@ def test_interrupted_anywhere_it_continues(arguments, counted, monkeypatch, tmp_
     assert command.fit_clusters is fit and not (tmp_path / "out.partial").exists()
 
 
+def test_a_full_disk_is_told_while_the_features_are_collected(arguments, monkeypatch, tmp_path):
+    """To write through a mapping would end the process with a bus error."""
+
+    def full(path, *args, **kwargs):
+        return open("/dev/full" if str(path).endswith("scratch.f16") else path, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="if the disk was full, make room and run"):
+        patch.setattr(command, "open", full, raising=False)
+        cluster_proposals(arguments())
+    cluster_proposals(arguments())
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_damaged_work_is_done_anew(arguments, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "_SHARD_SIZE", 2)
     monkeypatch.setattr(command, "put_in_place", lambda *_: (_ for _ in ()).throw(InterruptedError))

@@ -302,18 +302,19 @@ def _fit(
         with np.load(path) as stored:
             return Clustering(**{name: stored[name] for name in stored.files})
     scratch_file = path.with_name("scratch.f16")
-    scratch = np.memmap(scratch_file, dtype=np.float16, mode="w+", shape=(total, features.size))
     filled = 0
-    for found in files.best(arguments.fit_boxes_per_image, total):
-        scratch[filled : filled + len(found)] = found
-        filled += len(found)
+    with open(scratch_file, "wb") as file:  # not through a mapping, which ends the process where the disk is full
+        for found in files.best(arguments.fit_boxes_per_image, total):
+            file.write(found.astype(np.float16).tobytes())
+            filled += len(found)
     if filled < arguments.num_clusters:
         raise DataError(
             f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {filled} boxes, which are "
             f"all that can be used in {sum(map(len, files.batches))} images. Choose fewer num_clusters, or mend the "
             "images."
         )
-    clustering = fit_clusters(scratch[:filled], arguments.num_clusters, arguments.pca_dim, arguments.seed)
+    scratch = np.memmap(scratch_file, dtype=np.float16, mode="r", shape=(filled, features.size))
+    clustering = fit_clusters(scratch, arguments.num_clusters, arguments.pca_dim, arguments.seed)
     part = path.with_name("part.npz")
     np.savez(part, **dataclasses.asdict(clustering))
     seal_file(part, path)
