@@ -177,9 +177,15 @@ def test_what_is_read_may_lie_elsewhere(folder, tmp_path, interrupt, monkeypatch
 
 
 def test_early_stopping_ends_a_run_that_does_not_improve(folder, tmp_path):
-    changes = {"max_steps": 8, "learning_rate": 1e-12, "eval_strategy": "steps", "eval_steps": 1}
-    finetune(arguments_for(folder, tmp_path, **changes, early_stopping_patience=2, save_strategy="no"))
+    changes = {"max_steps": 8, "learning_rate": 1e-12, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    arguments = arguments_for(folder, tmp_path, **changes, early_stopping_patience=2, save_strategy="steps")
+    finetune(arguments)
     assert json.loads((tmp_path / "results.json").read_text())["steps"] == 3
+    weights = weights_of(tmp_path)
+    (tmp_path / "results.json").unlink()  # as if it had been killed after its last checkpoint
+    finetune(arguments)
+    assert json.loads((tmp_path / "results.json").read_text())["steps"] == 3
+    assert same(weights_of(tmp_path), weights)
     with pytest.raises(ValueError, match="early_stopping_patience needs measurements"):
         arguments_for(folder, tmp_path, early_stopping_patience=2, eval_strategy="no")
 

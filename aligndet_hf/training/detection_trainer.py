@@ -82,6 +82,14 @@ class KeepBest(TrainerCallback):
         state.best_model_checkpoint = self.best
 
 
+def _ended_early(state: TrainerState) -> bool:
+    """Whether early stopping had ended the run when this state was saved; `Trainer` would take a step more."""
+    stopping = state.stateful_callbacks.get("EarlyStoppingCallback")
+    if stopping is None:
+        return False
+    return stopping["attributes"]["early_stopping_patience_counter"] >= stopping["args"]["early_stopping_patience"]
+
+
 class DetectionTrainer(Trainer):
     """
     `transformers.Trainer` for detectors.
@@ -235,7 +243,8 @@ class DetectionTrainer(Trainer):
 
     def fit(self, checkpoint: str | Path | None = None) -> None:
         """
-        Trains on from a checkpoint, or from the start; a checkpoint of the last step is only loaded.
+        Trains on from a checkpoint, or from the start; a checkpoint of the last step, or where early stopping has
+        ended the run, is only loaded.
 
         Raises:
             Interrupted: SIGTERM or SIGINT; a checkpoint was written.
@@ -244,7 +253,7 @@ class DetectionTrainer(Trainer):
         """
         state = self.require_steps(checkpoint)
         best = self._best_of(state) if state else None
-        if not state or state.global_step < self.total_steps():
+        if not state or (state.global_step < self.total_steps() and not _ended_early(state)):
             with StopSignals(self.accelerator) as stop:
                 callbacks = [StopAfterSaving(stop), KeepBest(best)]
                 for callback in callbacks:
