@@ -1,7 +1,7 @@
 """`aligndet export`: a detector as a file that needs neither PyTorch nor this package."""
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..exporting import run_onnx
 from ..exporting.onnx_graph import describe, export_onnx
 from ..exporting.parity import BOX_TOLERANCE, SCORE_TOLERANCE, compare
 from ..files import write_json
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..ranges import COUNT, SHARE, check_values
 from ..runs import RunFolder
 
@@ -34,28 +34,18 @@ class ExportArguments(RunArguments, ReadyDetectorArguments):
 
     help_groups = {"opset": "The graph", "images": "Comparison"}
 
-    opset: int | None = field(
-        default=None,
-        metadata={"role": "result", "help": "write operators of this version of ONNX; the newest if not given"},
-    )
-    fp16: bool = field(default=False, metadata={"role": "result", "help": "store weights and calculate in float16"})
+    opset: int | None = flag(None, "result", "write operators of this version of ONNX; the newest if not given")
+    fp16: bool = flag(False, "result", "store weights and calculate in float16")
 
-    images: list[str] | None = field(
-        default=None,
-        metadata={
-            "role": "data",
-            "help": "compare the export with the detector on these images: files, folders, patterns, data sets; "
-            "rendered scenes if not given",
-        },
+    images: list[str] | None = flag(
+        None,
+        "data",
+        "compare the export with the detector on these images: files, folders, patterns, data sets; rendered scenes "
+        "if not given",
     )
     split: str | None = again(DatasetArguments, "split", help="split of the data sets; all of them if not given")
-    num_images: int = field(
-        default=8,
-        metadata={"role": "output", "help": "compare on at most this many images, evenly spaced", "range": COUNT},
-    )
-    score_threshold: float = field(
-        default=0.1, metadata={"role": "output", "help": "compare boxes with at least this score", "range": SHARE}
-    )
+    num_images: int = flag(8, "output", "compare on at most this many images, evenly spaced", range=COUNT)
+    score_threshold: float = flag(0.1, "output", "compare boxes with at least this score", range=SHARE)
 
     output_dir: str = again(
         RunArguments, "output_dir", help="folder for model.onnx, model.json and run.py; must be new"

@@ -32,7 +32,7 @@ from ..evaluation.predicted_rows import (
 )
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
-from ..flags import takes_old_names
+from ..flags import flag, takes_old_names
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes, enlarged, jpeg_bytes
@@ -66,32 +66,15 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
     )
     split: str | None = again(DatasetArguments, "split", help="split of the data sets; all of them if not given")
 
-    score_threshold: float = field(
-        default=0.3, metadata={"role": "result", "help": "keep boxes with at least this score", "range": SHARE}
-    )
+    score_threshold: float = flag(0.3, "result", "keep boxes with at least this score", range=SHARE)
 
-    tile_size: int | None = field(
-        default=None,
-        metadata={
-            "role": "result",
-            "help": "look at square tiles with sides of this many pixels as well",
-            "range": Range(16),
-        },
+    tile_size: int | None = flag(
+        None, "result", "look at square tiles with sides of this many pixels as well", range=Range(16)
     )
-    tile_overlap: float = field(
-        default=0.2,
-        metadata={"role": "result", "help": "let neighbouring tiles share this part of a side", "range": BELOW_ONE},
-    )
-    whole_image: bool = field(
-        default=True, metadata={"role": "result", "help": "look at the whole image beside its tiles"}
-    )
-    nms_threshold: float = field(
-        default=0.5,
-        metadata={
-            "role": "result",
-            "help": "drop a box of another tile that overlaps a better one by more (IoU)",
-            "range": SHARE,
-        },
+    tile_overlap: float = flag(0.2, "result", "let neighbouring tiles share this part of a side", range=BELOW_ONE)
+    whole_image: bool = flag(True, "result", "look at the whole image beside its tiles")
+    nms_threshold: float = flag(
+        0.5, "result", "drop a box of another tile that overlaps a better one by more (IoU)", range=SHARE
     )
 
     # On a CPU more images at a time take memory and gain nothing.
@@ -105,22 +88,15 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
     output_dir: str | None = again(
         RunArguments, "output_dir", default=None, help="folder for what follows; must be new"
     )
-    formats: list[str] = field(
-        default_factory=lambda: ["coco", "results", "sheet"],
-        metadata={
-            "role": "output",
-            "help": "write coco: labels.json, to be corrected in a labelling tool; results: predictions.json in "
-            "COCO's result format; yolo, voc: a folder of labels; dataset: a data set with the column `objects`; "
-            "pictures: each image with its boxes; sheet: some of them on one page",
-        },
+    formats: list[str] = flag(
+        ["coco", "results", "sheet"],
+        "output",
+        "write coco: labels.json, to be corrected in a labelling tool; results: predictions.json in COCO's result "
+        "format; yolo, voc: a folder of labels; dataset: a data set with the column `objects`; pictures: each image "
+        "with its boxes; sheet: some of them on one page",
     )
-    num_pictures: int = field(
-        default=24,
-        metadata={"role": "output", "help": "put this many images on the sheet, evenly spaced", "range": COUNT},
-    )
-    picture_size: int = field(
-        default=1600, metadata={"role": "output", "help": "longest side of a picture in pixels", "range": COUNT}
-    )
+    num_pictures: int = flag(24, "output", "put this many images on the sheet, evenly spaced", range=COUNT)
+    picture_size: int = flag(1600, "output", "longest side of a picture in pixels", range=COUNT)
 
     def __post_init__(self):
         check_values(self)
