@@ -104,7 +104,14 @@ def export(arguments: ExportArguments) -> dict:
         session, _ = run_onnx.load(complete)
 
         def run(given):
-            return session.run(["logits", "pred_boxes"], given)
+            try:
+                return session.run(["logits", "pred_boxes"], given)
+            except Exception as error:  # ONNX Runtime has exceptions of its own
+                height, width = given["pixel_values"].shape[2:]
+                raise ValueError(
+                    f"the graph of this {detector.config.model_type} does not run in ONNX Runtime on an image of "
+                    f"{width} x {height} pixels, so nothing was written: {str(error).split(': ')[-1]}"
+                ) from error
 
         model["opset"] = _opset(complete / "model.onnx")
         chosen = images.spread(arguments.num_images)
