@@ -79,6 +79,19 @@ def test_parity_on_images_of_the_user(exported, photos):
     assert parity["differing"] == [] and parity["box_difference"] < 0.5 and parity["score_difference"] < 1e-3
 
 
+def test_the_graph_of_deformable_detr_takes_images_of_other_sizes(tmp_path):
+    detector = decided_detector("deformable_detr", encoder_layers=1, decoder_layers=2, num_queries=10)
+    export_onnx(detector, tmp_path / "model.onnx", (96, 128))
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for images, height, width in [(2, 96, 128), (1, 128, 96), (3, 130, 171)]:  # as traced, as many places, others
+        pixels, mask = torch.rand(images, 3, height, width), torch.ones(images, height, width, dtype=torch.long)
+        with torch.no_grad():
+            expected = detector(pixel_values=pixels, pixel_mask=mask)
+        found = session.run(["logits", "pred_boxes"], {"pixel_values": pixels.numpy(), "pixel_mask": mask.numpy()})
+        np.testing.assert_allclose(found[0], expected.logits, atol=1e-4)
+        np.testing.assert_allclose(found[1], expected.pred_boxes, atol=1e-5)
+
+
 def test_the_script_beside_it_finds_the_same_without_pytorch(exported, photos):
     detector, folder = exported
     code = (

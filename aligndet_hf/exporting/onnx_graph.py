@@ -60,7 +60,7 @@ def export_onnx(
 
     sample, dynamic = _sample(detector, image_size)
     try:
-        with _open_lengths(detector), torch.no_grad():
+        with _open_shapes(detector), torch.no_grad():
             exported = OnnxExporter().export(
                 detector.eval(), sample, OnnxConfig(dynamic_shapes=dynamic, opset_version=opset)
             )
@@ -91,22 +91,41 @@ def _sample(detector: PreTrainedModel, image_size: tuple[int, int]) -> tuple[dic
 
 
 @contextlib.contextmanager
-def _open_lengths(detector: PreTrainedModel) -> Iterator[None]:
+def _open_shapes(detector: PreTrainedModel) -> Iterator[None]:
     """
-    Lets the number of images stay open where the code of transformers asks for `len` of a tensor, as RT-DETR and its
-    relatives do: that must be a number, and would fix it in the graph.
+    Keeps the number and the size of images open where the code of transformers would fix them in the graph.
+
+    RT-DETR and its relatives ask for the `len` of a tensor, which must be a number. Deformable DETR makes tensors of
+    the sizes of feature maps by `torch.as_tensor`, and of their places by `torch.linspace`: both become constants, and
+    what is found in an image of another size is wrong without a word.
     """
     names = {type(module).__module__ for module in detector.modules()}
     modules = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+    as_tensor, linspace = torch.as_tensor, torch.linspace
 
     def length(value):
         return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
 
+    def sizes(data, dtype=None, device=None):
+        sides = (
+            [side for size in data for side in size] if isinstance(data, list) and isinstance(data[0], tuple) else []
+        )
+        if not any(isinstance(side, torch.SymInt) for side in sides):
+            return as_tensor(data, dtype=dtype, device=device)
+        return torch.stack([torch.scalar_tensor(side, dtype=dtype, device=device) for side in sides]).view(-1, 2)
+
+    def places(start, end, steps, dtype=None, device=None):
+        if not isinstance(steps, torch.SymInt):
+            return linspace(start, end, steps, dtype=dtype, device=device)
+        return torch.arange(steps, device=device).to(dtype) + start  # the places of a map are 1 apart
+
     for module in modules:
         module.len = length
+    torch.as_tensor, torch.linspace = sizes, places
     try:
         yield
     finally:
+        torch.as_tensor, torch.linspace = as_tensor, linspace
         for module in modules:
             del module.len
 
