@@ -10,12 +10,12 @@ from aligndet_hf.training.run_length import Forecast, length_note
 
 
 def test_a_short_run_is_told_how_long_it_should_be():
-    assert length_note(5000, 10.0) is None
-    # 600 steps are 1.2 epochs: ten epochs are 5,000 steps.
+    assert length_note(4000, 7.0) is None
+    # 600 steps are 1.2 epochs: seven epochs are 3,500 steps, fewer than the least.
     assert "600 steps show each image 1.2 times" in length_note(600, 1.2)
-    assert "--max_steps 5000" in length_note(600, 1.2)
-    assert "--max_steps 20000" in length_note(6000, 3.0)  # many steps, but of many more images
-    assert "--max_steps 5000" in length_note(1000, 40.0)  # many epochs of few images
+    assert "--max_steps 4000" in length_note(600, 1.2)
+    assert "--max_steps 14000" in length_note(6000, 3.0)  # many steps, but of many more images
+    assert "--max_steps 4000" in length_note(1000, 40.0)  # many epochs of few images
 
 
 def test_the_end_is_told_once_after_the_first_minute():
