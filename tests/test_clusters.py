@@ -512,7 +512,8 @@ def test_damaged_work_is_done_anew(arguments, monkeypatch, tmp_path, capsys):
     assert {name.split("-")[0] for name in whole} == {"clustering", "features", "train"}
     for name, content in whole.items():
         half = len(content) // 2
-        damaged = content[:half] if "train-000000000" in name else content[:half] + b"!" + content[half + 1 :]
+        other = bytes([content[half] ^ 1])
+        damaged = content[:half] if "train-000000000" in name else content[:half] + other + content[half + 1 :]
         (work / name).write_bytes(damaged)
     with pytest.raises(InterruptedError):
         cluster_proposals(arguments())
