@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 SMALL = {
     "--detector deformable_detr": "--detector tiny",
     "--image_sizes 448 480 512": "--image_sizes 64",
-    "--max_steps 2000": "--max_steps 1 --use_cpu true --write_report false",
+    "--max_steps 4000": "--max_steps 1 --use_cpu true --write_report false",
     "--output_dir outputs/finetuned": "--output_dir outputs/finetuned --max_steps 1 --use_cpu true "
     "--write_report false --num_pictures 0 --dataloader_num_workers 0 --dataloader_persistent_workers false",
     "--output_dir outputs/proposals": "--output_dir outputs/proposals --dataloader_num_workers 0",

@@ -30,9 +30,9 @@ def length_note(steps: int, epochs: float) -> str | None:
         return None
     needed = max(ENOUGH_STEPS, math.ceil(ENOUGH_EPOCHS * steps / epochs))
     return (
-        f"{steps} steps show each image {epochs:.1f} times. So short a run may pass nothing on: give at least "
-        f"{ENOUGH_STEPS} steps and {ENOUGH_EPOCHS} epochs, which are here --max_steps {needed}. A detector that does "
-        "not look at images yet has a best_box_sameness near 1 in the log."
+        f"{steps} steps show each image {epochs:.1f} times. Less than {ENOUGH_STEPS} steps, or than {ENOUGH_EPOCHS} "
+        f"epochs, may pass nothing on to a DETR: give --max_steps {needed} or more. A detector that does not look at "
+        "images yet has a best_box_sameness near 1 in the log."
     )
 
 
