@@ -64,7 +64,7 @@ def make_views(images: int, height: int, width: int, device: str) -> dict:
 
 
 def matching(images: int, anchors: int, device: str) -> None:
-    """Which of 50 boxes each anchor stands for, in so many images."""
+    """Which of 50 boxes each anchor stands for, in a batch of this size."""
     generator = torch.Generator().manual_seed(0)
     corners = [torch.rand(count, 2, generator=generator) * 700 for count in (anchors, *[50] * images)]
     anchors, *boxes = (torch.cat([corner, corner + 100], 1).to(device) for corner in corners)

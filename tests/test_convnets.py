@@ -361,7 +361,7 @@ def test_masks_are_trained_when_labels_have_them():
 
 
 def test_an_image_without_masks_trains_boxes_beside_one_with():
-    """Its regions do not count among those of the mask loss, and its boxes do as ever."""
+    """The mask loss leaves its regions out of the count, and its boxes count as ever."""
     detector = without_batch_statistics(small(MaskRcnnForObjectDetection, **EVERY_ROW))
     batch = rectangle(masks=True)
     whole = detector(**batch).loss_dict

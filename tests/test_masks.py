@@ -116,7 +116,7 @@ def test_regions_go_where_their_pixels_go(name, seed, polygons):
     first = masks[: len(masks) - 2 * count] if name == "mixup" else masks
     if name == "mosaic":  # of the first image, whose pixels alone are bright
         first = masks[: np.flatnonzero(np.diff(result.classes["category"]) < 0)[0] + 1]
-        if overlap(first.any(0), result.image) < 0.85:  # an object of which too little is left has no box
+        if overlap(first.any(0), result.image) < 0.85:  # an object with too little left has no box
             assert len(first) < 2
             return
     if name in ("mixup", "photometric"):

@@ -367,7 +367,7 @@ def test_torchvision_detectors_that_do_not_fit_are_refused(tmp_path):
 def test_our_convnets_take_pyramid_and_head_by_the_report_of_transfers(family, version, tmp_path):
     """What they compute is SoCo's: with its norms, or, where a detector has none, with norms in the convolutions."""
     if (family, version) == ("torchvision_retinanet", 2):
-        return  # takes its sixth level from the backbone; its pyramid is that of version 1
+        return  # takes its sixth level from the backbone; its pyramid is the pyramid of version 1
     model, path = timm_soco(), tmp_path / "torchvision.safetensors"
     model.export_torchvision(path)
     fields = {"hidden_size": 8, "version": version}

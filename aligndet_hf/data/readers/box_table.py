@@ -1,7 +1,6 @@
 """A table with a row for each box, in CSV or Parquet, as Kaggle, Roboflow and TensorFlow have it."""
 
 import csv
-import io
 import json
 import logging
 import re
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from ..errors import DataError
 from .files import (
+    delimiter_of,
     inside,
     is_file,
     list_files,
@@ -21,9 +21,9 @@ from .files import (
     number,
     parse_json,
     read_start,
-    read_text,
     split_of_file,
     split_of_folder,
+    table_rows,
     tell_unlisted,
 )
 from .rows import Categories, LabelledImage, Labels, is_box
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 NAME = "table of boxes"
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
+_DELIMITERS = ",;\t"
 _SNIFFED_BYTES = 1 << 16
 # What columns are called, in lower case and without other characters than letters and digits.
 _IMAGE = ("filename", "file", "imagename", "image", "imagepath", "filepath", "path", "img", "imgname", "imageid")
@@ -56,7 +57,7 @@ def recognise(path: Path) -> bool:
 
 
 def split_names(path: Path) -> list[str]:
-    """The splits: those of a column of that name, or else of the names of the files or of their folders."""
+    """The splits that a column names, or else the names of the files or of their folders."""
     return list(dict.fromkeys(table.split_of(row) for table in _tables(path) for _, row in table.rows()))
 
 
@@ -129,24 +130,8 @@ class _Table:
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
         """The rows, each with its place; all values are texts, those that are missing empty."""
-        if self.path.suffix.lower() == ".parquet":
-            try:
-                rows = pq.read_table(self.path).to_pylist()
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{self.path}: not a Parquet file ({error}).") from error
-            for position, row in enumerate(rows):
-                yield f"{self.path}, row {position}", {name: _as_text(value) for name, value in row.items()}
-            return
-        text = read_text(self.path)
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text), restval="")
-        try:
-            for row in reader:
-                where = f"{self.path}, line {reader.line_num}"
-                if None in row:
-                    raise DataError(f"{where}: more cells than the first line has names of columns.")
-                yield where, {name: value.strip() for name, value in row.items()}
-        except csv.Error as error:
-            raise DataError(f"{self.path}, line {reader.line_num}: not valid CSV ({error}).") from error
+        for where, row in table_rows(self.path, _DELIMITERS):
+            yield where, {name: _as_text(value) for name, value in row.items()}
 
     def cell(self, row: dict[str, str], column: str, where: str) -> str:
         """What a cell holds, which must not be empty."""
@@ -259,13 +244,9 @@ def _header(path: Path) -> list[str]:
         return [field.name for field in schema if not pa.types.is_nested(field.type) or pa.types.is_list(field.type)]
     text = read_start(path, _SNIFFED_BYTES).decode("utf-8-sig", errors="replace").partition("\n")[0].rstrip("\r")
     try:
-        return next(csv.reader([text], delimiter=_delimiter(text)), [])
+        return next(csv.reader([text], delimiter=delimiter_of(text, _DELIMITERS)), [])
     except csv.Error:
         return []
-
-
-def _delimiter(text: str) -> str:
-    return max(",;\t", key=text.partition("\n")[0].count)
 
 
 def _columns_of(path: Path) -> _Table | None:

@@ -1,5 +1,7 @@
-"""What all readers of label files need: listing a folder, reading text, JSON and XML, names of splits and of files."""
+"""What all readers of label files need: listing a folder, reading text, JSON, XML and tables, names of splits."""
 
+import csv
+import io
 import json
 import logging
 import os
@@ -7,6 +9,9 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .. import door
 from ..errors import DataError
@@ -172,6 +177,36 @@ def parse_json(text: str, where: str):
 def read_json(path: Path, root: Path | None = None):
     """The content of a JSON file; errors as [`read_text`] and [`parse_json`] raise them."""
     return parse_json(read_text(path, root), str(path))
+
+
+def table_rows(path: Path, delimiters: str = ",") -> Iterator[tuple[str, dict]]:
+    """
+    The rows of a CSV or Parquet file, each with its place. Cells of CSV are texts, and empty where they are missing;
+    of several delimiters the one that is most frequent in the first line counts.
+    """
+    if path.suffix.lower() == ".parquet":
+        try:
+            rows = pq.read_table(path).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a Parquet file ({error}).") from error
+        for position, row in enumerate(rows):
+            yield f"{path}, row {position}", row
+        return
+    text = read_text(path)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter_of(text, delimiters), restval="")
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row:
+                raise DataError(f"{where}: more cells than the first line has names of columns.")
+            yield where, row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
+
+
+def delimiter_of(text: str, delimiters: str) -> str:
+    """The delimiter that is most frequent in the first line."""
+    return max(delimiters, key=text.partition("\n")[0].count)
 
 
 def read_xml(path: Path) -> ElementTree.Element:

@@ -1,15 +1,10 @@
 """Folders of images, plain or with the `metadata.jsonl`, `.csv` or `.parquet` that `datasets` reads."""
 
 import ast
-import csv
-import io
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .. import door
 from ..errors import DataError
@@ -23,6 +18,7 @@ from .files import (
     read_text,
     split_folders,
     split_of_folder,
+    table_rows,
     tell_unlisted,
 )
 from .rows import Categories, LabelledImage, Labels, is_box
@@ -135,17 +131,10 @@ def _metadata_files(folder: Path) -> list[Path]:
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
     """The rows of a file of metadata, each with its place."""
     if path.suffix == ".parquet":
-        try:
-            table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a Parquet file ({error}).") from error
-        for number, row in enumerate(table.to_pylist()):
-            yield f"{path}, row {number}", row
+        yield from table_rows(path)
     elif path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            yield where, {name: _cell(name, value, where) for name, value in row.items() if value not in (None, "")}
+        for where, row in table_rows(path):
+            yield where, {name: _cell(name, value, where) for name, value in row.items() if value}
     else:
         for number, line in enumerate(read_text(path).split("\n"), start=1):
             if line.strip():
