@@ -18,7 +18,7 @@ from aligndet_hf.data.columns import category_ids, validate_objects
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import category_names, load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
-from aligndet_hf.data.readers import find_reader
+from aligndet_hf.data.readers import find_reader, json_images
 
 NAMES = ["cat", "dog", "owl"]
 # By split: the size of each image, and its objects (xywh in pixels, category). No owl is in the validation split.
@@ -245,6 +245,149 @@ def table_in_each_split(root):
         write_text(root / name / "_annotations.csv", "\ufeff" + "\n".join(lines))
 
 
+def table_without_names(root):
+    """keras-retinanet: the first line is a row; an image without objects has empty cells."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / "images", split)
+        lines = []
+        for stem, _, objects in scenes(split):
+            boxes = [f"{x},{y},{x + w},{y + h},{NAMES[label]}" for (x, y, w, h), label in objects]
+            lines += [f"images/{stem}.png,{box}" for box in boxes or [",,,,"]]
+        write_text(root / f"{name}.csv", "\n".join(lines))
+
+
+def table_of_parts(root):
+    """Open Images: ids without endings, coordinates from 0 to 1, and columns that are of no use here."""
+    for split, name in (("train", "train"), ("validation", "validation")):
+        write_images(root / name / "data", split)
+        lines = ["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded"]
+        for stem, (width, height), objects in scenes(split):
+            boxes = [(NAMES[label], x / width, (x + w) / width, y / height, (y + h) / height)
+                     for (x, y, w, h), label in objects]  # fmt: skip
+            lines += [f"{stem},xclick,{n},1,{a:.8f},{b:.8f},{c:.8f},{d:.8f},0" for n, a, b, c, d in boxes]
+            lines += [] if boxes else [f"{stem},xclick,,,,,,,"]
+        write_text(root / name / "labels.csv", "\n".join(lines))
+
+
+def create_ml(root):
+    for split, name in (("train", "train"), ("validation", "valid")):
+        write_images(root / name, split)
+        entries = [
+            {
+                "image": f"{stem}.png",
+                "annotations": [
+                    {"label": NAMES[label], "coordinates": {"x": x + w / 2, "y": y + h / 2, "width": w, "height": h}}
+                    for (x, y, w, h), label in objects
+                ],
+            }
+            for stem, _, objects in scenes(split)
+        ]
+        write_text(root / name / "_annotations.createml.json", entries)
+
+
+def via_shape(box, label):
+    x, y, w, h = box
+    if label == 0:
+        return {"name": "rect", "x": x, "y": y, "width": w, "height": h}
+    if label == 1:
+        return {"name": "ellipse", "cx": x + w / 2, "cy": y + h / 2, "rx": w / 2, "ry": h / 2}
+    return {"name": "polygon", "all_points_x": [x, x + w, x + 1], "all_points_y": [y, y + 1, y + h]}
+
+
+def via(root):
+    """One split as a project, with options as classes; the other as the JSON of version 1, with a text."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name, split)
+        content = {}
+        for stem, _, objects in scenes(split):
+            regions = [
+                {
+                    "shape_attributes": via_shape(box, label),
+                    "region_attributes": {"sure": "yes", "Class": {NAMES[label]: True}}
+                    if split == "train"
+                    else {"name": NAMES[label]},
+                }
+                for box, label in objects
+            ]
+            regions = regions if split == "train" else {str(number): one for number, one in enumerate(regions)}
+            content[f"{stem}.png123"] = {
+                "filename": f"{stem}.png", "size": 123, "regions": regions, "file_attributes": {}
+            }  # fmt: skip
+        if split == "train":
+            content = {"_via_settings": {"core": {}}, "_via_img_metadata": content, "_via_attributes": {}}
+        write_text(root / name / "via_region_data.json", content)
+
+
+def label_studio(root):
+    """One split as the export with everything, the other as the one with little; in percent."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name, split)
+        entries = []
+        for number, (stem, (width, height), objects) in enumerate(scenes(split)):
+            shapes = [
+                ({"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height,
+                  "rotation": 0, "rectanglelabels": [NAMES[label]]})
+                for (x, y, w, h), label in objects
+            ]  # fmt: skip
+            size = {"original_width": width, "original_height": height}
+            if split == "validation":
+                image = f"/data/local-files/?d=mine/val/{stem}.png"
+                entries.append({"id": number, "image": image, "label": [shape | size for shape in shapes]})
+                continue
+            result = [{"type": "rectanglelabels", "value": shape, "to_name": "image"} | size for shape in shapes]
+            result.append({"type": "choices", "value": {"choices": ["sharp"]}})
+            sound, cancelled = {"result": result}, {"result": result, "was_cancelled": True}
+            data = {"note": "seen", "image": f"/data/upload/3/0a1b2c3d-{stem}.png"}
+            entries.append({"id": number, "data": data, "annotations": [cancelled, sound]})
+        write_text(root / name / "project-3.json", entries)
+
+
+def scalabel(root):
+    """BDD100K: files of splits beside the images, with labels that have no box."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / "images" / name, split)
+        entries = []
+        for stem, _, objects in scenes(split):
+            labels = [
+                {"category": NAMES[label], "box2d": {"x1": x, "y1": y, "x2": x + w, "y2": y + h}}
+                for (x, y, w, h), label in objects
+            ]
+            lane = [{"category": "lane", "poly2d": [{"vertices": [[1, 2], [3, 4]]}]}]
+            entries.append({"name": f"{stem}.png", "labels": labels + lane if labels else None})
+        write_text(root / "labels" / f"det_{name}.json", entries)
+
+
+def supervisely(root):
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name / "img", split)
+        for stem, (width, height), objects in scenes(split):
+            shapes = [
+                {
+                    "classTitle": NAMES[label],
+                    "geometryType": "rectangle",
+                    "points": {"exterior": [[x, y], [x + w, y + h]], "interior": []},
+                }
+                for (x, y, w, h), label in objects
+            ]
+            content = {"description": "", "size": {"height": height, "width": width}, "objects": shapes}
+            write_text(root / name / "ann" / f"{stem}.png.json", content)
+    write_text(root / "meta.json", {"classes": [{"title": name, "shape": "rectangle"} for name in NAMES]})
+
+
+def kitti(root):
+    for split, name in (("train", "training"), ("validation", "val")):
+        write_images(root / name / "image_2", split)
+        for number, (stem, size, objects) in enumerate(scenes(split)):
+            write_image(root / name / "image_3" / f"{stem}.png", size, 90 + number)  # of the other camera
+            lines = [
+                f"{NAMES[label]} 0.00 0 -1.57 {x}.00 {y}.00 {x + w}.00 {y + h}.00 1.5 1.6 3.9 1.0 2.0 30.1 -1.5"
+                for (x, y, w, h), label in objects
+            ]
+            lines += ["DontCare -1 -1 -10 1 1 2 2 -1 -1 -1 -1000 -1000 -1000 -10"] if lines else []
+            write_text(root / name / "label_2" / f"{stem}.txt", "\n".join(lines))
+    write_text(root / "ImageSets" / "train.txt", "t0\nt1\n")
+
+
 def metadata(objects_of):
     def write(root):
         for split, name in (("train", "training"), ("validation", "val")):
@@ -285,6 +428,14 @@ LAYOUTS = {
     "cvat": cvat,
     "table, Kaggle": table_kaggle,
     "table, in each split": table_in_each_split,
+    "table, without names": table_without_names,
+    "table, parts": table_of_parts,
+    "json, CreateML": create_ml,
+    "json, VIA": via,
+    "json, Label Studio": label_studio,
+    "json, Scalabel": scalabel,
+    "json, Supervisely": supervisely,
+    "kitti": kitti,
     "metadata, documentation": metadata(lambda o: {"objects": {"bbox": boxes_of(o), "categories": labels_of(o)}}),
     "metadata, names": metadata(lambda o: {"objects": {"bbox": boxes_of(o), "category": names_of(o)}}),
     "metadata, labels": metadata(lambda o: {"objects": {"bboxes": boxes_of(o), "labels": names_of(o)}}),
@@ -293,7 +444,9 @@ LAYOUTS = {
     ),
 }  # fmt: skip
 READER_OF = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC", "labelme": "labelme", "cvat": "CVAT"} | {
-    "table": "table of boxes"
+    "table": "table of boxes",
+    "json": json_images.NAME,
+    "kitti": "KITTI",
 }
 
 
@@ -346,6 +499,88 @@ def test_boxes_in_cells_of_a_parquet_file_without_classes(tmp_path, caplog):
     assert "all are 'object'" in caplog.text and category_names(dataset) == ["object"]
     assert [row["bbox"] for row in dataset["objects"]] == [[[4, 3, 10, 12], [20, 6, 8, 9]], []]
     assert load_dataset_source(tmp_path / "train.csv")[0]["objects"]["bbox"] == [[6, 5, 12.5, 20]]
+
+
+def test_turned_boxes_polygons_and_two_annotations_of_label_studio(tmp_path):
+    write_image(tmp_path / "a.png", (200, 100), 0)
+    size = {"original_width": 200, "original_height": 100, "type": "labels"}
+    shapes = [
+        # Turned by 90 degrees around (40, 20) pixels: 60 x 10 becomes 10 x 60, to the left of the corner and below.
+        {"value": {"x": 20, "y": 20, "width": 30, "height": 10, "rotation": 90, "rectanglelabels": ["b"]}},
+        {"value": {"points": [[10, 10], [20, 15], [15, 40]], "polygonlabels": ["a"]}},
+        {"value": {"x": 50, "y": 50, "radiusX": 5, "radiusY": 10, "ellipselabels": ["a"]}},
+        {"value": {"x": 50, "y": 50, "width": 1, "keypointlabels": ["a"]}},
+    ]
+    task = {"data": {"image": "s3://bucket/a.png"}, "annotations": [{"result": [shape | size for shape in shapes]}]}
+    write_text(tmp_path / "export.json", [task])
+    (objects,) = load_dataset_source(tmp_path, labels=True)["objects"][:]
+    np.testing.assert_allclose(objects["bbox"], [[30, 20, 10, 60], [20, 10, 20, 30], [90, 40, 20, 20]], atol=1e-9)
+    assert objects["category"] == [1, 0, 0]
+    write_text(tmp_path / "export.json", [task | {"annotations": 2 * task["annotations"]}])
+    with pytest.raises(DataError, match="export.json, entry 0: expected 'data' .*2 annotations: keep one"):
+        load_dataset_source(tmp_path, labels=True)
+
+
+def create_ml_entry(image, coordinates, label="cat"):
+    return {"image": image, "annotations": [{"label": label, "coordinates": coordinates}]}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([create_ml_entry("a.png", {"x": 1, "y": 2, "width": 3})], r"entry 0: expected .* \('height'\)"),
+        ([create_ml_entry("a.png", {"x": 1, "y": 2, "width": 3, "height": 4}, 5)], "entry 0: .*names must be texts"),
+        ([create_ml_entry("b.png", {"x": 1, "y": 2, "width": 3, "height": 4})], "entry 0: there is no image 'b.png'"),
+        ({"a": {"filename": "a.png", "file_attributes": {}, "regions": [{"shape_attributes": {"name": "rect"}}]}},
+         "entry 0: expected 'filename' and 'regions'.*got {'filename': 'a.png'"),
+        ([{"name": "a.png", "labels": [{"category": "cat", "box2d": None}, {"box2d": {}}]}], "entry 0: .*'category'"),
+        ({"size": {}, "objects": [{"classTitle": "cat", "geometryType": "rectangle"}]}, "x.json: expected 'size' and"),
+    ],
+)  # fmt: skip
+def test_json_of_images_that_is_wrong(tmp_path, content, message):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    write_text(tmp_path / "x.json", content)
+    for source in (tmp_path, tmp_path / "x.json"):
+        with pytest.raises(DataError, match=message):
+            load_dataset_source(source, labels=True)
+
+
+def test_a_row_of_metadata_with_too_many_cells(tmp_path):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    write_text(tmp_path / "metadata.csv", 'file_name,objects\na.png,"{""bbox"": [], ""category"": []}"\na.png,{},3\n')
+    with pytest.raises(DataError, match="metadata.csv, line 3: more cells than the first line has names of columns"):
+        load_dataset_source(tmp_path, labels=True)
+
+
+def test_two_lists_of_images_of_one_split(tmp_path):
+    create_ml(tmp_path)
+    path = tmp_path / "train" / "_annotations.createml.json"
+    write_text(path.with_name("older.json"), path.read_text())
+    with pytest.raises(DataError, match="_annotations.createml.json and train/older.json are both lists of images"):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
+def test_wrong_lines_of_kitti(tmp_path, caplog):
+    kitti(tmp_path)
+    load_dataset_source(tmp_path, "train", labels=True)
+    assert "2 regions 'DontCare' are left out" in caplog.text
+    write_text(tmp_path / "training/label_2/t1.txt", "cat 0 0 0 1 2 three 4 0 0 0 0 0 0 0\n")
+    with pytest.raises(DataError, match="t1.txt, line 1: a corner must be a number, got 'three'"):
+        load_dataset_source(tmp_path, "train", labels=True)
+    write_text(tmp_path / "training/label_2/t1.txt", "\ncat 0 0 0 1 2 3 4\n")
+    with pytest.raises(DataError, match="t1.txt, line 2: expected a class and 14 numbers, got 'cat 0 0 0 1 2 3 4'"):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
+@pytest.mark.parametrize("name, text", [("labels/a.txt", "10 20 50 20 50 60 10 60 plane 0"), ("a.tfrecord", "x")])
+def test_labels_in_a_format_that_is_not_known(tmp_path, name, text):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    with pytest.raises(DataError, match="no column 'objects'; there are images in it and no file of labels. Give the"):
+        load_dataset_source(tmp_path, labels=True)
+    write_text(tmp_path / name, text)
+    with pytest.raises(DataError, match=rf"its files {name} are no labels in a format that is known \(.*Pascal VOC"):
+        load_dataset_source(tmp_path, labels=True)
+    assert len(load_dataset_source(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -737,6 +972,8 @@ ESCAPES = {
     "voc": (voc_labelimg, lambda root, name: swap(root / "train/t0.xml", "<filename>t0.png", f"<filename>{name}")),
     "labelme": (labelme, lambda root, name: swap(root / "train/t0.json", "..\\\\elsewhere\\\\t0.png", name)),
     "cvat": (cvat, lambda root, name: swap(root / "annotations.xml", '"t0.png"', f'"{name}"')),
+    "table": (table_without_names, lambda root, name: swap(root / "train.csv", "images/t0.png", name)),
+    "json": (create_ml, lambda root, name: swap(root / "train/_annotations.createml.json", "t0.png", name)),
     "metadata": (
         LAYOUTS["metadata, names"],
         lambda root, name: swap(root / "training/metadata.jsonl", "t0.png", name),
@@ -776,6 +1013,8 @@ def test_images_elsewhere_are_not_read(tmp_path, layout, place):
         ("voc, challenge", "JPEGImages"),
         ("labelme", "train"),
         ("cvat", "images"),
+        ("json, Supervisely", "train/img"),
+        ("kitti", "training/image_2"),
         ("metadata, names", "training"),
     ],
 )
@@ -802,6 +1041,9 @@ def test_links_to_folders_elsewhere_are_not_followed(tmp_path, layout, name):
         (voc_challenge, "ImageSets/Main/train.txt"),
         (labelme, "train/t0.json"),
         (cvat, "annotations.xml"),
+        (create_ml, "train/_annotations.createml.json"),
+        (table_without_names, "train.csv"),
+        (kitti, "training/label_2/t0.txt"),
         (LAYOUTS["metadata, names"], "training/metadata.jsonl"),
         (LAYOUTS["metadata, names"], "labels.json"),
     ],

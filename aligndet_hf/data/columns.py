@@ -142,12 +142,10 @@ def require_columns(dataset: datasets.Dataset, columns: list[str], source: str =
     """
     for column in columns:
         if column not in dataset.column_names:
-            labels = "Labels in a COCO file? Give that file instead of its folder."
-            if str(source).lower().endswith(".json"):
-                labels = "The file has no list 'annotations'."
+            labels = " The file has no list 'annotations'." if str(source).lower().endswith(".json") else ""
             fix = {
                 "proposals": "Make it with `aligndet proposals`.",
-                "objects": "Labelled data needs it: a struct of lists with 'bbox' (absolute xywh) and 'category'. "
+                "objects": "Labelled data needs it: a struct of lists with 'bbox' (absolute xywh) and 'category'."
                 + labels,
             }.get(column, f"Rename the column that holds it: dataset.rename_column(old, '{column}').")
             raise DataError(f"{source}: no column '{column}'; {_nearest(column, dataset.column_names)} {fix}")

@@ -10,10 +10,14 @@ from ..objects import Given, as_source
 from . import door
 from .columns import arrow_batches, read_values, require_columns
 from .errors import DataError
-from .readers import find_reader, image_folder, saved
+from .readers import READERS, find_reader, image_folder, saved
+from .readers.files import list_files
 from .readers.image_folder import read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
+
+# What files of labels end with, in formats that are known and others.
+_LABEL_ENDINGS = (".json", ".jsonl", ".ndjson", ".manifest", ".csv", ".tsv", ".txt", ".xml", ".mat", ".tfrecord")
 
 
 def load_dataset_source(
@@ -30,8 +34,8 @@ def load_dataset_source(
         source (`str`, `Path`, `datasets.Dataset` or `datasets.DatasetDict`):
             A data set in memory (of a `Dataset` the `split` does not count), or one of: a folder in a format that
             [`~aligndet_hf.data.readers.READERS`] know, found by looking at it (COCO, YOLO, Pascal VOC, labelme, CVAT,
-            a table of boxes, or images with or without metadata); a COCO JSON file or a table; a folder written by
-            `save_to_disk`; a Hub id or a local copy of such a repository.
+            KITTI, the JSON of other tools, a table of boxes, or images with or without metadata); a COCO JSON file or
+            a table; a folder written by `save_to_disk`; a Hub id or a local copy of such a repository.
         split (`str`, *optional*):
             The split to load; several are joined by `+`. Sub-folders such as `train`, `val2017` or `test` are splits;
             a folder without them is one split, named after itself (`train` if its name does not tell). A single label
@@ -73,11 +77,29 @@ def load_dataset_source(
     else:
         dataset = _load_hub(str(source), split)
         roots = door.hub_roots(source)
+    if labels and reader is image_folder and "objects" not in dataset.column_names:
+        raise DataError(_without_labels(path))
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     if roots is not None:
         door.require_inside(dataset.data.column("image"), roots, str(source))  # those that are not selected as well
     return dataset
+
+
+def _without_labels(folder: Path) -> str:
+    """Why a folder of images has no labels, and what to do."""
+    formats = ", ".join(reader.NAME for reader in READERS if reader not in (saved, image_folder))
+    files = [str(file.relative_to(folder)) for file in list_files(folder, *_LABEL_ENDINGS)]
+    if not files:
+        return (
+            f"{folder}: no column 'objects'; there are images in it and no file of labels. Give the folder that holds "
+            f"both, or the label file and --image_dir. Formats: {formats}."
+        )
+    more = f" and {len(files) - 1} others" if len(files) > 1 else ""
+    return (
+        f"{folder}: no column 'objects'; its files {files[0]}{more} are no labels in a format that is known ({formats}"
+        "; docs/labels.md has the layouts). Convert them, or correct what makes them unlike these."
+    )
 
 
 def _load_object(source: Given, split: str | None, labels: bool) -> datasets.Dataset:

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,19 +14,17 @@ import pyarrow.parquet as pq
 from ..errors import DataError
 from .files import (
     delimiter_of,
-    inside,
-    is_file,
+    is_image,
     list_files,
-    list_images,
     number,
     parse_json,
     read_start,
     split_of_file,
     split_of_folder,
     table_rows,
-    tell_unlisted,
 )
-from .rows import Categories, LabelledImage, Labels, is_box
+from .listed import PIXELS, Entry, collect, require_own_splits
+from .rows import Labels, is_box
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +47,8 @@ _SIDES = (
 )  # fmt: skip
 _SIZES = (("imagewidth", "imageheight"), ("imgwidth", "imgheight"), ("width", "height"))
 _SPLIT = ("split", "subset", "set")
+_WITHOUT_NAMES = ["image", "x1", "y1", "x2", "y2", "class"]  # of a table whose first line is a row (keras-retinanet)
+_LARGEST_PART = 1.01  # coordinates up to here are parts of the image's sides, if all of the table are
 
 
 def recognise(path: Path) -> bool:
@@ -65,8 +65,9 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     """
     Reads these splits.
 
-    Corners are coordinates. A row without coordinates is an image without objects; images without a row are left out
-    and counted. Names of categories come from all splits: texts in alphabetical order, numbers in theirs.
+    Corners are coordinates; if none in a table is above 1, they are parts of the image's sides. A row without
+    coordinates is an image without objects; images without a row are left out and counted. Names of categories come
+    from all splits: texts in alphabetical order, numbers in theirs.
 
     Args:
         path (`Path`): The file or the folder.
@@ -80,30 +81,8 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
         [`DataError`]: for a table that is not as it should be; it names the file, the line and the column.
     """
     folder = image_dir or (path if path.is_dir() else path.parent)
-    finder, images, names, listed = _Finder(folder), {}, set(), set()
-    for table in _tables(path):
-        if table.category is None:
-            logger.warning("%s: no column of classes (%s): all are 'object'.", table.path, ", ".join(_CLASS[:6]))
-        for where, row in table.rows():
-            box, label = table.box(row, where), table.label(row, where)
-            names |= {label} if box is not None else set()
-            name = table.cell(row, table.image, where)
-            listed |= {PureWindowsPath(name).name, PureWindowsPath(name).stem}
-            if (split := table.split_of(row)) not in splits:
-                continue
-            file = finder.find(name, where, table.path.parent)
-            if (split, file) not in images:
-                image = LabelledImage(file, where, file_name=name, objects={"bbox": [], "category": []})
-                image.width, image.height = table.size(row, where)
-                images[split, file] = image
-            if box is not None:
-                images[split, file].add(box, label)
-    categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    numbers = {name: position for position, name in enumerate(categories)}
-    for image in images.values():
-        image.objects["category"] = [numbers[label] for label in image.objects["category"]]
-    tell_unlisted(folder, listed, "have no row in the table")
-    return Labels(list(images.values()), Categories(categories) if categories else None)
+    entries = (entry for table in _tables(path) for entry in table.entries())
+    return collect(folder, entries, splits, "have no row in the table")
 
 
 @dataclass
@@ -118,6 +97,7 @@ class _Table:
         are_corners (`bool`): Whether these are corners, and not corner and sides.
         category, split (`str`, *optional*): The columns of the classes and of the splits.
         sizes (`list[str]`): The columns of width and height of the image, if there are any.
+        names (`list[str]`, *optional*): The names of the columns, if the file has none.
     """
 
     path: Path
@@ -127,10 +107,28 @@ class _Table:
     category: str | None
     split: str | None
     sizes: list[str]
+    names: list[str] | None
+
+    def entries(self) -> Iterator[Entry]:
+        """The images and boxes of the rows."""
+        if self.category is None:
+            logger.warning("%s: no column of classes (%s): all are 'object'.", self.path, ", ".join(_CLASS[:6]))
+        found = []
+        for where, row in self.rows():
+            box, label = self.box(row, where), self.label(row, where)
+            image, objects = self.cell(row, self.image, where), [] if box is None else [(box, label)]
+            found.append(
+                Entry(where, self.split_of(row), image, self.path.parent, objects, self.size(row, where), PIXELS)
+            )
+        ends = [max(x + w, y + h) for entry in found for (x, y, w, h), _ in entry.objects]
+        if ends and max(ends) <= _LARGEST_PART:
+            logger.warning("%s: no coordinate is above 1: they are taken as parts of the images' sides.", self.path)
+            found = [entry._replace(parts=1.0) for entry in found]
+        yield from found
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
         """The rows, each with its place; all values are texts, those that are missing empty."""
-        for where, row in table_rows(self.path, _DELIMITERS):
+        for where, row in table_rows(self.path, _DELIMITERS, self.names):
             yield where, {name: _as_text(value) for name, value in row.items()}
 
     def cell(self, row: dict[str, str], column: str, where: str) -> str:
@@ -152,7 +150,7 @@ class _Table:
         return re.sub(r"^(\d+)\.0+$", r"\1", text)  # whole numbers beside empty cells, as pandas writes them
 
     def box(self, row: dict[str, str], where: str) -> list[float] | None:
-        """xywh in pixels, `None` if the row has no coordinates at all."""
+        """xywh, `None` if the row has no coordinates at all."""
         texts = [row[name] for name in self.coordinates]
         if not any(texts):
             return None
@@ -168,47 +166,15 @@ class _Table:
         x, y, a, b = (number(text, where, f"column '{name}'") for text, name in named)
         return [x, y, a - x, b - y] if self.are_corners else [x, y, a, b]
 
-    def size(self, row: dict[str, str], where: str) -> list[int | None]:
+    def size(self, row: dict[str, str], where: str) -> tuple[int, int] | None:
         """Width and height of the image, where the row has them."""
-        given = [int(number(row[name], where, f"column '{name}'")) if row[name] else 0 for name in self.sizes]
-        return given if len(given) == 2 and all(given) else [None, None]
-
-
-class _Finder:
-    """Finds the images that a table names: by their path, or anywhere in a folder by their name."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.found: dict[tuple[str, Path], Path] = {}
-        self.by_name: dict[str, list[Path]] = {}
-        for path in list_images(folder):
-            for name in (path.name, path.stem):
-                self.by_name.setdefault(name, []).append(path)
-
-    def find(self, name: str, where: str, base: Path) -> Path:
-        if (name, base) not in self.found:
-            self.found[name, base] = self._find(name, where, base)
-        return self.found[name, base]
-
-    def _find(self, name: str, where: str, base: Path) -> Path:
-        for start in (base, self.folder):
-            try:
-                path = inside(self.folder, name, where, start)
-            except DataError:  # of another machine, or beside a table that is not in the folder
-                continue
-            if is_file(path):
-                return path
-        found = self.by_name.get(PureWindowsPath(name).name, [])
-        if len(found) > 1:
-            raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
-        if not found:
-            raise DataError(f"{where}: there is no image {name!r} in {self.folder}. Give the folder as image_dir.")
-        return found[0]
+        given = tuple(int(number(row[name], where, f"column '{name}'")) if row[name] else 0 for name in self.sizes)
+        return given if len(given) == 2 and all(given) else None
 
 
 def _tables(path: Path) -> list[_Table]:
     """The tables of a file or folder, which have to be of different splits."""
-    tables = {}
+    tables = []
     for file in [path] if path.is_file() else find_files(path):
         table = _columns_of(file)
         if table is None:
@@ -217,13 +183,10 @@ def _tables(path: Path) -> list[_Table]:
                 "...) and xmin, ymin, xmax, ymax, or x, y, width, height, or bbox; found "
                 f"{', '.join(_header(file)) or 'no names'} in the first line."
             )
-        other = tables.setdefault(split_of_file(file.stem) or split_of_folder(file.parent.name), table)
-        if other is not table:
-            raise DataError(
-                f"{path}: {other.path.relative_to(path)} and {file.relative_to(path)} are both tables of boxes, and "
-                "their names do not tell splits apart. Give the file that you mean instead of the folder."
-            )
-    return list(tables.values())
+        tables.append(table)
+    splits = (split_of_file(table.path.stem) or split_of_folder(table.path.parent.name) for table in tables)
+    require_own_splits(path, zip(splits, [table.path for table in tables], strict=True), "tables of boxes")
+    return tables
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -251,7 +214,9 @@ def _header(path: Path) -> list[str]:
 
 def _columns_of(path: Path) -> _Table | None:
     """What the columns of a file are; `None` if there is none of images, or of boxes."""
-    names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in _header(path)}
+    header = _header(path)
+    without_names = _is_row(header)
+    names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in (_WITHOUT_NAMES if without_names else header)}
 
     def first(*known: tuple[str, ...]) -> list[str]:
         return next(([names[name] for name in group] for group in known if names.keys() >= set(group)), [])
@@ -264,7 +229,15 @@ def _columns_of(path: Path) -> _Table | None:
     if image is None or not coordinates:
         return None
     sizes = next((size for group in _SIZES if (size := first(group)) and not set(size) & set(coordinates)), [])
-    return _Table(path, image, coordinates, bool(corners), column(_CLASS), column(_SPLIT), sizes)
+    own = _WITHOUT_NAMES if without_names else None
+    return _Table(path, image, coordinates, bool(corners), column(_CLASS), column(_SPLIT), sizes, own)
+
+
+def _is_row(cells: list[str]) -> bool:
+    """Whether the first line of a table is a row and not the names of its columns."""
+    if len(cells) != len(_WITHOUT_NAMES) or not is_image(Path(cells[0])):
+        return False
+    return not any(cells[1:5]) or all(re.fullmatch(r"-?\d+(\.\d+)?", cell) for cell in cells[1:5])
 
 
 def _as_text(value) -> str:

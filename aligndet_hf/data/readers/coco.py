@@ -8,6 +8,7 @@ from pathlib import Path
 from ..door import is_inside, spelt_as_there
 from ..errors import DataError
 from .files import inside, is_file, list_files, parse_json, read_start, read_text, split_of_file, split_of_folder
+from .listed import require_own_splits
 from .rows import Categories, LabelledImage, Labels, is_box
 
 logger = logging.getLogger(__name__)
@@ -88,16 +89,9 @@ def _split_of(path: Path) -> str:
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
-    files = {}
-    for path in _find_files(folder):
-        split = _split_of(path)
-        if split in files:
-            raise DataError(
-                f"{folder}: {files[split].relative_to(folder)} and {path.relative_to(folder)} both look like the COCO "
-                f"file of the split '{split}'. Give the file that you mean instead of the folder."
-            )
-        files[split] = path
-    return files
+    files = [(_split_of(path), path) for path in _find_files(folder)]
+    require_own_splits(folder, files, "COCO files")
+    return dict(files)
 
 
 def _read_content(path: Path) -> dict:

@@ -179,10 +179,11 @@ def read_json(path: Path, root: Path | None = None):
     return parse_json(read_text(path, root), str(path))
 
 
-def table_rows(path: Path, delimiters: str = ",") -> Iterator[tuple[str, dict]]:
+def table_rows(path: Path, delimiters: str = ",", names: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """
     The rows of a CSV or Parquet file, each with its place. Cells of CSV are texts, and empty where they are missing;
-    of several delimiters the one that is most frequent in the first line counts.
+    of several delimiters the one that is most frequent in the first line counts. Give `names` of the columns if the
+    first line has none.
     """
     if path.suffix.lower() == ".parquet":
         try:
@@ -193,7 +194,8 @@ def table_rows(path: Path, delimiters: str = ",") -> Iterator[tuple[str, dict]]:
             yield f"{path}, row {position}", row
         return
     text = read_text(path)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter_of(text, delimiters), restval="")
+    lines = io.StringIO(text, newline="")
+    reader = csv.DictReader(lines, names, delimiter=delimiter_of(text, delimiters), restval="")
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"

@@ -1,0 +1,267 @@
+"""JSON with an entry for each image, in the dialects of CreateML, VIA, Label Studio, Scalabel and Supervisely."""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import DataError
+from .files import is_image, read_json, read_start, split_of_file
+from .listed import PIXELS, Entry, collect, label_files, require_own_splits, split_above
+from .rows import Labels
+
+logger = logging.getLogger(__name__)
+
+NAME = "JSON of CreateML, VIA, Label Studio, Scalabel or Supervisely"
+
+_SNIFFED_BYTES = 1 << 16
+_CLASS_NAMES = ("class", "label", "category", "name", "type")  # of the attributes of VIA
+_UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of files that are uploaded
+
+Box = list[float]
+Found = tuple[str, list[tuple[Box | None, str]], tuple[int, int] | None]  # image, boxes with their classes, size
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is a file in one of the dialects, or a folder with one at any depth."""
+    return _dialect_of(path) is not None if path.is_file() else any(True for _ in _files(path))
+
+
+def split_names(path: Path) -> list[str]:
+    """The splits, from the names of the files or of their folders; `train` if these do not tell."""
+    return list(dict.fromkeys(split for _, split, _ in _files(path)))
+
+
+def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+    """
+    Reads these splits. The box of a shape is what is around it; points and lines have none and are counted.
+
+    Args:
+        path (`Path`): The file or the folder.
+        splits (`list[str]`): As [`split_names`] has them.
+        image_dir (`Path`, *optional*): Folder of the images, at any depth. By default the folder of the files.
+
+    Returns:
+        [`Labels`]: the images in the order of the files.
+
+    Raises:
+        [`DataError`]: for a file that is not as it should be; it names the file and the entry.
+    """
+    skipped = []
+    entries = (entry for file in _files(path) for entry in _entries(*file, skipped if file[1] in splits else []))
+    folder = image_dir or (path if path.is_dir() else path.parent)
+    labels = collect(folder, entries, splits, "have no entry")
+    if skipped:
+        logger.warning("%s: %d points and lines are left out, they have no box.", path, len(skipped))
+    return labels
+
+
+class _Dialect(NamedTuple):
+    """
+    One tool's JSON.
+
+    Attributes:
+        opens (`bytes`): With which brackets a file may begin.
+        marks (`tuple[bytes]`): Keys that the start of a file has.
+        items (`Callable`): The entries of a file's content.
+        read (`Callable`): What an entry says: image (`None`: the name of the file), boxes, size.
+        expected (`str`): What an entry must have, for the error.
+        parts (`float`, *optional*): See [`Entry`].
+        is_of_one_image (`bool`): Whether there is a file for each image.
+    """
+
+    opens: bytes
+    marks: tuple[bytes, ...]
+    items: Callable[[object], Iterable]
+    read: Callable[[dict], Found]
+    expected: str
+    parts: float | None = PIXELS
+    is_of_one_image: bool = False
+
+
+def _create_ml(item: dict) -> Found:
+    objects = []
+    for annotation in item["annotations"]:
+        x, y, width, height = (annotation["coordinates"][key] for key in ("x", "y", "width", "height"))
+        objects.append(([x - width / 2, y - height / 2, width, height], annotation["label"]))  # from the centre
+    return item["image"], objects, None
+
+
+def _via(item: dict) -> Found:
+    regions = item["regions"]
+    regions = regions.values() if isinstance(regions, dict) else regions  # of its first version
+    return (
+        item["filename"],
+        [(_via_box(r["shape_attributes"]), _via_class(r["region_attributes"])) for r in regions],
+        None,
+    )
+
+
+def _via_box(shape: dict) -> Box | None:
+    kind = shape["name"]
+    if kind == "rect":
+        return [shape[key] for key in ("x", "y", "width", "height")]
+    if kind in ("circle", "ellipse"):
+        rx, ry = (shape["r"], shape["r"]) if kind == "circle" else (shape["rx"], shape["ry"])
+        return [shape["cx"] - rx, shape["cy"] - ry, 2 * rx, 2 * ry]
+    return _around(zip(shape["all_points_x"], shape["all_points_y"], strict=True)) if kind == "polygon" else None
+
+
+def _via_class(attributes: dict) -> str:
+    """The value of the attribute that is called a class, or of the first; of options the one that is chosen."""
+    if not attributes:
+        return "object"
+    by_name = {name.lower(): value for name, value in attributes.items()}
+    value = next((by_name[name] for name in _CLASS_NAMES if name in by_name), next(iter(attributes.values())))
+    if isinstance(value, dict):
+        (value,) = (option for option, is_chosen in value.items() if is_chosen)
+    return value
+
+
+def _label_studio(item: dict) -> Found:
+    data = item.get("data", item)  # the export with little in it has the image beside the boxes
+    image = next(value for value in data.values() if isinstance(value, str) and is_image(Path(value)))
+    if "annotations" in item:
+        annotations = [one for one in item["annotations"] if not one.get("was_cancelled")]
+        if len(annotations) > 1:
+            raise ValueError(f"{len(annotations)} annotations: keep one")
+        results = [result for one in annotations for result in one["result"]]
+        shapes = [result | result["value"] for result in results if result.get("type", "").endswith("labels")]
+    else:
+        lists = (value for value in item.values() if isinstance(value, list))
+        shapes = [shape for value in lists for shape in value if isinstance(shape, dict) and "original_width" in shape]
+    objects, size = [], None
+    for shape in shapes:
+        size = shape["original_width"], shape["original_height"]
+        classes = next(value for key, value in shape.items() if key.endswith("labels") and isinstance(value, list))
+        objects += [(_label_studio_box(shape, size), name) for name in classes]
+    image = image.partition("?d=")[2] or image
+    return (
+        _UPLOAD.sub("", image.replace("\\", "/").rpartition("/")[2]) if "/upload/" in image else image,
+        objects,
+        size,
+    )
+
+
+def _label_studio_box(shape: dict, size: tuple[int, int]) -> Box | None:
+    """In percent of the image's sides; what is around a turned one."""
+    if "points" in shape:
+        return _around(shape["points"])
+    if "radiusX" in shape:
+        return [
+            shape["x"] - shape["radiusX"],
+            shape["y"] - shape["radiusY"],
+            2 * shape["radiusX"],
+            2 * shape["radiusY"],
+        ]
+    if "height" not in shape:  # key points have a width
+        return None
+    x, y, width, height = (shape[key] for key in ("x", "y", "width", "height"))
+    angle = math.radians(shape.get("rotation") or 0)
+    if not angle:
+        return [x, y, width, height]
+    across, down = (side / 100 for side in size)  # it turns in pixels, around its first corner
+    corners = [(a * width * across, b * height * down) for a, b in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    cos, sin = math.cos(angle), math.sin(angle)
+    return _around((x + (a * cos - b * sin) / across, y + (a * sin + b * cos) / down) for a, b in corners)
+
+
+def _scalabel(item: dict) -> Found:
+    objects = []
+    for label in item.get("labels") or []:
+        box = label.get("box2d")
+        box = box and [box["x1"], box["y1"], box["x2"] - box["x1"], box["y2"] - box["y1"]]
+        objects.append((box, label["category"]))
+    return item["name"], objects, None
+
+
+def _supervisely(item: dict) -> Found:
+    objects = [
+        (_around(shape["points"]["exterior"]) if shape["geometryType"] in ("rectangle", "polygon") else None,
+         shape["classTitle"])
+        for shape in item["objects"]
+    ]  # fmt: skip
+    return None, objects, (item["size"]["width"], item["size"]["height"])
+
+
+def _via_items(content: dict) -> Iterable:
+    return content.get("_via_img_metadata", content).values()
+
+
+# A new dialect is a row here.
+_DIALECTS = {
+    "CreateML": _Dialect(
+        b"[", (b'"coordinates"', b'"annotations"'), list, _create_ml,
+        "'image' and 'annotations', each with 'label' and 'coordinates' (x, y, width, height)",
+    ),
+    "VIA": _Dialect(
+        b"{", (b'"regions"', b'"file_attributes"'), _via_items, _via,
+        "'filename' and 'regions', each with 'shape_attributes' and 'region_attributes'",
+    ),
+    "Label Studio": _Dialect(
+        b"[", (b'"original_width"',), list, _label_studio,
+        "'data' with an image and 'annotations', whose 'result' has boxes in percent", parts=100.0,
+    ),
+    "Scalabel": _Dialect(
+        b"[{", (b'"box2d"', b'"labels"'), lambda content: content["frames"] if isinstance(content, dict) else content,
+        _scalabel, "'name' and 'labels', each with 'category' and 'box2d' (x1, y1, x2, y2)",
+    ),
+    "Supervisely": _Dialect(
+        b"{", (b'"classTitle"', b'"geometryType"'), lambda content: [content], _supervisely,
+        "'size' and 'objects', each with 'classTitle', 'geometryType' and 'points'", is_of_one_image=True,
+    ),
+}  # fmt: skip
+
+
+def _around(points: Iterable) -> Box:
+    xs, ys = zip(*points, strict=True)
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+# ---- the files ----
+
+
+def _dialect_of(file: Path) -> _Dialect | None:
+    start = read_start(file, _SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    for dialect in _DIALECTS.values():
+        if start[:1] and start[:1] in dialect.opens and all(mark in start for mark in dialect.marks):
+            return dialect
+    return None
+
+
+def _files(path: Path) -> Iterator[tuple[Path, str, _Dialect]]:
+    """The files of a dialect, with their splits."""
+    found = []
+    for files in [[path]] if path.is_file() else label_files(path, ".json", _dialect_of):
+        first = next(filter(None, map(_dialect_of, files)))
+        if first.is_of_one_image:
+            found += [(file, split_above(file, path), first) for file in files]
+        else:
+            known = ((file, _dialect_of(file)) for file in files)
+            found += [(file, split_of_file(file.stem) or split_above(file, path), one) for file, one in known if one]
+    lists = [(split, file) for file, split, dialect in found if not dialect.is_of_one_image]
+    require_own_splits(path, lists, "lists of images")
+    yield from found
+
+
+def _entries(file: Path, split: str, dialect: _Dialect, skipped: list) -> Iterator[Entry]:
+    content = read_json(file)
+    faults = (KeyError, TypeError, ValueError, AttributeError, StopIteration)
+    try:
+        items = list(dialect.items(content))
+    except faults as error:
+        raise DataError(f"{file}: expected entries with {dialect.expected}.") from error
+    for position, item in enumerate(items):
+        where = str(file) if dialect.is_of_one_image else f"{file}, entry {position}"
+        try:
+            image, objects, size = dialect.read(item)
+            image = file.name.removesuffix(".json") if image is None else image
+            boxes = [(list(map(float, box)), label) for box, label in objects if box is not None]
+            if not all(isinstance(text, str) and text for text in [image, *(label for _, label in boxes)]):
+                raise ValueError("names must be texts")
+        except faults as error:
+            raise DataError(f"{where}: expected {dialect.expected}, got {str(item)[:120]} ({error}).") from error
+        skipped += [None] * (len(objects) - len(boxes))
+        yield Entry(where, split, image, file.parent, boxes, size, dialect.parts)

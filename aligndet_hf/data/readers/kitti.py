@@ -1,0 +1,87 @@
+"""KITTI: a text file for each image, with fifteen values for each object, as NVIDIA's TAO has it, too."""
+
+import logging
+import re
+from collections.abc import Iterator
+from glob import escape
+from itertools import chain
+from pathlib import Path
+
+from ..errors import DataError
+from .files import is_image, number, read_start, read_text
+from .listed import Entry, collect, label_files, split_above
+from .rows import Labels
+
+logger = logging.getLogger(__name__)
+
+NAME = "KITTI"
+
+_SNIFFED_BYTES = 200
+_LINE = re.compile(r"[^\s\d]\S*(\s+-?\d+(\.\d+)?([eE][-+]?\d+)?){14}")  # a class that is a number is one of YOLO
+_CORNERS = slice(4, 8)
+_REGION = "dontcare"  # where nobody has labelled the objects
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is a folder with text files of this kind, at any depth."""
+    return path.is_dir() and any(True for _ in _files(path))
+
+
+def split_names(path: Path) -> list[str]:
+    """The folders on the way to the label files that are splits, such as `training`; or `train`."""
+    return list(dict.fromkeys(split_above(file, path) for file in _files(path)))
+
+
+def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+    """
+    Reads these splits. Regions called `DontCare` are no objects: they are left out and counted.
+
+    Args:
+        path (`Path`): The folder.
+        splits (`list[str]`): As [`split_names`] has them.
+        image_dir (`Path`, *optional*): Folder of the images. By default looked for beside the label files, `image_2`
+            for `label_2`, or anywhere in the folder.
+
+    Returns:
+        [`Labels`]: names of categories come from all splits, in alphabetical order.
+
+    Raises:
+        [`DataError`]: for a line that is not as it should be; it names file and line.
+    """
+    regions = []
+    entries = (_entry(file, path, regions) for file in _files(path))
+    labels = collect(image_dir or path, entries, splits, "have no label file")
+    if left_out := sum(split in splits for split in regions):
+        logger.warning("%s: %d regions 'DontCare' are left out.", path, left_out)
+    return labels
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return chain.from_iterable(label_files(folder, ".txt", _looks_like_kitti))
+
+
+def _looks_like_kitti(file: Path) -> bool:
+    return bool(_LINE.match(read_start(file, _SNIFFED_BYTES).decode("utf-8", "replace")))
+
+
+def _entry(file: Path, root: Path, regions: list) -> Entry:
+    objects, split = [], split_above(file, root)
+    for box, name in _objects(file):
+        if name.lower() == _REGION:
+            regions.append(split)
+        else:
+            objects.append((box, name))
+    beside = file.parent.with_name(file.parent.name.replace("label", "image"))
+    images = [path for path in sorted(beside.glob(f"{escape(file.stem)}.*")) if is_image(path)]
+    name = f"../{beside.name}/{images[0].name}" if images else file.stem
+    return Entry(str(file), split, name, file.parent, objects)
+
+
+def _objects(file: Path) -> Iterator[tuple[list[float], str]]:
+    for row, line in enumerate(read_text(file).splitlines(), start=1):
+        where, values = f"{file}, line {row}", line.split()
+        if values and len(values) not in (15, 16):  # with a score
+            raise DataError(f"{where}: expected a class and 14 numbers, got {line.strip()[:80]!r}.")
+        if values:
+            left, top, right, bottom = (number(value, where, "a corner") for value in values[_CORNERS])
+            yield [left, top, right - left, bottom - top], values[0]

@@ -1,0 +1,151 @@
+"""What label files that name their images have in common: finding the images, and putting their entries together."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+from ..errors import DataError
+from ..images import image_size
+from .files import inside, is_file, list_files, list_images, split_of_folder, tell_unlisted
+from .rows import Categories, LabelledImage, Labels
+
+_LOOKED_AT = 10  # files of each folder
+PIXELS = None  # what `Entry.parts` is of boxes in pixels
+
+
+class Entry(NamedTuple):
+    """
+    What a label file says of an image, in one of perhaps several entries for it.
+
+    Attributes:
+        where (`str`): The place in the label file, for errors.
+        split (`str`): The split of the image.
+        image (`str`): How the file calls the image: a path of this machine or another, or a name with or without its
+            ending.
+        base (`Path`): The folder that relative paths start from.
+        objects (`list[tuple[list[float], str]]`): xywh and class of each object; it may be empty.
+        size (`tuple[int, int]`, *optional*): Width and height of the image, where the file has them.
+        parts (`float`, *optional*): Boxes are in this many parts of the image's sides, 1 or 100; else in pixels.
+    """
+
+    where: str
+    split: str
+    image: str
+    base: Path
+    objects: list[tuple[list[float], str]]
+    size: tuple[int, int] | None = None
+    parts: float | None = PIXELS
+
+
+def collect(folder: Path, entries: Iterable[Entry], splits: list[str], missing: str) -> Labels:
+    """
+    Makes the images of these splits of the entries of all.
+
+    Names of categories come from all splits: texts in alphabetical order, numbers in theirs. Images without an entry
+    are left out and counted.
+
+    Args:
+        folder (`Path`): The folder of the images, at any depth; nothing outside it is read.
+        entries (`Iterable[Entry]`): Of all splits.
+        splits (`list[str]`): The splits to read.
+        missing (`str`): What images without an entry do, for the count: "have no row in the table".
+
+    Returns:
+        [`Labels`]: the images in the order of their first entries.
+
+    Raises:
+        [`DataError`]: an image is not there, or there are two of its name; it names the place.
+    """
+    finder, images, names, listed = _Finder(folder), {}, set(), set()
+    for entry in entries:
+        names |= {label for _, label in entry.objects}
+        listed |= {PureWindowsPath(entry.image).name, PureWindowsPath(entry.image).stem}
+        if entry.split not in splits:
+            continue
+        file = finder.find(entry)
+        listed |= {file, file.stem}
+        if (entry.split, file) not in images:
+            width, height = entry.size or (None, None)
+            image = LabelledImage(file, entry.where, entry.image, None, width, height, {"bbox": [], "category": []})
+            images[entry.split, file] = image
+        image = images[entry.split, file]
+        for box, label in entry.objects:
+            image.add(_in_pixels(box, entry, file), label)
+    categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    numbers = {name: position for position, name in enumerate(categories)}
+    for image in images.values():
+        image.objects["category"] = [numbers[label] for label in image.objects["category"]]
+    tell_unlisted(folder, listed, missing)
+    return Labels(list(images.values()), Categories(categories) if categories else None)
+
+
+def require_own_splits(folder: Path, files: Iterable[tuple[str | None, Path]], what: str) -> None:
+    """
+    Refuses a folder with two label files for one split, such as two versions of the same labels.
+
+    Raises:
+        [`DataError`]: names the two.
+    """
+    found = {}
+    for split, file in files:
+        other = found.setdefault(split, file)
+        if other is not file:
+            raise DataError(
+                f"{folder}: {other.relative_to(folder)} and {file.relative_to(folder)} are both {what}, and their "
+                "names do not tell splits apart. Give the file that you mean instead of the folder."
+            )
+
+
+def label_files(folder: Path, ending: str, looks_right: Callable[[Path], bool]) -> Iterator[list[Path]]:
+    """The files with this ending, folder by folder: of all folders one of whose first files looks right."""
+    for _, files in groupby(list_files(folder, ending), lambda file: file.parent):
+        files = list(files)
+        if any(map(looks_right, files[:_LOOKED_AT])):
+            yield files
+
+
+def split_above(file: Path, root: Path) -> str:
+    """The split that a folder on the way up from a file to the root is, the root included; `train` if none is."""
+    folders = [folder for folder in file.parents if folder.is_relative_to(root)] or [file.parent]
+    return next(filter(None, (split_of_folder(folder.name) for folder in folders)), "train")
+
+
+def _in_pixels(box: list[float], entry: Entry, file: Path) -> list[float]:
+    if entry.parts is PIXELS:
+        return box
+    width, height = entry.size or image_size(file)[::-1]
+    return [value / entry.parts * side for value, side in zip(box, (width, height) * 2, strict=True)]
+
+
+class _Finder:
+    """Finds the images that a label file names: by their path, or anywhere in a folder by their name."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.found: dict[tuple[str, Path], Path] = {}
+        self.by_name: dict[str, list[Path]] = {}
+        for path in list_images(folder):
+            for name in (path.name, path.stem):
+                self.by_name.setdefault(name, []).append(path)
+
+    def find(self, entry: Entry) -> Path:
+        key = entry.image, entry.base
+        if key not in self.found:
+            self.found[key] = self._find(*key, entry.where)
+        return self.found[key]
+
+    def _find(self, name: str, base: Path, where: str) -> Path:
+        for start in (base, self.folder):
+            try:
+                path = inside(self.folder, name, where, start)
+            except DataError:  # of another machine, or beside a table that is not in the folder
+                continue
+            if is_file(path):
+                return path
+        found = self.by_name.get(PureWindowsPath(name).name, [])
+        if len(found) > 1:
+            raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
+        if not found:
+            raise DataError(f"{where}: there is no image {name!r} in {self.folder}. Give the folder as image_dir.")
+        return found[0]
