@@ -1,6 +1,9 @@
-"""What processes that train together tell each other: means of numbers, and each other's rows."""
+"""What processes that train together tell each other: means of numbers, and each other's rows; whom they obey."""
 
+import multiprocessing
 import os
+import signal
+import threading
 
 import torch
 import torch.distributed as dist
@@ -12,6 +15,26 @@ def device_of(use_cpu: bool) -> str:
     if not use_cpu and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     return "mps" if not use_cpu and torch.backends.mps.is_available() else "cpu"
+
+
+def leave_signals_to_parent() -> None:
+    """
+    Has this process, which works for another one, live through SIGINT and SIGTERM, unless they come from that one.
+
+    Ctrl-C and batch systems signal all processes of a run. The one that was started ends the run and then the others;
+    if they ended first, it would fail for want of them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux; elsewhere nobody says whose a signal is
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in the threads that start from here
+        threading.Thread(target=_end_when_parent_says, daemon=True).start()
+
+
+def _end_when_parent_says() -> None:
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def is_distributed() -> bool:

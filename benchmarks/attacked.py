@@ -85,7 +85,7 @@ def attacked(root: Path) -> dict[str, Attacked]:
         ),
         "compare": Attacked(
             "compare",
-            ["--config", str(root / "compare.yaml")],
+            ["--config", str(root / "compare.yaml"), "--num_pictures", "0"],
             ["--seeds", "1"],
             ["**/model.safetensors", "**/*.arrow", "*.csv", "label_subsets.json"],
         ),
@@ -149,7 +149,7 @@ def make_inputs(root: Path) -> None:
     state = randomise(MmdetDetr(3, len(SYNTHETIC_CATEGORIES))).state_dict()
     torch.save({"meta": meta, "state_dict": state}, root / "published.pth")
 
-    common = {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "image_sizes": [64], "max_steps": 2}
+    common = {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 1, "image_sizes": [64], "max_steps": 2}
     finetune = {"dataset": str(root / "data"), "detector": "${pretrain}/detector", "per_device_train_batch_size": 2}
     finetune |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     proposals = {"dataset": str(root / "data"), "split": "train", "source": "random", "max_boxes": 3}

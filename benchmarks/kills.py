@@ -5,7 +5,8 @@ Each try is a fork of this process, which has imported all there is. Kills and s
 random file operations in the output folder, so that the short ones, such as the removal of old work, are met too.
 
 - kill: SIGKILL, three times a run; then the same command must end with the bytes of a run that nothing happened to;
-- signal: the same with SIGTERM and SIGINT, which must end the run with one line and the code 143 or 130;
+- signal: the same with SIGTERM and SIGINT to all processes of the run, as batch systems and terminals send them, which
+  must end it with one line and the code 143 or 130;
 - damage: what can happen to the files of the last checkpoint of an interrupted training (tests/damages.py): the same
   command must end with the same bytes, or with one line;
 - pair: two processes in one folder, of equal and of different settings: one runs, the other is refused, and what is
@@ -81,9 +82,12 @@ def import_what_was_needed() -> None:
 def fork(function: Callable, log: Path) -> int:
     pid = os.fork()
     if pid:
+        with contextlib.suppress(OSError):  # it has done so, and more
+            os.setpgid(pid, pid)
         return pid
     code = 99
     try:
+        os.setpgid(0, 0)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -206,14 +210,15 @@ def one_line(log: Path | None = None) -> bool:
 
 def disturbed(task: Attacked, output: Path, whole: Whole, number: int, chance: random.Random) -> int:
     """A run that gets a signal at a random moment or file operation; returns its code."""
+    send = os.kill if number == signal.SIGKILL else os.killpg
     if chance.random() < 0.5:
         place = chance.randint(1, whole.operations)
-        act = lambda: os.kill(os.getpid(), number)  # noqa: E731
+        act = lambda: send(os.getpid(), number)  # noqa: E731
         return end(start(task, output, before=lambda: at_file_operation(place, output, act)))
     pid = start(task, output)
     time.sleep(chance.uniform(0, whole.seconds))
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+        send(pid, number)
     return end(pid)
 
 

@@ -1,4 +1,7 @@
+import os
 import pickle
+import signal
+import subprocess
 from io import BytesIO
 
 import cv2
@@ -138,6 +141,33 @@ def test_workers_change_nothing(twelve, num_workers):
     cv2.GaussianBlur(np.zeros((2000, 2000), np.uint8), (9, 9), 3)  # starts OpenCV's threads, which a fork loses
     for first, second in zip(batches(0), batches(num_workers), strict=True):
         assert_equal(first, second)
+
+
+class Workers:
+    """Eight items: the process that loads each."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_only_its_parent_ends_a_worker(number):
+    """A signal to all processes of a run: it is the run that ends, and that needs its data until then."""
+    loader = DataLoader(Workers(), batch_size=None, num_workers=1, worker_init_fn=init_worker)
+    items = iter(loader)
+    worker = next(items)
+    subprocess.run(["kill", f"-{number}", str(worker)], check=True)
+    assert list(items) == [worker] * 7
+    assert worker != os.getpid()
+    items = iter(loader)
+    next(items)
+    (process,) = items._workers
+    process.terminate()
+    process.join()
+    assert process.exitcode == 0
 
 
 # ---- which proposals ----

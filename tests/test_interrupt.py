@@ -187,7 +187,10 @@ def test_kill_in_every_phase(flags, uninterrupted, tmp_path):
 
 
 class InStep:
-    """Touches `mark` in each step, and waits there: for some seconds, or until there is the file `until`."""
+    """
+    Touches `mark` in each step, and waits there: for some seconds, or until there is the file `until`. The run is a
+    process group of its own, with the processes that load its data.
+    """
 
     def __init__(self, mark, seconds=0.0, until=None):
         self.mark, self.seconds, self.until = mark, seconds, until
@@ -196,6 +199,7 @@ class InStep:
         from aligndet_hf.commands import pretrain
         from aligndet_hf.models import AlignDetForPreTraining
 
+        os.setpgrp()
         original = AlignDetForPreTraining.forward
 
         def slow(model, *args, **kwargs):
@@ -232,10 +236,11 @@ def test_kill_at_random_moments(flags, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_resume(flags, uninterrupted, tmp_path, number, code):
+    """A signal to all of its processes, as terminals and batch systems send it."""
     argv, mark, until = [*flags, "--output_dir", str(tmp_path)], tmp_path / "mark", tmp_path / "until"
-    process = start(argv, InStep(mark, until=until))
+    process = start([*argv, "--dataloader_num_workers", "2"], InStep(mark, until=until))
     wait_for(mark.exists)
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)
     until.touch()
     process.join()
     assert process.exitcode == code

@@ -12,6 +12,7 @@ import pytest
 
 from aligndet_hf import files, runs
 from aligndet_hf.runs import LOCK, RECORD, RunFolder
+from aligndet_hf.training.interrupts import StopSignals
 
 SETTINGS = {"seed": 0, "sizes": [64, 96], "inner": {"rate": 0.1}}
 
@@ -560,6 +561,20 @@ def test_a_signal_ends_a_run_with_a_word_on_how_to_go_on(tmp_path, number):
         os.kill(os.getpid(), number)
     assert error.value.signal == number and names(tmp_path) == [RECORD]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("failure", [None, RuntimeError("no worker")])
+def test_a_signal_that_does_not_end_a_training_ends_what_follows(tmp_path, number, failure):
+    with pytest.raises(runs.Interrupted, match="stopped") as error, training(tmp_path), StopSignals(None) as stop:
+        os.kill(os.getpid(), number)
+        assert stop.number == number
+        if failure:
+            raise failure
+    assert error.value.signal == number
+    with pytest.raises(runs.Interrupted, match="saved"), training(tmp_path), StopSignals(None):
+        os.kill(os.getpid(), number)
+        raise runs.Interrupted("saved", number)
 
 
 def test_a_signal_that_meets_a_finalizer_is_not_lost(tmp_path):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
+from ..processes import leave_signals_to_parent
 from .augmentations import AUGMENTATIONS, Augmentation, Sample, apply_transform
 from .bit_depth import pixel_window
 from .columns import clean_boxes, read_boxes, read_values, require_columns, usable_boxes
@@ -29,7 +30,8 @@ from .views import ViewConfig, draw_crop, draw_two_crops, make_view
 
 
 def init_worker(worker_id: int) -> None:
-    """`worker_init_fn` of a `DataLoader`: no OpenCV threads beside the worker, as PyTorch does for its own."""
+    """`worker_init_fn` of a `DataLoader`: its parent ends it, no signal, and OpenCV has no threads beside it."""
+    leave_signals_to_parent()
     # 0, not 1: both mean sequential, but 1 waits for the threads of the pool, which do not exist after a fork.
     cv2.setNumThreads(0)
 

@@ -4,7 +4,6 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import datasets
 
+from ..processes import leave_signals_to_parent
 from .bit_depth import pixel_window
 from .errors import ImageError
 from .images import decode_image, image_name
@@ -96,7 +96,7 @@ _worker: dict[str, Work] = {}
 
 
 def _init_worker(open_work: Callable[[], Work]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and lets us finish the shard
+    leave_signals_to_parent()  # which lets us finish the shard
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker["work"] = open_work()
 

@@ -14,8 +14,9 @@ class StopSignals:
     """
     Context in which SIGTERM and the first SIGINT (Ctrl-C) are noted instead of ending the process.
 
-    A second Ctrl-C interrupts at once, wherever the run is. Outside the main thread, where Python cannot handle
-    signals, nothing changes.
+    A second Ctrl-C interrupts at once, wherever the run is. A signal that has not ended the run by the end of the
+    context comes again then: it is meant for what would follow, too. Outside the main thread, where Python cannot
+    handle signals, nothing changes.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -28,9 +29,11 @@ class StopSignals:
             self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind: type | None = None, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.number and not issubclass(kind or Exception, KeyboardInterrupt):
+            signal.raise_signal(self.number)
 
     def _note(self, number: int, frame) -> None:
         self.number = self.number or number
