@@ -170,7 +170,7 @@ def test_a_teacher_that_is_an_arm_is_trained_once():
     student = jobs["selftrain"].measured.settings
     assert student["pseudo_dataset"] == f"out/plain/pseudolabel{name}" and student["transfer"] == "everything"
     steps = {arm: job.measured.settings["max_steps"] for arm, job in jobs.items()}
-    assert {arm for arm, count in steps.items() if count == 6} == {"plain_long", "plain_long_aug"}
+    assert {arm for arm, count in steps.items() if count == 6} == {"plain_long", "plain_long_aug", "aligndet_long"}
 
 
 def test_each_arm_of_the_recipe_of_augmentations_changes_one_thing():
