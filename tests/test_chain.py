@@ -248,7 +248,8 @@ def test_a_round_of_self_training(data, ran, tmp_path):
     common |= {"write_report": False, "per_device_train_batch_size": 2}
     given = [
         f"dataset={data}", f"weights={tmp_path / 'w.safetensors'}", "backbone=resnet10t", "label_fraction=0.25",
-        "steps=1", "student_steps=1", "pretrain_steps=1", "image_sizes=[64]", "clusters.num_clusters=2", "proposals.preset=tiny",
+        "steps=1", "student_steps=1", "pretrain_steps=1", "image_sizes=[64]",
+        "clusters.num_clusters=2", "proposals.preset=tiny",
         "pseudolabel.score_threshold=0", "pseudolabel.ignore_threshold=0", "pseudolabel.class_check=none",
         "teacher.eval_strategy='no'", "finetune.eval_strategy='no'",
     ]  # fmt: skip
