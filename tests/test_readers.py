@@ -516,6 +516,9 @@ def test_turned_boxes_polygons_and_two_annotations_of_label_studio(tmp_path):
     (objects,) = load_dataset_source(tmp_path, labels=True)["objects"][:]
     np.testing.assert_allclose(objects["bbox"], [[30, 20, 10, 60], [20, 10, 20, 30], [90, 40, 20, 20]], atol=1e-9)
     assert objects["category"] == [1, 0, 0]
+    turned, polygon, ellipse = objects["segmentation"]
+    np.testing.assert_allclose(json.loads(turned), [[40, 20, 40, 80, 30, 80, 30, 20]], atol=1e-9)
+    assert json.loads(polygon) == [[20, 10, 40, 15, 30, 40]] and ellipse is None
     write_text(tmp_path / "export.json", [task | {"annotations": 2 * task["annotations"]}])
     with pytest.raises(DataError, match="export.json, entry 0: expected 'data' .*2 annotations: keep one"):
         load_dataset_source(tmp_path, labels=True)

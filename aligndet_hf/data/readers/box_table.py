@@ -23,7 +23,7 @@ from .files import (
     split_of_folder,
     table_rows,
 )
-from .listed import PIXELS, Entry, collect, require_own_splits
+from .listed import PIXELS, Entry, Object, collect, require_own_splits
 from .rows import Labels, is_box
 
 logger = logging.getLogger(__name__)
@@ -116,11 +116,11 @@ class _Table:
         found = []
         for where, row in self.rows():
             box, label = self.box(row, where), self.label(row, where)
-            image, objects = self.cell(row, self.image, where), [] if box is None else [(box, label)]
+            image, objects = self.cell(row, self.image, where), [] if box is None else [Object(box, label)]
             found.append(
                 Entry(where, self.split_of(row), image, self.path.parent, objects, self.size(row, where), PIXELS)
             )
-        ends = [max(x + w, y + h) for entry in found for (x, y, w, h), _ in entry.objects]
+        ends = [max(x + w, y + h) for entry in found for (x, y, w, h), *_ in entry.objects]
         if ends and max(ends) <= _LARGEST_PART:
             logger.warning("%s: no coordinate is above 1: they are taken as parts of the images' sides.", self.path)
             found = [entry._replace(parts=1.0) for entry in found]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..errors import DataError
 from .files import is_image, read_json, read_start, split_of_file
-from .listed import PIXELS, Entry, collect, label_files, require_own_splits, split_above
+from .listed import PIXELS, Entry, Object, collect, label_files, require_own_splits, split_above
 from .rows import Labels
 
 logger = logging.getLogger(__name__)
@@ -20,8 +20,8 @@ _SNIFFED_BYTES = 1 << 16
 _CLASS_NAMES = ("class", "label", "category", "name", "type")  # of the attributes of VIA
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of files that are uploaded
 
-Box = list[float]
-Found = tuple[str, list[tuple[Box | None, str]], tuple[int, int] | None]  # image, boxes with their classes, size
+Shape = list[float] | list[tuple[float, float]] | None  # xywh, the corners of a polygon, or what has no box
+Found = tuple[str, list[tuple[Shape, str]], tuple[int, int] | None]  # image, shapes with their classes, size
 
 
 def recognise(path: Path) -> bool:
@@ -94,19 +94,19 @@ def _via(item: dict) -> Found:
     regions = regions.values() if isinstance(regions, dict) else regions  # of its first version
     return (
         item["filename"],
-        [(_via_box(r["shape_attributes"]), _via_class(r["region_attributes"])) for r in regions],
+        [(_via_shape(r["shape_attributes"]), _via_class(r["region_attributes"])) for r in regions],
         None,
     )
 
 
-def _via_box(shape: dict) -> Box | None:
+def _via_shape(shape: dict) -> Shape:
     kind = shape["name"]
     if kind == "rect":
         return [shape[key] for key in ("x", "y", "width", "height")]
     if kind in ("circle", "ellipse"):
         rx, ry = (shape["r"], shape["r"]) if kind == "circle" else (shape["rx"], shape["ry"])
         return [shape["cx"] - rx, shape["cy"] - ry, 2 * rx, 2 * ry]
-    return _around(zip(shape["all_points_x"], shape["all_points_y"], strict=True)) if kind == "polygon" else None
+    return list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)) if kind == "polygon" else None
 
 
 def _via_class(attributes: dict) -> str:
@@ -136,7 +136,7 @@ def _label_studio(item: dict) -> Found:
     for shape in shapes:
         size = shape["original_width"], shape["original_height"]
         classes = next(value for key, value in shape.items() if key.endswith("labels") and isinstance(value, list))
-        objects += [(_label_studio_box(shape, size), name) for name in classes]
+        objects += [(_label_studio_shape(shape, size), name) for name in classes]
     image = image.partition("?d=")[2] or image
     return (
         _UPLOAD.sub("", image.replace("\\", "/").rpartition("/")[2]) if "/upload/" in image else image,
@@ -145,10 +145,10 @@ def _label_studio(item: dict) -> Found:
     )
 
 
-def _label_studio_box(shape: dict, size: tuple[int, int]) -> Box | None:
-    """In percent of the image's sides; what is around a turned one."""
+def _label_studio_shape(shape: dict, size: tuple[int, int]) -> Shape:
+    """In percent of the image's sides."""
     if "points" in shape:
-        return _around(shape["points"])
+        return shape["points"]
     if "radiusX" in shape:
         return [
             shape["x"] - shape["radiusX"],
@@ -163,9 +163,9 @@ def _label_studio_box(shape: dict, size: tuple[int, int]) -> Box | None:
     if not angle:
         return [x, y, width, height]
     across, down = (side / 100 for side in size)  # it turns in pixels, around its first corner
-    corners = [(a * width * across, b * height * down) for a, b in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    corners = [(a * width * across, b * height * down) for a, b in ((0, 0), (1, 0), (1, 1), (0, 1))]
     cos, sin = math.cos(angle), math.sin(angle)
-    return _around((x + (a * cos - b * sin) / across, y + (a * sin + b * cos) / down) for a, b in corners)
+    return [(x + (a * cos - b * sin) / across, y + (a * sin + b * cos) / down) for a, b in corners]
 
 
 def _scalabel(item: dict) -> Found:
@@ -178,11 +178,10 @@ def _scalabel(item: dict) -> Found:
 
 
 def _supervisely(item: dict) -> Found:
-    objects = [
-        (_around(shape["points"]["exterior"]) if shape["geometryType"] in ("rectangle", "polygon") else None,
-         shape["classTitle"])
-        for shape in item["objects"]
-    ]  # fmt: skip
+    objects = []
+    for shape in item["objects"]:
+        has_area = shape["geometryType"] in ("rectangle", "polygon")
+        objects.append((shape["points"]["exterior"] if has_area else None, shape["classTitle"]))
     return None, objects, (item["size"]["width"], item["size"]["height"])
 
 
@@ -215,9 +214,16 @@ _DIALECTS = {
 }  # fmt: skip
 
 
-def _around(points: Iterable) -> Box:
-    xs, ys = zip(*points, strict=True)
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+def _object(shape: Shape, label: str) -> Object:
+    """An object; the box of a polygon is what is around it. Two points are corners of a box."""
+    if not isinstance(label, str) or not label:
+        raise ValueError("names must be texts")
+    if isinstance(shape[0], int | float):
+        return Object(list(map(float, shape)), label)
+    xs, ys = ([float(value) for value in values] for values in zip(*shape, strict=True))
+    box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    outline = [value for point in zip(xs, ys, strict=True) for value in point]
+    return Object(box, label, outline if len(xs) > 2 else None)
 
 
 # ---- the files ----
@@ -248,7 +254,7 @@ def _files(path: Path) -> Iterator[tuple[Path, str, _Dialect]]:
 
 def _entries(file: Path, split: str, dialect: _Dialect, skipped: list) -> Iterator[Entry]:
     content = read_json(file)
-    faults = (KeyError, TypeError, ValueError, AttributeError, StopIteration)
+    faults = (LookupError, TypeError, ValueError, AttributeError, StopIteration)
     try:
         items = list(dialect.items(content))
     except faults as error:
@@ -258,10 +264,10 @@ def _entries(file: Path, split: str, dialect: _Dialect, skipped: list) -> Iterat
         try:
             image, objects, size = dialect.read(item)
             image = file.name.removesuffix(".json") if image is None else image
-            boxes = [(list(map(float, box)), label) for box, label in objects if box is not None]
-            if not all(isinstance(text, str) and text for text in [image, *(label for _, label in boxes)]):
+            found = [_object(*one) for one in objects if one[0] is not None]
+            if not isinstance(image, str):
                 raise ValueError("names must be texts")
         except faults as error:
             raise DataError(f"{where}: expected {dialect.expected}, got {str(item)[:120]} ({error}).") from error
-        skipped += [None] * (len(objects) - len(boxes))
-        yield Entry(where, split, image, file.parent, boxes, size, dialect.parts)
+        skipped += [None] * (len(objects) - len(found))
+        yield Entry(where, split, image, file.parent, found, size, dialect.parts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .files import is_image, number, read_start, read_text
-from .listed import Entry, collect, label_files, split_above
+from .listed import Entry, Object, collect, label_files, split_above
 from .rows import Labels
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def _entry(file: Path, root: Path, regions: list) -> Entry:
         if name.lower() == _REGION:
             regions.append(split)
         else:
-            objects.append((box, name))
+            objects.append(Object(box, name))
     beside = file.parent.with_name(file.parent.name.replace("label", "image"))
     images = [path for path in sorted(beside.glob(f"{escape(file.stem)}.*")) if is_image(path)]
     name = f"../{beside.name}/{images[0].name}" if images else file.stem

@@ -14,6 +14,21 @@ _LOOKED_AT = 10  # files of each folder
 PIXELS = None  # what `Entry.parts` is of boxes in pixels
 
 
+class Object(NamedTuple):
+    """
+    An object of an [`Entry`].
+
+    Attributes:
+        box (`list[float]`): xywh.
+        label (`str`): Its class.
+        outline (`list[float]`, *optional*): The corners of a polygon around it, x and y in turn.
+    """
+
+    box: list[float]
+    label: str
+    outline: list[float] | None = None
+
+
 class Entry(NamedTuple):
     """
     What a label file says of an image, in one of perhaps several entries for it.
@@ -24,16 +39,16 @@ class Entry(NamedTuple):
         image (`str`): How the file calls the image: a path of this machine or another, or a name with or without its
             ending.
         base (`Path`): The folder that relative paths start from.
-        objects (`list[tuple[list[float], str]]`): xywh and class of each object; it may be empty.
+        objects (`list[Object]`): May be empty.
         size (`tuple[int, int]`, *optional*): Width and height of the image, where the file has them.
-        parts (`float`, *optional*): Boxes are in this many parts of the image's sides, 1 or 100; else in pixels.
+        parts (`float`, *optional*): Coordinates are in this many parts of the image's sides, 1 or 100; else in pixels.
     """
 
     where: str
     split: str
     image: str
     base: Path
-    objects: list[tuple[list[float], str]]
+    objects: list[Object]
     size: tuple[int, int] | None = None
     parts: float | None = PIXELS
 
@@ -59,7 +74,7 @@ def collect(folder: Path, entries: Iterable[Entry], splits: list[str], missing: 
     """
     finder, images, names, listed = _Finder(folder), {}, set(), set()
     for entry in entries:
-        names |= {label for _, label in entry.objects}
+        names |= {one.label for one in entry.objects}
         listed |= {PureWindowsPath(entry.image).name, PureWindowsPath(entry.image).stem}
         if entry.split not in splits:
             continue
@@ -70,8 +85,9 @@ def collect(folder: Path, entries: Iterable[Entry], splits: list[str], missing: 
             image = LabelledImage(file, entry.where, entry.image, None, width, height, {"bbox": [], "category": []})
             images[entry.split, file] = image
         image = images[entry.split, file]
-        for box, label in entry.objects:
-            image.add(_in_pixels(box, entry, file), label)
+        for box, label, outline in entry.objects:
+            segmentation = None if outline is None else [_in_pixels(outline, entry, file)]
+            image.add(_in_pixels(box, entry, file), label, segmentation=segmentation)
     categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     numbers = {name: position for position, name in enumerate(categories)}
     for image in images.values():
@@ -111,11 +127,12 @@ def split_above(file: Path, root: Path) -> str:
     return next(filter(None, (split_of_folder(folder.name) for folder in folders)), "train")
 
 
-def _in_pixels(box: list[float], entry: Entry, file: Path) -> list[float]:
+def _in_pixels(values: list[float], entry: Entry, file: Path) -> list[float]:
+    """Numbers across and down in turn, in pixels."""
     if entry.parts is PIXELS:
-        return box
-    width, height = entry.size or image_size(file)[::-1]
-    return [value / entry.parts * side for value, side in zip(box, (width, height) * 2, strict=True)]
+        return values
+    sides = entry.size or image_size(file)[::-1]
+    return [value / entry.parts * sides[number % 2] for number, value in enumerate(values)]
 
 
 class _Finder:
