@@ -164,30 +164,20 @@ def inert(text) -> str:
     return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
-def command_line(command: str, arguments) -> str:
+def command_line(command: str, cls: type, given: Mapping) -> str:
     """
-    The command line that stands for a dataclass of arguments: what is not at its default, paths by their last part.
+    The command line that stands for arguments; of paths it has the last part.
 
     Args:
         command (`str`): Such as "pretrain".
-        arguments: The dataclass.
+        cls (`type`): The dataclass of its arguments.
+        given (`Mapping`): The values of its flags that were given, see [`~aligndet_hf.flags.given_flags`].
     """
     words = ["aligndet", command]
-    hidden = names_of(type(arguments), *NOT_TOLD)
-    for item in dataclasses.fields(arguments):
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        value = getattr(arguments, item.name)
-        value = value.value if isinstance(value, Enum) else value
-        is_plain = isinstance(value, str | int | float | list | tuple | dict)
-        # Empty lists and mappings are what `__post_init__` makes of values that were not given.
-        if not item.init or not is_plain or value in ([], {}) or value == getattr(default, "value", default):
-            continue
-        if item.name not in hidden and item.name in told_settings({item.name: value}):
-            value = _plain(value)
-            many = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            words += [f"--{item.name}", *(str(one) if not isinstance(one, bool) else str(one).lower() for one in many)]
-    if any(
-        item.name == "output_dir" and item.default is dataclasses.MISSING for item in dataclasses.fields(arguments)
-    ):
+    hidden = names_of(cls, *NOT_TOLD)
+    for name, value in told_settings({name: given[name] for name in given if name not in hidden}).items():
+        many = [json.dumps(value)] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(str(one) if not isinstance(one, bool) else str(one).lower() for one in many)]
+    if cls.__dataclass_fields__["output_dir"].default is dataclasses.MISSING:
         words += ["--output_dir", f"outputs/{command}"]  # required, but where it was is nobody else's business
     return shlex.join(words)

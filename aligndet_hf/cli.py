@@ -135,7 +135,7 @@ from unlabelled images to a fine-tuned detector:
   aligndet clusters  --dataset outputs/proposals --backbone_weights timm --output_dir outputs/clusters  # optional
   aligndet pretrain  --dataset outputs/proposals --detector rt_detr --output_dir outputs/pretrained
   aligndet check     --dataset labelled/ --output_dir outputs/check  # is anything wrong with the labels?
-  aligndet finetune  --dataset labelled/ --detector outputs/pretrained/detector --output_dir outputs/finetuned
+  aligndet finetune  --dataset labelled/ --detector outputs/pretrained --output_dir outputs/finetuned
   aligndet evaluate  --dataset labelled/ --split validation --detector outputs/finetuned
   aligndet predict   --images photos/ --detector outputs/finetuned --output_dir outputs/predictions
   aligndet export    --detector outputs/finetuned --images photos/ --output_dir outputs/exported

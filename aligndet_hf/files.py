@@ -1,6 +1,7 @@
 """Files that are complete or absent: written under another name, synced, renamed into place."""
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -62,6 +63,14 @@ def file_hash(path: str | Path, size: float = math.inf) -> str:
             digest.update(block)
             size -= len(block)
     return digest.hexdigest()
+
+
+def similar_path(path: str | Path) -> str:
+    """What to add to a message about a path that is not there: one beside it that is called nearly the same."""
+    path = Path(path)
+    names = [one.name for one in path.expanduser().parent.glob("*")]
+    close = difflib.get_close_matches(path.name, names, 1, 0.75)
+    return f" (did you mean {str(path.parent / close[0])!r}?)" if close else ""
 
 
 def sync(path: Path) -> None:

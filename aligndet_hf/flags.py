@@ -173,6 +173,21 @@ def same_value(value: Any) -> Any:
     return value
 
 
+def given_flags(arguments) -> dict[str, Any]:
+    """
+    The values of the flags that are not at their defaults: in `__post_init__`, before it fills in what follows from
+    others, those that were given.
+    """
+    given = {}
+    for item in dataclasses.fields(arguments):
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        value = getattr(arguments, item.name) if item.init else default
+        # The parser of transformers makes a boolean of the default "no".
+        if value != default and not (value is False and default == "no"):
+            given[item.name] = value
+    return given
+
+
 def told_of(arguments) -> dict:
     """The settings that may be told: all but those whose role is in [`NOT_TOLD`], as the dataclass has them."""
     hidden = names_of(type(arguments), *NOT_TOLD)
@@ -186,5 +201,5 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         names.setdefault(one.lstrip("-").replace("-", "_"), one)  # of two spellings the first
     plain = name.lstrip("-").replace("-", "_")
     meant = [names[one] for group in SYNONYMS if plain in group for one in sorted(group & set(names))]
-    close = [names[plain]] if plain in names else meant or difflib.get_close_matches(name, names.values(), 1, 0.5)
+    close = [names[plain]] if plain in names else meant or difflib.get_close_matches(name, names.values(), 1, 0.6)
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

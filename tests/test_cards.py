@@ -11,6 +11,7 @@ from transformers import IntervalStrategy
 
 from aligndet_hf.cards import BEGIN, END, citations, command_line, inert, merge_card, told, told_settings, write_card
 from aligndet_hf.detectors.families import FAMILIES
+from aligndet_hf.flags import given_flags
 from aligndet_hf.parser import parse_arguments
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
 from aligndet_hf.training.pretrain_arguments import PretrainArguments
@@ -110,6 +111,7 @@ class Arguments:
     place: str | None = field(default=None, metadata={"role": "place"})
     key: str | None = field(default=None, metadata={"role": "secret"})
     hub_token: str | None = None
+    output_dir: str | None = field(default=None, metadata={"role": "place"})
 
 
 def test_the_command_line_of_arguments():
@@ -122,20 +124,24 @@ def test_the_command_line_of_arguments():
         place="/home/me",
         key="secret",
     )
-    assert shlex.split(command_line("run", arguments)) == [
+    assert shlex.split(command_line("run", Arguments, given_flags(arguments))) == [
         "aligndet", "run", "--dataset", "some cells", "--sizes", "3", "--flip", "false", "--options", '{"a": 1}',
     ]  # fmt: skip
-    assert command_line("run", Arguments("a/b", limit=2)) == "aligndet run --dataset a/b --limit 2"
+    given = {"dataset": "a/b", "limit": 2}
+    assert command_line("run", Arguments, given) == "aligndet run --dataset a/b --limit 2"
 
 
 @pytest.mark.parametrize("cls, command", [(PretrainArguments, "pretrain"), (FinetuneArguments, "finetune")])
 def test_the_command_line_gives_the_arguments_again(cls, command, tmp_path):
     given = {"image_sizes": [64, 96], "crop_scale": [0.5, 1.0], "learning_rate": 3e-4, "use_cpu": True}
     arguments = cls(dataset="a/b", detector="c/d", output_dir=str(tmp_path), **given)
-    words = shlex.split(command_line(command, arguments))
+    words = shlex.split(command_line(command, cls, arguments.given))
+    # What was given, and nothing that follows from it or from the data.
+    flags = ["--dataset", "--detector", *(f"--{name}" for name in given), "--output_dir"]
+    assert sorted(word for word in words if word.startswith("--")) == sorted(flags)
     again = parse_arguments(cls, [*words[2:], "--output_dir", str(tmp_path)])
     assert {name: getattr(again, name) for name in given} == given
-    assert command_line(command, again) == command_line(command, arguments)
+    assert command_line(command, cls, again.given) == command_line(command, cls, arguments.given)
 
 
 def test_every_family_has_its_paper():

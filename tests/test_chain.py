@@ -172,7 +172,11 @@ def test_a_failed_stage_is_named_and_ends_the_chain(argv, ran, tmp_path, capsys)
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("variable=1", "no variable 'variable'"),
+        (
+            "variable=1",
+            "no variable 'variable'. The variables are data, start; a flag of a stage is set by STAGE.FLAG=VALUE",
+        ),
+        ("max_steps=2", "a flag of a stage is set by STAGE.FLAG=VALUE, here finetune.max_steps=2"),
         ("proposal.seed=1", "no stage 'proposal'; did you mean 'proposals'"),
         ("data", "takes NAME=VALUE"),
         ("data={", "--set data: while parsing"),

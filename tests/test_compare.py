@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import runpy
 import shutil
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,7 @@ def settings(data, detector_folders):
 def finished(settings, tmp_path_factory):
     """The folder of the comparison, and what it said at its end."""
     folder = tmp_path_factory.mktemp("compared")
-    with pytest.raises(ChildProcessError) as failed:
+    with pytest.raises(ChildProcessError) as failed, redirect_stdout(open(folder / "said", "w")):
         compare(CompareArguments(**settings, output_dir=str(folder / "out"), num_parallel=0))
     return folder / "out", str(failed.value)
 
@@ -289,9 +291,27 @@ def test_results_are_those_of_the_runs(finished):
 def test_the_failed_arm_is_reported_and_the_others_are_done(finished):
     folder, message = finished
     assert message.startswith("4 of 15 stages failed; the same command again tries them anew:")
-    assert f"  {folder}/lost/finetune-fraction-0.5-seed-0: exit code 2: " in message
+    assert f"  {folder}/lost/finetune-fraction-0.5-seed-0: detector 'nowhere/at_all': no such folder here" in message
     report = (folder / "report.md").read_text()
     assert "8 of 12 runs are finished, 4 stages failed" in report and "## What failed" in report
+
+
+def test_what_begins_ends_and_fails_is_told_as_it_happens(finished):
+    folder, _ = finished
+    said = (folder.parent / "said").read_text().splitlines()
+    # Two pre-trainings and twelve fine-tunings, each of two steps.
+    assert said[0] == ("12 runs of 3 arms, 15 stages; 0 are finished. The others train for about 28 steps in all.")
+    assert f"shared/proposals: proposals begins, its log is {folder}/shared/proposals.log" in said
+    ended = [line for line in said if line.startswith("[")]
+    assert [line.split("]")[0] for line in ended] == [f"[{number}/15" for number in range(1, 16)]
+    first = next(line for line in ended if "plain, 50 % of the labels, seed 0" in line)
+    assert re.search(
+        r": \d+ s, AP \d+\.\d, about 0:\d\d:\d\d left, proposals not counted, pretrain not counted$", first
+    )
+    assert re.search(r": \d+ s, AP \d+\.\d, about 0:\d\d:\d\d left$", ended[-3])
+    failed = next(line for line in ended if "lost, 50 % of the labels, seed 0" in line)
+    assert ": finetune failed: detector 'nowhere/at_all': no such folder here, and from the Hub it could not" in failed
+    assert failed.endswith(f"; its log is {folder}/lost/finetune-fraction-0.5-seed-0.log")
 
 
 def test_label_subsets_are_nested_and_those_of_the_runs(finished):
@@ -313,6 +333,7 @@ def test_the_report_states_commands_versions_seeds_and_protocol(finished):
         "Of 3 evaluation images 0 are, byte for byte, among the 4 training images", "with 2 seeds it covers",
         "| lost | detector: nowhere/at_all |", "Whether plain is trained to its end was not looked at",
         "bootstrap over images", "| aligndet | 2 | 2 | 8 |",
+        "| arm | start | minutes before fine-tuning | minutes of fine-tuning |",
     ):  # fmt: skip
         assert text in report, text
     assert "Not under the same protocol" not in report
@@ -321,7 +342,7 @@ def test_the_report_states_commands_versions_seeds_and_protocol(finished):
     assert all((folder / name).stat().st_size > 5000 for name in pictures)
     page = (folder / "report.html").read_text()  # the same, the plots, and what both arms find with either share
     assert page.count("data:image/") == 4 + 2 and {"arms-0.5.jpg", "arms-1.jpg"} <= set(os.listdir(folder))
-    assert "which decides nothing" in page and "<h2>Protocol</h2>" in page
+    assert "nothing can be concluded" in page and "<h2>Protocol</h2>" in page
     config = yaml.safe_load(report.split("runs it again, where what it names is:\n\n```yaml\n")[1].split("```")[0])
     assert plan_jobs(CompareArguments(**config, output_dir="out"))
 

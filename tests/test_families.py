@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_detectors import CONFIGS, random_batch, tiny_config, tiny_detector
-from transformers import AutoModelForObjectDetection
+from transformers import AutoModelForObjectDetection, RTDetrConfig
 from transformers.models.auto import modeling_auto
 
 from aligndet_hf import AlignDetForPreTraining
@@ -64,6 +64,13 @@ def test_sizes_that_do_not_fit_are_refused_with_the_nearest_that_do(name, multip
         message = rf"this {name} takes multiples of {multiple}, got \[{4 * multiple + 3}\]; .* are {4 * multiple}$"
         with pytest.raises(ValueError, match=message):
             require_fitting_sizes(config, [4 * multiple, 4 * multiple + 3])
+
+
+def test_images_with_fewer_places_than_queries_are_refused():
+    config = RTDetrConfig(num_queries=100)
+    require_fitting_sizes(config, [96, 128])  # 12 * 12 + 6 * 6 + 3 * 3 = 189 places
+    with pytest.raises(ValueError, match="64 pixels have 84 places, and this rt_detr .* its 100 queries .* 42}'$"):
+        require_fitting_sizes(config, [64, 128])
 
 
 @pytest.mark.parametrize("name", ["lw_detr", "rf_detr"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForObjectDetection
 
+from aligndet_hf.detectors import build
 from aligndet_hf.detectors.build import DetectorArguments, find_detector, load_detector
 from aligndet_hf.detectors.families import FAMILIES
 from aligndet_hf.detectors.published import PUBLISHED
@@ -29,12 +30,22 @@ def test_a_detector_and_what_made_one_are_found(tmp_path):
         assert find_detector(str(tmp_path / name / "detector")) == str(tmp_path / name / "detector")
 
 
-def test_hub_ids_are_left_to_the_hub():
+def test_hub_ids_are_left_to_the_hub(monkeypatch):
+    monkeypatch.setattr(build, "cached_file", lambda name, file: None)
     assert find_detector("PekingU/rtdetr_r50vd") == "PekingU/rtdetr_r50vd"
     assert find_detector("detr") == "detr"
 
 
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_told(tmp_path, monkeypatch):
+    (tmp_path / "outputs" / "finetuned").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    message = r"^detector 'outputs/finetund': no such folder here \(did you mean 'outputs/finetuned'\?\), and from the"
+    with pytest.raises(OSError, match=message):
+        find_detector("outputs/finetund")
+
+
 def test_short_names_are_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "cached_file", lambda name, file: None)
     assert find_detector("rt_detr_r18") == "PekingU/rtdetr_r18vd"
     assert not set(PUBLISHED) & set(FAMILIES) and all(hub_id.count("/") == 1 for hub_id in PUBLISHED.values())
     with pytest.raises(ValueError, match=r"no detector 'rt_detr_r19'; did you mean 'rt_detr_r18'\?"):

@@ -408,6 +408,21 @@ def test_settings_are_what_has_an_influence(folder, tmp_path):
     assert new["backbone"] == "resnet50" and "transfer" not in new
 
 
+@pytest.mark.parametrize(
+    "backbone, weights, is_random",
+    [
+        ("resnet10t", None, True), ("timm/resnet10t", "none", True), ("resnet10t", "timm", False),
+        (None, None, False), ("facebook/dinov2-small", None, False),
+    ],
+)  # fmt: skip
+def test_the_backbone_learns_slowly_only_if_it_brings_weights(folder, tmp_path, backbone, weights, is_random):
+    changes = {"detector": "rt_detr", "backbone": backbone, "backbone_weights": weights, "learning_rate": 1e-3}
+    arguments = arguments_for(folder, tmp_path, **changes)
+    assert arguments.backbone_learning_rate == (1e-3 if is_random else 1e-4)
+    given = arguments_for(folder, tmp_path, **changes, backbone_learning_rate=3e-5)
+    assert given.backbone_learning_rate == 3e-5
+
+
 def test_training_only_needs_no_validation_data_and_any_start_will_do(folder, tmp_path):
     shutil.copytree(folder / "data" / "train", tmp_path / "data" / "train")
     shutil.copy(folder / "data" / "labels.json", tmp_path / "data")

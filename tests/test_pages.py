@@ -127,7 +127,9 @@ def results_of(aps: dict[str, dict[float, list[float]]], **protocol) -> dict:
         ([0.2] * 6, [0.1] * 6, "is below plain in every seed, by 10.0 points of AP, with 10 % of the labels"),
         ([0.2, 0.2], [0.3, 0.1], "cannot be told from plain with 10 % of the labels, where the seeds disagree"),
         ([0.2], [0.3], "differs from plain by +10.0 with 10 % of the labels, where one seed decides nothing"),
-        ([0.01] * 3, [0.04] * 3, "has, as plain has, an AP below 5 with 10 % of the labels, which decides nothing"),
+        ([0.01] * 3, [0.04] * 3,
+         "cannot be compared with plain with 10 % of the labels: the AP of both is below 5, so that nothing can be "
+         "concluded"),
     ],
 )  # fmt: skip
 def test_the_verdict_says_what_was_shown_and_no_more(plain, ours, told):
@@ -140,9 +142,9 @@ def test_a_verdict_on_several_shares_and_arms():
     first, second = verdict(results_of({"plain": plain, "ours": ours, "other": {1.0: [0.5]}}, max_steps=9))
     assert first == (
         "ours, not under the same protocol, is above plain in every seed, by 1.5 to 4.0 points of AP, with 10 % and "
-        "50 % of the labels; it cannot be told from plain with 100 % of the labels, where the seeds disagree; it has, "
-        "as plain has, an AP below 5 with 1 % of the labels, which decides nothing (a hint: 2 seeds of equal arms "
-        "agree by chance in 50 % of all comparisons)."
+        "50 % of the labels; it cannot be told from plain with 100 % of the labels, where the seeds disagree; it "
+        "cannot be compared with plain with 1 % of the labels: the AP of both is below 5, so that nothing can be "
+        "concluded (a hint: 2 seeds of equal arms agree by chance in 50 % of all comparisons)."
     )
     assert second.startswith("other, not under the same protocol, differs from plain by +10.0 with 100 %")
     results = results_of({"plain": {0.1: [0.2, 0.2]}, "ours": {0.1: [0.3, 0.3]}})

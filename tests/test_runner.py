@@ -110,7 +110,7 @@ def test_a_failure_is_reported_with_what_the_stage_said_and_the_others_go_on(mak
     stages = [bad, make("after", [bad]), make("other")]
     failures = run_stages(stages, logs=True, keep_going=True)
     assert {stage.name: reason for stage, reason in failures.items()} == {
-        "bad": f"exit code 2: no luck (all of it in {tmp_path}/bad.log)",
+        "bad": f"no luck; its log is {tmp_path}/bad.log",
         "after": f"needs {tmp_path}/bad, which failed",
     }
     assert is_finished(stages[2]) and not is_finished(bad)

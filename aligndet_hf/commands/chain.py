@@ -1,5 +1,6 @@
 """`aligndet chain`: several commands, each on the output of those before it, as one pipeline from one file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from ..arguments import OutputArguments, again
 from ..flags import flag, nearest
 from ..pipelines.inputs import require_weights
 from ..pipelines.runner import is_finished, run_stages
-from ..pipelines.stages import Stage, merged, resolve_stages
+from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
 from ..ranges import check_values
 from ..runs import RECORD, RunFolder
 
@@ -60,14 +61,30 @@ class PipelineArguments(OutputArguments):
             raise ValueError(f"--set takes NAME=VALUE, got {name!r} without a value")
         if not path:
             if name not in self.variables:
-                raise ValueError(f"--set: there is no variable {name!r}{nearest(name, self.variables)}")
+                stages = [stage for stage, given in self.stages.items() if _has_flag(name, stage, given)]
+                example = f", here {stages[-1]}.{name}={text}" if stages else ""
+                raise ValueError(
+                    f"--set: there is no variable {name!r}{nearest(name, self.variables)}. The variables are "
+                    f"{', '.join(self.variables) or 'none'}; a flag of a stage is set by STAGE.FLAG=VALUE{example}"
+                )
             self.variables = self.variables | {name: value}
             return
         if stage not in self.stages:
-            raise ValueError(f"--set: there is no stage {stage!r}{nearest(stage, self.stages)}")
+            stages = ", ".join(self.stages)
+            raise ValueError(
+                f"--set: there is no stage {stage!r}{nearest(stage, self.stages)}. The stages are {stages}"
+            )
         for key in reversed(path):
             value = {key: value}
         self.stages = merged(self.stages, {stage: value})
+
+
+def _has_flag(name: str, stage: str, given: Mapping | None) -> bool:
+    """Whether a stage has a flag of this name; not where the file does not say which command it is."""
+    try:
+        return name in fields_of(command_of(stage, given or {}))
+    except ValueError:
+        return False
 
 
 @dataclass(kw_only=True)

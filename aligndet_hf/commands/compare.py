@@ -27,6 +27,7 @@ from ..pipelines.outcomes import (
     setting,
     steps_for,
 )
+from ..pipelines.progress import Progress, planned_steps
 from ..pipelines.runner import is_finished, record_of, run_stages
 from ..pipelines.stages import (
     Stage,
@@ -186,25 +187,20 @@ def compare(arguments: CompareArguments) -> dict:
         parsed = {stage: stage.write_recipe() for stage in stages}
         require_weights({stage: parsed[stage] for stage in stages if not is_finished(stage)}, arguments.variables)
         check = _check_data(arguments, jobs, parsed[jobs[0].measured], output_dir)
-        ended = sum(map(is_finished, stages))
-        print(
-            f"{len(jobs)} runs of {len(arguments.arms)} arms, {len(stages)} stages; {ended} are finished.", flush=True
-        )
-
-        measured = {job.measured: job for job in jobs}
+        measured = {job.measured: str(job) for job in jobs}
+        names = {stage: str(stage.folder.relative_to(output_dir)) for stage in stages} | measured
+        origins = map(tuple, check["leakage"]["sources"]["training"])
+        images = dict(zip(origins, check["leakage"]["training_images"], strict=True))
+        steps = planned_steps([job.stages for job in jobs], images)
+        progress = Progress(stages, names, steps, arguments.num_parallel)
+        print(f"{len(jobs)} runs of {len(arguments.arms)} arms, {progress}", flush=True)
 
         def tell(stage: Stage, failure: str | None) -> None:
-            nonlocal ended
-            ended += 1
-            line = f"[{ended}/{len(stages)}] {measured.get(stage, stage.folder.relative_to(output_dir))}: "
-            if failure is not None:
-                print(f"{line}failed, {failure}", flush=True)
-                return
-            line += f"{record_of(stage)['seconds']:.0f} s"
-            if stage in measured:
-                line += f", AP {100 * results_of(stage)['metrics']['AP']:.1f}"
+            told = []
+            if stage in measured and failure is None:
+                told = [f"AP {100 * results_of(stage)['metrics']['AP']:.1f}"]
                 _report(arguments, jobs, {}, check, output_dir, with_plots=False)
-            print(line, flush=True)
+            progress.end(stage, failure, *told)
 
         failures = run_stages(
             stages,
@@ -212,6 +208,7 @@ def compare(arguments: CompareArguments) -> dict:
             launcher=arguments.launcher,
             logs=True,
             keep_going=True,
+            on_start=progress.begin,
             on_end=tell,
             lock=folder.lock,
         )

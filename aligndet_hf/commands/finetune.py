@@ -165,7 +165,8 @@ def _load_data(arguments: FinetuneArguments, folder: RunFolder, processes: Parti
                 truth, _, _ = _load_labelled(*source, categories)
             except DataError as error:
                 choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
-                raise DataError(f"{error} ({choices}.)") from error
+                text = str(error).replace("--split", "--eval_split")
+                raise DataError(f"{text} ({choices}.)") from error
     known = None if is_new(arguments) else saved_window(find_detector(arguments.detector))
     window = settle_pixel_window([dataset] if truth is None else [dataset, truth], arguments.pixel_window, known)
     if window is not None:
@@ -274,7 +275,7 @@ def _finish(
             "evaluation": about["evaluation"] if metrics else {},
             **({"weights": choice} if choice else {}),
             "card_license": arguments.card_license,
-            "command": command_line("finetune", arguments),
+            "command": command_line("finetune", FinetuneArguments, arguments.given),
             "versions": versions(),
         }
         write_json(output_dir / RESULTS, results)

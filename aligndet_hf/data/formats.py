@@ -1,11 +1,13 @@
 """Reading data sets, from wherever they are: files and folders in any format of `readers`, and the Hub."""
 
+import difflib
 import os
 from pathlib import Path
 
 import datasets
 import numpy as np
 
+from ..files import similar_path
 from ..objects import Given, as_source
 from . import door
 from .columns import arrow_batches, read_values, require_columns
@@ -68,7 +70,7 @@ def load_dataset_source(
         names = reader.split_names(path)
         chosen = names if path.is_file() and len(names) == 1 else _choose_splits(names, split, path)
         if path.is_dir() and reader is not image_folder and os.environ.get("RANK", "0") == "0":
-            print(f"{path}: {reader.NAME}, split {' + '.join(chosen)} of {', '.join(names)}.")
+            print(f"{path}: read as {reader.NAME}. It has the splits {', '.join(names)}; used: {' + '.join(chosen)}.")
         dataset = build_dataset(reader.read(path, chosen, Path(image_dir) if image_dir else None), str(path))
     elif path.is_file():
         raise DataError(
@@ -182,9 +184,10 @@ def _choose_splits(available: list[str], split: str | None, source: str | Path) 
     chosen = split.split("+") if split else []
     if not chosen or not set(chosen) <= set(available):
         wrong = f"no split '{split}'" if split else "several splits"
+        close = difflib.get_close_matches(split or "train", available, 1) or available
         raise DataError(
-            f"{source}: {wrong}; found {', '.join(sorted(available))}. Choose one, or join several by '+', with "
-            f"split='{'train' if 'train' in available else available[0]}'."
+            f"{source}: {wrong}; found {', '.join(sorted(available))}. Choose one, or join several by '+': "
+            f"--split {close[0]}"
         )
     return chosen
 
@@ -194,9 +197,11 @@ def _load_from_hub(source: str, split: str | None) -> datasets.Dataset | dataset
     try:
         return datasets.load_dataset(source, split=split)
     except (OSError, ValueError) as error:  # includes everything that datasets and the Hub raise for a missing one
+        here = "it holds no images and no label files"
+        if not Path(source).expanduser().exists():
+            here = f"there is no such file or folder here{similar_path(source)}"
         raise DataError(
-            f"Cannot load '{source}' (split {split or 'not given'}): it is not a folder with images, a COCO file or a "
-            f"folder of save_to_disk, and as a data set of the Hub: {error}"
+            f"Cannot load '{source}' (split {split or 'not given'}): {here}, and as a data set of the Hub: {error}"
         ) from error
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+from transformers.utils import cached_file
 
 from ..convnets.modeling_torchvision import TorchvisionDetector
-from ..files import write_json
+from ..files import similar_path, write_json
 from ..flags import flag
 from ..objects import as_source, copy_of
 from .backbone_weights import BackboneReport, load_backbone_weights
@@ -323,6 +324,13 @@ def require_useful_backbone(detector: PreTrainedModel, is_random: bool, is_froze
     )
 
 
+def has_random_backbone(arguments: DetectorArguments) -> bool:
+    """Whether the arguments name a new detector and nothing that gives its backbone weights."""
+    name = (arguments.backbone or "").removeprefix("timm/")
+    is_checkpoint = "/" in name or Path(name).is_dir() if name else False
+    return is_new(arguments) and _weights_of(arguments) is None and not is_checkpoint
+
+
 def backbone_source(arguments: Any) -> tuple[str, str | None] | None:
     """
     Which backbone the arguments of a command name, and which weights for it; `None` where it comes with a detector.
@@ -356,10 +364,11 @@ def find_detector(source: str | Path) -> str:
 
     Raises:
         `ValueError`: there is no detector. The message says what is there instead.
+        `OSError`: there is no folder of this name, and the Hub has none or cannot be asked.
     """
     folder = Path(source).expanduser()
     if not folder.exists() and len(Path(source).parts) <= 2 and not str(source).startswith((".", "/", "~")):
-        return hub_id(str(source))
+        return _on_hub(str(source))
     if folder.is_file():
         from .converters.folder import detector_folder  # which builds detectors
 
@@ -369,6 +378,19 @@ def find_detector(source: str | Path) -> str:
         if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in AutoModelForObjectDetection._model_mapping:
             return str(place)
     raise ValueError(f"{source} is not a detector: {_what_is_there(folder, found[folder])}")
+
+
+def _on_hub(source: str) -> str:
+    """The Hub id of a detector, of which the config is there by now."""
+    name = hub_id(source)
+    try:
+        cached_file(name, "config.json")
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"detector {source!r}: no such folder here{similar_path(source)}, and from the Hub it could not be "
+            f"loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return name
 
 
 def _model_type(folder: Path) -> str | None:
@@ -381,7 +403,7 @@ def _model_type(folder: Path) -> str | None:
 def _what_is_there(folder: Path, model_type: str | None) -> str:
     """What a folder without a detector is, and what to take instead."""
     if not folder.exists():
-        return "there is no such folder"
+        return f"there is no such folder{similar_path(folder)}"
     if _model_type(folder / "backbone"):
         return f"it holds a backbone. A detector gets it by --backbone {folder / 'backbone'}"
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)

@@ -563,7 +563,8 @@ def require_fitting_sizes(config: PreTrainedConfig, image_sizes: list[int]) -> N
         image_sizes (`list[int]`): sides of square images in pixels; other families take any size.
 
     Raises:
-        `ValueError`: if a size is not a multiple of what the feature maps or the windows of attention need.
+        `ValueError`: if a size is not a multiple of what the feature maps or the windows of attention need, or gives
+            feature maps with fewer places than the detector takes queries from.
     """
     multiple = family_of(config).size_multiple(config)
     if uneven := [size for size in image_sizes if size % multiple]:
@@ -571,6 +572,13 @@ def require_fitting_sizes(config: PreTrainedConfig, image_sizes: list[int]) -> N
         raise ValueError(
             f"image_sizes: this {config.model_type} takes multiples of {multiple}, got {uneven}; the nearest that fit "
             f"are {' '.join(map(str, nearest))}"
+        )
+    places = sum((min(image_sizes) // stride) ** 2 for stride in getattr(config, "feat_strides", ()))
+    if 0 < places < config.num_queries:
+        raise ValueError(
+            f"image_sizes: the feature maps of {min(image_sizes)} pixels have {places} places, and this "
+            f"{config.model_type} takes the places of its {config.num_queries} queries from them: give larger sizes, "
+            f"or fewer queries to a new detector, --detector_config '{{\"num_queries\": {places // 2}}}'"
         )
 
 

@@ -30,6 +30,7 @@ def run_stages(
     launcher: str = "",
     logs: bool = False,
     keep_going: bool = False,
+    on_start: Callable[[Stage], None] = lambda stage: None,
     on_end: Callable[[Stage, str | None], None] = lambda stage, failure: None,
     lock: int | None = None,
 ) -> dict[Stage, str]:
@@ -42,6 +43,7 @@ def run_stages(
         launcher (`str`, *optional*): A command such as `accelerate launch --num_processes 8` to start training with.
         logs (`bool`, *optional*, defaults to `False`): Write what a stage prints to a file `.log` beside its output.
         keep_going (`bool`, *optional*, defaults to `False`): Go on with the others when a stage fails.
+        on_start (`Callable`, *optional*): Called with each stage that is about to run.
         on_end (`Callable`, *optional*): Called with each stage that is finished or failed, and with the reason or
             `None`.
         lock (`int`, *optional*): An open file that the processes hold on to, see
@@ -73,6 +75,7 @@ def run_stages(
                     on_end(stage, reason)
                 elif len(running) < max(num_parallel, 1) and not set(stage.needs) & {*waiting, *running}:
                     waiting.remove(stage)
+                    on_start(stage)
                     started, read[stage] = time.perf_counter(), stage.inputs()
                     slot = min(set(range(len(running) + 1)) - {other for _, _, other in running.values()})
                     log = stage.beside(".log") if logs else None
@@ -236,10 +239,14 @@ def _plain(settings: dict) -> dict:
 
 
 def _reason(stage: Stage, code: int, logs: bool) -> str:
-    """Why a stage failed: what it said last, if that was written to a file."""
+    """Why a stage failed: its error, or what it said last, if that was written to a file."""
+    if not logs:
+        return f"exit code {code}"
     log = stage.beside(".log")
-    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if logs else []
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [number for number, line in enumerate(said) if line.startswith("error: ")]
-    said = " ".join(said[errors[-1] :] if errors else said[-1:])
-    reason = f"exit code {code}" + (f": {said.removeprefix('error: ')}" if said else "")
-    return f"{reason} (all of it in {log})" if logs else reason
+    if errors:
+        reason = " ".join(said[errors[-1] :]).removeprefix("error: ")
+    else:
+        reason = ": ".join([f"exit code {code}", *said[-1:]])
+    return f"{reason.rstrip('.')}; its log is {log}"

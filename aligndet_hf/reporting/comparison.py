@@ -244,7 +244,7 @@ def _protocol(results: Mapping) -> list[str]:
         "Where the arms start from, in what they differ from the baseline, and the minutes that a run takes: the "
         "stages before fine-tuning, of which several runs may share one (what a given checkpoint took is not known), "
         "and fine-tuning.",
-        _table(["arm", "start", "before", "fine-tuning"], rows),
+        _table(["arm", "start", "minutes before fine-tuning", "minutes of fine-tuning"], rows),
     ]
     parts += _costs(results)
     longer = longer_arms(results)

@@ -53,7 +53,8 @@ def _of_arm(arm: str, baseline: str, found: Mapping) -> str:
         clauses.append(f"differs from {baseline} by {gains} with {_labels(fractions)}, where one seed decides nothing")
     if fractions := groups.get("nothing learnt"):
         clauses.append(
-            f"has, as {baseline} has, an AP below {100 * LEARNT:g} with {_labels(fractions)}, which decides nothing"
+            f"cannot be compared with {baseline} with {_labels(fractions)}: the AP of both is below {100 * LEARNT:g}, "
+            "so that nothing can be concluded"
         )
     text = "; it ".join(clauses)
     if open_:

@@ -1,6 +1,6 @@
 """The arguments of fine-tuning: the flags of `aligndet finetune` and the keys of its recipes."""
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from datasets import Dataset
@@ -19,9 +19,9 @@ from ..arguments import (
 )
 from ..data.augmentations import AUGMENTATIONS
 from ..data.bit_depth import parse_rule
-from ..detectors.build import DetectorArguments
+from ..detectors.build import DetectorArguments, has_random_backbone
 from ..evaluation.coco_metrics import MASK_SUMMARY, SUMMARY
-from ..flags import flag, nearest, roles, takes_old_names
+from ..flags import flag, given_flags, names_of, nearest, takes_old_names
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range, check_values
@@ -150,7 +150,9 @@ class FinetuneArguments(
         OptimisationArguments, "learning_rate", help="peak learning rate of all but the backbone"
     )
     backbone_learning_rate: float | None = flag(
-        None, "start", "peak learning rate of the backbone; a tenth of the other if not given"
+        None,
+        "start",
+        "peak learning rate of the backbone; if not given a tenth of the other, or the same for a random backbone",
     )
     transferred_learning_rate: float | None = flag(
         None,
@@ -201,13 +203,14 @@ class FinetuneArguments(
 
     def __post_init__(self):
         name_objects(self)
+        self.given = given_flags(self)
         check_values(self)
         parse_rule(self.pixel_window)
         require_metric(self.metric_for_best_model)
         if not self.do_eval:
             self.eval_strategy = "no"
         if self.backbone_learning_rate is None:
-            self.backbone_learning_rate = self.learning_rate / 10
+            self.backbone_learning_rate = self.learning_rate / (1 if has_random_backbone(self) else 10)
         if self.eval_size is None and self.image_sizes is not None:
             self.eval_size = max(self.image_sizes)
         if self.do_eval and self.eval_dataset is None and isinstance(getattr(self.dataset, "value", None), Dataset):
@@ -245,9 +248,8 @@ class FinetuneArguments(
                 "the weights that it has by then, and the same command would give others. Halve "
                 "per_device_train_batch_size and double gradient_accumulation_steps: the images per step stay the same"
             )
-        for item in fields(TrainingArguments):
-            if item.init and roles(type(self))[item.name] == "refused" and not _is_default(self, item):
-                raise ValueError(f"{item.name} has no effect on the training of detectors here: leave it out")
+        for name in sorted(names_of(type(self), "refused") & set(self.given)):
+            raise ValueError(f"{name} has no effect on the training of detectors here: leave it out")
 
 
 def require_metric(name: str | None, categories: list[str] | None = None) -> None:
@@ -269,9 +271,3 @@ def require_metric(name: str | None, categories: list[str] | None = None) -> Non
             f"metric_for_best_model: there is no {metric!r}{nearest(metric, known)}. There are {', '.join(numbers)}, "
             "and AP_<class>"
         )
-
-
-def _is_default(arguments, item) -> bool:
-    default = item.default if item.default is not MISSING else item.default_factory()
-    # The parser of transformers makes a boolean of the default "no".
-    return getattr(arguments, item.name) in (default, False if default == "no" else default)

@@ -14,7 +14,7 @@ from ..arguments import (
     again,
 )
 from ..detectors.build import DetectorArguments
-from ..flags import flag, takes_old_names
+from ..flags import flag, given_flags, takes_old_names
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import COUNT, POSITIVE, check_values
@@ -145,6 +145,7 @@ class PretrainArguments(
 
     def __post_init__(self):
         name_objects(self)
+        self.given = given_flags(self)
         check_values(self)
         join_config(self)
         self.streaming |= isinstance(getattr(self.dataset, "value", None), IterableDataset)

@@ -274,8 +274,8 @@ def write_result(run: Run, model: MomentumModel) -> None:
             **run.about,
             "arguments": told_of(run.arguments),
             "card_license": run.arguments.card_license,
-            "command": command_line("pretrain", run.arguments),
+            "command": command_line("pretrain", PretrainArguments, run.arguments.given),
         }
         write_json(output_dir / SUMMARY, summary)
-    product = output_dir / model.product
-    run.accelerator.print(f"Finished. The {model.product} is in {product}: {model.next_stage} {product} ...")
+    place = output_dir if model.product == "detector" else output_dir / model.product
+    run.accelerator.print(f"Finished. The {model.product} is in {place}. Next: {model.next_stage} {place} ...")
