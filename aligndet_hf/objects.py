@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ def _content_of(source: Any) -> str:
     elif hasattr(source, "features"):  # a stream, whose content is not known before it is read
         digest.update(repr((source.features, getattr(source, "n_shards", None))).encode())
     else:
-        raise ValueError(f"a path, a Hub id, a data set or a model is expected, got a {type(source).__name__}")
+        raise ValueError(
+            f"a path, a Hub id, a data set or a model is expected, got a {type(source).__name__}. A data set is "
+            "made of images or their paths by datasets.Dataset.from_dict({'image': [...]}), of a table by from_pandas"
+        )
     return digest.hexdigest()
 
 
@@ -83,11 +87,12 @@ def name_objects(arguments) -> None:
     Puts a name in place of every object among the arguments of a command; to be called first in `__post_init__`.
 
     Args:
-        arguments: A dataclass; of its flags those with the role `data` or `start` can be objects.
+        arguments: A dataclass; of its flags those with the role `data`, `start` or `best` can be objects.
     """
-    for name in names_of(type(arguments), "data", "start"):
-        value = getattr(arguments, name)
-        if isinstance(value, list):
+    hints = typing.get_type_hints(type(arguments))
+    for name in names_of(type(arguments), "data", "start", "best"):
+        value, hint = getattr(arguments, name), hints[name]
+        if isinstance(value, list) and list in map(typing.get_origin, (hint, *typing.get_args(hint))):
             setattr(arguments, name, [as_source(one) for one in value])
         elif not isinstance(value, int | float | Mapping) or hasattr(value, "column_names"):
             setattr(arguments, name, as_source(value))

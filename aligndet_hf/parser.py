@@ -4,6 +4,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import re
 import shutil
 import typing
 from pathlib import Path
@@ -124,7 +125,7 @@ class ArgumentParser(HfArgumentParser):
             action.required = False  # While only the recipe is parsed.
         for key, value in values.items():
             if key not in self.fields and key not in self.old_names:
-                raise ValueError(f"{config}: unknown key {key!r}{nearest(str(key), self.fields)}")
+                raise ValueError(f"{config}: unknown key {key!r}{nearest(str(key), self.fields)} of {self.prog}")
             if value is not None and value != []:
                 try:
                     parsed = self.parse_args(_as_flags(key, value))
@@ -137,6 +138,11 @@ class ArgumentParser(HfArgumentParser):
             action.required = not any(action.dest in self.old_names.get(key, [key]) for key in values)
 
     def error(self, message: str):
+        """One line, with the flag by the name that our messages have for it."""
+        if found := re.fullmatch(r"argument (--\w+)\S*: invalid (\w+) value: (.*)", message):
+            name, kind, value = found.groups()
+            what = {"int": "a whole number", "float": "a number"}.get(kind, f"of the type {kind}")
+            message = f"{name}: {value} is not {what}" + "; give several with spaces between them" * ("," in value)
         raise ValueError(message)
 
 

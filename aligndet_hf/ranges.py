@@ -59,7 +59,8 @@ SEED = Range(0, 2**32 - 1)
 
 def check_values(arguments) -> None:
     """
-    Refuses numbers out of their ranges, and text that is empty; `~` in `output_dir` becomes the home.
+    Refuses values of another kind, numbers out of their ranges, and text that is empty; `~` in `output_dir` becomes
+    the home.
 
     To be called first in `__post_init__` of a command's arguments: neither the console nor Python gets past it.
 
@@ -76,6 +77,8 @@ def check_values(arguments) -> None:
     inherited = getattr(arguments, "inherited_ranges", {})
     for field in dataclasses.fields(arguments):
         value, kinds = getattr(arguments, field.name, None), _kinds(type(arguments))[field.name]
+        if field.init and "role" in field.metadata:  # transformers looks at what is its own
+            _require_kind(field, value, kinds)
         allowed = field.metadata.get("range") or inherited.get(field.name, NOT_NEGATIVE)
         if isinstance(value, str) and not value.strip() and field.default != value:
             raise ValueError(f"{field.name} must not be empty" + (": leave it out" if field.default is None else ""))
@@ -91,6 +94,20 @@ def check_values(arguments) -> None:
             require(field.name, number, allowed)
 
 
+def _require_kind(field: dataclasses.Field, value: typing.Any, kinds: set) -> None:
+    """What the console cannot get wrong, and Python can."""
+    choices, due = [kind for kind in kinds if isinstance(kind, str)], kinds - {type(None)}
+    if value is None:
+        if due == kinds and field.default is field.default_factory:  # both are missing
+            raise ValueError(f"{field.name} must be given")
+    elif list in due and not isinstance(value, list | tuple):
+        raise ValueError(f"{field.name} must be a list, such as [{value!r}], got {value!r}")
+    elif choices and value not in choices and due <= set(choices):
+        raise ValueError(f"{field.name} must be {' or '.join(sorted(choices))}, got {value!r}")
+    elif due == {str} and not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{field.name} must be text, got a {type(value).__name__}")
+
+
 def require(name: str, number: float, allowed: Range) -> None:
     """Raises a `ValueError` that names the number if it is out of its range."""
     if number not in allowed:
@@ -99,10 +116,12 @@ def require(name: str, number: float, allowed: Range) -> None:
 
 @functools.cache
 def _kinds(cls: type) -> dict[str, set[type]]:
-    """The plain types in the annotation of every field: for `list[int] | None` they are int and NoneType."""
+    """The types in the annotation of every field: of `list[int] | None` they are list, int and NoneType."""
 
     def plain(hint) -> set[type]:
-        parts = typing.get_args(hint)
-        return {hint} if not parts or typing.get_origin(hint) is dict else set().union(*map(plain, parts))
+        parts, origin = typing.get_args(hint), typing.get_origin(hint)
+        if not parts or origin is dict:
+            return {origin or hint}
+        return set().union(*map(plain, parts)) | ({list} if origin is list else set())
 
     return {name: plain(hint) for name, hint in typing.get_type_hints(cls).items()}

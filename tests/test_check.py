@@ -12,6 +12,7 @@ from aligndet_hf.commands.check import CheckArguments, check
 from aligndet_hf.commands.finetune import finetune
 from aligndet_hf.data.checks import leak_note, metric_note, objects_per_image, query_note, same_images
 from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
 
 
@@ -117,6 +118,14 @@ def test_a_split_that_cannot_be_read_hides_no_other_one(tmp_path):
     (tmp_path / "x" / "train" / "metadata.jsonl").write_text("{")
     report = run(tmp_path / "x", find_copies=False)
     assert len(report.splits["train"].problems) == 1 and "line 1" in report.splits["train"].problems[0]
+
+
+def test_label_files_of_an_unknown_format_are_noted(tmp_path, capsys):
+    write_synthetic_folder(tmp_path / "data", {"train": 1}, seed=0, image_size=(32, 32))
+    (tmp_path / "data" / "train" / "metadata.jsonl").unlink()
+    (tmp_path / "data" / "train" / "labels.txt").write_text("cat here")
+    assert check(CheckArguments(dataset=str(tmp_path / "data"), disable_tqdm=True)).exit_code == 0
+    assert "note: " in (said := capsys.readouterr().out) and "labels in a format that is known" in said
 
 
 def test_nothing_there(tmp_path, capsys, monkeypatch):

@@ -89,9 +89,9 @@ def test_what_is_required_may_come_from_either(recipe):
     [
         ("source: x\nrat: 1", "unknown key 'rat'; did you mean 'rate'?"),
         ("source: x\nconfig: other.yaml", "unknown key 'config'"),
-        ("source: x\nrate: fast", "argument --rate: invalid float value: 'fast'"),
-        ("source: x\nlimit: 2.5", "argument --limit: invalid int value: '2.5'"),
-        ("source: x\nsizes: [1, two]", "argument --sizes: invalid int value: 'two'"),
+        ("source: x\nrate: fast", "--rate: 'fast' is not a number"),
+        ("source: x\nlimit: 2.5", "--limit: '2.5' is not a whole number"),
+        ("source: x\nsizes: [1, two]", "--sizes: 'two' is not a whole number"),
         ("source: x\nmode: best", "invalid choice: 'best'"),
         ("source: x\nsettings: [1]", "--settings"),
         ("source: x\nflip: maybe", "--flip"),
@@ -110,7 +110,7 @@ def test_a_wrong_recipe_is_one_clear_error_that_names_the_file(recipe, text, mes
     "argv, message",
     [
         (["--source", "x", "--rat", "1"], "unknown argument --rat; did you mean '--rate'?"),
-        (["--source", "x", "--rate=fast"], "invalid float value: 'fast'"),
+        (["--source", "x", "--rate=fast"], "--rate: 'fast' is not a number"),
         (["--source", "x", "--settings", "{"], "not valid JSON"),
         (["--source", "x", "--settings", "[1]"], "a JSON mapping is due"),
         ([], "the following arguments are required: --source"),

@@ -291,7 +291,10 @@ def test_results_are_those_of_the_runs(finished):
 def test_the_failed_arm_is_reported_and_the_others_are_done(finished):
     folder, message = finished
     assert message.startswith("4 of 15 stages failed; the same command again tries them anew:")
-    assert f"  {folder}/lost/finetune-fraction-0.5-seed-0: detector 'nowhere/at_all': no such folder here" in message
+    assert (
+        f"  {folder}/lost/finetune-fraction-0.5-seed-0: detector 'nowhere/at_all': no such folder here, no family"
+        in message
+    )
     report = (folder / "report.md").read_text()
     assert "8 of 12 runs are finished, 4 stages failed" in report and "## What failed" in report
 
@@ -310,7 +313,7 @@ def test_what_begins_ends_and_fails_is_told_as_it_happens(finished):
     )
     assert re.search(r": \d+ s, AP \d+\.\d, about 0:\d\d:\d\d left$", ended[-3])
     failed = next(line for line in ended if "lost, 50 % of the labels, seed 0" in line)
-    assert ": finetune failed: detector 'nowhere/at_all': no such folder here, and from the Hub it could not" in failed
+    assert ": finetune failed: detector 'nowhere/at_all': no such folder here, no family, and from the" in failed
     assert failed.endswith(f"; its log is {folder}/lost/finetune-fraction-0.5-seed-0.log")
 
 

@@ -39,9 +39,16 @@ def test_hub_ids_are_left_to_the_hub(monkeypatch):
 def test_a_name_that_is_neither_here_nor_on_the_hub_is_told(tmp_path, monkeypatch):
     (tmp_path / "outputs" / "finetuned").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    message = r"^detector 'outputs/finetund': no such folder here \(did you mean 'outputs/finetuned'\?\), and from the"
+    message = (
+        r"^detector 'outputs/finetund': no such folder here \(did you mean 'outputs/finetuned'\?\), no family, and"
+    )
     with pytest.raises(OSError, match=message):
         find_detector("outputs/finetund")
+
+
+def test_a_name_that_is_nearly_a_family_is_told():
+    with pytest.raises(OSError, match="^detector 'rtdetr': no such folder here, no family; did you mean 'rt_detr'\\?"):
+        find_detector("rtdetr")
 
 
 def test_short_names_are_hub_ids(tmp_path, monkeypatch):
@@ -71,12 +78,17 @@ def test_what_is_there_instead_is_told(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("[")
     write_config(tmp_path / "bert", "bert")
+    for command in ("pretrain", "proposals"):
+        (tmp_path / command).mkdir()
+        (tmp_path / command / "run.json").write_text(json.dumps({"command": command}))
     write_config(tmp_path / "soco", "soco")
     write_config(tmp_path / "soco" / "backbone", "resnet")
     write_config(tmp_path / "unfinished" / "checkpoint-3" / "detector", "detr")
     for name, told in {
         "empty": "it has no config.json of one",
         "broken": "it has no config.json of one",
+        "pretrain": "it holds a run of `aligndet pretrain`, which has no checkpoint yet",
+        "proposals": "it holds a run of `aligndet proposals`, which makes no detector",
         "bert": "it holds a model of the type 'bert'",
         "soco": f"it holds a backbone. A detector gets it by --backbone {tmp_path / 'soco' / 'backbone'}",
         "unfinished": f"not finished. Give a checkpoint of it, such as {tmp_path / 'unfinished' / 'checkpoint-3'}",

@@ -76,8 +76,10 @@ def test_splits_of_a_folder(labelled_folder):
     assert len(load_dataset_source(labelled_folder, "train", labels=True)) == 3
     assert len(load_dataset_source(labelled_folder, "validation", labels=True)) == 2
     assert len(load_dataset_source(labelled_folder, "train+validation")) == 5
-    with pytest.raises(DataError, match="data: several splits; found train, validation.*--split train$"):
+    with pytest.raises(DataError, match="data: several splits; found train, validation.*Give --split train, or"):
         load_dataset_source(labelled_folder)
+    with pytest.raises(DataError, match="no split 'val'; .* Give --split validation, or several"):
+        load_dataset_source(labelled_folder, "val")
     for wrong in ("test", "train+test", "val"):
         with pytest.raises(DataError, match=f"no split '{wrong}'".replace("+", r"\+")):
             load_dataset_source(labelled_folder, wrong)
@@ -439,6 +441,15 @@ def test_nothing_there(tmp_path, monkeypatch):
     (tmp_path / "table.csv").write_text("a,b")
     with pytest.raises(DataError, match="table.csv: expected a row for each box, .* found a, b in"):
         load_dataset_source(tmp_path / "table.csv")
+
+
+def test_a_path_with_a_typing_error_and_a_file_of_images(tmp_path):
+    (tmp_path / "labelled").mkdir()
+    with pytest.raises(DataError, match=r"there is no such file or folder here \(did you mean '.*/labelled'\?\)"):
+        load_dataset_source(tmp_path / "lableled")
+    (tmp_path / "images.zip").touch()
+    with pytest.raises(DataError, match="images.zip: expected a folder.* of an archive the folder that it unpacks to"):
+        load_dataset_source(tmp_path / "images.zip")
 
 
 def test_missing_columns(tmp_path):

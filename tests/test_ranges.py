@@ -175,3 +175,19 @@ def test_an_unknown_class_is_refused_before_the_first_epoch():
     require_metric("AP_cta")  # classes are not known yet
     with pytest.raises(ValueError, match="there is no 'AP_cta'; did you mean 'AP_cat'"):
         require_metric("AP_cta", ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "aligndetr"}, "method must be aligndet or soco, got 'aligndetr'"),
+        ({"image_sizes": 64}, r"image_sizes must be a list, such as \[64\], got 64"),
+        ({"dataset": None}, "dataset must be given"),
+        ({"dataset": {"image": []}}, "dataset must be text, got a dict"),
+        ({"dataset": ["a.jpg"]}, "a data set or a model is expected, got a list. A data set is made of images or"),
+    ],
+)
+def test_values_of_another_kind_are_refused_in_python_too(values, message):
+    cls = getattr(importlib.import_module(COMMANDS["pretrain"].module), COMMANDS["pretrain"].arguments)
+    with pytest.raises(ValueError, match=message):
+        cls(**{"dataset": "images", "output_dir": "out"} | values)

@@ -13,10 +13,11 @@ from ..data.columns import BoxReport, arrow_batches, read_boxes, read_values, va
 from ..data.dataset import LabelledImages
 from ..data.door import listed
 from ..data.errors import DataError
-from ..data.formats import category_names, load_dataset_source, recognised, split_names
+from ..data.formats import category_names, load_dataset_source, recognised, split_names, without_labels
 from ..data.label_export import LAYOUTS, export_labels
 from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.pixels import ImageFacts, inspect_images
+from ..data.readers import image_folder
 from ..data.sampling import SampleKey
 from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes, view_shape
 from ..files import write_json
@@ -183,6 +184,8 @@ def _check(arguments: CheckArguments) -> CheckReport:
             split.copies = [[leak["image"], leak["seen"]] for leak in _copies(prints[name])]
         if split.classes:
             labelled[name] = dataset
+        elif "objects" not in dataset.column_names and report.recognised == image_folder.NAME:
+            split.notes.append(without_labels(Path(source).expanduser()))
         print(_describe(name, split))
         if arguments.output_dir is not None and arguments.num_pictures and split.classes and not split.problems:
             _draw(dataset, split, arguments, Path(arguments.output_dir) / f"check-{name}.jpg")

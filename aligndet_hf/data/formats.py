@@ -13,7 +13,7 @@ from . import door
 from .columns import arrow_batches, read_values, require_columns
 from .errors import DataError
 from .readers import READERS, find_reader, image_folder, saved
-from .readers.files import list_files
+from .readers.files import list_files, split_of_folder
 from .readers.image_folder import read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
@@ -72,15 +72,11 @@ def load_dataset_source(
         if path.is_dir() and reader is not image_folder and os.environ.get("RANK", "0") == "0":
             print(f"{path}: read as {reader.NAME}. It has the splits {', '.join(names)}; used: {' + '.join(chosen)}.")
         dataset = build_dataset(reader.read(path, chosen, Path(image_dir) if image_dir else None), str(path))
-    elif path.is_file():
-        raise DataError(
-            f"{path}: expected a folder, a COCO file ending in .json, or a table of boxes (.csv, .parquet)."
-        )
     else:
         dataset = _load_hub(str(source), split)
         roots = door.hub_roots(source)
     if labels and reader is image_folder and "objects" not in dataset.column_names:
-        raise DataError(_without_labels(path))
+        raise DataError(without_labels(path))
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     if roots is not None:
@@ -88,7 +84,7 @@ def load_dataset_source(
     return dataset
 
 
-def _without_labels(folder: Path) -> str:
+def without_labels(folder: Path) -> str:
     """Why a folder of images has no labels, and what to do."""
     formats = ", ".join(reader.NAME for reader in READERS if reader not in (saved, image_folder))
     files = [str(file.relative_to(folder)) for file in list_files(folder, *_LABEL_ENDINGS)]
@@ -184,16 +180,22 @@ def _choose_splits(available: list[str], split: str | None, source: str | Path) 
     chosen = split.split("+") if split else []
     if not chosen or not set(chosen) <= set(available):
         wrong = f"no split '{split}'" if split else "several splits"
-        close = difflib.get_close_matches(split or "train", available, 1) or available
+        usual = split_of_folder(split or "train")  # as folders are read: `val` is `validation`
+        near = [usual] if usual in available else difflib.get_close_matches(split or "train", available, 1)
         raise DataError(
-            f"{source}: {wrong}; found {', '.join(sorted(available))}. Choose one, or join several by '+': "
-            f"--split {close[0]}"
+            f"{source}: {wrong}; found {', '.join(sorted(available))}. "
+            f"Give {' '.join(['--split', *near])}, or several joined by '+'."
         )
     return chosen
 
 
 def _load_from_hub(source: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
     """What `load_dataset` makes of a Hub id, or of a local folder of the files of a data repository."""
+    if Path(source).expanduser().is_file():
+        raise DataError(
+            f"{source}: expected a folder, a COCO file ending in .json, or a table of boxes (.csv, .parquet). Give "
+            "the folder of the images, of an archive the folder that it unpacks to."
+        )
     try:
         return datasets.load_dataset(source, split=split)
     except (OSError, ValueError) as error:  # includes everything that datasets and the Hub raise for a missing one

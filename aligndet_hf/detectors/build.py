@@ -17,8 +17,9 @@ from transformers.utils import cached_file
 
 from ..convnets.modeling_torchvision import TorchvisionDetector
 from ..files import similar_path, write_json
-from ..flags import flag
+from ..flags import flag, nearest
 from ..objects import as_source, copy_of
+from ..runs import RECORD
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
 from .class_losses import CLASS_LOSSES
@@ -130,7 +131,10 @@ def _build(
 ) -> tuple[PreTrainedModel, BackboneReport | TransferReport | None]:
     """[`build_detector`] with the report of the weights, if it has any: of SoCo's pyramid and head a transfer's."""
     if model_type not in FAMILIES:
-        raise ValueError(f"unknown detector family {model_type!r}; supported are {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"unknown detector family {model_type!r}{nearest(model_type, FAMILIES)}; supported are "
+            + ", ".join(sorted(FAMILIES))
+        )
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
     unknown = sorted(name for name in fields if name != "strides" and not hasattr(defaults, name))
     if unknown:
@@ -387,15 +391,20 @@ def _on_hub(source: str) -> str:
         cached_file(name, "config.json")
     except (OSError, ValueError) as error:
         raise OSError(
-            f"detector {source!r}: no such folder here{similar_path(source)}, and from the Hub it could not be "
-            f"loaded: {str(error).splitlines()[0]}"
+            f"detector {source!r}: no such folder here{similar_path(source)}, no family{nearest(source, FAMILIES)}, "
+            f"and from the Hub it could not be loaded: {str(error).splitlines()[0]}"
         ) from error
     return name
 
 
 def _model_type(folder: Path) -> str | None:
+    return _said(folder / "config.json", "model_type")
+
+
+def _said(path: Path, key: str) -> str | None:
+    """A value of a JSON file, `None` where it has none."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -409,6 +418,9 @@ def _what_is_there(folder: Path, model_type: str | None) -> str:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     if checkpoints:
         return f"it holds a run that is not finished. Give a checkpoint of it, such as {checkpoints[-1]}"
+    if command := _said(folder / RECORD, "command"):
+        what = "has no checkpoint yet" if command in ("pretrain", "finetune") else "makes no detector"
+        return f"it holds a run of `aligndet {command}`, which {what}"
     if model_type:
         return f"it holds a model of the type {model_type!r}, which AutoModelForObjectDetection does not load"
     return "it has no config.json of one. Give the folder of a detector, or of a run that made one"

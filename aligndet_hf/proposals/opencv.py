@@ -42,6 +42,7 @@ def opencv_selective_search(
         `ValueError`: If the image or the mode is not as described.
         `ImportError`: If OpenCV is missing or was installed without its contrib modules.
     """
+    image = np.asarray(image)
     if mode not in MODES:
         raise ValueError(f"Unknown mode {mode!r}: expected one of {', '.join(MODES)}.")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:

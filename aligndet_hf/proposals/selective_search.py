@@ -88,6 +88,7 @@ def selective_search(
     Raises:
         `ValueError`: If the image or the preset is not as described.
     """
+    image = np.asarray(image)
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}: expected one of {', '.join(PRESETS)}.")

@@ -82,7 +82,7 @@ def write_report(folder: str | Path, path: str | Path | None = None, with_pictur
             tiles = _tiles(record.metrics, record.kind, images=record.images, steps=record.steps)
         except ValueError as error:
             title, sections = f"What is in {folder.resolve().name}", _of_files(folder)
-            if not any(sections):
+            if not any(section.tables for section in sections):
                 raise ValueError(f"{error}, nor a JSON file or a picture of another command") from error
     sections = [section for section in sections if with_pictures or section.title != PICTURES]
     return write_page(path, title, sections, subtitle, lead, tiles)

@@ -26,6 +26,11 @@ def training_images(dataset, model, args, image_processor) -> Dataset:
     Images are flipped at random; their sizes are `image_sizes` of the arguments, or the size of the image processor.
     """
     if not isinstance(dataset, datasets.Dataset):
+        if not isinstance(dataset, Dataset | None):
+            raise ValueError(
+                "train_dataset must be a datasets.Dataset with the columns image and objects, got a "
+                f"{type(dataset).__name__}; load_dataset_source reads one"
+            )
         return dataset
     dataset, _ = _labelled(dataset, model)
     sizes = getattr(args, "image_sizes", None) or [size_of(image_processor)]
