@@ -222,7 +222,7 @@ def test_a_thing_has_one_name_and_a_name_is_one_thing():
                 by_name.setdefault(item.name, []).append((command, cls, item))
     unlike = {"default": set(), "type": set(), "role": set(), "help": set()}
     for name, found in by_name.items():
-        kinds = {frozenset(_kinds(cls)[name]) - {type(None)} for _, cls, _ in found}
+        kinds = {frozenset(_kinds(cls)[name]) - {type(None), list} for _, cls, _ in found}
         defaults = {
             str(item.default if item.default_factory is MISSING else item.default_factory()) for *_, item in found
         }
