@@ -100,11 +100,11 @@ def _require_kind(field: dataclasses.Field, value: typing.Any, kinds: set) -> No
     if value is None:
         if due == kinds and field.default is field.default_factory:  # both are missing
             raise ValueError(f"{field.name} must be given")
-    elif list in due and not isinstance(value, list | tuple):
+    elif list in due and str not in due and isinstance(value, str | int | float):
         raise ValueError(f"{field.name} must be a list, such as [{value!r}], got {value!r}")
     elif choices and value not in choices and due <= set(choices):
         raise ValueError(f"{field.name} must be {' or '.join(sorted(choices))}, got {value!r}")
-    elif due == {str} and not isinstance(value, str | os.PathLike):
+    elif due == {str} and type(value) in (dict, list, tuple):  # objects may stand for paths
         raise ValueError(f"{field.name} must be text, got a {type(value).__name__}")
 
 

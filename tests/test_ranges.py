@@ -5,10 +5,12 @@ import importlib
 import math
 from dataclasses import dataclass, field
 
+import datasets
 import pytest
 
 from aligndet_hf import AlignDetConfig, SoCoConfig
 from aligndet_hf.cli import COMMANDS, run
+from aligndet_hf.commands.predict import PredictArguments
 from aligndet_hf.ranges import (
     ANY,
     BELOW_ONE,
@@ -191,3 +193,8 @@ def test_values_of_another_kind_are_refused_in_python_too(values, message):
     cls = getattr(importlib.import_module(COMMANDS["pretrain"].module), COMMANDS["pretrain"].arguments)
     with pytest.raises(ValueError, match=message):
         cls(**{"dataset": "images", "output_dir": "out"} | values)
+
+
+def test_a_data_set_in_memory_is_taken_for_a_list_of_paths():
+    images = datasets.Dataset.from_dict({"image": []})
+    assert PredictArguments(detector="d", images=images, output_dir="out").images is images
