@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForObjectDetection,
     ConditionalDetrImageProcessor,
     DetrImageProcessor,
+    RfDetrImageProcessor,
     RTDetrImageProcessor,
     RTDetrResNetConfig,
 )
@@ -80,10 +81,10 @@ def test_parity_on_images_of_the_user(exported, photos):
 
 
 def test_the_graph_of_deformable_detr_takes_images_of_other_sizes(tmp_path):
-    detector = decided_detector("deformable_detr", encoder_layers=1, decoder_layers=2, num_queries=10)
-    export_onnx(detector, tmp_path / "model.onnx", (96, 128))
+    detector = decided_detector("deformable_detr", encoder_layers=1, decoder_layers=1, num_queries=10)
+    export_onnx(detector, tmp_path / "model.onnx", (64, 64))  # whose coarsest feature map has one place
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    for images, height, width in [(2, 96, 128), (1, 128, 96), (3, 130, 171)]:  # as traced, as many places, others
+    for images, height, width in [(2, 64, 64), (1, 85, 64), (1, 128, 96), (3, 130, 171)]:
         pixels, mask = torch.rand(images, 3, height, width), torch.ones(images, height, width, dtype=torch.long)
         with torch.no_grad():
             expected = detector(pixel_values=pixels, pixel_mask=mask)
@@ -239,15 +240,15 @@ def test_convnets_are_refused_with_the_reason(family, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize(("family", "resample"), [("rt_detr", 2), ("rt_detr", 3), ("rf_detr", 2)])
 @pytest.mark.parametrize("side", [(64, 64), (37, 301), (200, 90)])
-def test_images_are_resized_to_the_grey_level_as_the_image_processor_does(resample, side):
+def test_images_are_resized_to_the_grey_level_as_the_image_processor_does(family, resample, side):
     """Larger, smaller, by little and by much; a real image, whose sums end between two grey levels everywhere."""
-    processor = RTDetrImageProcessor(
+    processor = {"rt_detr": RTDetrImageProcessor, "rf_detr": RfDetrImageProcessor}[family](
         size={"height": side[0], "width": side[1]}, do_normalize=False, do_rescale=False, resample=resample
     )
-    model = {"inputs": [], "preprocessing": {"size": {"height": side[0], "width": side[1]}, "resample": resample}}
-    model["preprocessing"] |= {"rescale_factor": 1.0, "mean": [0.0] * 3, "std": [1.0] * 3}
+    model = describe(detector_from_config(tiny_config(family)), processor, ["pixel_values"])
+    assert model["preprocessing"]["antialias"] == (family == "rt_detr")  # as RF-DETR's authors resize
     for shape in ((97, 130), (64, 64), (480, 640), (33, 900)):
         image = render_scene(np.random.default_rng(0), *shape)[0]
         image = (image + np.random.default_rng(1).integers(-9, 9, image.shape)).clip(0, 255).astype(np.uint8)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.export import Dim
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -13,6 +14,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..detectors.families import family_of
 
 OUTPUTS = ("logits", "pred_boxes")
+
+_SMALLEST_TRACED = 256  # pixels; the coarsest feature map of any family has a stride of 64
 
 
 def export_onnx(
@@ -80,9 +83,11 @@ def export_onnx(
 
 def _sample(detector: PreTrainedModel, image_size: tuple[int, int]) -> tuple[dict, dict]:
     """Two images to trace the graph with, and which of their dimensions may differ."""
-    sample = {"pixel_values": torch.rand(2, 3, *image_size)}
     if family_of(detector.config).resize == "square":
-        return sample, {"pixel_values": {0: Dim.DYNAMIC}}
+        return {"pixel_values": torch.rand(2, 3, *image_size)}, {"pixel_values": {0: Dim.DYNAMIC}}
+    # A dimension of 1, as small images have it in the coarsest feature map, would be fixed in the graph.
+    image_size = [max(side, _SMALLEST_TRACED) for side in image_size]
+    sample = {"pixel_values": torch.rand(2, 3, *image_size)}
     sample["pixel_mask"] = torch.ones(2, *image_size, dtype=torch.long)
     return sample, {
         "pixel_values": dict.fromkeys((0, 2, 3), Dim.DYNAMIC),
@@ -157,6 +162,7 @@ def describe(detector: PreTrainedModel, image_processor: BaseImageProcessor, inp
             "layout": "float32 [images, 3, height, width]",
             "size": size,
             "resample": int(image_processor.resample),
+            "antialias": _averages(image_processor),
             "rescale_factor": image_processor.rescale_factor if image_processor.do_rescale else 1.0,
             "mean": list(image_processor.image_mean) if normalizes else [0.0, 0.0, 0.0],
             "std": list(image_processor.image_std) if normalizes else [1.0, 1.0, 1.0],
@@ -165,6 +171,15 @@ def describe(detector: PreTrainedModel, image_processor: BaseImageProcessor, inp
         "postprocessing": {"boxes": "centre x, centre y, width, height; 1 is the width or height of the image"}
         | _postprocessing(image_processor, config),
     }
+
+
+def _averages(image_processor: BaseImageProcessor) -> bool:
+    """Whether an image that shrinks is averaged, found out by giving one: RF-DETR's image processor does not."""
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    image[:, ::4] = 255  # columns that are between the samples of every fourth place
+    steps = {"do_rescale": False, "do_normalize": False, "do_pad": False, "input_data_format": "channels_last"}
+    prepared = image_processor(images=image, size={"height": 8, "width": 8}, return_tensors="np", **steps)
+    return bool(prepared["pixel_values"].any())
 
 
 def _postprocessing(image_processor: BaseImageProcessor, config) -> dict:

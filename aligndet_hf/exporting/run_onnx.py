@@ -43,16 +43,16 @@ def read(model, name):
     return image.convert("RGB")
 
 
-def resize(pixels, length, axis, resample):
+def resize(pixels, length, axis, resample, antialias=True):
     """
     Resizes an axis of uint8 pixels to a length, to the grey level as torchvision does it: weights of 16 bits, bilinear
-    or bicubic (`resample` 2 or 3, as Pillow numbers them), and averaging where the image shrinks.
+    or bicubic (`resample` 2 or 3, as Pillow numbers them), and with `antialias` averaging where the image shrinks.
     """
     given = pixels.shape[axis]
     if given == length:
         return pixels
     scale = given / length
-    stretch, reach = max(scale, 1.0), {2: 1, 3: 2}[resample]
+    stretch, reach = max(scale, 1.0) if antialias else 1.0, {2: 1, 3: 2}[resample]
     centre = (np.arange(length) + 0.5) * scale
     first = np.maximum((centre - reach * stretch + 0.5).astype(int), 0)
     behind = np.minimum((centre + reach * stretch + 0.5).astype(int), given)
@@ -77,7 +77,8 @@ def prepare(model, image):
     """An RGB image of Pillow as the inputs of the graph: float32 [1, 3, height, width]."""
     steps = model["preprocessing"]
     width, height = resized(*image.size, steps["size"])
-    pixels = resize(resize(np.asarray(image), width, 1, steps["resample"]), height, 0, steps["resample"])
+    how = steps["resample"], steps.get("antialias", True)
+    pixels = resize(resize(np.asarray(image), width, 1, *how), height, 0, *how)
     pixels = (pixels.astype(np.float32) * steps["rescale_factor"] - steps["mean"]) / steps["std"]
     inputs = {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)}
     if "pixel_mask" in model["inputs"]:
