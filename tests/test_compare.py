@@ -345,6 +345,7 @@ def test_the_report_states_commands_versions_seeds_and_protocol(finished):
     assert all((folder / name).stat().st_size > 5000 for name in pictures)
     page = (folder / "report.html").read_text()  # the same, the plots, and what both arms find with either share
     assert page.count("data:image/") == 4 + 2 and {"arms-0.5.jpg", "arms-1.jpg"} <= set(os.listdir(folder))
+    assert "<figcaption>Average precision in the course of fine-tuning</figcaption>" in page
     assert "nothing can be concluded" in page and "<h2>Protocol</h2>" in page
     config = yaml.safe_load(report.split("runs it again, where what it names is:\n\n```yaml\n")[1].split("```")[0])
     assert plan_jobs(CompareArguments(**config, output_dir="out"))

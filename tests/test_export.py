@@ -80,9 +80,10 @@ def test_parity_on_images_of_the_user(exported, photos):
     assert parity["differing"] == [] and parity["box_difference"] < 0.5 and parity["score_difference"] < 1e-3
 
 
-def test_the_graph_of_deformable_detr_takes_images_of_other_sizes(tmp_path):
+def test_the_graph_of_deformable_detr_takes_images_of_other_sizes(tmp_path, capfd):
     detector = decided_detector("deformable_detr", encoder_layers=1, decoder_layers=1, num_queries=10)
     export_onnx(detector, tmp_path / "model.onnx", (64, 64))  # whose coarsest feature map has one place
+    assert capfd.readouterr() == ("", "")  # exporters tell their developers much
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     for images, height, width in [(2, 64, 64), (1, 85, 64), (1, 128, 96), (3, 130, 171)]:
         pixels, mask = torch.rand(images, 3, height, width), torch.ones(images, height, width, dtype=torch.long)

@@ -162,7 +162,7 @@ def test_markdown_of_a_comparison_becomes_blocks(tmp_path):
     text = f"# Title\n\n**Told.**\n\n## Part\n\n{words}\n\n{table}\n\n{code}\n\n![x](curve.png)\n"
     assert list(_blocks(text)) == [
         ("title", "Title"), ("text", ["Told."]), ("heading", "Part"), ("text", ["Some - words.", "More."]),
-        ("tables", [("arm", "why"), ("a|b", "<b>")]), ("code", "a: 1\n\nb: 2"), ("picture", "curve.png"),
+        ("tables", [("arm", "why"), ("a|b", "<b>")]), ("code", "a: 1\n\nb: 2"), ("picture", ["x", "curve.png"]),
     ]  # fmt: skip
 
 

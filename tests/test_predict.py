@@ -239,9 +239,11 @@ def test_that_nothing_was_found_is_told_with_the_best_score(photos, tmp_path, ca
     images = [scene([(8, 16, 20, 10, 1)]), scene([(9, 9, 9, 9, 0)])]  # scores 1 / (1 + exp(-1.2)) = 0.769, and 0.747
     expected = "no box has a score of at least 0.8, the score_threshold; the best score is 0.769"
     assert [len(found["boxes"]) for found in look(images, score_threshold=0.8)] == [0, 0]
-    assert expected in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert expected in told and "--output_dir" not in told
     look(images, score_threshold=0.8, output_dir=str(tmp_path / "out"))
-    assert expected in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert expected in told and "needs another --output_dir, or --overwrite_output_dir" in told
     assert json.loads((tmp_path / "out/report.json").read_text())["best_score"] == pytest.approx(0.769, abs=1e-3)
     look(images)
     assert "no box" not in capsys.readouterr().out

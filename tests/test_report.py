@@ -93,7 +93,15 @@ def test_a_report_of_fine_tuning(finetuned, capsys):
         start = {"data:image/png;base64": b"\x89PNG", "data:image/jpeg;base64": b"\xff\xd8"}[head]
         assert base64.b64decode(data, validate=True).startswith(start)
     assert "url(" not in text and "@import" not in text and "http" not in "".join(page.addresses)
-    for words in ("25.0 %", "no such object", "50.0", "kept", "Transfer paper from me/start", "seed"):
+    for words in (
+        "25.0 %",
+        "no such object",
+        "50.0",
+        "kept",
+        "Transfer paper from me/start",
+        "seed",
+        "AP of each class",
+    ):
         assert words in page.words, words
 
 

@@ -355,6 +355,7 @@ def _print_report(report: dict, score_threshold: float, output: Path) -> None:
     )
     if report["boxes"] == 0:
         _tell_nothing_found(score_threshold, report["best_score"])
+        print("Another --score_threshold needs another --output_dir, or --overwrite_output_dir to start anew.")
     print_left_out([image["reason"] for image in report["skipped"]], output / "report.json")
     print(f"Saved to {output}")
 

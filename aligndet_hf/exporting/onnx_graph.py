@@ -1,6 +1,8 @@
 """A detector as an ONNX graph, by transformers' exporter, and what a program has to do before and after it."""
 
 import contextlib
+import io
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +65,7 @@ def export_onnx(
 
     sample, dynamic = _sample(detector, image_size)
     try:
-        with _open_shapes(detector), torch.no_grad():
+        with _open_shapes(detector), torch.no_grad(), _quiet():
             exported = OnnxExporter().export(
                 detector.eval(), sample, OnnxConfig(dynamic_shapes=dynamic, opset_version=opset)
             )
@@ -79,6 +81,18 @@ def export_onnx(
 
         onnx.save(convert_float_to_float16(onnx.load(str(path)), keep_io_types=True), str(path))
     return [value.name for value in graph.inputs]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what exporters tell their developers on every export; whether it is right, the comparison says."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _sample(detector: PreTrainedModel, image_size: tuple[int, int]) -> tuple[dict, dict]:

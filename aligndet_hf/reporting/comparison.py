@@ -31,7 +31,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
         `Path`: the report.
     """
     output_dir, statistics = Path(output_dir), results["statistics"]
-    pictures = _plot(output_dir, results) if with_plots and statistics else []
+    pictures = _plot(output_dir, results) if with_plots and statistics else {}
     arms, baseline = list(results["arms"]), results["baseline"]
     steps = _steps_table(statistics, baseline)
     evaluation = results["evaluation"]
@@ -46,7 +46,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
         *(["Before the numbers:", _bullets(cautions(results))] if statistics else []),
         "## Results",
         *_result_tables(statistics, results["images"], arms, baseline),
-        *(f"![{Path(name).stem}]({name})" for name in pictures),
+        *(f"![{title}]({name})" for name, title in pictures.items()),
         *(["## Steps to reach an average precision", *steps] if steps else []),
         *_class_tables(statistics, baseline),
         *_protocol(results),
@@ -101,7 +101,8 @@ def _without_places(value):
     return told(value) if is_place else value
 
 
-def _plot(output_dir: Path, results: Mapping) -> list[str]:
+def _plot(output_dir: Path, results: Mapping) -> dict[str, str]:
+    """Draws the plots; returns the title of each file."""
     statistics = results["statistics"]
     curves = {
         _percent_of_labels(fraction): {
@@ -113,7 +114,7 @@ def _plot(output_dir: Path, results: Mapping) -> list[str]:
     plot_bands(
         curves, output_dir / CURVES, "step", f"mean and range of {num_seeds} seeds" if num_seeds > 1 else "one seed"
     )
-    pictures = [CURVES]
+    pictures = {CURVES: "Average precision in the course of fine-tuning"}
     if len(statistics) > 1:
         lines = {arm: {key: [] for key in ("x", "mean", "min", "max")} for arm in results["arms"]}
         for fraction, arms in statistics.items():
@@ -123,7 +124,7 @@ def _plot(output_dir: Path, results: Mapping) -> list[str]:
                     lines[arm][key].append(found["metrics"]["AP"][key])
         lines = {arm: line for arm, line in lines.items() if line["x"]}
         plot_bands({"at the last step": lines}, output_dir / LABELS, "labels, %", log_x=True)
-        pictures.append(LABELS)
+        pictures[LABELS] = "Average precision by number of labels"
     for fraction, arms in statistics.items():
         means = {
             arm: {name: value["mean"] for name, value in found["metrics"].items()}
@@ -132,7 +133,7 @@ def _plot(output_dir: Path, results: Mapping) -> list[str]:
         }
         name = CLASSES.format(fraction=fraction)
         plot_arms(means, output_dir / name, f"{_percent_of_labels(fraction)}, mean over seeds")
-        pictures.append(name)
+        pictures[name] = f"All metrics, and average precision of each class, with {_percent_of_labels(fraction)}"
     return pictures
 
 

@@ -32,7 +32,8 @@ def comparison_page(folder: Path, results: Mapping, pictures: str) -> tuple[str,
         elif kind == "heading":
             sections.append(Section(content))
         elif kind == "picture":
-            sections[-1].more.append(Section(pictures=[(Path(content).stem, picture_uri(folder / content))]))
+            name, file = content
+            sections[-1].more.append(Section(pictures=[(name, picture_uri(folder / file))]))
         else:
             sections[-1].more.append(Section(**{kind: [content] if kind == "tables" else content}))
     told = verdict(results)
@@ -61,7 +62,7 @@ def _blocks(text: str) -> Iterator[tuple[str, object]]:
         elif part.startswith("#"):
             yield "heading", part.lstrip("# ")
         elif part.startswith("!["):
-            yield "picture", part[part.rindex("(") + 1 : -1]
+            yield "picture", part[2:-1].rsplit("](", 1)
         elif part.startswith("| "):
             rows = [line[2:-2].split(" | ") for line in part.splitlines()]
             yield (

@@ -112,11 +112,12 @@ def _of_evaluation(results: Mapping, folder: Path) -> tuple[str, str, list[Secti
 def _results(metrics: Mapping, text: list[str]) -> Section:
     classes = metrics["per_class"]
     values = dict(percentages(classes))
+    bars = [(name, values[name], max(classes[name], 0) if exists(classes[name]) else 0) for name in classes]
     return Section(
         "Results",
         text=text,
         tables=[[("metric", "value"), *percentages(metrics, COCO_KEYS)]],
-        bars=[(name, values[name], max(classes[name], 0) if exists(classes[name]) else 0) for name in classes],
+        more=[Section("AP of each class", bars=bars)],
     )
 
 
