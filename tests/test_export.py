@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny_detectors import CONVNETS, tiny_config
+from tiny_detectors import CONVNETS, timm_backbone, tiny_config
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -81,7 +81,8 @@ def test_parity_on_images_of_the_user(exported, photos):
 
 
 def test_the_graph_of_deformable_detr_takes_images_of_other_sizes(tmp_path, capfd):
-    detector = decided_detector("deformable_detr", encoder_layers=1, decoder_layers=1, num_queries=10)
+    backbone = timm_backbone(out_indices=(4,))
+    detector = decided_detector("deformable_detr", backbone_config=backbone, num_feature_levels=2, num_queries=10)
     export_onnx(detector, tmp_path / "model.onnx", (64, 64))  # whose coarsest feature map has one place
     assert capfd.readouterr() == ("", "")  # exporters tell their developers much
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
