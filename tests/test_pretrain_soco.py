@@ -77,7 +77,7 @@ def test_what_is_written(arguments, capsys):
     assert entries[0]["loss"] == pytest.approx(entries[0]["loss_view2"] + entries[0]["loss_view3"])
     report = json.loads((result.output_dir / "backbone_report.json").read_text())
     assert report["matched"] and not report["missing"]
-    assert f"The backbone is in {result.backbone_dir}: aligndet pretrain" in capsys.readouterr().out
+    assert f"The backbone is in {result.backbone_dir}. Next: aligndet pretrain" in capsys.readouterr().out
     card = (result.output_dir / "README.md").read_text()
     assert "resnet pre-trained with SoCo on scenes" in card and "2106.02637" in card
     assert "plain `transformers` checkpoint" not in card and str(result.output_dir.parent) not in card
