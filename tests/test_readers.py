@@ -470,7 +470,8 @@ def test_layouts(tmp_path, layout, capsys):
         assert validate_objects(dataset, NAMES).boxes == sum(len(objects) for _, objects in expected)
     capsys.readouterr()
     assert len(load_dataset_source(root, "train+validation", labels=True)) == 5
-    told = f"{root}: {find_reader(root).NAME}, split train + validation of {', '.join(split_names(root))}.\n"
+    splits = ", ".join(split_names(root))
+    told = f"{root}: read as {find_reader(root).NAME}. It has the splits {splits}; used: train + validation.\n"
     assert capsys.readouterr().out == ("" if find_reader(root).NAME == "image folder" else told)
 
 
