@@ -23,7 +23,7 @@ from .files import (
     split_of_folder,
     table_rows,
 )
-from .listed import PIXELS, Entry, Object, collect, require_own_splits
+from .listed import Entry, Object, collect, require_own_splits
 from .rows import Labels, is_box
 
 logger = logging.getLogger(__name__)
@@ -117,9 +117,7 @@ class _Table:
         for where, row in self.rows():
             box, label = self.box(row, where), self.label(row, where)
             image, objects = self.cell(row, self.image, where), [] if box is None else [Object(box, label)]
-            found.append(
-                Entry(where, self.split_of(row), image, self.path.parent, objects, self.size(row, where), PIXELS)
-            )
+            found.append(Entry(where, self.split_of(row), image, self.path.parent, objects, self.size(row, where)))
         ends = [max(x + w, y + h) for entry in found for (x, y, w, h), *_ in entry.objects]
         if ends and max(ends) <= _LARGEST_PART:
             logger.warning("%s: no coordinate is above 1: they are taken as parts of the images' sides.", self.path)
@@ -184,8 +182,9 @@ def _tables(path: Path) -> list[_Table]:
                 f"{', '.join(_header(file)) or 'no names'} in the first line."
             )
         tables.append(table)
-    splits = (split_of_file(table.path.stem) or split_of_folder(table.path.parent.name) for table in tables)
-    require_own_splits(path, zip(splits, [table.path for table in tables], strict=True), "tables of boxes")
+    paths = [table.path for table in tables]
+    splits = [(split_of_file(one.stem) or split_of_folder(one.parent.name), one) for one in paths]
+    require_own_splits(path, splits, "tables of boxes")
     return tables
 
 

@@ -14,8 +14,6 @@ from .rows import Labels
 
 logger = logging.getLogger(__name__)
 
-NAME = "JSON of CreateML, VIA, Label Studio, Scalabel or Supervisely"
-
 _SNIFFED_BYTES = 1 << 16
 _CLASS_NAMES = ("class", "label", "category", "name", "type")  # of the attributes of VIA
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of files that are uploaded
@@ -81,22 +79,23 @@ class _Dialect(NamedTuple):
     is_of_one_image: bool = False
 
 
+def _around_centre(x: float, y: float, half_width: float, half_height: float) -> Shape:
+    return [x - half_width, y - half_height, 2 * half_width, 2 * half_height]
+
+
 def _create_ml(item: dict) -> Found:
     objects = []
     for annotation in item["annotations"]:
         x, y, width, height = (annotation["coordinates"][key] for key in ("x", "y", "width", "height"))
-        objects.append(([x - width / 2, y - height / 2, width, height], annotation["label"]))  # from the centre
+        objects.append((_around_centre(x, y, width / 2, height / 2), annotation["label"]))
     return item["image"], objects, None
 
 
 def _via(item: dict) -> Found:
     regions = item["regions"]
     regions = regions.values() if isinstance(regions, dict) else regions  # of its first version
-    return (
-        item["filename"],
-        [(_via_shape(r["shape_attributes"]), _via_class(r["region_attributes"])) for r in regions],
-        None,
-    )
+    objects = [(_via_shape(one["shape_attributes"]), _via_class(one["region_attributes"])) for one in regions]
+    return item["filename"], objects, None
 
 
 def _via_shape(shape: dict) -> Shape:
@@ -105,7 +104,7 @@ def _via_shape(shape: dict) -> Shape:
         return [shape[key] for key in ("x", "y", "width", "height")]
     if kind in ("circle", "ellipse"):
         rx, ry = (shape["r"], shape["r"]) if kind == "circle" else (shape["rx"], shape["ry"])
-        return [shape["cx"] - rx, shape["cy"] - ry, 2 * rx, 2 * ry]
+        return _around_centre(shape["cx"], shape["cy"], rx, ry)
     return list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)) if kind == "polygon" else None
 
 
@@ -138,11 +137,9 @@ def _label_studio(item: dict) -> Found:
         classes = next(value for key, value in shape.items() if key.endswith("labels") and isinstance(value, list))
         objects += [(_label_studio_shape(shape, size), name) for name in classes]
     image = image.partition("?d=")[2] or image
-    return (
-        _UPLOAD.sub("", image.replace("\\", "/").rpartition("/")[2]) if "/upload/" in image else image,
-        objects,
-        size,
-    )
+    if "/upload/" in image:
+        image = _UPLOAD.sub("", image.replace("\\", "/").rpartition("/")[2])
+    return image, objects, size
 
 
 def _label_studio_shape(shape: dict, size: tuple[int, int]) -> Shape:
@@ -150,12 +147,7 @@ def _label_studio_shape(shape: dict, size: tuple[int, int]) -> Shape:
     if "points" in shape:
         return shape["points"]
     if "radiusX" in shape:
-        return [
-            shape["x"] - shape["radiusX"],
-            shape["y"] - shape["radiusY"],
-            2 * shape["radiusX"],
-            2 * shape["radiusY"],
-        ]
+        return _around_centre(shape["x"], shape["y"], shape["radiusX"], shape["radiusY"])
     if "height" not in shape:  # key points have a width
         return None
     x, y, width, height = (shape[key] for key in ("x", "y", "width", "height"))
@@ -212,6 +204,9 @@ _DIALECTS = {
         "'size' and 'objects', each with 'classTitle', 'geometryType' and 'points'", is_of_one_image=True,
     ),
 }  # fmt: skip
+
+
+NAME = f"JSON of {', '.join(list(_DIALECTS)[:-1])} or {list(_DIALECTS)[-1]}"
 
 
 def _object(shape: Shape, label: str) -> Object:

@@ -1,6 +1,7 @@
 """What label files that name their images have in common: finding the images, and putting their entries together."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -73,6 +74,7 @@ def collect(folder: Path, entries: Iterable[Entry], splits: list[str], missing: 
         [`DataError`]: an image is not there, or there are two of its name; it names the place.
     """
     finder, images, names, listed = _Finder(folder), {}, set(), set()
+    size_of = cache(image_size)  # once an image, however many entries and objects it has
     for entry in entries:
         names |= {one.label for one in entry.objects}
         listed |= {PureWindowsPath(entry.image).name, PureWindowsPath(entry.image).stem}
@@ -86,8 +88,10 @@ def collect(folder: Path, entries: Iterable[Entry], splits: list[str], missing: 
             images[entry.split, file] = image
         image = images[entry.split, file]
         for box, label, outline in entry.objects:
-            segmentation = None if outline is None else [_in_pixels(outline, entry, file)]
-            image.add(_in_pixels(box, entry, file), label, segmentation=segmentation)
+            if entry.parts is not PIXELS:
+                sides = entry.size or size_of(file)[::-1]
+                box, outline = (values and _in_pixels(values, entry.parts, sides) for values in (box, outline))
+            image.add(box, label, segmentation=outline and [outline])
     categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     numbers = {name: position for position, name in enumerate(categories)}
     for image in images.values():
@@ -127,12 +131,9 @@ def split_above(file: Path, root: Path) -> str:
     return next(filter(None, (split_of_folder(folder.name) for folder in folders)), "train")
 
 
-def _in_pixels(values: list[float], entry: Entry, file: Path) -> list[float]:
-    """Numbers across and down in turn, in pixels."""
-    if entry.parts is PIXELS:
-        return values
-    sides = entry.size or image_size(file)[::-1]
-    return [value / entry.parts * sides[number % 2] for number, value in enumerate(values)]
+def _in_pixels(values: list[float], parts: float, sides: tuple[int, int]) -> list[float]:
+    """Numbers across and down in turn, from parts of the image's width and height."""
+    return [value / parts * sides[number % 2] for number, value in enumerate(values)]
 
 
 class _Finder:
