@@ -13,119 +13,91 @@ from .flags import nearest
 
 
 class Command(NamedTuple):
-    """One row of the command table: where its arguments and its function live, and one line for `--help`.
+    """
+    One row of the command table: its name, its function, and one line for `--help`.
 
     `is_launched` says whether `accelerate launch` can run it in several processes.
     """
 
-    module: str
-    arguments: str
+    name: str
     function: str
     summary: str
     is_launched: bool = False
 
+    @property
+    def module(self) -> str:
+        """Where its arguments and its function live."""
+        return f"aligndet_hf.commands.{self.name}"
 
-COMMANDS = {
-    "check": Command(
-        "aligndet_hf.commands.check",
-        "CheckArguments",
-        "check",
-        "look at a data set before a training: what is in it, and everything that is wrong with it",
+    @property
+    def arguments(self) -> str:
+        """The dataclass of its arguments."""
+        return f"{self.name.capitalize()}Arguments"
+
+
+_ROWS = [
+    Command(
+        "check", "check", "look at a data set before a training: what is in it, and everything that is wrong with it"
     ),
-    "proposals": Command(
-        "aligndet_hf.commands.proposals",
-        "ProposalsArguments",
+    Command(
+        "proposals",
         "generate_proposals",
         "find object-like boxes in unlabelled images and store them as a `proposals` column",
         is_launched=True,
     ),
-    "clusters": Command(
-        "aligndet_hf.commands.clusters",
-        "ClustersArguments",
+    Command(
+        "clusters",
         "cluster_proposals",
         "sort the proposals into pseudo-classes: k-means over features of a frozen backbone",
     ),
-    "recall": Command(
-        "aligndet_hf.commands.recall",
-        "RecallArguments",
+    Command(
+        "recall",
         "measure_recall",
         "say how many objects the proposals find, beside random boxes and a grid; draw them",
     ),
-    "pretrain": Command(
-        "aligndet_hf.commands.pretrain",
-        "PretrainArguments",
+    Command(
+        "pretrain",
         "pretrain",
         "pre-train a whole detector (or, with SoCo, a backbone) on images with proposals, and export it",
         is_launched=True,
     ),
-    "knn": Command(
-        "aligndet_hf.commands.knn",
-        "KnnArguments",
-        "measure_knn",
-        "say what a backbone knows of labelled objects: nearest neighbours of their features",
+    Command(
+        "knn", "measure_knn", "say what a backbone knows of labelled objects: nearest neighbours of their features"
     ),
-    "finetune": Command(
-        "aligndet_hf.commands.finetune",
-        "FinetuneArguments",
-        "finetune",
-        "fine-tune a pre-trained (or any) detector on labelled images",
-        is_launched=True,
-    ),
-    "evaluate": Command(
-        "aligndet_hf.commands.evaluate",
-        "EvaluateArguments",
-        "evaluate",
-        "print the COCO table of a detector, with the AP of every class",
-    ),
-    "predict": Command(
-        "aligndet_hf.commands.predict",
-        "PredictArguments",
-        "predict",
-        "find objects in new images and videos: pictures, COCO and YOLO labels, a data set",
-    ),
-    "export": Command(
-        "aligndet_hf.commands.export",
-        "ExportArguments",
+    Command("finetune", "finetune", "fine-tune a pre-trained (or any) detector on labelled images", is_launched=True),
+    Command("evaluate", "evaluate", "print the COCO table of a detector, with the AP of every class"),
+    Command("predict", "predict", "find objects in new images and videos: pictures, COCO and YOLO labels, a data set"),
+    Command(
+        "export",
         "export",
         "write a detector as ONNX, with all that is needed to run it, and compare it with the detector",
     ),
-    "pseudolabel": Command(
-        "aligndet_hf.commands.pseudolabel",
-        "PseudolabelArguments",
+    Command(
+        "pseudolabel",
         "pseudolabel",
         "label unlabelled images with the boxes of a fine-tuned detector, and check their classes",
     ),
-    "convert": Command(
-        "aligndet_hf.commands.convert",
-        "ConvertArguments",
+    Command(
+        "convert",
         "convert",
         "read a published checkpoint as a detector of transformers; write a detector for mmdet or torchvision",
     ),
-    "chain": Command(
-        "aligndet_hf.commands.chain",
-        "ChainArguments",
-        "run_chain",
-        "run several of these commands, each on the output of those before it, from one file",
+    Command(
+        "chain", "run_chain", "run several of these commands, each on the output of those before it, from one file"
     ),
-    "compare": Command(
-        "aligndet_hf.commands.compare",
-        "CompareArguments",
+    Command(
+        "compare",
         "compare",
         "say whether pre-training helps on your data: arms x label fractions x seeds, and a report",
     ),
-    "embeddings": Command(
-        "aligndet_hf.commands.embeddings",
-        "EmbeddingsArguments",
+    Command(
+        "embeddings",
         "compare_embeddings",
         "draw what detectors make of labelled objects (t-SNE), and say how well neighbours share a class (kNN)",
     ),
-    "report": Command(
-        "aligndet_hf.commands.report",
-        "ReportArguments",
-        "report",
-        "write one HTML file on a run, with its curves, pictures, numbers and settings",
-    ),
-}
+    Command("report", "report", "write one HTML file on a run, with its curves, pictures, numbers and settings"),
+]
+COMMANDS = {row.name: row for row in _ROWS}
 
 USAGE = "usage: aligndet <command> [--config recipe.yaml] [--flag value ...]"
 EXAMPLES = """\

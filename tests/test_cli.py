@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -194,8 +195,9 @@ def command(monkeypatch):
             if error is not None:
                 raise error
 
-        monkeypatch.setattr(sys.modules[__name__], "work", work, raising=False)
-        monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command(__name__, "DemoArguments", "work", "a demo"))
+        module = SimpleNamespace(DemoArguments=DemoArguments, work=work)
+        monkeypatch.setitem(sys.modules, "aligndet_hf.commands.demo", module)
+        monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command("demo", "work", "a demo"))
         return seen
 
     return install

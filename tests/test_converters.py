@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_a_file_becomes_a_folder_that_transformers_reads(published, tmp_path):
     # The heads of its layers differ, which transformers would tie in a new detector.
     assert not torch.equal(again.bbox_embed[0].layers[2].weight, again.bbox_embed[1].layers[2].weight)
     assert torch.equal(first.logits, second.logits) and torch.equal(first.pred_boxes, second.pred_boxes)
-    assert json.loads(json.dumps(report.to_dict()))["source"] == "refined.pth"
+    assert json.loads(json.dumps(asdict(report)))["source"] == "refined.pth"
 
 
 def test_the_report_says_what_became_of_every_tensor(published):

@@ -14,6 +14,7 @@ from aligndet_hf.commands import pseudolabel as command
 from aligndet_hf.commands.finetune import FinetuneArguments, finetune
 from aligndet_hf.commands.pseudolabel import PseudolabelArguments, pseudolabel
 from aligndet_hf.data.dataset import LabelledImages, MixedImages
+from aligndet_hf.data.door import image_bytes
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.sampling import MixedBatchSampler, SampleKey
 from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, write_synthetic_folder
@@ -44,7 +45,7 @@ def oracle(folder, monkeypatch):
             [
                 {"image": {"bytes": value["bytes"], "path": None}, "file_name": name, "objects": _seen(truth[name])}
                 for name, value in (
-                    (value["path"] and value["path"].split("/")[-1], {"bytes": command._content(value)})
+                    (value["path"] and value["path"].split("/")[-1], {"bytes": image_bytes(value)})
                     for value in command._values(arguments.images)
                 )
             ]

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_names_folder_and_report(tmp_path):
     tiny_detector("detr").save_pretrained(tmp_path)
     detector, report = transfer_detector(tmp_path, 2, {0: "cat", 1: "dog"}, preset="paper")
     assert detector.config.id2label == {0: "cat", 1: "dog"} and detector.config.label2id == {"cat": 0, "dog": 1}
-    assert json.loads(json.dumps(report.to_dict()))["preset"] == "paper"
+    assert json.loads(json.dumps(asdict(report)))["preset"] == "paper"
     assert str(report).splitlines()[0].endswith("4 reset, 0 mismatched")
     assert "  reset: class_labels_classifier.bias" in str(report).splitlines()
     _, report = transfer_detector(tmp_path, 2, preset="encoder-only")

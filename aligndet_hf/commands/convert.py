@@ -1,6 +1,6 @@
 """`aligndet convert`: a published checkpoint as a detector of transformers, and a detector for other code bases."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +103,7 @@ def _write_detector(arguments: ConvertArguments, folder: RunFolder) -> Path:
     folder.claim(settings={"source": report.source, "to": arguments.to})
     save_detector(detector, folder.path, arguments.eval_size)
     write_card(folder.path / "README.md", conversion_card(report, arguments.card_license))
-    write_json(folder.path / report.file_name, report.to_dict())
+    write_json(folder.path / report.file_name, asdict(report))
     print(report)
     print(f"{folder.path}: the detector, its card, and every tensor in {report.file_name}")
     return folder.path

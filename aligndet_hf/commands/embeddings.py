@@ -21,13 +21,12 @@ from ..arguments import (
     ReadyDetectorArguments,
     again,
 )
-from ..boxes import cxcywh_to_xyxy, iou_and_giou
+from ..boxes import cxcywh_to_xyxy, iou_and_giou, xyxy_to_cxcywh
 from ..cards import told, versions
 from ..data.collate import collate_labelled, normalize_images
-from ..data.columns import validate_objects
 from ..data.dataset import init_worker
 from ..data.errors import DataError
-from ..data.formats import category_names, load_dataset_source
+from ..data.formats import load_labelled
 from ..detectors.backbones import get_backbone
 from ..detectors.build import detector_from_config, find_detector
 from ..detectors.families import family_of
@@ -122,9 +121,8 @@ def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
 def _measure(arguments: EmbeddingsArguments) -> dict:
     """Does the work of [`compare_embeddings`]."""
     new_figure(1, 1)  # says now, not after the forward passes, that matplotlib is missing
-    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
-    categories = category_names(dataset, arguments.dataset)
-    print(validate_objects(dataset, categories, arguments.dataset))
+    dataset, categories, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
+    print(report)
     device = device_of(arguments.use_cpu)
     folders = [find_detector(name) for name in arguments.detector]
     names = _short_names(arguments.detector)
@@ -258,8 +256,8 @@ def embed_objects(
 
 def _normalized(boxes: np.ndarray, height: int, width: int) -> torch.Tensor:
     """Pixels xyxy -> normalised cxcywh."""
-    x1, y1, x2, y2 = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4).unbind(1)
-    return torch.stack([(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height], dim=1)
+    boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return xyxy_to_cxcywh(boxes) / torch.tensor([width, height] * 2)
 
 
 def plot_embeddings(

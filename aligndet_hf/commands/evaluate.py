@@ -9,9 +9,9 @@ from tqdm.auto import tqdm
 
 from ..arguments import InferenceArguments, LabelledArguments, MeasureArguments, ReadyDetectorArguments, again
 from ..data.collate import collate_labelled
-from ..data.columns import category_ids, image_ids, validate_objects
+from ..data.columns import category_ids, image_ids
 from ..data.dataset import init_worker
-from ..data.formats import category_names, load_dataset_source
+from ..data.formats import load_labelled
 from ..detectors.build import open_detector, open_image_processor
 from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
@@ -84,9 +84,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
 
 def _measure(arguments: EvaluateArguments) -> dict:
     """Does the work of [`evaluate`]."""
-    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
-    categories = category_names(dataset, arguments.dataset)
-    print(validate_objects(dataset, categories, arguments.dataset))
+    dataset, categories, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
+    print(report)
     device = device_of(arguments.use_cpu)
     detector = open_detector(arguments.detector).to(device)
     image_processor = open_image_processor(arguments.image_processor or arguments.detector)

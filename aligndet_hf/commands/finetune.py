@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,7 +226,7 @@ def _start(
     if report is not None:
         processes.print(report)
         if processes.is_main_process:
-            write_json(folder.path / report.file_name, report.to_dict())
+            write_json(folder.path / report.file_name, asdict(report))
     evaluation = {"dataset": told(arguments.eval_dataset), "split": arguments.eval_split, "images": len(truth or ())}
     return trainer, {"images": len(dataset), "evaluation": evaluation}
 

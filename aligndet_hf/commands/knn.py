@@ -16,9 +16,9 @@ from ..arguments import (
     OptimisationArguments,
     again,
 )
-from ..data.columns import read_values, validate_objects
+from ..data.columns import read_values
 from ..data.errors import ImageError
-from ..data.formats import category_names, load_dataset_source
+from ..data.formats import load_labelled
 from ..detectors.build import build_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages
 from ..files import write_json
@@ -124,8 +124,8 @@ def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
 
 def _measure(arguments: KnnArguments) -> dict[str, dict[str, float]]:
     """Does the work of [`measure_knn`]."""
-    dataset = load_dataset_source(arguments.dataset, arguments.split, labels=True, image_dir=arguments.image_dir)
-    print(validate_objects(dataset, category_names(dataset, arguments.dataset), arguments.dataset))
+    dataset, _, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
+    print(report)
     results = {}
     for name in ("trained", "random"):
         detector = build_detector(  # for its backbone only, so any family will do

@@ -1,7 +1,7 @@
 """`aligndet pretrain`: pre-train a detector, or with SoCo a backbone, on images with proposals."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -168,7 +168,7 @@ def _start(
     if loaded is not None:
         accelerator.print(loaded)
         if accelerator.is_main_process:
-            write_json(folder.path / loaded.file_name, loaded.to_dict())
+            write_json(folder.path / loaded.file_name, asdict(loaded))
     if (window := pixel_window(dataset)) is not None:
         image_processor.pixel_window = list(window)
     best_boxes = None

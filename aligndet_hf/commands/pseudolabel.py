@@ -1,7 +1,6 @@
 """`aligndet pseudolabel`: what a teacher finds in unlabelled images, as labels for a student."""
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections import Counter
@@ -14,7 +13,6 @@ import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForObjectDetection
 
 from ..arguments import (
     InferenceArguments,
@@ -26,19 +24,19 @@ from ..arguments import (
 )
 from ..boxes import iou_and_giou
 from ..data.bit_depth import pixel_window
-from ..data.columns import clean_boxes, read_boxes, read_crowds, read_values, validate_objects
-from ..data.door import read_bytes
+from ..data.columns import clean_boxes, read_boxes, read_crowds, read_values
+from ..data.door import image_digest
 from ..data.errors import DataError
-from ..data.formats import category_names, load_dataset_source
+from ..data.formats import category_names, load_dataset_source, load_labelled
 from ..data.images import decode_image
 from ..data.shards import content_hash, save_split
 from ..data.splits import nested_subsets
-from ..detectors.build import build_detector, find_detector
+from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import CheckedClasses, check_classes, crop_features, suppress
 from ..files import write_json
-from ..flags import flag, local_paths, takes_old_names
+from ..flags import flag, local_paths, names_of, takes_old_names
 from ..processes import device_of
 from ..ranges import COUNT, SHARE, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
@@ -142,9 +140,8 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("pseudolabel runs as one process: start it without a launcher")
-    labelled = load_dataset_source(arguments.labelled_dataset, arguments.labelled_split, labels=True)
-    names = category_names(labelled, arguments.labelled_dataset)
-    print(validate_objects(labelled, names, arguments.labelled_dataset))
+    labelled, names, report = load_labelled(arguments.labelled_dataset, arguments.labelled_split)
+    print(report)
     rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     images = load_dataset_source(arguments.dataset, arguments.split, image_dir=arguments.image_dir)
     unseen = _unseen(images, labelled, rows, arguments)
@@ -156,19 +153,8 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
         overwrite=arguments.overwrite_output_dir,
     )
     with folder:
-        settings = {
-            name: getattr(arguments, name)
-            for name in (
-                "score_threshold",
-                "ignore_threshold",
-                "nms_threshold",
-                "class_check",
-                "backbone",
-                "backbone_weights",
-                "shuffle_classes",
-                "label_seed",
-            )
-        }
+        deciding = {"backbone", "backbone_weights", "label_seed"} | names_of(PseudolabelArguments, "result")
+        settings = {name: getattr(arguments, name) for name in sorted(deciding)}
         settings |= {"detector": _identity(arguments.detector), "num_pictures": arguments.num_pictures}
         hashes = start_hashes(arguments)
         data = {"images": content_hash(images), "labelled": content_hash(labelled), "rows": list(rows)}
@@ -182,8 +168,8 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
 
 def _unseen(images, labelled, rows, arguments: PseudolabelArguments) -> list[int]:
     """The rows of images that the teacher did not learn from: it is told them by their content."""
-    seen = {_digest(value) for value in _values(labelled.select(rows))}
-    unseen = [row for row, value in enumerate(_values(images)) if _digest(value) not in seen]
+    seen = {image_digest(value) for value in _values(labelled.select(rows))}
+    unseen = [row for row, value in enumerate(_values(images)) if image_digest(value) not in seen]
     if not unseen:
         raise DataError(
             f"{arguments.dataset} (split {arguments.split}): all {len(images)} images are among the labelled ones. "
@@ -198,18 +184,9 @@ def _values(dataset: datasets.Dataset) -> Iterator[dict]:
         yield row["image"]
 
 
-def _content(value: dict) -> bytes:
-    return value["bytes"] if value.get("bytes") is not None else read_bytes(value["path"])
-
-
-def _digest(value: dict) -> bytes:
-    """What an image is told by: its file itself would hold a whole data set in memory."""
-    return hashlib.blake2b(_content(value), digest_size=16).digest()
-
-
 def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], folder: RunFolder) -> None:
     """Predict, suppress, check the classes, and write data set, report and sheet at once."""
-    teacher = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.detector))
+    teacher = open_detector(arguments.detector)
     classes = np.array(match_categories(teacher.config.id2label, names))
     found = predict(
         PredictArguments(
@@ -345,13 +322,13 @@ def _truth(arguments: PseudolabelArguments, images, found, boxes, names: list[st
             return {}
     except DataError:
         return {}
-    rows = {_digest(value): row for row, value in enumerate(_values(labels))}
+    rows = {image_digest(value): row for row, value in enumerate(_values(labels))}
     column = labels.select_columns(["objects"]).with_format("arrow")
     kept = placed = right = 0
     for value, row in zip(_values(found), boxes, strict=True):
         chosen = [box for box in row if not box["ignore"]]
         kept += len(chosen)
-        number = rows.get(_digest(value))
+        number = rows.get(image_digest(value))
         truth = None if number is None else column[number]["objects"]
         if truth is None or not chosen or not len(true := read_boxes(truth)[0]):
             continue

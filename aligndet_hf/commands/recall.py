@@ -291,35 +291,31 @@ def format_recall(results: Mapping[str, Mapping]) -> str:
     Returns:
         `str`: A block of rows for all objects, and one for each size that there is.
     """
-    first = next(iter(results.values()))
+    first, width = next(iter(results.values())), max(len("first boxes"), *map(len, results)) + 2
     limits = [name.removeprefix("AR@") for name in first["all"] if name.startswith("AR@")]
-    width = max(len("first boxes"), *map(len, results)) + 2
-    columns = [f"{kind}@{limit}" for kind in ("recall", "AR") for limit in limits]
-    half = 7 * len(limits)
-    lines = [
-        f"{'':<{width}}{'recall (IoU 0.5), %':>{half}}   {'average recall, %':>{half}}",
-        f"{'first boxes':<{width}}" + "   ".join(["".join(f"{limit:>7}" for limit in limits)] * 2),
-    ]
+    lines = _header(["recall (IoU 0.5), %", "average recall, %"], limits, width)
     for group in [name for name, values in first.items() if isinstance(values, Mapping) and values["objects"]]:
         lines.append(f"{_NAMES.get(group, group)} ({first[group]['objects']} objects)")
-        for name, values in results.items():
-            cells = [f"{100 * values[group][column]:>7.1f}" for column in columns]
-            cells.insert(len(limits), "   ")
-            lines.append(f"  {name:<{width - 2}}" + "".join(cells))
-    return "\n".join([*lines, "", *_precision_lines(results, width)])
+        lines += _lines(results, group, ["recall", "AR"], limits, width)
+    lines += ["", *_header(["boxes on an object, %", "images with one, %"], RANKS, width)]
+    return "\n".join(lines + _lines(results, "all", ["precision", "images"], RANKS, width))
 
 
-def _precision_lines(results: Mapping[str, Mapping], width: int) -> list[str]:
-    """The rows of precision: are the first boxes objects?"""
-    half, names = 7 * len(RANKS), [f"{kind}@{rank}" for kind in ("precision", "images") for rank in RANKS]
-    lines = [
-        f"{'':<{width}}{'boxes on an object, %':>{half}}   {'images with one, %':>{half}}",
-        f"{'first boxes':<{width}}" + "   ".join(["".join(f"{rank:>7}" for rank in RANKS)] * 2),
+def _header(titles: list[str], ranks: Iterable, width: int) -> list[str]:
+    """The head of a table of two halves, each with a column for each number of first boxes."""
+    numbers = "".join(f"{rank:>7}" for rank in ranks)
+    return [
+        f"{'':<{width}}" + "   ".join(title.rjust(len(numbers)) for title in titles),
+        f"{'first boxes':<{width}}" + "   ".join([numbers] * len(titles)),
     ]
+
+
+def _lines(results: Mapping[str, Mapping], group: str, kinds: list[str], ranks: Iterable, width: int) -> list[str]:
+    """The rows of such a table: one for each list of boxes."""
+    lines = []
     for name, values in results.items():
-        cells = [f"{100 * values['all'][column]:>7.1f}" for column in names]
-        cells.insert(len(RANKS), "   ")
-        lines.append(f"  {name:<{width - 2}}" + "".join(cells))
+        halves = ["".join(f"{100 * values[group][f'{kind}@{rank}']:>7.1f}" for rank in ranks) for kind in kinds]
+        lines.append(f"  {name:<{width - 2}}" + "   ".join(halves))
     return lines
 
 

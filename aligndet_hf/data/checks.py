@@ -1,6 +1,5 @@
 """What one should know of labelled images before a training: how many objects they have, and which are there twice."""
 
-import hashlib
 import os
 
 import datasets
@@ -8,7 +7,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from .columns import arrow_batches, image_ids, read_boxes, read_crowds, read_values
-from .door import read_bytes
+from .door import image_digest
 from .masks import FIELD
 
 COCO_DETECTIONS = 100  # of one category in one image that COCO's metrics count, the best first
@@ -96,8 +95,8 @@ def same_images(dataset: datasets.Dataset, other: datasets.Dataset) -> list[tupl
     contents = {}
     for length in shared:
         for row in of_other[length]:
-            contents.setdefault(_content(other, row), row)
-    hashed = ((row, _content(dataset, row)) for length in shared for row in lengths[length])
+            contents.setdefault(image_digest(other[row]["image"]), row)
+    hashed = ((row, image_digest(dataset[row]["image"])) for length in shared for row in lengths[length])
     return sorted((row, contents[content]) for row, content in hashed if content in contents)
 
 
@@ -110,12 +109,6 @@ def _lengths(dataset: datasets.Dataset) -> dict[int, list[int]]:
             length = content.as_buffer().size if content.is_valid else os.path.getsize(path)
             rows.setdefault(length, []).append(row)
     return rows
-
-
-def _content(dataset: datasets.Dataset, row: int) -> bytes:
-    value = dataset[row]["image"]
-    content = read_bytes(value["path"]) if value["bytes"] is None else value["bytes"]
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def leak_note(dataset: datasets.Dataset, held_out: datasets.Dataset, source: str) -> str | None:

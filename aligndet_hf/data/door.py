@@ -6,6 +6,7 @@ in the folder of the data set. Nothing is fetched from an address, and no pipe o
 """
 
 import functools
+import hashlib
 import os
 import re
 import stat
@@ -160,6 +161,16 @@ def read_bytes(path: str | Path, limit: int = MAX_IMAGE_BYTES) -> bytes:
             return file.read()
     except OSError as error:
         raise DataError(f"{printable(path)}: {error.strerror or error}.") from error
+
+
+def image_bytes(value: dict) -> bytes:
+    """The content of an undecoded image of a `datasets` row, wherever it is stored."""
+    return value["bytes"] if value.get("bytes") is not None else read_bytes(value["path"])
+
+
+def image_digest(value: dict) -> str:
+    """What tells the content of an undecoded image from others: 32 hexadecimal digits."""
+    return hashlib.blake2b(image_bytes(value), digest_size=16).hexdigest()
 
 
 def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from ..files import similar_path
 from ..objects import Given, as_source
 from . import door
-from .columns import arrow_batches, read_values, require_columns
+from .columns import BoxReport, arrow_batches, read_values, require_columns, validate_objects
 from .errors import DataError
 from .readers import READERS, find_reader, image_folder, saved
 from .readers.files import list_files, split_of_folder
@@ -172,6 +172,15 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
             raise DataError(f"{source}: column 'objects', field 'category' is empty in all rows.")
         names = [str(number) for number in range(max(largest) + 1)]
     return names
+
+
+def load_labelled(
+    source: str | Path, split: str | None = None, image_dir: str | Path | None = None
+) -> tuple[datasets.Dataset, list[str], BoxReport]:
+    """A data set with labels as [`load_dataset_source`] reads it, the names of its categories, and its validation."""
+    dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir)
+    categories = category_names(dataset, source)
+    return dataset, categories, validate_objects(dataset, categories, str(source))
 
 
 def _choose_splits(available: list[str], split: str | None, source: str | Path) -> list[str]:

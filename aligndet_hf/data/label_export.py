@@ -81,7 +81,7 @@ def _rows(dataset: datasets.Dataset, flat: bool = False, taken: set[str] | None 
     for index, image_id in enumerate(image_ids(dataset)):
         row = rows[index]
         value = row["image"][0].as_py()
-        content = value["bytes"] if value.get("bytes") is not None else door.read_bytes(value["path"])
+        content = door.image_bytes(value)
         given = row["file_name"][0].as_py() if has_names else None
         given = given or (Path(value["path"]).name if value.get("path") else f"{image_id}")
         height, width = image_size(value)

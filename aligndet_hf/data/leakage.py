@@ -1,6 +1,5 @@
 """Images of an evaluation split that training has seen as well: the same files, and copies that look the same."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..files import write_json
 from .bit_depth import pixel_window
-from .door import read_bytes
+from .door import image_digest
 from .errors import ImageError
 from .formats import load_dataset_source
 from .images import decode_image, image_name
@@ -69,11 +68,8 @@ def fingerprints(dataset: datasets.Dataset, disable_tqdm: bool = False) -> Finge
         except ImageError:
             num_unreadable += 1
             continue
-        content = value.get("bytes")
-        if content is None:
-            content = read_bytes(value["path"])
         names.append(image_name(value))
-        contents.append(hashlib.blake2b(content, digest_size=16).hexdigest())
+        contents.append(image_digest(value))
         looks.append(look)
     return Fingerprints(names, contents, np.array(looks, dtype=np.uint8).reshape(-1, _SIDE**2 // 8), num_unreadable)
 

@@ -215,9 +215,8 @@ class ProposalsArguments(
             parse_strategy(self.strategy)
         parse_rule(self.pixel_window)
         if self.rerank == "none":
-            self.backbone = self.backbone_weights = (
-                None  # a chain gives its backbone to all commands that know the flag
-            )
+            # A chain gives its backbone to all commands that know the flag.
+            self.backbone = self.backbone_weights = None
         if self.rerank == "ring" and not (self.backbone and self.backbone_weights):
             raise ValueError("--rerank ring needs --backbone and --backbone_weights: random features rank nothing")
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..files import file_hash, seal_file, write_json
 from ..runs import Interrupted, RunFolder
 from .columns import RECORD_MARK, proposals_feature
-from .door import read_bytes
+from .door import image_bytes
 from .errors import DataError
 
 REPORT = "proposals.json"
@@ -366,10 +366,8 @@ def _digest_values(digest, values: pa.Array) -> None:
 def _image_bytes(value: dict | None) -> bytes:
     """The stored bytes; of an image that cannot be read, its path. The search will tell why it cannot."""
     value = value or {"bytes": None, "path": ""}
-    if value["bytes"] is not None:
-        return value["bytes"]
     try:
-        return read_bytes(value["path"])
+        return image_bytes(value)
     except DataError:
         return value["path"].encode()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -55,10 +55,6 @@ class BackboneReport:
     missing: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict:
-        """The report as plain JSON types."""
-        return asdict(self)
 
     def __str__(self) -> str:
         under = f" under {self.prefix!r}" if self.prefix else ""

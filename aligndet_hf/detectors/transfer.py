@@ -6,7 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -42,10 +42,6 @@ class TransferReport:
     reset: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict:
-        """The report as plain JSON types."""
-        return asdict(self)
 
     def __str__(self) -> str:
         lines = [

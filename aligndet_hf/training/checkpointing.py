@@ -23,7 +23,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers.utils import logging
 
-from ..files import UNFINISHED, remove, sync, sync_folder
+from ..files import UNFINISHED, file_hash, remove, sync, sync_folder
 
 logger = logging.get_logger(__name__)
 
@@ -196,8 +196,4 @@ def _require_file(path: Path) -> None:
 
 def _signature(path: Path) -> str:
     _require_file(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return f"{path.stat().st_size} bytes, sha256 {digest.hexdigest()}"
+    return f"{path.stat().st_size} bytes, sha256 {file_hash(path, digest=hashlib.sha256())}"

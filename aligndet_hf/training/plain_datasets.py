@@ -3,9 +3,8 @@
 import datasets
 from torch.utils.data import Dataset
 
-from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages
-from ..data.formats import category_names, load_dataset_source
+from ..data.formats import load_labelled
 from ..data.views import ViewConfig
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages
@@ -47,9 +46,7 @@ def evaluation_images(dataset, model, image_processor) -> Dataset:
 
 def _labelled(dataset: datasets.Dataset, model) -> tuple[datasets.Dataset, list[str]]:
     """The data set in our form, checked, and its categories, which must be the first classes of the model."""
-    dataset = load_dataset_source(dataset, labels=True)
-    categories = category_names(dataset)
-    validate_objects(dataset, categories, "the data set")
+    dataset, categories, _ = load_labelled(dataset)
     if len(categories) > model.config.num_labels:
         raise ValueError(
             f"the data set has {len(categories)} categories, the detector {model.config.num_labels} classes: "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -151,10 +151,6 @@ class ConversionReport:
     note: str = ""
     repository: str = ""
     license: str = ""
-
-    def to_dict(self) -> dict:
-        """The report as plain JSON types."""
-        return asdict(self)
 
     def __str__(self) -> str:
         lines = [
