@@ -22,22 +22,6 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat([(top_left + bottom_right) / 2, bottom_right - top_left], dim=-1)
 
 
-def xywh_to_cxcywh(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """
-    Converts absolute `xywh` boxes to `cxcywh` boxes normalised to the image.
-
-    Args:
-        boxes (`torch.Tensor` of shape `[..., 4]`): absolute `xywh` boxes in pixels.
-        size (`tuple[int, int]`): (height, width) of the image in pixels, without any padding.
-
-    Returns:
-        `torch.Tensor` of shape `[..., 4]`: `cxcywh` boxes, 1 being the image's width or height.
-    """
-    height, width = size
-    scale = boxes.new_tensor([width, height, width, height])
-    return torch.cat([boxes[..., :2] + boxes[..., 2:] / 2, boxes[..., 2:]], dim=-1) / scale
-
-
 def iou_and_giou(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
     """
     IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of boxes paired by broadcasting.

@@ -335,23 +335,23 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def measuring_folder(output_dir: str | Path | None, command: str, written: Iterable[str]) -> Iterator[None]:
+def measuring_folder(output_dir: str | Path | None, command: str, written: Iterable[str]) -> Iterator[Path | None]:
     """
     Context of a command that measures, and replaces what it wrote into a folder before: what it does not write anew is
-    removed at the end. Without a folder nothing happens.
+    removed at the end. It gives the folder, which is there; without one nothing happens.
 
     Raises:
         ValueError: another process works in the folder, it is another command's run, or foreign.
         OSError: it cannot be written to.
     """
     if output_dir is None:
-        yield
+        yield None
         return
     written = list(written)
     with RunFolder(output_dir, command, written=written) as folder:
         folder.claim()
         before = folder.state_of(written)
-        yield
+        yield Path(output_dir)
         for path, *_ in before & folder.state_of(written):
             remove(path)
 

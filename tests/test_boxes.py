@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aligndet_hf.boxes import cxcywh_to_xyxy, iou_and_giou, xywh_to_cxcywh, xyxy_to_cxcywh
+from aligndet_hf.boxes import cxcywh_to_xyxy, iou_and_giou, xyxy_to_cxcywh
 
 coordinate = st.floats(-100, 100, width=32)
 xyxy = st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), min_size=1, max_size=8).map(
@@ -13,11 +13,6 @@ xyxy = st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate), min_s
 @given(xyxy)
 def test_corner_and_centre_formats_are_inverse(boxes):
     torch.testing.assert_close(cxcywh_to_xyxy(xyxy_to_cxcywh(boxes)), boxes)
-
-
-def test_xywh_is_normalised_by_height_and_width():
-    box = xywh_to_cxcywh(torch.tensor([10.0, 20.0, 30.0, 40.0]), (100, 200))
-    torch.testing.assert_close(box, torch.tensor([0.125, 0.4, 0.15, 0.4]))
 
 
 def test_iou_and_giou_by_hand():

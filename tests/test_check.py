@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import PIL.Image
@@ -58,7 +59,7 @@ def test_a_sound_data_set(tmp_path, capsys):
     assert split.notes == ["1 of 3 categories have no object here: cow"]
     text = capsys.readouterr().out
     assert "COCO" in text and "no problems found" in text and "4 images, 8 boxes" in text
-    assert json.loads((tmp_path / "out" / "check.json").read_text()) == json.loads(json.dumps(report.to_dict()))
+    assert json.loads((tmp_path / "out" / "check.json").read_text()) == json.loads(json.dumps(asdict(report)))
     (sheet,) = (tmp_path / "out").glob("check-*.jpg")
     assert PIL.Image.open(sheet).width > 3 * 80
 

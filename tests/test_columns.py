@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligndet_hf.data import columns
-from aligndet_hf.data.columns import DataError, clean_boxes, find_faults, validate_objects, validate_proposals
+from aligndet_hf.data.columns import (
+    BoxReport,
+    DataError,
+    clean_boxes,
+    find_faults,
+    validate_objects,
+    validate_proposals,
+)
 
 HEIGHT, WIDTH = 60, 100
 NAN, INF = float("nan"), float("inf")
@@ -98,17 +105,7 @@ def test_no_boxes():
 
 def test_sound_data():
     report = validate_objects(labelled([[[1, 1, 9, 9], [5, 5, 50, 50]], [], [[0, 0, 100, 60]]]), ["a"], "mine")
-    assert report.to_dict() == {
-        "source": "mine",
-        "column": "objects",
-        "rows": 3,
-        "boxes": 3,
-        "empty_rows": 1,
-        "crowds": 0,
-        "dropped": {},
-        "listed": {},
-        "notes": [],
-    }
+    assert report == BoxReport("mine", "objects", rows=3, boxes=3, empty_rows=1)
     assert str(report) == "mine: 3 rows, 3 boxes in 'objects', 1 rows without"
     assert validate_proposals(proposed([[[1, 1, 9, 9]]] * 2)).boxes == 2
 

@@ -19,6 +19,7 @@ from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.pixels import ImageFacts, inspect_images
 from ..data.readers import image_folder
 from ..data.sampling import SampleKey
+from ..data.splits import spread_rows
 from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes, view_shape
 from ..files import write_json
 from ..flags import flag, takes_old_names
@@ -138,10 +139,6 @@ class CheckReport:
         """What the command ends with: 1 if there is a problem."""
         return 1 if self.all_problems else 0
 
-    def to_dict(self) -> dict:
-        """The report as plain types."""
-        return asdict(self)
-
 
 def check(arguments: CheckArguments) -> CheckReport:
     """
@@ -161,11 +158,11 @@ def check(arguments: CheckArguments) -> CheckReport:
         ValueError: another process works in `output_dir`, or it is another command's.
         OSError: `output_dir` cannot be written to.
     """
-    with measuring_folder(arguments.output_dir, "check", ["check.json", "check-*.jpg"]):
-        return _check(arguments)
+    with measuring_folder(arguments.output_dir, "check", ["check.json", "check-*.jpg"]) as folder:
+        return _check(arguments, folder)
 
 
-def _check(arguments: CheckArguments) -> CheckReport:
+def _check(arguments: CheckArguments, folder: Path | None) -> CheckReport:
     source = arguments.dataset
     report = CheckReport(source, recognised(source))
     print(f"{source}: {report.recognised}")
@@ -187,8 +184,8 @@ def _check(arguments: CheckArguments) -> CheckReport:
         elif "objects" not in dataset.column_names and report.recognised == image_folder.NAME:
             split.notes.append(without_labels(Path(source).expanduser()))
         print(_describe(name, split))
-        if arguments.output_dir is not None and arguments.num_pictures and split.classes and not split.problems:
-            _draw(dataset, split, arguments, Path(arguments.output_dir) / f"check-{name}.jpg")
+        if folder is not None and arguments.num_pictures and split.classes and not split.problems:
+            _draw(dataset, split, arguments, folder / f"check-{name}.jpg")
     for one, other in combinations(prints, 2):
         for leak in find_leaks(prints[one], prints[other]):
             report.leaks.append({"splits": [other, one], **leak})
@@ -199,8 +196,8 @@ def _check(arguments: CheckArguments) -> CheckReport:
         print(f"problem: {problem}")
     number = len(report.all_problems)
     print(f"{number or 'no'} problem{'s' * (number != 1)} found")
-    if arguments.output_dir is not None:
-        write_json(Path(arguments.output_dir).expanduser() / "check.json", report.to_dict())
+    if folder is not None:
+        write_json(folder / "check.json", asdict(report))
     if arguments.export is not None:
         _export(labelled, report, arguments)
     return report
@@ -368,10 +365,9 @@ def _describe(name: str, split: SplitReport) -> str:
 
 def _draw(dataset: datasets.Dataset, split: SplitReport, arguments: CheckArguments, path: Path) -> None:
     """A sheet of evenly spaced images with their boxes, as views of a training have them."""
-    rows = np.unique(np.linspace(0, len(dataset) - 1, min(arguments.num_pictures, len(dataset))).round().astype(int))
     names, view = list(split.classes), ViewConfig(split.image_sizes, arguments.max_size, arguments.resize)
     images, pictures, titles = LabelledImages(dataset, view), [], []
-    for row in rows.tolist():
+    for row in spread_rows(len(dataset), arguments.num_pictures):
         item = images[SampleKey(row, 0, 0)]
         image, labels = item["image"].permute(1, 2, 0).numpy(), item["labels"]
         height, width = image.shape[:2]
@@ -380,5 +376,4 @@ def _draw(dataset: datasets.Dataset, split: SplitReport, arguments: CheckArgumen
         classes = labels["class_labels"].tolist()
         pictures.append(draw_boxes(image, boxes, classes, [names[label] for label in classes]))
         titles.append(f"row {row}, {width} x {height}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     contact_sheet(pictures, titles).save(path, quality=90)

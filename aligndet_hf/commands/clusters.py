@@ -41,8 +41,8 @@ from ..data.shards import (
     writing_to,
 )
 from ..detectors.backbones import check_backbone
-from ..detectors.build import build_detector, open_detector
-from ..evaluation.box_features import BoxFeatures, BoxImages
+from ..detectors.build import open_detector
+from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
 from ..files import is_sound, seal_file
 from ..flags import flag, names_of, takes_old_names
@@ -209,14 +209,8 @@ def load_features(arguments: ClustersArguments) -> BoxFeatures:
         detector = open_detector(arguments.detector)
         check_backbone(detector)
     else:
-        detector = build_detector(  # for its backbone only, so any family will do
-            "detr",
-            backbone=arguments.backbone,
-            backbone_weights=arguments.backbone_weights,
-            strides=tuple(sorted(arguments.strides)),
-        )
-    device = device_of(arguments.use_cpu)
-    return BoxFeatures(detector, arguments.strides, arguments.normalize, device)
+        detector = around_backbone(arguments.backbone, arguments.backbone_weights, arguments.strides)
+    return BoxFeatures(detector, arguments.strides, arguments.normalize, device_of(arguments.use_cpu))
 
 
 def _versions() -> dict:

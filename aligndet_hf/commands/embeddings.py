@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
 
@@ -23,8 +22,7 @@ from ..arguments import (
 )
 from ..boxes import cxcywh_to_xyxy, iou_and_giou, xyxy_to_cxcywh
 from ..cards import told, versions
-from ..data.collate import collate_labelled, normalize_images
-from ..data.dataset import init_worker
+from ..data.collate import normalize_images
 from ..data.errors import DataError
 from ..data.formats import load_labelled
 from ..detectors.backbones import get_backbone
@@ -114,11 +112,11 @@ def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
         ValueError: what is named is not a detector.
         OSError: there is none on the Hub, or it has no image processor.
     """
-    with measuring_folder(arguments.output_dir, "embeddings", [PICTURE, RESULTS]):
-        return _measure(arguments)
+    with measuring_folder(arguments.output_dir, "embeddings", [PICTURE, RESULTS]) as folder:
+        return _measure(arguments, folder)
 
 
-def _measure(arguments: EmbeddingsArguments) -> dict:
+def _measure(arguments: EmbeddingsArguments, folder: Path) -> dict:
     """Does the work of [`compare_embeddings`]."""
     new_figure(1, 1)  # says now, not after the forward passes, that matplotlib is missing
     dataset, categories, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
@@ -157,8 +155,7 @@ def _measure(arguments: EmbeddingsArguments) -> dict:
         counts = {"objects": len(found[name].labels), "missed": found[name].missed}
         results[name] = measured | counts | {"iou": iou}
 
-    output = Path(arguments.output_dir)
-    path = plot_embeddings(found, results, categories, output / PICTURE, arguments.max_objects, arguments.seed)
+    path = plot_embeddings(found, results, categories, folder / PICTURE, arguments.max_objects, arguments.seed)
     record = {
         "dataset": told(arguments.dataset),
         "split": arguments.split,
@@ -167,7 +164,7 @@ def _measure(arguments: EmbeddingsArguments) -> dict:
         "detectors": results,
         "versions": versions(),
     }
-    write_json(output / RESULTS, record)
+    write_json(folder / RESULTS, record)
     print(_format(results))
     print(f"Saved to {path}")
     return results
@@ -215,11 +212,8 @@ def embed_objects(
     device = next(detector.parameters()).device
     family, normalization = family_of(detector.config), normalization_of(images.image_processor)
     costs = family.losses(detector.config)
-    loader = DataLoader(
-        images, batch_size, collate_fn=collate_labelled, num_workers=num_workers, worker_init_fn=init_worker
-    )
     parts, row, total = [], 0, 0
-    for batch in tqdm(loader, desc="embedding", disable=disable_tqdm):
+    for batch in tqdm(images.batches(batch_size, num_workers), desc="embedding", disable=disable_tqdm):
         pixel_values, pixel_mask = (batch[name].to(device) for name in ("pixel_values", "pixel_mask"))
         outputs = detector(
             pixel_values=normalize_images(pixel_values, pixel_mask, **normalization),

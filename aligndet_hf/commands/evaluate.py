@@ -4,13 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..arguments import InferenceArguments, LabelledArguments, MeasureArguments, ReadyDetectorArguments, again
-from ..data.collate import collate_labelled
 from ..data.columns import category_ids, image_ids
-from ..data.dataset import init_worker
 from ..data.formats import load_labelled
 from ..detectors.build import open_detector, open_image_processor
 from ..evaluation.coco_metrics import format_table
@@ -78,11 +75,11 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         ValueError: what is named is not a detector.
         OSError: there is none on the Hub, or it has no image processor.
     """
-    with measuring_folder(arguments.output_dir, "evaluate", WRITTEN):
-        return _measure(arguments)
+    with measuring_folder(arguments.output_dir, "evaluate", WRITTEN) as folder:
+        return _measure(arguments, folder)
 
 
-def _measure(arguments: EvaluateArguments) -> dict:
+def _measure(arguments: EvaluateArguments, folder: Path | None) -> dict:
     """Does the work of [`evaluate`]."""
     dataset, categories, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
     print(report)
@@ -92,13 +89,7 @@ def _measure(arguments: EvaluateArguments) -> dict:
     classes = match_categories(detector.config.id2label, categories)
 
     images = EvaluationImages(dataset, categories, image_processor)
-    loader = DataLoader(
-        images,
-        batch_size=arguments.per_device_eval_batch_size,
-        collate_fn=collate_labelled,
-        num_workers=arguments.dataloader_num_workers,
-        worker_init_fn=init_worker,
-    )
+    loader = images.batches(arguments.per_device_eval_batch_size, arguments.dataloader_num_workers)
     own_ids = dict(zip(images.image_ids, image_ids(dataset), strict=True))  # as in the label file
     own_categories = category_ids(dataset, categories)
     metrics, detections = images.metrics(), []
@@ -111,9 +102,7 @@ def _measure(arguments: EvaluateArguments) -> dict:
     results = metrics.compute()
     print(format_table(results))
 
-    if arguments.output_dir is not None:
-        folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
         measured = {"detector": arguments.detector, "dataset": arguments.dataset, "split": arguments.split}
         record = measured | {"images": len(images), "metrics": results}
         write_json(folder / "results.json", record)

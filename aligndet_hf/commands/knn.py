@@ -19,8 +19,7 @@ from ..arguments import (
 from ..data.columns import read_values
 from ..data.errors import ImageError
 from ..data.formats import load_labelled
-from ..detectors.build import build_detector
-from ..evaluation.box_features import BoxFeatures, BoxImages
+from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..files import write_json
 from ..flags import flag, takes_old_names, told_of
 from ..objects import name_objects
@@ -118,36 +117,27 @@ def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
         DataError: there are no labels, they are broken, or an image cannot be read.
         ValueError: for an unknown backbone, weights that do not fit, or too few objects.
     """
-    with measuring_folder(arguments.output_dir, "knn", ["knn.json"]):
-        return _measure(arguments)
+    with measuring_folder(arguments.output_dir, "knn", ["knn.json"]) as folder:
+        return _measure(arguments, folder)
 
 
-def _measure(arguments: KnnArguments) -> dict[str, dict[str, float]]:
+def _measure(arguments: KnnArguments, folder: Path | None) -> dict[str, dict[str, float]]:
     """Does the work of [`measure_knn`]."""
     dataset, _, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
     print(report)
     results = {}
     for name in ("trained", "random"):
-        detector = build_detector(  # for its backbone only, so any family will do
-            "detr",
-            backbone=arguments.backbone,
-            backbone_weights=arguments.backbone_weights,
-            strides=tuple(sorted(arguments.strides)),
-        )
+        detector = around_backbone(arguments.backbone, arguments.backbone_weights, arguments.strides)
         if name == "random":
             torch.manual_seed(arguments.seed)
             detector = type(detector)(detector.config)
-        device = device_of(arguments.use_cpu)
-        features = BoxFeatures(detector, arguments.strides, device=device)
+        features = BoxFeatures(detector, arguments.strides, device=device_of(arguments.use_cpu))
         found = _object_features(features, dataset, arguments)
         results[name] = knn_accuracy(*found[:2], groups=found[2], k=arguments.num_neighbors, seed=arguments.seed)
         shown = ", ".join(f"{key.replace('_', ' ')} {100 * value:.1f}" for key, value in results[name].items())
         print(f"{name} weights, {len(found[1])} objects: {shown} %")
-    if arguments.output_dir is not None:
-        folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = told_of(arguments) | {"results": results}
-        write_json(folder / "knn.json", record)
+    if folder is not None:
+        write_json(folder / "knn.json", told_of(arguments) | {"results": results})
     return results
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
@@ -22,6 +21,7 @@ from ..data.label_export import export_labels
 from ..data.launch import Launch
 from ..data.shards import save_split
 from ..data.sources import model_hash
+from ..data.splits import spread_rows
 from ..detectors.build import find_detector
 from ..evaluation.predicted_rows import (
     join_predictions,
@@ -335,7 +335,7 @@ def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], 
 def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, number: int, window) -> None:
     """Draws some images, evenly spaced, on one page."""
     pictures, titles = [], []
-    for row in np.unique(np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int)):
+    for row in spread_rows(len(dataset), number):
         row = next(predicted_rows(dataset.select([row])))
         objects = row["objects"]
         tags = [

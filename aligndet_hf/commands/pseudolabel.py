@@ -30,7 +30,7 @@ from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, load_labelled
 from ..data.images import decode_image
 from ..data.shards import content_hash, save_split
-from ..data.splits import nested_subsets
+from ..data.splits import nested_subsets, spread_rows
 from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
@@ -364,7 +364,7 @@ def _dataset(found, boxes, kept: list[int], names: list[str]) -> datasets.Datase
 
 def _draw(dataset: datasets.Dataset, names: list[str], path: Path, number: int) -> None:
     """Some images with their labels on one sheet; ignored boxes have a question mark."""
-    rows = np.unique(np.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().astype(int))
+    rows = spread_rows(len(dataset), number)
     pictures, titles = [], []
     for value, row in zip(_values(dataset.select(rows)), dataset.select(rows).remove_columns("image"), strict=True):
         objects = row["objects"]

@@ -14,6 +14,7 @@ from ..data.columns import arrow_batches, find_faults, read_boxes, read_values, 
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
+from ..data.splits import spread_rows
 from ..files import write_json
 from ..flags import flag, takes_old_names
 from ..objects import name_objects
@@ -78,15 +79,15 @@ def measure_recall(arguments: RecallArguments) -> dict:
     Raises:
         DataError: there is no column `proposals`, it is broken, or an image cannot be read.
     """
-    with measuring_folder(arguments.output_dir, "recall", ["recall.json", "recall.png", "proposals.png"]):
-        return _measure(arguments)
+    with measuring_folder(arguments.output_dir, "recall", ["recall.json", "recall.png", "proposals.png"]) as folder:
+        return _measure(arguments, folder)
 
 
-def _measure(arguments: RecallArguments) -> dict:
+def _measure(arguments: RecallArguments, folder: Path | None) -> dict:
     """Does the work of [`measure_recall`]."""
     dataset = load_dataset_source(arguments.dataset, arguments.split)
     print(validate_proposals(dataset, arguments.dataset))
-    if arguments.output_dir is not None and (arguments.plot or arguments.num_pictures):
+    if folder is not None and (arguments.plot or arguments.num_pictures):
         new_figure(1, 1)  # says now that matplotlib is missing
     labelled = "objects" in dataset.column_names
     statistics = BoxStatistics()
@@ -108,9 +109,7 @@ def _measure(arguments: RecallArguments) -> dict:
         print(f"\n{format_recall(results['recall'])}")
     else:
         print("There is no column 'objects': without labels there is no recall to measure.")
-    if arguments.output_dir is not None:
-        folder = Path(arguments.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
         record = {"dataset": arguments.dataset, "split": arguments.split, "seed": arguments.seed, **results}
         write_json(folder / "recall.json", record)
         if labelled and arguments.plot:
@@ -345,7 +344,7 @@ def _rows(dataset: datasets.Dataset, source: str):
 
 def _draw(dataset: datasets.Dataset, path: Path, num_pictures: int, num_boxes: int) -> None:
     """Draws the first boxes of evenly spaced rows, over the objects where there are any."""
-    rows = np.unique(np.linspace(0, len(dataset) - 1, min(num_pictures, len(dataset))).round().astype(int))
+    rows = spread_rows(len(dataset), num_pictures)
     images = [decode_image(value, pixel_window(dataset)) for value in dataset.select(rows)["image"]]
     columns = [name for name in ("proposals", "objects") if name in dataset.column_names]
     drawn = {name: [] for name in columns}

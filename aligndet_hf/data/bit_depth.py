@@ -16,6 +16,7 @@ from .columns import arrow_batches
 from .errors import DataError, ImageError
 from .images import raw_pixels
 from .pixels import find_deep
+from .splits import spread_rows
 
 RULES = "range, percentile, or two numbers such as 7000,9000"
 
@@ -100,9 +101,8 @@ def settle_pixel_window(
 
 def _measure(images: list[tuple[datasets.Dataset, int]], rule: str) -> tuple[float, float]:
     """The grey levels by a rule, of evenly spaced images."""
-    chosen = np.linspace(0, len(images) - 1, min(len(images), _MEASURED_IMAGES)).round().astype(int)
     found = []
-    for part, row in (images[index] for index in np.unique(chosen)):
+    for part, row in (images[index] for index in spread_rows(len(images), _MEASURED_IMAGES)):
         try:
             pixels = raw_pixels(part[row]["image"])
         except ImageError:

@@ -21,6 +21,7 @@ from .arrow_boxes import (
 from .errors import DataError, ImageError
 from .masks import FIELD
 from .pixels import ImageFacts, check_box_format, check_declared_sizes, inspect_images
+from .splits import spread_rows
 
 __all__ = [
     "BoxReport",
@@ -204,10 +205,6 @@ class BoxReport:
                 listed = self.listed.get(reason, []) + np.unique(found).tolist()
                 self.listed[reason] = sorted(set(listed))[:_LISTED_ROWS]
 
-    def to_dict(self) -> dict:
-        """The report as plain types."""
-        return {name: value for name, value in vars(self).items() if name != "images"}
-
     def __str__(self) -> str:
         text = f"{self.source}: {self.rows} rows, {self.boxes} boxes in '{self.column}'"
         text += f", {self.empty_rows} rows without" if self.empty_rows else ""
@@ -266,7 +263,7 @@ def _check_against_images(dataset, column: str, source: str, report: BoxReport, 
     report.notes += report.images.notes()
     # Of proposals there may be many millions: other formats are looked for in evenly spaced rows.
     chosen = np.zeros(len(dataset), dtype=bool)
-    chosen[np.linspace(0, len(dataset) - 1, min(len(dataset), SIZE_CHECKED_ROWS)).round().astype(np.int64)] = True
+    chosen[spread_rows(len(dataset), SIZE_CHECKED_ROWS)] = True
     sound, sound_rows = [], []
     for start, table in arrow_batches(dataset, [column]):
         boxes, counts = read_boxes(table[column])

@@ -21,6 +21,7 @@ from .errors import DataError, ImageError
 from .formats import category_names, load_dataset_source, split_names
 from .images import decode_image
 from .shards import content_hash
+from .splits import spread_rows
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 _MAGIC = "*?["  # what makes a path a pattern
@@ -212,9 +213,9 @@ class ImageList:
         part, place = self._place(index)
         return part.read(place, self.window)
 
-    def spread(self, number: int) -> np.ndarray:
+    def spread(self, number: int) -> list[int]:
         """The places of at most this many images, evenly spaced."""
-        return np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).round().astype(int))
+        return spread_rows(len(self), number)
 
     def identity(self) -> str:
         """A hash that tells whether another list has the same images."""

@@ -1,4 +1,4 @@
-"""Nested subsets of a data set, to compare runs with few and many labels."""
+"""Parts of a data set: nested subsets, to compare runs with few and many labels, and rows spread over all of it."""
 
 import numpy as np
 
@@ -26,3 +26,8 @@ def nested_subsets(num_rows: int, fractions: list[float], seed: int) -> dict[flo
             raise ValueError(f"A fraction must lie in (0, 1], got {fraction}.")
     order = np.random.default_rng(seed).permutation(num_rows)
     return {fraction: sorted(order[: max(1, round(fraction * num_rows))].tolist()) for fraction in fractions}
+
+
+def spread_rows(num_rows: int, number: int) -> list[int]:
+    """At most this many of the row numbers from 0, evenly spaced; none where there are no rows."""
+    return np.unique(np.linspace(0, num_rows - 1, min(number, num_rows)).round().astype(int)).tolist()

@@ -15,10 +15,16 @@ from ..data.errors import ImageError
 from ..data.images import decode_image, image_name
 from ..data.views import resize_image, view_shape
 from ..detectors.backbones import get_backbone, image_statistics
+from ..detectors.build import build_detector
 
 _SAMPLES = 8  # of a feature map, along each side of a box
 # Pixels of a batch. A CPU gains from batches of small images only: the maps of larger ones leave its cache.
 _BATCH_PIXELS = {"cpu": 2**18, "cuda": 2**23}
+
+
+def around_backbone(backbone: str, backbone_weights: str | None, strides: list[int]):
+    """A detector for its backbone only, with feature maps of these strides: so any family will do."""
+    return build_detector("detr", backbone=backbone, backbone_weights=backbone_weights, strides=tuple(sorted(strides)))
 
 
 class BoxFeatures:

@@ -6,15 +6,17 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from ..data.bit_depth import pixel_window, window_of
-from ..data.collate import normalize_images
+from ..data.collate import collate_labelled, normalize_images
 from ..data.columns import image_numbers, read_values, usable_boxes
+from ..data.dataset import init_worker
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image
 from ..data.masks import FIELD, run_lengths
+from ..data.splits import spread_rows
 from ..proposals.trained import with_both_sides
 from .coco_metrics import CocoMetrics
 
@@ -56,13 +58,19 @@ class EvaluationImages(Dataset):
     def __getitem__(self, index: int) -> dict:
         return prepare_image(self.read_image(index), self.image_processor, self.image_ids[index])
 
+    def batches(self, batch_size: int, num_workers: int = 0) -> DataLoader:
+        """All images in batches, loaded by this number of processes, or by this one."""
+        return DataLoader(
+            self, batch_size, collate_fn=collate_labelled, num_workers=num_workers, worker_init_fn=init_worker
+        )
+
     def metrics(self) -> CocoMetrics:
         """A new [`CocoMetrics`] that holds the truth of these images."""
         return CocoMetrics.from_dataset(self.dataset, self.categories)
 
     def spread(self, number: int) -> list[int]:
         """This many rows, or all, evenly spaced."""
-        return np.unique(np.linspace(0, len(self) - 1, min(number, len(self))).round().astype(int)).tolist()
+        return spread_rows(len(self), number)
 
     def objects(self, row: int, height: int, width: int) -> dict[str, np.ndarray]:
         """The truth of a row, whose image has this size: `boxes` (float [n, 4], pixels, xyxy), `labels` (int [n])."""

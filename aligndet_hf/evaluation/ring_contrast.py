@@ -6,9 +6,8 @@ from torch.nn import functional as F
 
 from ..data.sources import Search, select_fields
 from ..data.views import resize_image, view_shape
-from ..detectors.build import build_detector
 from ..processes import device_of
-from .box_features import BoxFeatures
+from .box_features import BoxFeatures, around_backbone
 
 # Chosen by the precision of the first boxes on photographs of lost parts (fod), of COCO, and of blood cells.
 STRIDES, SHORT_SIDE = [8, 16], 192
@@ -89,7 +88,5 @@ def ring_features(backbone: str, backbone_weights: str) -> BoxFeatures:
         backbone (`str`): timm name of the frozen backbone, or a folder.
         backbone_weights (`str`): Its weights; see [`~aligndet_hf.detectors.build.build_detector`].
     """
-    detector = build_detector(  # for its backbone only, so any family will do
-        "detr", backbone=backbone, backbone_weights=backbone_weights, strides=tuple(STRIDES)
-    )
+    detector = around_backbone(backbone, backbone_weights, STRIDES)
     return BoxFeatures(detector, STRIDES, normalize=False, device=device_of(use_cpu=False))

@@ -36,7 +36,6 @@ _SPLIT_KEYS = {
     "validation": "validation",
     "test": "test",
 }
-_NO_LABELS = {"readme", "classes", "train", "val", "valid", "test", "requirements", "notes", "license"}
 _SNIFFED_BYTES = 200
 _LINE = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")
 
