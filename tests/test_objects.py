@@ -112,6 +112,48 @@ def test_the_trainer_takes_plain_data_sets(labelled, detector, tmp_path):
     trainer.train()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
     assert 0 <= trainer.evaluate()["eval_AP"] <= 1
+    assert set(aligndet_hf.DetectionTrainer(model, arguments, eval_dataset={"a": labelled}).eval_dataset) == {"a"}
     few = tiny_detector("detr", num_labels=1)
     with pytest.raises(ValueError, match="5 categories, the detector 1 classes"):
         aligndet_hf.DetectionTrainer(few, args=arguments, train_dataset=labelled)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Somebody's data set: an item, or a function of the row that makes one."""
+
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, key):
+        return self.item(key) if callable(self.item) else self.item
+
+
+IMAGE, LABELS = torch.zeros(3, 8, 8, dtype=torch.uint8), {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0)}
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ((IMAGE, LABELS), "TypeError"),
+        ({"pixel_values": IMAGE}, "KeyError: 'image'"),
+        ({"image": IMAGE.float(), "labels": LABELS}, "image is tensor"),
+        ({"image": IMAGE, "labels": {"boxes": 0, "labels": 0}}, "labels have boxes, labels"),
+        (lambda row: [IMAGE][row + 1], "TypeError"),
+    ],
+)
+def test_items_of_another_kind_are_refused_at_once(item, reason, detector, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=f"train_dataset.* must give image .*{reason}"):
+        aligndet_hf.DetectionTrainer(detector, arguments, train_dataset=Rows(item))
+    sound = Rows({"image": IMAGE, "labels": LABELS})
+    assert aligndet_hf.DetectionTrainer(detector, arguments, train_dataset=sound).train_dataset is sound
+    with pytest.raises(ValueError, match="eval_dataset must be .*EvaluationImages, got a Rows"):
+        aligndet_hf.DetectionTrainer(detector, arguments, eval_dataset=sound)
+
+
+def test_the_trainer_takes_no_name_of_a_model():
+    with pytest.raises(ValueError, match="model must be a detector, got 'facebook/detr': .*from_pretrained"):
+        aligndet_hf.DetectionTrainer(model="facebook/detr")

@@ -160,9 +160,8 @@ def test_what_builds_on_output_that_is_gone_is_refused(make, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_stage_and_nothing_more_starts(make, tmp_path, number):
     first = make("first", seconds=3600)
-    helper = (
-        f"import os, pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'order')!r}).exists(): time.sleep(0.05)"
-    )
+    helper = f"import os, pathlib, time\norder = pathlib.Path({str(tmp_path / 'order')!r})"
+    helper += "\nwhile not order.exists() or not order.read_text(): time.sleep(0.05)"
     helper += f"\nos.kill({os.getpid()}, {int(number)})"
     process = subprocess.Popen([sys.executable, "-c", helper])
     before = signal.getsignal(number)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aligndet_hf.pipelines.stages import merged, resolve_stages, without_secrets
+from aligndet_hf.pipelines.progress import Progress
+from aligndet_hf.pipelines.stages import Stage, merged, resolve_stages, without_secrets
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,3 +145,22 @@ def test_tokens_are_kept_apart_from_settings_which_are_stored():
 def test_a_stage_cannot_leave_the_folder_of_the_chain(name):
     with pytest.raises(ValueError, match=r"stage .*must hold no slash and start with no dot"):
         resolve({name: {"command": "finetune", "dataset": "d"}})
+
+
+def test_the_forecast_of_a_stage_that_runs_is_passed_on_once(tmp_path, capsys, monkeypatch):
+    stage = Stage("pretrain", "pretrain", {"output_dir": str(tmp_path / "pretrain")})
+    log, line = stage.beside(".log"), "step 9 of 90: 9 steps a minute, up to 1.0 GB of memory; the run ends in 0:09:00"
+    log.write_text(f"{line}, of the part before\n")  # which was interrupted
+    told = Progress([stage], {stage: "aligndet"}, {stage: 90}, num_parallel=1)
+    told.begin(stage)
+    monkeypatch.setattr(Progress, "_SECONDS", 0)
+    for more, expected in (
+        ("loss 1\n" + line, ""),
+        (", at 12:00.\n", f"aligndet: {line}, at 12:00.\n"),
+        (f"{line}\n", ""),
+    ):
+        capsys.readouterr()
+        with open(log, "a") as file:
+            file.write(more)
+        told.wait(stage)
+        assert capsys.readouterr().out == expected

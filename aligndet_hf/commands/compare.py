@@ -209,6 +209,7 @@ def compare(arguments: CompareArguments) -> dict:
             logs=True,
             keep_going=True,
             on_start=progress.begin,
+            on_wait=progress.wait,
             on_end=tell,
             lock=folder.lock,
         )

@@ -16,7 +16,7 @@ from ..data.checks import leak_note, mask_note, metric_note, objects_per_image, 
 from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages, MixedImages
 from ..data.errors import DataError
-from ..data.formats import category_names, load_dataset_source, split_names
+from ..data.formats import category_names, load_dataset_source, load_labelled, split_names
 from ..data.launch import Launch
 from ..data.shards import content_hash
 from ..data.sources import model_hash
@@ -165,8 +165,7 @@ def _load_data(arguments: FinetuneArguments, folder: RunFolder, processes: Parti
                 truth, _, _ = _load_labelled(*source, categories)
             except DataError as error:
                 choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
-                text = str(error).replace("--split", "--eval_split")
-                raise DataError(f"{text} ({choices}.)") from error
+                raise DataError(f"{error} ({choices}.)") from error
     known = None if is_new(arguments) else saved_window(find_detector(arguments.detector))
     window = settle_pixel_window([dataset] if truth is None else [dataset, truth], arguments.pixel_window, known)
     if window is not None:
@@ -237,7 +236,7 @@ def _fingerprint(arguments: FinetuneArguments, dataset: Dataset, truth: Dataset 
     if truth is not None and arguments.load_best_model_at_end:
         data["eval_content"] = content_hash(truth, arguments.disable_tqdm)
     if arguments.pseudo_dataset is not None:
-        pseudo = load_dataset_source(arguments.pseudo_dataset, arguments.pseudo_split, labels=True)
+        pseudo = _pseudo_images(arguments)
         data["pseudo_content"] = content_hash(pseudo, arguments.disable_tqdm)
     if not is_new(arguments):
         data["detector_content"] = model_hash(find_detector(arguments.detector))
@@ -307,14 +306,13 @@ def _require_another_file(arguments: FinetuneArguments) -> None:
 
 def _load_labelled(source: str, split: str | None, image_dir: str | None, categories: list[str] | None = None):
     """A validated dataset, the names of its categories (`categories` if those are given), and what was found in it."""
-    dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir)
-    names = category_names(dataset, source)
-    if categories is not None and names != categories:
+    flag = "--split" if categories is None else "--eval_split"
+    dataset, names, report = load_labelled(source, split, image_dir, flag)
+    if categories not in (None, names):
         raise DataError(
             f"{source} (split {split}) has other categories than the training data: {', '.join(names)} instead of "
             f"{', '.join(categories)}. Number them alike in both."
         )
-    report = validate_objects(dataset, names, source)
     PartialState().print(report)
     return dataset, names, report
 
@@ -329,8 +327,7 @@ def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], 
     labelled = LabelledImages(dataset, view, masks=masks, **options)
     if arguments.pseudo_dataset is None:
         return labelled
-    source = arguments.pseudo_dataset
-    pseudo = load_dataset_source(source, arguments.pseudo_split, labels=True)
+    source, pseudo = arguments.pseudo_dataset, _pseudo_images(arguments)
     if missing := {"score", "ignore"} - set(pseudo.features["objects"]):
         raise DataError(
             f"{source}: column 'objects' has no field {sorted(missing)[0]!r}. Expected what `aligndet pseudolabel` "
@@ -343,6 +340,12 @@ def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], 
         )
     PartialState().print(validate_objects(pseudo, names, source))
     return MixedImages(labelled, LabelledImages(pseudo, view, **options, pseudo=True), arguments.labelled_share)
+
+
+def _pseudo_images(arguments: FinetuneArguments) -> Dataset:
+    return load_dataset_source(
+        arguments.pseudo_dataset, arguments.pseudo_split, labels=True, split_flag="--pseudo_split"
+    )
 
 
 def _start_detector(arguments: FinetuneArguments, categories: list[str]):

@@ -140,7 +140,9 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("pseudolabel runs as one process: start it without a launcher")
-    labelled, names, report = load_labelled(arguments.labelled_dataset, arguments.labelled_split)
+    labelled, names, report = load_labelled(
+        arguments.labelled_dataset, arguments.labelled_split, split_flag="--labelled_split"
+    )
     print(report)
     rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     images = load_dataset_source(arguments.dataset, arguments.split, image_dir=arguments.image_dir)

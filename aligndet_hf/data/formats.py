@@ -28,6 +28,7 @@ def load_dataset_source(
     *,
     labels: bool = False,
     image_dir: str | Path | None = None,
+    split_flag: str = "--split",
 ) -> datasets.Dataset:
     """
     Loads a data set from wherever it is. Images are never decoded.
@@ -46,6 +47,8 @@ def load_dataset_source(
             Whether the column `objects` is needed.
         image_dir (`str` or `Path`, *optional*):
             Folder that the file names of a label file start from. By default looked for beside the file.
+        split_flag (`str`, *optional*, defaults to `"--split"`):
+            The flag that a command has for `split`, for messages.
 
     Returns:
         `datasets.Dataset`: the column `image` is `Image(decode=False)`; `objects`, if any, is a struct of lists, see
@@ -58,17 +61,19 @@ def load_dataset_source(
     """
     source = as_source(source)
     if isinstance(source, Given):
-        return _load_object(source, split, labels)
+        return _load_object(source, split, labels, split_flag)
     path = Path(source).expanduser()
     reader = find_reader(path) if path.exists() else None
     roots = None  # the readers of files have looked themselves
     if reader is saved:
         splits = saved.load(path)
-        dataset = datasets.concatenate_datasets([splits[name] for name in _choose_splits(list(splits), split, path)])
+        dataset = datasets.concatenate_datasets(
+            [splits[name] for name in _choose_splits(list(splits), split, path, split_flag)]
+        )
         roots = [path]
     elif reader is not None:
         names = reader.split_names(path)
-        chosen = names if path.is_file() and len(names) == 1 else _choose_splits(names, split, path)
+        chosen = names if path.is_file() and len(names) == 1 else _choose_splits(names, split, path, split_flag)
         if path.is_dir() and reader is not image_folder and os.environ.get("RANK", "0") == "0":
             print(f"{path}: read as {reader.NAME}. It has the splits {', '.join(names)}; used: {' + '.join(chosen)}.")
         dataset = build_dataset(reader.read(path, chosen, Path(image_dir) if image_dir else None), str(path))
@@ -100,12 +105,12 @@ def without_labels(folder: Path) -> str:
     )
 
 
-def _load_object(source: Given, split: str | None, labels: bool) -> datasets.Dataset:
+def _load_object(source: Given, split: str | None, labels: bool, split_flag: str) -> datasets.Dataset:
     """A data set in memory in the form that [`load_dataset_source`] gives all of them."""
     if isinstance(source.value, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise DataError("a stream can only be read once and in order, by `pretrain` and `generate_proposals`")
     splits = _splits_of(source)
-    chosen = _choose_splits(list(splits), split if len(splits) > 1 else None, source)
+    chosen = _choose_splits(list(splits), split if len(splits) > 1 else None, source, split_flag)
     dataset = datasets.concatenate_datasets([splits[name] for name in chosen])
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
     return dataset.cast_column("image", datasets.Image(decode=False))
@@ -175,15 +180,18 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
 
 
 def load_labelled(
-    source: str | Path, split: str | None = None, image_dir: str | Path | None = None
+    source: str | Path,
+    split: str | None = None,
+    image_dir: str | Path | None = None,
+    split_flag: str = "--split",
 ) -> tuple[datasets.Dataset, list[str], BoxReport]:
     """A data set with labels as [`load_dataset_source`] reads it, the names of its categories, and its validation."""
-    dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir)
+    dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir, split_flag=split_flag)
     categories = category_names(dataset, source)
     return dataset, categories, validate_objects(dataset, categories, str(source))
 
 
-def _choose_splits(available: list[str], split: str | None, source: str | Path) -> list[str]:
+def _choose_splits(available: list[str], split: str | None, source: str | Path, flag: str = "--split") -> list[str]:
     if split is None and len(available) == 1:
         return available
     chosen = split.split("+") if split else []
@@ -193,7 +201,7 @@ def _choose_splits(available: list[str], split: str | None, source: str | Path) 
         near = [usual] if usual in available else difflib.get_close_matches(split or "train", available, 1)
         raise DataError(
             f"{source}: {wrong}; found {', '.join(sorted(available))}. "
-            f"Give {' '.join(['--split', *near])}, or several joined by '+'."
+            f"Give {' '.join([flag, *near])}, or several joined by '+'."
         )
     return chosen
 

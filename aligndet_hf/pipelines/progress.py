@@ -1,9 +1,11 @@
 """How far a comparison is: lines that say what begins, ends and fails, and about how long the rest will take."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
+from ..training.run_length import FORECAST
 from .outcomes import TRAINED, images_per_step, setting
 from .runner import is_finished, record_of
 from .stages import Stage, origin_of
@@ -20,12 +22,17 @@ class Progress:
         num_parallel (`int`): How many run at the same time.
     """
 
+    _SECONDS = 5  # between two looks at a log
+
     def __init__(
         self, stages: Sequence[Stage], names: Mapping[Stage, str], steps: Mapping[Stage, int], num_parallel: int
     ):
         self.names, self.steps, self.total, self.num_parallel = names, steps, len(stages), max(1, num_parallel)
         self.done = [stage for stage in stages if is_finished(stage)]
         self.left = [stage for stage in stages if stage not in self.done]
+        self.logs: dict[
+            Stage, tuple[int, float]
+        ] = {}  # of stages without a forecast: log read to, time of the next look
 
     def __str__(self) -> str:
         """What there is to do."""
@@ -37,9 +44,24 @@ class Progress:
     def begin(self, stage: Stage) -> None:
         """To be called before a stage runs."""
         print(f"{self.names[stage]}: {stage.command} begins, its log is {stage.beside('.log')}", flush=True)
+        log = stage.beside(".log")
+        self.logs[stage] = log.stat().st_size if log.exists() else 0, 0.0  # what an interrupted run has said is over
+
+    def wait(self, stage: Stage) -> None:
+        """To be called while a stage runs: passes on when it ends, which a training says in its log after a minute."""
+        place, due = self.logs.get(stage, (0, math.inf))
+        if time.monotonic() < due:
+            return
+        self.logs[stage] = place, time.monotonic() + self._SECONDS
+        with open(stage.beside(".log"), errors="replace") as log:
+            log.seek(place)
+            if told := next((line.strip() for line in log if FORECAST in line and line.endswith("\n")), None):
+                print(f"{self.names[stage]}: {told}", flush=True)
+                del self.logs[stage]
 
     def end(self, stage: Stage, failure: str | None, *told: str) -> None:
         """To be called when a stage has ended, with the reason if it failed, and else with what came of it."""
+        self.logs.pop(stage, None)
         self.left.remove(stage)
         line = f"[{self.total - len(self.left)}/{self.total}] {self.names[stage]}: "
         if failure is None:
@@ -79,7 +101,7 @@ def planned_steps(jobs: Sequence[Sequence[Stage]], images: Mapping[tuple, int]) 
     steps = {}
     for stages in jobs:
         for stage in stages:
-            if stage.command in TRAINED:
+            if stage.command in TRAINED and stage not in steps:
                 used = images[origin_of(stage, stages)] * (setting(stage, "label_fraction") or 1)
                 epochs, length = setting(stage, "num_train_epochs"), setting(stage, "max_steps")
                 steps[stage] = length if length > 0 else math.ceil(epochs * max(1, used // images_per_step(stage)))

@@ -31,6 +31,7 @@ def run_stages(
     logs: bool = False,
     keep_going: bool = False,
     on_start: Callable[[Stage], None] = lambda stage: None,
+    on_wait: Callable[[Stage], None] = lambda stage: None,
     on_end: Callable[[Stage, str | None], None] = lambda stage, failure: None,
     lock: int | None = None,
 ) -> dict[Stage, str]:
@@ -44,6 +45,7 @@ def run_stages(
         logs (`bool`, *optional*, defaults to `False`): Write what a stage prints to a file `.log` beside its output.
         keep_going (`bool`, *optional*, defaults to `False`): Go on with the others when a stage fails.
         on_start (`Callable`, *optional*): Called with each stage that is about to run.
+        on_wait (`Callable`, *optional*): Called with each stage that runs, several times a second.
         on_end (`Callable`, *optional*): Called with each stage that is finished or failed, and with the reason or
             `None`.
         lock (`int`, *optional*): An open file that the processes hold on to, see
@@ -89,6 +91,7 @@ def run_stages(
             for stage, (poll, started, _) in list(running.items()):
                 code = poll()
                 if code is None:
+                    on_wait(stage)
                     continue
                 del running[stage]
                 failure = None

@@ -24,7 +24,7 @@ from ..files import UNFINISHED
 from .checkpointing import STATE, clear_write_errors, damage_of, rotate, seal
 from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
-from .plain_datasets import DEFAULT_SIZE, evaluation_images, training_images
+from .plain_datasets import DEFAULT_SIZE, evaluation_images, require_items, training_images
 from .schedules import learning_rate, milestone_steps
 from .sharding import whole
 from .told_log import tell_in_words
@@ -111,7 +111,7 @@ class DetectionTrainer(Trainer):
             `lr_milestones` count. With `ema_decay` the average of the weights ([`WeightAverage`]) is what is measured
             during training.
         train_dataset (`datasets.Dataset` or [`LabelledImages`], *optional*): With the columns `image` and `objects`,
-            or a dataset of [`SampleKey`]s.
+            or a dataset of [`SampleKey`]s, see [`~aligndet_hf.training.plain_datasets.require_items`].
         eval_dataset (`datasets.Dataset` or [`EvaluationImages`], *optional*): What to measure on.
         processing_class (`BaseImageProcessor`, *optional*): The image processor to normalise with and to save. By
             default one for images of 640 pixels.
@@ -131,9 +131,16 @@ class DetectionTrainer(Trainer):
         transferred=(),
         **kwargs,
     ):
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(
+                f"model must be a detector, got {model!r}: AutoModelForObjectDetection.from_pretrained(...) loads "
+                "one, aligndet_hf.build_detector(...) makes a new one"
+            )
         args = args or TrainingArguments(output_dir="outputs/trained", remove_unused_columns=False)
         processing_class = processing_class or build_image_processor(model, DEFAULT_SIZE)
         train_dataset = training_images(train_dataset, model, args, processing_class)
+        if "data_collator" not in kwargs:
+            require_items(train_dataset)
         eval_dataset = evaluation_images(eval_dataset, model, processing_class)
         require_one_gpu_per_process(args)
         kwargs.setdefault("data_collator", collate_labelled)

@@ -1,10 +1,14 @@
 """A plain labelled `datasets.Dataset` as [`DetectionTrainer`] trains with it and measures on it."""
 
+from collections.abc import Mapping
+
 import datasets
+import torch
 from torch.utils.data import Dataset
 
-from ..data.dataset import LabelledImages
+from ..data.dataset import LabelledImages, MixedImages
 from ..data.formats import load_labelled
+from ..data.sampling import SampleKey
 from ..data.views import ViewConfig
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages
@@ -37,10 +41,41 @@ def training_images(dataset, model, args, image_processor) -> Dataset:
     return LabelledImages(dataset, view, seed=args.seed, masks=family_of(model.config).masks)
 
 
+def require_items(dataset: Dataset | None) -> None:
+    """
+    Refuses a torch data set that others have made, if its first item is not what [`LabelledImages`] would give.
+
+    Raises:
+        ValueError: it does not take a [`SampleKey`], or gives something else for it.
+    """
+    if dataset is None or isinstance(dataset, LabelledImages | MixedImages):
+        return
+    try:
+        item = dataset[SampleKey(0, 0, 0)]
+        image, labels = item["image"], item["labels"]
+        reason = None if image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3 else f"image is {image!r}"
+        reason = reason if {"boxes", "class_labels"} <= set(labels) else f"labels have {', '.join(map(str, labels))}"
+    except Exception as error:  # of somebody's code
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        raise ValueError(
+            f"train_dataset[SampleKey(0, 0, 0)] must give image (uint8 [3, height, width]) and labels with boxes "
+            f"(cxcywh, 0 to 1) and class_labels: {' '.join(reason.split())[:200]}. A datasets.Dataset with "
+            "image and objects is taken as it is. SampleKey is in aligndet_hf.data.sampling: its index is the row"
+        )
+
+
 def evaluation_images(dataset, model, image_processor) -> Dataset:
-    """An [`EvaluationImages`] of a `datasets.Dataset`, as [`training_images`] takes it; anything else as it is."""
-    if not isinstance(dataset, datasets.Dataset):
+    """An [`EvaluationImages`] of a `datasets.Dataset`, as [`training_images`] takes it; one is left as it is."""
+    if isinstance(dataset, Mapping):  # several, by name
+        return {name: evaluation_images(part, model, image_processor) for name, part in dataset.items()}
+    if dataset is None or isinstance(dataset, EvaluationImages):
         return dataset
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            "eval_dataset must be a datasets.Dataset with the columns image and objects, or EvaluationImages, got a "
+            f"{type(dataset).__name__}"
+        )
     return EvaluationImages(*_labelled(dataset, model), image_processor)
 
 

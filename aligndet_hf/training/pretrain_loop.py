@@ -179,7 +179,7 @@ def train(run: Run) -> None:
             progress.step += 1
             bar.update()
             if told := forecast.after(progress.step):
-                accelerator.print(told)
+                accelerator.print(told, flush=True)  # compare looks for it in the log
             is_over = progress.step == total_steps
             if progress.step % arguments.logging_steps == 0 or is_over:
                 _write_log(run, bar)
