@@ -443,9 +443,10 @@ LAYOUTS = {
         lambda o: {"annotations": [{"bbox": box, "label": category} for box, category in o]}
     ),
 }  # fmt: skip
-READER_OF = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC", "labelme": "labelme", "cvat": "CVAT"} | {
+READER_OF = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC", "cvat": "CVAT"} | {
     "table": "table of boxes",
     "json": json_images.NAME,
+    "labelme": json_images.NAME,
     "kitti": "KITTI",
 }
 

@@ -15,10 +15,10 @@ A new format is one file here and its name in `READERS`.
 from pathlib import Path
 from types import ModuleType
 
-from . import box_table, coco, cvat, image_folder, json_images, kitti, labelme, saved, voc, yolo
+from . import box_table, coco, cvat, image_folder, json_images, kitti, saved, voc, yolo
 
 # In this order: the first that recognises a file or folder reads it. The last one takes any folder of images.
-READERS: list[ModuleType] = [saved, json_images, coco, cvat, yolo, voc, labelme, kitti, box_table, image_folder]
+READERS: list[ModuleType] = [saved, json_images, coco, cvat, yolo, voc, kitti, box_table, image_folder]
 
 
 def find_reader(path: Path) -> ModuleType | None:

@@ -161,6 +161,17 @@ def read_start(path: Path, count: int) -> bytes:
         return b""
 
 
+def read_ends(path: Path, count: int) -> bytes:
+    """The first and the last bytes of a file, as [`read_start`]: some tools store an image before the labels."""
+    try:
+        with door.open_file(path, door.MAX_TEXT_BYTES) as file:
+            start, size = file.read(count), file.seek(0, os.SEEK_END)
+            file.seek(max(len(start), size - count))
+            return start + file.read(count)
+    except OSError:
+        return b""
+
+
 def parse_json(text: str, where: str):
     """
     The content of a text in JSON.

@@ -1,4 +1,4 @@
-"""JSON with an entry for each image, in the dialects of CreateML, VIA, Label Studio, Scalabel and Supervisely."""
+"""JSON with an entry for each image: dialects of CreateML, VIA, Label Studio, Scalabel, Supervisely and labelme."""
 
 import logging
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
-from .files import is_image, read_json, read_start, split_of_file
+from .files import is_image, read_ends, read_json, split_of_file
 from .listed import PIXELS, Entry, Object, collect, label_files, require_own_splits, split_above
 from .rows import Labels
 
@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 _SNIFFED_BYTES = 1 << 16
 _CLASS_NAMES = ("class", "label", "category", "name", "type")  # of the attributes of VIA
+_WITHOUT_AREA = {"point", "points", "line", "linestrip"}  # of the kinds of labelme
+_CIRCLE = 64  # corners of the polygon that a circle becomes
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of files that are uploaded
 
 Shape = list[float] | list[tuple[float, float]] | None  # xywh, the corners of a polygon, or what has no box
@@ -68,6 +70,7 @@ class _Dialect(NamedTuple):
         expected (`str`): What an entry must have, for the error.
         parts (`float`, *optional*): See [`Entry`].
         is_of_one_image (`bool`): Whether there is a file for each image.
+        are_marked (`bool`): Whether all of these files have the marks, so that others beside them are left alone.
     """
 
     opens: bytes
@@ -77,6 +80,7 @@ class _Dialect(NamedTuple):
     expected: str
     parts: float | None = PIXELS
     is_of_one_image: bool = False
+    are_marked: bool = False
 
 
 def _around_centre(x: float, y: float, half_width: float, half_height: float) -> Shape:
@@ -177,6 +181,26 @@ def _supervisely(item: dict) -> Found:
     return None, objects, (item["size"]["width"], item["size"]["height"])
 
 
+def _labelme(item: dict) -> Found:
+    size = item.get("imageWidth"), item.get("imageHeight")
+    objects = [(_labelme_shape(shape), shape["label"]) for shape in item["shapes"]]
+    return item["imagePath"], objects, size if type(size[0]) is type(size[1]) is int else None
+
+
+def _labelme_shape(shape: dict) -> Shape:
+    kind, points = shape.get("shape_type"), shape["points"]
+    if kind in _WITHOUT_AREA or len(points) < 2:
+        return None
+    if kind == "circle":  # its centre and a point on it
+        (x, y), radius = points[0], math.dist(*points)
+        angles = [2 * math.pi * step / _CIRCLE for step in range(_CIRCLE)]
+        return [(x + radius * math.cos(angle), y + radius * math.sin(angle)) for angle in angles]
+    if kind == "rectangle":
+        (x1, y1), (x2, y2) = points[0], points[len(points) // 2]  # two corners, or all four
+        return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+    return points
+
+
 def _via_items(content: dict) -> Iterable:
     return content.get("_via_img_metadata", content).values()
 
@@ -203,6 +227,11 @@ _DIALECTS = {
         b"{", (b'"classTitle"', b'"geometryType"'), lambda content: [content], _supervisely,
         "'size' and 'objects', each with 'classTitle', 'geometryType' and 'points'", is_of_one_image=True,
     ),
+    "labelme": _Dialect(
+        b"{", (b'"shapes"', b'"imagePath"'), lambda content: [content], _labelme,
+        "'imagePath' and 'shapes', each with 'label' and 'points', pairs of numbers", is_of_one_image=True,
+        are_marked=True,
+    ),
 }  # fmt: skip
 
 
@@ -225,9 +254,9 @@ def _object(shape: Shape, label: str) -> Object:
 
 
 def _dialect_of(file: Path) -> _Dialect | None:
-    start = read_start(file, _SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    ends = read_ends(file, _SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
     for dialect in _DIALECTS.values():
-        if start[:1] and start[:1] in dialect.opens and all(mark in start for mark in dialect.marks):
+        if ends[:1] and ends[:1] in dialect.opens and all(mark in ends for mark in dialect.marks):
             return dialect
     return None
 
@@ -238,6 +267,7 @@ def _files(path: Path) -> Iterator[tuple[Path, str, _Dialect]]:
     for files in [[path]] if path.is_file() else label_files(path, ".json", _dialect_of):
         first = next(filter(None, map(_dialect_of, files)))
         if first.is_of_one_image:
+            files = [file for file in files if not first.are_marked or _dialect_of(file) is first]
             found += [(file, split_above(file, path), first) for file in files]
         else:
             known = ((file, _dialect_of(file)) for file in files)
@@ -265,4 +295,4 @@ def _entries(file: Path, split: str, dialect: _Dialect, skipped: list) -> Iterat
         except faults as error:
             raise DataError(f"{where}: expected {dialect.expected}, got {str(item)[:120]} ({error}).") from error
         skipped += [None] * (len(objects) - len(found))
-        yield Entry(where, split, image, file.parent, found, size, dialect.parts)
+        yield Entry(where, split, image, file.parent, found, size, dialect.parts, file.stem * dialect.is_of_one_image)

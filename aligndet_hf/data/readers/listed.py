@@ -43,6 +43,7 @@ class Entry(NamedTuple):
         objects (`list[Object]`): May be empty.
         size (`tuple[int, int]`, *optional*): Width and height of the image, where the file has them.
         parts (`float`, *optional*): Coordinates are in this many parts of the image's sides, 1 or 100; else in pixels.
+        also (`str`, *optional*): How the image may be called instead, for it is often renamed after it was labelled.
     """
 
     where: str
@@ -52,6 +53,7 @@ class Entry(NamedTuple):
     objects: list[Object]
     size: tuple[int, int] | None = None
     parts: float | None = PIXELS
+    also: str = ""
 
 
 def collect(folder: Path, entries: Iterable[Entry], splits: list[str], missing: str) -> Labels:
@@ -141,27 +143,29 @@ class _Finder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.found: dict[tuple[str, Path], Path] = {}
+        self.found: dict[tuple[str, Path, str], Path] = {}
         self.by_name: dict[str, list[Path]] = {}
         for path in list_images(folder):
             for name in (path.name, path.stem):
                 self.by_name.setdefault(name, []).append(path)
 
     def find(self, entry: Entry) -> Path:
-        key = entry.image, entry.base
+        key = entry.image, entry.base, entry.also
         if key not in self.found:
             self.found[key] = self._find(*key, entry.where)
         return self.found[key]
 
-    def _find(self, name: str, base: Path, where: str) -> Path:
-        for start in (base, self.folder):
+    def _find(self, name: str, base: Path, also: str, where: str) -> Path:
+        plain = PureWindowsPath(name).name
+        for start, one in ((base, name), (self.folder, name), (base, plain)):
             try:
-                path = inside(self.folder, name, where, start)
+                path = inside(self.folder, one, where, start)
             except DataError:  # of another machine, or beside a table that is not in the folder
                 continue
             if is_file(path):
                 return path
-        found = self.by_name.get(PureWindowsPath(name).name, [])
+        found = self.by_name.get(plain) or self.by_name.get(also, [])
+        found = [path for path in found if path.parent == base] or found
         if len(found) > 1:
             raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
         if not found:
