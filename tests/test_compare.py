@@ -388,7 +388,7 @@ def test_a_finished_comparison_is_published(finished, settings, data, tmp_path):
     start, tenth, _ = (ModelCard((shown / f"scenes-{name}.md").read_text()) for name in names)
     assert all(card.data.license == "apache-2.0" for card in (start, tenth))
     # The source of the proposals, not the folder `proposals`.
-    assert "# RTDetr pre-trained with AlignDet on data" in start.text and "Nothing was measured" not in start.text
+    assert "# RT-DETR pre-trained with AlignDet on data" in start.text and "Nothing was measured" not in start.text
     results = json.loads((shown / "results.json").read_text())
     run = next(run for run in results["runs"] if (run["arm"], run["fraction"], run["seed"]) == ("aligndet", 0.5, 0))
     assert tenth.data.eval_results[0].metric_value == round(100 * run["metrics"]["AP"], 2)

@@ -337,6 +337,11 @@ def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
     found = pipeline("object-detection", model=str(output_dir))(image, threshold=0.0)
     assert found and found[0]["label"] in SYNTHETIC_CATEGORIES
 
+    worst = json.loads((output_dir / "diagnosis.json").read_text())["worst_images"]
+    names = {path.name for path in (folder / "data" / "validation").glob("*.jpg")}
+    assert worst and {image["file_name"] for image in worst} <= names
+    assert f"<td>{worst[0]['file_name']}</td>" in (output_dir / "report.html").read_text()
+
     record = json.loads((output_dir / "results.json").read_text())
     assert record["metrics"] == result.metrics and record["images"] == 4 and record["steps"] == 2
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]

@@ -197,7 +197,7 @@ def test_what_a_repository_holds(journey, hub, folder):
         "aligndet/model.safetensors",
     }  # fmt: skip
     (title,) = start.titles()[1:]
-    assert title.startswith("Detr pre-trained with AlignDet on writer/boxes: 2 steps")
+    assert title.startswith("DETR pre-trained with AlignDet on writer/boxes: 2 steps")
     cells = hub.repositories["models", "writer/cells"]
     assert cells.files().keys() == {
         *model, "preprocessor_config.json", "README.md", "report.html", "transfer_report.json"

@@ -10,6 +10,7 @@ import cv2
 import datasets
 import numpy as np
 import PIL.Image
+import pycocotools.mask
 import pytest
 import torch
 from pycocotools.coco import COCO
@@ -20,6 +21,7 @@ from aligndet_hf.cli import main
 from aligndet_hf.commands import predict as command
 from aligndet_hf.commands.predict import PredictArguments, predict
 from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.data.masks import read_regions
 from aligndet_hf.detectors.build import build_image_processor
 
 SIDE = 64  # of what the detector sees
@@ -55,6 +57,16 @@ class BlobDetector(torch.nn.Module):
                         logits[number, query, label] = 1.0 + float(area) / 1000
                         query += 1
         return SimpleNamespace(logits=logits, pred_boxes=boxes)
+
+
+class HalfDetector(BlobDetector):
+    """The mask of each blob is the left half of its box."""
+
+    def forward(self, pixel_values, pixel_mask):
+        outputs = super().forward(pixel_values, pixel_mask)
+        outputs.pred_masks = torch.full((*outputs.logits.shape[:2], 28, 28), -9.0)
+        outputs.pred_masks[..., :14] = 9.0
+        return outputs
 
 
 def scene(boxes, size=(SIDE, SIDE)):
@@ -233,6 +245,39 @@ def test_pictures_show_the_boxes(output):
     assert sheet.width > 4 * 400
     first = np.asarray(sheet)[8:408, 8:408].astype(int)  # image 0, of 64 pixels, fills its place
     assert first.max() < 30
+
+
+def test_masks_of_a_detector_that_predicts_them(tmp_path):
+    """In an image of 128 pixels, also where tiles of 64 are looked at: the left half of each blob."""
+    image = scene([(10, 70, 20, 40, 0), (74, 8, 16, 20, 1)], (128, 128))
+    halves = np.zeros((2, 128, 128), dtype=np.uint8)
+    halves[0, 70:110, 10:20], halves[1, 8:28, 74:82] = 1, 1
+    for settings in ({}, {"tile_size": 64, "tile_overlap": 0.0, "whole_image": False}):
+        (found,) = look(image, HalfDetector(), **settings)
+        assert found["labels"].tolist() == [0, 1]
+        masks = pycocotools.mask.decode(list(found["masks"])).transpose(2, 0, 1)
+        assert (masks != halves).sum() <= 90  # a row or column of pixels at the edges
+    assert look(image, HalfDetector(), masks=False)[0]["masks"] is None and look(image)[0]["masks"] is None
+
+    (tmp_path / "photos").mkdir()
+    PIL.Image.fromarray(image).save(tmp_path / "photos" / "1.png")
+    (tmp_path / "photos" / "0.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    formats = ["coco", "results", "dataset", "pictures", "sheet"]
+    look(tmp_path / "photos", HalfDetector(), output_dir=str(out), formats=formats)
+    labels = COCO(str(out / "labels.json"))
+    for coco in (labels, labels.loadRes(str(out / "predictions.json"))):
+        masks = np.stack([coco.annToMask(annotation) for annotation in coco.anns.values()])
+        assert (masks != halves).sum() <= 90
+    assert [annotation["area"] for annotation in labels.anns.values()] == masks.sum((1, 2)).tolist()
+    stored = datasets.load_from_disk(str(out / "dataset"))
+    first, _ = read_regions(stored.with_format("arrow")[:]["objects"], 128, 128)
+    assert (first.draw(128, 128) == masks[0]).all()
+    loaded = load_dataset_source(out / "labels.json", labels=True, image_dir=tmp_path / "photos")
+    for mask, region in zip(masks, read_regions(loaded.with_format("arrow")[:]["objects"], 128, 128), strict=True):
+        assert isinstance(region.shape, list) and (region.draw(128, 128) != mask).sum() <= 2
+    picture = np.asarray(PIL.Image.open(out / "pictures/1.png.jpg")).astype(int)
+    assert picture[80:100, 13:18, 1].mean() > 30 > 15 > picture[80:100, 22:28, 1].mean()  # orange over red
 
 
 def test_that_nothing_was_found_is_told_with_the_best_score(photos, tmp_path, capsys):

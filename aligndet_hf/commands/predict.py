@@ -19,6 +19,7 @@ from ..data.image_list import ImageList, list_images
 from ..data.images import decode_image, print_left_out
 from ..data.label_export import export_labels
 from ..data.launch import Launch
+from ..data.masks import FIELD
 from ..data.shards import save_split
 from ..data.sources import model_hash
 from ..data.splits import spread_rows
@@ -35,7 +36,7 @@ from ..files import is_sound, write_json
 from ..flags import flag, takes_old_names
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
-from ..reporting.drawing import contact_sheet, draw_boxes, enlarged, jpeg_bytes
+from ..reporting.drawing import contact_sheet, draw_boxes, enlarged, jpeg_bytes, tint_masks
 from ..runs import RunFolder
 
 FORMATS = ("coco", "results", "yolo", "voc", "dataset", "pictures", "sheet")
@@ -84,6 +85,8 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
         default=None,
         help="look at this many images, or tiles, per forward pass; 8 on a GPU, 1 on a CPU if not given",
     )
+
+    masks: bool = flag(True, "result", "also give the masks of a detector that predicts them, such as Mask R-CNN")
 
     output_dir: str | None = again(
         RunArguments, "output_dir", default=None, help="folder for what follows; must be new"
@@ -134,10 +137,11 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
 
     Returns:
         Without `output_dir` a `list[dict]`, one per image: `boxes` (float32 `[n, 4]`, absolute xywh inside the image,
-        best score first), `scores` (float32 `[n]`), `labels` (int64 `[n]`), `names` (the class of each), `file_name`,
-        `width` and `height`, and `error` for an image that cannot be read (else `None`). With `output_dir` a
+        best score first), `scores` (float32 `[n]`), `labels` (int64 `[n]`), `names` (the class of each), `masks` (run
+        lengths of COCO, of a detector that predicts masks, else `None`), `file_name`, `width` and `height`, and
+        `error` for an image that cannot be read (else `None`). With `output_dir` a
         `datasets.Dataset` with the columns `image`, `image_id`, `file_name`, `width`, `height` and `objects` (`bbox`,
-        absolute xywh, `category`, `area`, `id`, `score`).
+        absolute xywh, `category`, `area`, `id`, `score`, and `segmentation` of a detector that predicts masks).
 
     Raises:
         DataError: there is no image to look at, or `output_dir` is in use.
@@ -166,6 +170,7 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
             "boxes": found.boxes,
             "scores": found.scores,
             "labels": found.labels,
+            "masks": found.masks,
             "names": [model.config.id2label[label] for label in found.labels.tolist()],
             "file_name": listed.names[found.index],
             "height": found.size[0],
@@ -203,6 +208,7 @@ def _run(arguments: PredictArguments, detector, image_processor, images: ImageLi
         batch_size=batch_size,
         num_workers=arguments.dataloader_num_workers,
         encode=arguments.output_dir is not None,
+        masks=arguments.masks,
     )
     disable = arguments.disable_tqdm or os.environ.get("RANK", "0") != "0"
     initial = len(images) - len(indices)
@@ -240,8 +246,8 @@ def _predict_to_folder(arguments: PredictArguments, images: ImageList, image_pro
 
 def _settings(arguments: PredictArguments) -> dict:
     """What decides the output."""
-    names = ["score_threshold", "tile_size", "tile_overlap", "whole_image", "nms_threshold", "formats"]
-    names += ["num_pictures", "picture_size"]
+    names = ["score_threshold", "tile_size", "tile_overlap", "whole_image", "nms_threshold", "masks"]
+    names += ["formats", "num_pictures", "picture_size"]
     return {"detector": _identity(arguments.detector)} | {name: getattr(arguments, name) for name in names}
 
 
@@ -295,7 +301,10 @@ def _write_picture(found: Prediction, images: ImageList, classes: list[str], fol
     path = folder / "pictures" / (name if name.lower().endswith((".jpg", ".jpeg")) else f"{name}.jpg")
     path.parent.mkdir(parents=True, exist_ok=True)
     tags = [f"{classes[label]} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)]
-    picture = draw_boxes(images.read(found.index), found.boxes, found.labels.tolist(), tags, max_side)
+    image = images.read(found.index)
+    if found.masks is not None:
+        image = tint_masks(image, found.masks, found.labels.tolist())
+    picture = draw_boxes(image, found.boxes, found.labels.tolist(), tags, max_side)
     path.write_bytes(jpeg_bytes(picture))
 
 
@@ -341,7 +350,10 @@ def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, numb
         tags = [
             f"{classes[label]} {score:.2f}" for label, score in zip(objects["category"], objects["score"], strict=True)
         ]
-        image, boxes = enlarged(decode_image(row["image"], window), objects["bbox"], _SHEET_SIDE)
+        image = decode_image(row["image"], window)
+        if FIELD in objects:
+            image = tint_masks(image, objects[FIELD], objects["category"])
+        image, boxes = enlarged(image, objects["bbox"], _SHEET_SIDE)
         pictures.append(draw_boxes(image, boxes, objects["category"], tags, _SHEET_SIDE))
         titles.append(f"{row['file_name']}: {len(tags)}")
     path.write_bytes(jpeg_bytes(contact_sheet(pictures, titles, side=_SHEET_SIDE)))

@@ -1,7 +1,7 @@
 """Regions of objects: COCO's segmentations, kept as text, moved with their image, and drawn where they are needed."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -152,6 +152,29 @@ def run_lengths(mask: np.ndarray) -> dict:
     found = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     counts = found["counts"]
     return {"size": list(mask.shape), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
+
+
+def place_run_lengths(mask: dict, left: int, top: int, height: int, width: int) -> dict:
+    """A mask of a part of an image, as [`run_lengths`] has it, as a mask of the whole, where the part begins there."""
+    part, whole = coco.decode(mask), np.zeros((height, width), dtype=np.uint8)
+    whole[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return run_lengths(whole)
+
+
+def outlines(mask: dict) -> list[list[float]]:
+    """
+    The outlines of a mask as [`run_lengths`] has it, as COCO's polygons, which labelling tools let people correct.
+
+    One for each connected part; holes are filled. The outline runs a quarter of a pixel inside the outermost pixels.
+    """
+    doubled = np.kron(coco.decode(mask), np.ones((2, 2), dtype=np.uint8))  # a pixel has an outline, too
+    contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [((contour.ravel() + 0.5) / 2).tolist() for contour in contours]
+
+
+def mask_areas(masks: Sequence[dict]) -> list[float]:
+    """The pixels of masks as [`run_lengths`] has them."""
+    return [float(coco.area(mask)) for mask in masks]
 
 
 def coco_run_lengths(segmentation, height: int, width: int) -> dict | None:

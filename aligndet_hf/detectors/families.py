@@ -92,6 +92,7 @@ class Family:
     What the package has to know of one detector family.
 
     Attributes:
+        title (`str`): what people call it.
         backbones (`tuple[str, ...]`): path of the image network in the detector: pixels in, feature maps out. Of
             several, the one that the detector has; none where the whole detector is one network.
         class_heads (`str`): regular expression of the parameters whose shape or meaning depends on the classes.
@@ -133,6 +134,7 @@ class Family:
             it builds a detector.
     """
 
+    title: str
     backbones: tuple[str, ...]
     class_heads: str
     last_box_layers: str
@@ -350,6 +352,7 @@ def _deformable_fields(channels: list[int], strides: list[int], hidden_size: int
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _DETR = Family(
+    title="DETR",
     backbones=("model.backbone.model",),
     class_heads=r"class_labels_classifier\.",
     last_box_layers=r"bbox_predictor\.layers\.2\.",
@@ -366,6 +369,7 @@ _DETR = Family(
 )
 
 _RT_DETR = Family(
+    title="RT-DETR",
     backbones=("model.backbone.model",),
     class_heads=r"(model\.decoder\.)?class_embed\.|model\.enc_score_head\.|model\.denoising_class_embed\.",
     last_box_layers=r"(model\.decoder\.)?bbox_embed\.\d+\.layers\.2\.|model\.enc_bbox_head\.layers\.2\.",
@@ -380,6 +384,7 @@ _RT_DETR = Family(
 )
 
 _LW_DETR = Family(
+    title="LW-DETR",
     backbones=("model.backbone.backbone",),
     class_heads=r"class_embed\.|model\.enc_out_class_embed\.",
     last_box_layers=r"bbox_embed\.layers\.2\.|model\.enc_out_bbox_embed\.\d+\.layers\.2\.",
@@ -397,6 +402,7 @@ _LW_DETR = Family(
 )
 
 _DENSE = Family(
+    title="RetinaNet",
     backbones=("detector.backbone.body",),
     class_heads=r"detector\.head\.classification_head\.cls_logits\.",
     last_box_layers=r"detector\.head\.regression_head\.bbox_(reg|ctrness)\.",
@@ -414,6 +420,7 @@ _DENSE = Family(
 
 _R_CNN = replace(
     _DENSE,
+    title="Faster R-CNN",
     # Each class has its own boxes and masks.
     class_heads=r"detector\.roi_heads\.(box_predictor|mask_predictor\.mask_fcn_logits)\.",
     last_box_layers=r"detector\.roi_heads\.box_predictor\.bbox_pred\.",
@@ -426,11 +433,20 @@ _R_CNN = replace(
 _ALL: dict[str, Family] = {
     "detr": _DETR,
     "table-transformer": replace(
-        _DETR, backbones=("model.backbone.conv_encoder.model",), object_rows=_query_rows(_recorded_hidden_states)
+        _DETR,
+        title="Table Transformer",
+        backbones=("model.backbone.conv_encoder.model",),
+        object_rows=_query_rows(_recorded_hidden_states),
     ),
-    "conditional_detr": replace(_DETR, losses=_focal_detr_losses, image_processor="ConditionalDetrImageProcessor"),
+    "conditional_detr": replace(
+        _DETR,
+        title="Conditional DETR",
+        losses=_focal_detr_losses,
+        image_processor="ConditionalDetrImageProcessor",
+    ),
     "dab-detr": replace(
         _DETR,
+        title="DAB-DETR",
         backbones=("model.backbone.conv_encoder.model",),
         class_heads=r"class_embed\.",
         last_box_layers=r"(bbox_predictor|model\.decoder\.bbox_embed)\.layers\.2\.",
@@ -440,6 +456,7 @@ _ALL: dict[str, Family] = {
     ),
     "deformable_detr": replace(
         _DETR,
+        title="Deformable DETR",
         class_heads=r"(model\.decoder\.)?class_embed\.",
         last_box_layers=r"(model\.decoder\.)?bbox_embed\.\d+\.layers\.2\.",
         object_rows=_query_rows(_images_first),
@@ -451,9 +468,10 @@ _ALL: dict[str, Family] = {
         untrained_tokens=attrgetter("two_stage"),
     ),
     "rt_detr": _RT_DETR,
-    "rt_detr_v2": _RT_DETR,
+    "rt_detr_v2": replace(_RT_DETR, title="RT-DETRv2"),
     "d_fine": replace(
         _RT_DETR,
+        title="D-FINE",
         last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
         object_rows=_query_rows(_last_hidden_state),
         losses=_d_fine_losses,
@@ -462,6 +480,7 @@ _ALL: dict[str, Family] = {
     ),
     "deimv2": replace(
         _RT_DETR,
+        title="DEIMv2",
         backbones=("model.conv_encoder.model", "model.conv_encoder.backbone"),
         last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
         object_rows=_query_rows(_last_hidden_state),
@@ -473,11 +492,13 @@ _ALL: dict[str, Family] = {
     "lw_detr": replace(_LW_DETR, defaults=(("projector_scale_factors", [1.0]),)),
     "rf_detr": replace(
         _LW_DETR,
+        title="RF-DETR",
         image_processor="RfDetrImageProcessor",
         size_multiple=lambda config: config.backbone_config.patch_size * config.backbone_config.num_windows,
     ),
     "yolos": replace(
         _DETR,
+        title="YOLOS",
         backbones=(),
         class_heads=r"class_labels_classifier\.layers\.2\.",
         encoder=r"vit\.(?!embeddings\.detection_tokens)",
@@ -493,9 +514,9 @@ _ALL: dict[str, Family] = {
         defaults=(("auxiliary_loss", False),),
     ),
     "torchvision_retinanet": _DENSE,
-    "torchvision_fcos": _DENSE,
+    "torchvision_fcos": replace(_DENSE, title="FCOS"),
     "torchvision_faster_rcnn": _R_CNN,
-    "torchvision_mask_rcnn": replace(_R_CNN, masks=True),
+    "torchvision_mask_rcnn": replace(_R_CNN, title="Mask R-CNN", masks=True),
 }
 
 # Those that the installed transformers has.

@@ -1,5 +1,6 @@
 """Measuring a detector as its users will meet it: on images that the image processor saved with it prepares."""
 
+import os
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from ..data.splits import spread_rows
 from ..proposals.trained import with_both_sides
 from .coco_metrics import CocoMetrics
 
-_NO_SCORE = 1e-9  # of a place that a detector of torchvision leaves empty
+_NO_SCORE = 1e-9  # above what a place has that a detector of torchvision leaves empty
 
 
 class EvaluationImages(Dataset):
@@ -68,6 +69,13 @@ class EvaluationImages(Dataset):
         """A new [`CocoMetrics`] that holds the truth of these images."""
         return CocoMetrics.from_dataset(self.dataset, self.categories)
 
+    def name(self, index: int) -> str:
+        """What to call the image of a row: its file, or its id where it has none."""
+        if "file_name" in self.dataset.column_names:
+            return self.dataset.select_columns(["file_name"])[index]["file_name"]
+        path = self.images[index]["image"]["path"]
+        return os.path.basename(path) if path else f"{self.image_ids[index]}"
+
     def spread(self, number: int) -> list[int]:
         """This many rows, or all, evenly spaced."""
         return spread_rows(len(self), number)
@@ -97,7 +105,12 @@ def prepare_image(image: np.ndarray, image_processor, image_id: int) -> dict:
 
 @torch.no_grad()
 def predict_batches(
-    detector, batches: Iterable[dict], image_processor, classes: list[int] | None = None, masks: bool = False
+    detector,
+    batches: Iterable[dict],
+    image_processor,
+    classes: list[int] | None = None,
+    masks: bool = False,
+    lowest_mask_score: float = _NO_SCORE,
 ) -> Iterator[tuple[list[int], list[dict]]]:
     """
     Detects objects in batches of images, and holds no more than one batch at a time.
@@ -112,6 +125,8 @@ def predict_batches(
             For each class of the detector the category to report, or -1 to leave its detections out.
         masks (`bool`, *optional*, defaults to `False`):
             Whether masks are wanted, of a detector that predicts them.
+        lowest_mask_score (`float`, *optional*):
+            Masks of detections with a lower score are left empty.
 
     Yields:
         `tuple`: the image ids of a batch and, for each, `scores` [n], `labels` [n] and `boxes` [n, 4] (xyxy in pixels
@@ -136,7 +151,7 @@ def predict_batches(
         if mask_logits is not None:
             places = _places(outputs, image_processor)
             for prediction, logits, place, size in zip(predictions, mask_logits, places, sizes, strict=True):
-                prediction["masks"] = _pasted(logits[place].float().cpu(), prediction, size)
+                prediction["masks"] = _pasted(logits[place].float().cpu(), prediction, size, lowest_mask_score)
         if classes is not None:
             predictions = [_relabelled(prediction, classes) for prediction in predictions]
         yield [int(label["image_id"]) for label in batch["labels"]], predictions
@@ -151,12 +166,12 @@ def _places(outputs: SimpleNamespace, image_processor) -> list[torch.Tensor]:
     return [result["boxes"][:, 0].round().long() for result in results]
 
 
-def _pasted(logits: torch.Tensor, prediction: dict, size: tuple[int, int]) -> np.ndarray:
+def _pasted(logits: torch.Tensor, prediction: dict, size: tuple[int, int], lowest_score: float) -> np.ndarray:
     """Masks `[n, 28, 28]` in their boxes, in an image of this size, one after the other: run lengths `[n]`."""
     masks = np.empty(len(logits), dtype=object)
     boxes = torch.from_numpy(prediction["boxes"])
     for number, (mask, score) in enumerate(zip(logits.sigmoid(), prediction["scores"], strict=True)):
-        if score > _NO_SCORE:
+        if score >= lowest_score:
             pasted = paste_masks_in_image(mask[None, None], boxes[number : number + 1], size)[0, 0] > 0.5
             masks[number] = run_lengths(pasted.numpy())
         else:

@@ -12,18 +12,21 @@ import pyarrow as pa
 
 from ..data.columns import objects_feature
 from ..data.image_list import ImageList
+from ..data.masks import FIELD, has_regions, mask_areas, outlines, segmentation_text
 from ..files import seal_file
 from .predictions import Prediction
 
 _ROWS_IN_MEMORY = 8  # photographs may take some 10 MB each
 
 
-def predicted_features(classes: list[str] | None = None, ids: list[int | str] | None = None) -> datasets.Features:
+def predicted_features(
+    classes: list[str] | None = None, ids: list[int | str] | None = None, masks: bool = False
+) -> datasets.Features:
     """
     The columns of predictions as a data set: `image`, `image_id`, `file_name`, `width` and `height` in pixels, and
     `objects` as labelled data has them (see [`~aligndet_hf.data.columns.objects_feature`]) with the field `score`.
     """
-    objects = objects_feature(classes, ids) | {"score": datasets.List(datasets.Value("float32"))}
+    objects = objects_feature(classes, ids, masks=masks) | {"score": datasets.List(datasets.Value("float32"))}
     numbers = {name: datasets.Value("int64") for name in ("width", "height")}
     names = {"image_id": datasets.Value("int64"), "file_name": datasets.Value("string")}
     return datasets.Features({"image": datasets.Image(), **names, **numbers, "objects": objects})
@@ -31,7 +34,8 @@ def predicted_features(classes: list[str] | None = None, ids: list[int | str] | 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction], images: ImageList) -> None:
     """Writes the predictions on some images to a file, at once and complete."""
-    schema = pa.schema([*predicted_features().arrow_schema, ("best_score", pa.float32()), ("error", pa.string())])
+    features = predicted_features(masks=any(found.masks is not None for found in predictions))
+    schema = pa.schema([*features.arrow_schema, ("best_score", pa.float32()), ("error", pa.string())])
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         for start in range(0, len(predictions), _ROWS_IN_MEMORY):
@@ -42,6 +46,10 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], images: Ima
 
 def _row(found: Prediction, images: ImageList) -> dict:
     file_name = images.names[found.index]
+    if found.masks is None:
+        areas, masks = found.boxes[:, 2:].prod(axis=1).tolist(), {}
+    else:
+        areas, masks = mask_areas(found.masks), {FIELD: [segmentation_text(mask) for mask in found.masks]}
     return {
         "image": images.value(found.index) or {"bytes": found.encoded, "path": file_name},
         "image_id": images.ids[found.index],
@@ -51,10 +59,11 @@ def _row(found: Prediction, images: ImageList) -> dict:
         "objects": {
             "bbox": found.boxes.tolist(),
             "category": found.labels.tolist(),
-            "area": found.boxes[:, 2:].prod(axis=1).tolist(),
+            "area": areas,
             "id": [0] * len(found.scores),  # numbered by `join_predictions`
             "score": found.scores.tolist(),
-        },
+        }
+        | masks,
         "best_score": found.best_score,
         "error": found.error,
     }
@@ -76,7 +85,7 @@ def join_predictions(
         `tuple`: the data set, without the images that could not be read, and a report: `images`, `boxes`,
         `images_without_boxes`, `boxes_of_class`, the `best_score` seen, and `skipped`, a list of `file` and `reason`.
     """
-    features = predicted_features(classes, ids)
+    features = predicted_features(classes, ids, masks=any(map(_has_masks, shards)))
     report = {
         "images": 0,
         "images_without_boxes": 0,
@@ -113,6 +122,11 @@ def _stored(shards: Sequence[Path]) -> Iterator[list[dict]]:
                 yield batch.to_pylist()
 
 
+def _has_masks(shard: Path) -> bool:
+    with pa.OSFile(str(shard)) as file, pa.ipc.open_stream(file) as batches:
+        return has_regions(batches.schema.field("objects").type)
+
+
 def predicted_rows(dataset: datasets.Dataset) -> Iterator[dict]:
     """The rows of [`join_predictions`], a few in memory at a time, their images not decoded."""
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
@@ -125,10 +139,10 @@ def write_results(dataset: datasets.Dataset, path: Path, ids: list[int | str]) -
     _write_list(
         path,
         (
-            {"image_id": row["image_id"], "category_id": ids[label], "bbox": box, "score": score}
+            {"image_id": row["image_id"], "category_id": ids[label], "bbox": box, "score": score} | mask
             for row in predicted_rows(dataset)
-            for label, box, score in zip(
-                *(row["objects"][name] for name in ("category", "bbox", "score")), strict=True
+            for label, box, score, mask in zip(
+                *(row["objects"][name] for name in ("category", "bbox", "score")), _masks(row["objects"]), strict=True
             )
         ),
     )
@@ -136,7 +150,8 @@ def write_results(dataset: datasets.Dataset, path: Path, ids: list[int | str]) -
 
 def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], ids: list[int | str]) -> None:
     """
-    Writes the detections as COCO labels, which a labelling tool imports; every annotation has its `score`.
+    Writes the detections as COCO labels, which a labelling tool imports; every annotation has its `score`,
+    and the outlines of its mask, if there are masks.
 
     Images that lie in no file of their own, such as the frames of a video, are written to `images/` beside `path`.
     """
@@ -148,11 +163,14 @@ def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], ids: l
             entry = {"id": row["image_id"]} | {name: row[name] for name in ("file_name", "width", "height")}
             images.write((",\n" if number else "") + json.dumps(entry))
             objects = row["objects"]
-            for label, box, area, id_, score in zip(
-                *(objects[name] for name in ("category", "bbox", "area", "id", "score")), strict=True
+            names = ("category", "bbox", "area", "id", "score")
+            for label, box, area, id_, score, mask in zip(
+                *(objects[name] for name in names), _masks(objects), strict=True
             ):
                 entry = {"id": id_, "image_id": row["image_id"], "category_id": ids[label], "bbox": box}
                 entry |= {"area": area, "iscrowd": 0, "score": score}
+                if mask and (polygons := outlines(mask[FIELD])):
+                    entry[FIELD] = polygons
                 annotations.write((",\n" if id_ > 1 else "") + json.dumps(entry))
     categories = [{"id": id_, "name": name} for id_, name in zip(ids, classes, strict=True)]
     with open(path, "w", encoding="utf-8") as file:
@@ -164,6 +182,11 @@ def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], ids: l
             file.write("\n]")
             part.unlink()
         file.write("}\n")
+
+
+def _masks(objects: dict) -> list[dict]:
+    """The mask of each object as a field of its annotation; nothing where there are none."""
+    return [{FIELD: json.loads(mask)} for mask in objects.get(FIELD) or ()] or [{}] * len(objects["score"])
 
 
 def _write_list(path: Path, entries: Iterator[dict]) -> None:

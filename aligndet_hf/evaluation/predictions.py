@@ -14,6 +14,7 @@ from ..data.columns import clean_boxes
 from ..data.dataset import init_worker
 from ..data.errors import ImageError
 from ..data.image_list import ImageList
+from ..data.masks import place_run_lengths
 from .detections import predict_batches, prepare_image
 from .tiles import merge_views, tile_corners
 
@@ -58,6 +59,8 @@ class Prediction:
         labels (`np.ndarray`): int64 `[n]`, classes of the detector.
         best_score (`float`): The best score in the image, also if it is too low for a box.
         error (`str`, *optional*): Why the image could not be read.
+        masks (`np.ndarray`, *optional*): The masks `[n]` of a detector that predicts them: run lengths of COCO in the
+            image, see [`~aligndet_hf.data.masks.run_lengths`].
         encoded (`bytes`, *optional*): The image as JPEG, if it is in no file and this was asked for.
     """
 
@@ -68,6 +71,7 @@ class Prediction:
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     best_score: float = 0.0
     error: str | None = None
+    masks: np.ndarray | None = None
     encoded: bytes | None = None
 
 
@@ -138,6 +142,7 @@ def predict_images(
     batch_size: int = 8,
     num_workers: int = 0,
     encode: bool = False,
+    masks: bool = True,
 ) -> Iterator[Prediction]:
     """
     Detects objects in images, and holds no more than a few batches at a time.
@@ -152,6 +157,7 @@ def predict_images(
         batch_size (`int`, *optional*, defaults to 8): Images, or tiles, per forward pass.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode and resize; 0: this one.
         encode (`bool`, *optional*, defaults to `False`): See [`ImageViews`].
+        masks (`bool`, *optional*, defaults to `True`): Whether masks are wanted, of a detector that predicts them.
 
     Yields:
         [`Prediction`]: for every image, in the order of `indices` if there are no workers, else nearly in it.
@@ -173,7 +179,8 @@ def predict_images(
                 yield batch
 
     unfinished = {}
-    for _, found in predict_batches(detector, batches(), image_processor):
+    found_masks = {"masks": masks, "lowest_mask_score": score_threshold}
+    for _, found in predict_batches(detector, batches(), image_processor, **found_masks):
         while faults:
             yield Prediction(**faults.popleft())
         for prediction in found:
@@ -181,13 +188,22 @@ def predict_images(
             kept = prediction["scores"] >= score_threshold
             parts, scores, encoded = unfinished.setdefault(view["index"], ([], [], view["encoded"]))
             scores.append(float(prediction["scores"].max(initial=0.0)))
-            parts.append({name: prediction[name][kept] for name in ("boxes", "scores", "labels")})
+            parts.append({name: values[kept] for name, values in prediction.items()})
             if len(parts) == len(view["corners"]):
                 del unfinished[view["index"]]
+                if len(parts) > 1:
+                    _place_masks(parts, view["corners"], view["size"])
                 merged = merge_views(parts, view["corners"], view["size"], tiling.iou_threshold if tiling else 1.0)
                 yield _prediction(view["index"], view["size"], merged, max(scores), encoded)
     while faults:
         yield Prediction(**faults.popleft())
+
+
+def _place_masks(parts: list[dict], corners: np.ndarray, size: tuple[int, int]) -> None:
+    """Masks in the views of an image, if there are any, as masks in the image."""
+    for part, (left, top, *_) in zip(parts, corners, strict=True):
+        for number, mask in enumerate(part.get("masks", ())):
+            part["masks"][number] = place_run_lengths(mask, left, top, *size)
 
 
 def _prediction(
@@ -197,4 +213,5 @@ def _prediction(
     xywh = np.concatenate([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], axis=1)
     boxes, kept = clean_boxes(xywh, size[1], size[0])
     scores, labels = found["scores"][kept].astype(np.float32), found["labels"][kept].astype(np.int64)
-    return Prediction(index, size, boxes, scores, labels, best_score, encoded=encoded)
+    masks = found["masks"][kept] if "masks" in found else None
+    return Prediction(index, size, boxes, scores, labels, best_score, masks=masks, encoded=encoded)

@@ -52,16 +52,17 @@ def merge_views(
     of one view never remove each other: that is the detector's own business.
 
     Args:
-        views (`list[dict]`): Per view `boxes` (`[n, 4]`, xyxy in pixels of the view), `scores` and `labels` (`[n]`).
+        views (`list[dict]`): Per view `boxes` (`[n, 4]`, xyxy in pixels of the view), `scores` and `labels` (`[n]`),
+            and whatever else there is one of for each box.
         corners (`np.ndarray`): `[views, 4]`, xyxy: where the views lie in the image.
         size (`tuple[int, int]`): Height and width of the image.
         iou_threshold (`float`, *optional*, defaults to 0.5): See above.
         margin (`float`, *optional*, defaults to 0.01): A box this near to an edge, in sides of the view, ends there.
 
     Returns:
-        `dict`: `boxes` (xyxy in pixels of the image), `scores` and `labels`, best scores first.
+        `dict`: `boxes` (xyxy in pixels of the image), `scores`, `labels` and the rest, best scores first.
     """
-    found = {name: np.concatenate([view[name] for view in views]) for name in ("boxes", "scores", "labels")}
+    found = {name: np.concatenate([view[name] for view in views]) for name in views[0]}
     owner = np.repeat(np.arange(len(views)), [len(view["scores"]) for view in views])
     height, width = size
     bounds = corners[owner].astype(np.float32)
@@ -81,7 +82,7 @@ def merge_views(
         same = (found["labels"][order] == found["labels"][best]) & (owner[order] != owner[best])
         order = order[~(same & (share > iou_threshold))]
     kept = np.array(sorted(kept, key=lambda index: -found["scores"][index]), dtype=np.int64)
-    return {"boxes": boxes[kept], "scores": found["scores"][kept], "labels": found["labels"][kept]}
+    return {name: values[kept] for name, values in (found | {"boxes": boxes}).items()}
 
 
 def _overlaps(box: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -90,7 +90,7 @@ def _errors(diagnosis: Mapping) -> list[list[tuple]]:
 
 
 def _worst(images: list[Mapping]) -> Section:
-    rows = [(image["image_id"], image["false"], image["missed"]) for image in images]
+    rows = [(image.get("file_name", image["image_id"]), image["false"], image["missed"]) for image in images]
     if not rows:
         return Section()
     return Section("Worst images", tables=[[("image", "false detections", "objects not found"), *rows[:10]]])

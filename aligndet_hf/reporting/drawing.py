@@ -5,13 +5,16 @@ from io import BytesIO
 
 import numpy as np
 import PIL.Image
+import PIL.ImageColor
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from ..data.masks import Region
 from ..data.views import resize_image
 from .pictures import INK, color_of, luminance
 
 JPEG_QUALITY = 88
+_TINT = 0.45  # how much of the colour of its class covers a mask
 
 
 def draw_boxes(
@@ -59,7 +62,7 @@ def draw_boxes(
     for corner, label, tag in zip(corners, labels, tags, strict=True):
         if not tag:
             continue
-        tag = _in_one_line(tag)
+        tag = _in_one_line(tag).replace(" ", "  ")  # the spaces of this font are narrow
         place = _free_place(corner, draw.textbbox((0, 0), tag, font=font), picture.size, taken)
         if place is None:
             continue
@@ -69,6 +72,27 @@ def draw_boxes(
         ink = INK if luminance(color) > 0.55 else "white"
         draw.text((place[0] + 2, place[1] + 1), tag, font=font, fill=ink, anchor="la")
     return picture
+
+
+def tint_masks(image: np.ndarray, masks: Iterable[str | Mapping], labels: Sequence[int]) -> np.ndarray:
+    """
+    Lays the colour of its class over each mask.
+
+    Args:
+        image (`np.ndarray`): RGB uint8 `[H, W, 3]`.
+        masks (`Iterable[str | Mapping]`): Regions in the image, as [`~aligndet_hf.data.masks.segmentation_text`] takes
+            them.
+        labels (`Sequence[int]`): The class of each.
+
+    Returns:
+        `np.ndarray`: RGB uint8 `[H, W, 3]`.
+    """
+    tinted = image.copy()
+    for mask, label in zip(masks, labels, strict=True):
+        inside = Region.of(mask, *image.shape[:2]).draw(*image.shape[:2]).astype(bool)
+        color = np.array(PIL.ImageColor.getrgb(color_of(label)))
+        tinted[inside] = (1 - _TINT) * tinted[inside] + _TINT * color
+    return tinted
 
 
 def enlarged(image: np.ndarray, boxes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ import yaml
 
 from ..cards import BEGIN, END, citations, hub_ids, inert, told, told_settings
 from ..data.dataset_card import describe_proposals
+from ..detectors.families import family_of
 from .run_record import RunRecord
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -296,11 +297,12 @@ def _recipe(record: RunRecord) -> dict:
 
 
 def run_title(record: RunRecord) -> str:
-    """Such as "RTDetr fine-tuned on cells"."""
-    name = type(record.config).__name__.removesuffix("Config")
+    """Such as "RT-DETR fine-tuned on cells"."""
     if record.method == "soco":
         backbone = record.config.backbone_config
         name = getattr(backbone, "backbone", None) or backbone.model_type
+    else:
+        name = family_of(record.config).title
     methods = {"aligndet": "pre-trained with AlignDet", "soco": "pre-trained with SoCo"}
     return f"{name} {methods[record.method] if record.kind == 'pretrain' else 'fine-tuned'} on {record.data_name}"
 

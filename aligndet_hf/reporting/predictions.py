@@ -38,7 +38,8 @@ def tell_predictions(
             in `worst.jpg`.
 
     Returns:
-        `dict`: see [`~aligndet_hf.evaluation.diagnosis.Diagnosis.compute`]; its images have the ids of the data set.
+        `dict`: see [`~aligndet_hf.evaluation.diagnosis.Diagnosis.compute`]; its images have the ids of the data set,
+            and their `file_name`.
     """
     own_ids, diagnosis = image_ids(images.dataset), Diagnosis(images.categories)
     rows = {own_id: row for row, own_id in enumerate(own_ids)}
@@ -47,6 +48,8 @@ def tell_predictions(
         diagnosis.update(own_ids[row], prediction, objects)
         found[row], truth[row] = prediction, objects
     told = diagnosis.compute()
+    for image in told["worst_images"]:
+        image["file_name"] = images.name(rows[image["image_id"]])
     write_json(folder / DIAGNOSIS, told)
     best = [of_class["best_threshold"] for of_class in told["per_class"].values()]
     worst = [rows[image["image_id"]] for image in told["worst_images"][:num_pictures]]
@@ -61,6 +64,7 @@ def tell_predictions(
                 images.categories,
                 folder / name,
                 scores,
+                names=[images.name(row) for row in shown],
             )
     return told
 
@@ -73,6 +77,7 @@ def plot_predictions(
     path,
     threshold: float | Sequence[float] | None = 0.3,
     title: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> Path:
     """
     Draws one row per image: the ground truth on the left, the predictions of one or several arms to its right.
@@ -90,6 +95,7 @@ def plot_predictions(
             Predictions with a lower score are not drawn; one for all classes, or one for each. `None`: they are those
             above the best threshold of their class, all to be drawn.
         title (`str`, *optional*): Title of the picture.
+        names (`Sequence[str]`, *optional*): What to call each image.
 
     Returns:
         `Path`: `path`.
@@ -101,7 +107,7 @@ def plot_predictions(
     pictures, titles, shown = [], [], set()
     for row, (image, truth) in enumerate(zip(images, ground_truth, strict=True)):
         pictures.append(_draw(image, truth, class_names, side))
-        titles.append(f"truth: {len(truth['labels'])} objects")
+        titles.append(f"{names[row] if names else 'truth'}: {len(truth['labels'])} objects")
         shown.update(map(int, truth["labels"]))
         for name, per_image in predictions.items():
             found = {key: np.asarray(per_image[row][key]) for key in ("boxes", "labels", "scores")}
