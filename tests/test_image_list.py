@@ -112,3 +112,11 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"bad\.png"):
         list_images(tmp_path / "bad.png").read(0)
+
+
+def test_names_of_a_data_set_stay_inside_the_output():
+    """Somebody else's data set may name any file, and `predict` writes files by these names."""
+    names = ["/etc/a.png", "../../b.png", "C:\\mine\\..\\c.png", "12:30.png", "..", None]
+    rows = {"image": [PIL.Image.new("RGB", (8, 8))] * len(names), "file_name": names}
+    found = list_images(datasets.Dataset.from_dict(rows)).names
+    assert found == ["etc/a.png", "b.png", "mine/c.png", "12:30.png", "000004.jpg", "000005.jpg"]

@@ -801,7 +801,7 @@ def test_images_without_names_or_labels_of_yolo(tmp_path):
     [
         ("<xmin>5</xmin>", "", "t0.xml, object 0: expected a 'xmin' in 'bndbox'"),
         ("<xmin>5</xmin>", "<xmin>five</xmin>", "t0.xml, object 0: 'xmin' must be a number, got 'five'"),
-        ("<name>cat</name>", "<name/>", "t0.xml: expected a 'name' in 'object'"),
+        ("<name>cat</name>", "<name/>", "t0.xml, object 0: expected a 'name' in 'object'"),
         ("</annotation>", "", "t0.xml: not valid XML"),
         ("<annotation>", '<!DOCTYPE x [<!ENTITY a "b">]><annotation>', "t0.xml: it defines XML entities"),
     ],
@@ -854,6 +854,49 @@ def test_turned_boxes_and_other_shapes_of_cvat(tmp_path, caplog):
     write_text(tmp_path / "annotations.xml", '<annotations><track id="0" label="cat"/></annotations>')
     with pytest.raises(DataError, match="tracks of a video"):
         load_dataset_source(tmp_path, labels=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/home/bob/mine/images/one a.png", "https://data.example/x/one a.png", "C:\\mine\\one a.png", "one%20a.png"],
+)
+def test_file_names_of_other_machines_in_coco(tmp_path, name):
+    write_image(tmp_path / "images" / "one a.png", (40, 30), 0)
+    outline = [[2, 3, 12, 3, 12, 20]]
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": outline}  # its box is the polygon's
+    content = {"images": [{"id": 1, "file_name": name}], "categories": [{"id": 1, "name": "cat"}]}
+    write_text(tmp_path / "labels.json", content | {"annotations": [annotation]})
+    dataset = load_dataset_source(tmp_path, labels=True)
+    assert dataset[0]["objects"]["bbox"] == [[2, 3, 10, 17]] and dataset[0]["file_name"] == name
+    assert dataset[0]["image"]["path"] == str(tmp_path / "images" / "one a.png")
+
+
+def test_voc_with_a_namespace_and_file_names_of_other_machines(tmp_path):
+    for folder in ("train", "valid"):  # with the same names, as Oxford's pets have them
+        write_image(tmp_path / folder / "images" / "a.jpg", (40, 30), 0)
+        xml = voc_xml("a", (40, 30), [([1, 2, 3, 4], 0)]).replace("a.png", "C:\\Users\\bob\\a.png")
+        write_text(
+            tmp_path / folder / "annotations" / "xmls" / "a.xml",
+            xml.replace("<annotation>", '<annotation xmlns="http://data.example">'),
+        )
+    for split, folder in (("train", "train"), ("validation", "valid")):
+        dataset = load_dataset_source(tmp_path, split, labels=True)
+        assert dataset[0]["image"]["path"] == str(tmp_path / folder / "images" / "a.jpg")
+        assert dataset[0]["objects"]["bbox"] == [[1, 2, 3, 4]] and category_names(dataset) == ["cat"]
+
+
+def test_names_of_yolo_with_numbers_as_texts(tmp_path):
+    yolo_ultralytics(tmp_path)
+    names = "".join(f"\n  '{number}': {name}" for number, name in enumerate(NAMES))
+    write_text(tmp_path / "dataset.yaml", f"train: images/train\nval: images/val\nnames:{names}\n")
+    assert category_names(load_dataset_source(tmp_path, "train", labels=True)) == NAMES
+
+
+def test_a_split_without_labels_beside_one_with_metadata(tmp_path):
+    LAYOUTS["metadata, names"](tmp_path)
+    write_image(tmp_path / "test" / "a.png", (40, 30), 0)
+    with pytest.raises(DataError, match="no column 'objects'; found 'image'"):
+        load_dataset_source(tmp_path, "test", labels=True)
 
 
 # ---- spellings of data sets that are saved or on the Hub ----

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote
 
 import datasets
 import numpy as np
@@ -255,14 +256,22 @@ def inside(root: str | Path, name: str, base: str | Path | None = None) -> Path:
 
 def spelt_as_there(folder: str | Path, name: str) -> str:
     """
-    A file name as the folder has it, which may take its accents apart (NFD, as macOS does) or not (NFC).
+    A file name as the folder has it, which may take its accents apart (NFD, as macOS does) or not (NFC), and has no
+    spaces as `%20`.
 
     Args:
         folder (`str` or `Path`): Where the name starts from.
         name (`str`): A path, with slashes. It comes back as it is if there is no such file in either form.
     """
     forms = [] if name.isascii() else [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+    forms += [unquote(name)] * ("%" in name)
     return next((form for form in [name, *forms] if os.path.lexists(os.path.join(folder, form))), name)
+
+
+def plain_parts(name: str) -> list[str]:
+    """The parts of a path, without what leads out of a folder: `a` and `b.jpg` of `C:\\a\\..\\b.jpg`."""
+    parts = name.replace("\\", "/").replace("\0", "").split("/")
+    return [part for part in parts if part not in ("", ".", "..") and not part.endswith(":")]
 
 
 @dataclass

@@ -14,7 +14,7 @@ from .columns import BoxReport, arrow_batches, read_values, require_columns, val
 from .errors import DataError
 from .readers import READERS, find_reader, image_folder, saved
 from .readers.files import list_files, split_of_folder
-from .readers.image_folder import read_labels
+from .readers.image_folder import has_metadata, read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
 
@@ -80,7 +80,7 @@ def load_dataset_source(
     else:
         dataset = _load_hub(str(source), split)
         roots = door.hub_roots(source)
-    if labels and reader is image_folder and "objects" not in dataset.column_names:
+    if labels and reader is image_folder and "objects" not in dataset.column_names and not has_metadata(path):
         raise DataError(without_labels(path))
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
     dataset = dataset.cast_column("image", datasets.Image(decode=False))

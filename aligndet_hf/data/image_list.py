@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from ..files import file_hash
 from .bit_depth import pixel_window
 from .columns import arrow_batches, category_ids, image_ids
-from .door import OUTPUT, image_value, is_image_name, printable, visit
+from .door import OUTPUT, image_value, is_image_name, plain_parts, printable, visit
 from .errors import DataError, ImageError
 from .formats import category_names, load_dataset_source, split_names
 from .images import decode_image
@@ -87,7 +87,7 @@ class DatasetImages:
         for _, table in arrow_batches(self.dataset, ["image"]):
             paths += pc.struct_field(table["image"], "path").to_pylist()
         self.names = [
-            name or (os.path.basename(path) if path else f"{row:06d}.jpg")
+            "/".join(plain_parts(name or os.path.basename(path or ""))) or f"{row:06d}.jpg"
             for row, (name, path) in enumerate(zip(given, paths, strict=True))
         ]
 

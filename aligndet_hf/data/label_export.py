@@ -97,8 +97,7 @@ def _rows(dataset: datasets.Dataset, flat: bool = False, taken: set[str] | None 
 
 def _file_name(given: str, content: bytes, flat: bool) -> PurePosixPath:
     """A name inside the folder of a split: as given, without what leads out of it."""
-    parts = [part for part in given.replace("\\", "/").split("/") if part not in ("", ".", "..") and ":" not in part]
-    name = PurePosixPath("_".join(parts) if flat else "/".join(parts) or "image")
+    name = PurePosixPath(("_" if flat else "/").join(door.plain_parts(given)) or "image")
     if not door.is_image_name(name.name):
         image_format = PIL.Image.open(BytesIO(content)).format.lower()
         name = name.with_name(f"{name.name}.{'jpg' if image_format == 'jpeg' else image_format}")

@@ -7,7 +7,18 @@ from pathlib import Path
 
 from ..door import is_inside, spelt_as_there
 from ..errors import DataError
-from .files import inside, is_file, list_files, parse_json, read_start, read_text, split_of_file, split_of_folder
+from ..masks import segmentation_text
+from .files import (
+    inside,
+    is_file,
+    list_files,
+    parse_json,
+    read_start,
+    read_text,
+    split_of_file,
+    split_of_folder,
+    tails,
+)
 from .listed import require_own_splits
 from .rows import Categories, LabelledImage, Labels, is_box
 
@@ -17,6 +28,7 @@ NAME = "COCO"
 
 # Folders of nothing but label files: the images may then be beside the folder.
 _LABEL_FOLDER = re.compile(r"(coco[-_]?)?(annotations?|ann|anns|labels?|json)", re.IGNORECASE)
+_ELSEWHERE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|\w+://")  # how paths of a machine, and addresses, begin
 _LIST = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
 _SNIFFED_BYTES = 1 << 16
 _LOOKED_AT = 20  # images to find the folder of all by
@@ -230,7 +242,7 @@ def _read_images(
                 f"{where}: this id occurs twice in 'images' (again in entry {number}); ids must be unique."
             )
         images[key] = LabelledImage(
-            path=inside(root, image["file_name"], where, base),
+            path=_find_image(root, image["file_name"], where, base),
             where=where,
             file_name=image["file_name"],
             image_id=id_type(image["id"]),
@@ -242,6 +254,14 @@ def _read_images(
             image.objects = {name: [] for name in ("bbox", "category", "area", "iscrowd", "segmentation", "id")}
         _add_annotations(path, content["annotations"], images, categories)
     return list(images.values())
+
+
+def _find_image(root: Path, name: str, where: str, base: Path) -> Path:
+    """The file of an image: of a path of another machine, or an address, as much of its end as is there."""
+    for tail in tails(name) if _ELSEWHERE.match(name) and not is_inside(name, root) else ():
+        if is_file(base / tail):
+            return inside(root, tail, where, base)
+    return inside(root, name, where, base)
 
 
 def _size(image: dict, name: str, where: str) -> int | None:
@@ -272,7 +292,12 @@ def _add_annotation(annotation: dict, number: int, images: dict, labels: dict) -
     label = labels.get(_key(annotation.get("category_id")))
     if label is None:
         raise DataError(f"no category has the id {annotation.get('category_id')!r}; found {list(labels)}.")
-    box, area, crowd = annotation.get("bbox"), annotation.get("area"), annotation.get("iscrowd") or 0
+    segmentation = annotation.get("segmentation")
+    box, area, crowd = (
+        annotation.get("bbox") or _around(segmentation),
+        annotation.get("area"),
+        annotation.get("iscrowd") or 0,
+    )
     if not is_box(box):
         raise DataError(f"'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}.")
     if area is not None and type(area) not in (int, float):
@@ -281,8 +306,15 @@ def _add_annotation(annotation: dict, number: int, images: dict, labels: dict) -
         raise DataError(f"'iscrowd' must be 0 or 1, got {crowd!r}.")
     own_id = annotation.get("id", number)
     own_id = own_id if isinstance(own_id, str) else _key(own_id)
-    segmentation = annotation.get("segmentation")
     image.add(box, label, area=area, iscrowd=int(crowd), segmentation=segmentation, id=own_id)
+
+
+def _around(segmentation) -> list[float] | None:
+    """The box around polygons, for an object that has no other."""
+    if not isinstance(segmentation, list) or segmentation_text(segmentation) is None:
+        return None
+    xs, ys = ([value for outline in segmentation for value in outline[side::2]] for side in (0, 1))
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def _require_unique(images: list[LabelledImage]) -> None:
@@ -307,9 +339,11 @@ def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[s
     places = [here, here / "images", here / "data", here / word]
     places += [above / word, above / "images" / word, above / "images", above / "data" / word, above / "data", above]
     looked_at = [name.replace("\\", "/") for name in names[:_LOOKED_AT]]
+    ends = [tail for name in names[:_LOOKED_AT] if _ELSEWHERE.match(name) for tail in tails(name)]
     for place in places:
         is_near = is_inside(place, here) or is_inside(place, above)  # no link to elsewhere
-        if is_near and any(is_file(place / spelt_as_there(place, name)) for name in looked_at):
+        there = looked_at + (ends if is_inside(place, outer) else [])
+        if is_near and any(is_file(place / spelt_as_there(place, name)) for name in there):
             return place, outer if place == here else place
     # A name that leads out is an error of its own; another one says where it was looked for.
     for name in names[:1]:

@@ -136,6 +136,12 @@ def inside(root: Path, name: str, where: str, base: Path | None = None) -> Path:
         raise DataError(f"{where}: {error}.") from None
 
 
+def tails(name: str) -> list[str]:
+    """The ends of a path of another machine, the longest first: `mine/images/1.jpg`, `images/1.jpg`, `1.jpg`."""
+    parts = door.plain_parts(name)
+    return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
 def read_text(path: Path, root: Path | None = None) -> str:
     """
     The text of a label file, with or without the mark that some editors write at its start.
@@ -224,7 +230,7 @@ def delimiter_of(text: str, delimiters: str) -> str:
 
 def read_xml(path: Path) -> ElementTree.Element:
     """
-    The root of an XML file.
+    The root of an XML file, with tags without namespaces.
 
     Raises:
         [`DataError`]: if it is not XML, or defines entities, which label files never do and attacks on parsers need.
@@ -233,9 +239,12 @@ def read_xml(path: Path) -> ElementTree.Element:
     if "<!ENTITY" in text:
         raise DataError(f"{path}: it defines XML entities, which no label file needs. Remove them.")
     try:
-        return ElementTree.fromstring(text)
+        root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError) as error:
         raise DataError(f"{path}: not valid XML ({error}).") from error
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    return root
 
 
 def number(value, where: str, what: str) -> float:

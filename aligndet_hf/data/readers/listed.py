@@ -139,7 +139,7 @@ def _in_pixels(values: list[float], parts: float, sides: tuple[int, int]) -> lis
 
 
 class _Finder:
-    """Finds the images that a label file names: by their path, or anywhere in a folder by their name."""
+    """Finds the images that a label file names: by their path, or by their name the nearest to it in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -165,7 +165,8 @@ class _Finder:
             if is_file(path):
                 return path
         found = self.by_name.get(plain) or self.by_name.get(also, [])
-        found = [path for path in found if path.parent == base] or found
+        near = [len({base, *base.parents} & set(path.parents)) for path in found]  # how far their ways go together
+        found = [path for path, way in zip(found, near, strict=True) if way == max(near)]
         if len(found) > 1:
             raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
         if not found:

@@ -3,29 +3,17 @@ LabelImg (beside the images) and of Roboflow (in a folder for each split)."""
 
 import logging
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from ..errors import DataError
-from .files import (
-    inside,
-    is_file,
-    is_image,
-    list_files,
-    number,
-    read_start,
-    read_text,
-    read_xml,
-    split_folders,
-    split_of_folder,
-    tell_unlisted,
-)
-from .rows import Categories, LabelledImage, Labels
+from .files import list_files, number, read_start, read_text, read_xml, split_folders, split_of_folder
+from .listed import Entry, Object, collect
+from .rows import Labels
 
 logger = logging.getLogger(__name__)
 
 NAME = "Pascal VOC"
 
-_IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "img")
 _SNIFFED_BYTES = 4096
 
 
@@ -44,13 +32,13 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     Reads these splits.
 
     Corners of the challenge's own files count from 1 and are the last pixels inside; corners of other tools
-    are coordinates: a file is of the challenge if its `source` says so. Names of categories come from all splits,
-    in alphabetical order. Objects that are `difficult` are objects.
+    are coordinates: a file is of the challenge if its `source` says so. Names of categories come from all
+    splits. Objects that are `difficult` are objects.
 
     Args:
         path (`Path`): The folder.
         splits (`list[str]`): As [`split_names`] has them.
-        image_dir (`Path`, *optional*): Folder of the images. By default beside the XML files, or looked for.
+        image_dir (`Path`, *optional*): Folder of the images, at any depth. By default the folder.
 
     Returns:
         [`Labels`]
@@ -59,16 +47,15 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
         [`DataError`]: for a file that is not as it should be; it names the file and the object.
     """
     files = _splits(path)
-    roots = {file: read_xml(file) for file in dict.fromkeys(file for split in files.values() for file in split)}
-    names = sorted({_text(one, "name", str(file)) for file, root in roots.items() for one in root.iter("object")})
-    chosen = dict.fromkeys(file for split in splits for file in files[split])
-    images = [_read_image(path, file, roots[file], names, image_dir) for file in chosen]
+    files = {split: files[split] for split in splits} | files  # in the order that is asked for, then the others
+    roots = {file: read_xml(file) for listed in files.values() for file in listed}
+    entries = (_entry(file, roots[file], split) for split, listed in files.items() for file in listed)
+    labels = collect(image_dir or path, entries, splits, "have no XML file")
+    chosen = {file for split in splits for file in files[split]}
     difficult = sum(one.findtext("difficult") == "1" for file in chosen for one in roots[file].iter("object"))
     if difficult:
         logger.warning("%s: %d objects are marked as difficult; they count as objects.", path, difficult)
-    names_of_images = {PureWindowsPath(root.findtext("filename") or "").stem for root in roots.values()}
-    tell_unlisted(path, names_of_images | {file.stem for file in roots}, "have no XML file")
-    return Labels(images, Categories(names) if names else None)
+    return labels
 
 
 def _looks_like_voc(file: Path) -> bool:
@@ -104,13 +91,8 @@ def list_xml(folder: Path) -> list[Path]:
     return list(filter(_looks_like_voc, list_files(folder, ".xml")))
 
 
-def _read_image(
-    folder: Path, file: Path, root: ElementTree.Element, names: list[str], image_dir: Path | None
-) -> LabelledImage:
-    image = LabelledImage(
-        path=_find_image(folder, file, root, image_dir), where=str(file), objects={"bbox": [], "category": []}
-    )
-    image.width, image.height = (_size(root, side) for side in ("width", "height"))
+def _entry(file: Path, root: ElementTree.Element, split: str) -> Entry:
+    objects = []
     first = 1 if "PASCAL VOC" in (root.findtext("source/annotation") or "") else 0
     for position, one in enumerate(root.iter("object")):
         where = f"{file}, object {position}"
@@ -120,9 +102,11 @@ def _read_image(
         left, top, right, bottom = (
             number(_text(box, corner, where), where, f"'{corner}'") for corner in ("xmin", "ymin", "xmax", "ymax")
         )
-        name = _text(one, "name", where)
-        image.add([left - first, top - first, right - left + first, bottom - top + first], names.index(name))
-    return image
+        box = [left - first, top - first, right - left + first, bottom - top + first]
+        objects.append(Object(box, _text(one, "name", where)))
+    size = _size(root, "width"), _size(root, "height")
+    name = (root.findtext("filename") or "").strip() or file.stem
+    return Entry(str(file), split, name, file.parent, objects, size if all(size) else None, also=file.stem)
 
 
 def _text(element: ElementTree.Element, name: str, where: str) -> str:
@@ -136,25 +120,3 @@ def _size(root: ElementTree.Element, side: str) -> int | None:
     """A side of the image, where the file gives it: some tools write 0."""
     text = (root.findtext(f"size/{side}") or "").strip()
     return int(text) if text.isdecimal() and int(text) else None
-
-
-def _find_image(folder: Path, file: Path, root: ElementTree.Element, image_dir: Path | None) -> Path:
-    """The image of an XML file: named as it says or as the file itself, beside it or in the usual folders."""
-    name = (root.findtext("filename") or "").strip().replace("\\", "/")
-    places = [image_dir] if image_dir else [file.parent, *(file.parent.parent / part for part in _IMAGE_FOLDERS)]
-    for place in places:
-        root = folder if folder in place.parents or place == folder else place
-        names = [name] if name else []
-        names += [path.name for path in sorted(place.glob(f"{_escaped(file.stem)}.*")) if is_image(path)]
-        for one in names:
-            path = inside(root, one, str(file), place)
-            if is_file(path):
-                return path
-    raise DataError(
-        f"{file}: cannot find its image {name or file.stem!r} in {', '.join(map(str, places))}. Give the folder as "
-        "image_dir."
-    )
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -22,6 +22,7 @@ from .files import (
     read_text,
     split_folders,
     split_of_folder,
+    tails,
 )
 from .rows import Categories, LabelledImage, Labels
 
@@ -168,8 +169,7 @@ def _place(root: Path, config: dict, name: str, key: str) -> Path:
     plain = name.replace("\\", "/")
     tries = [plain] if base in (".", "") else [str(PurePosixPath(base) / plain), plain]
     tries += [re.sub(r"^(\.\./)+", "", plain)]
-    parts = [part for part in PurePosixPath(plain).parts if part not in ("/", "..", ".")]
-    tries += ["/".join(parts[start:]) for start in range(len(parts))]
+    tries += tails(plain)
     for relative in tries:
         try:
             place = inside(root, relative, where)
@@ -194,9 +194,7 @@ def _pairs(root: Path, places: list[Path]) -> Iterator[tuple[Path, Path]]:
 
 def _listed(root: Path, place: Path, name: str, row: int) -> Path:
     where = f"{place}, line {row}"
-    plain = name.replace("\\", "/")
-    parts = [part for part in PurePosixPath(plain).parts if part not in ("/", ".")]
-    for relative in [plain, *("/".join(parts[start:]) for start in range(len(parts)))]:
+    for relative in [name.replace("\\", "/"), *tails(name)]:
         try:
             image = inside(root, relative, where)
         except DataError:
@@ -223,6 +221,7 @@ def _label_file(image: Path) -> Path:
 def _names(root: Path, config: dict) -> list[str] | None:
     names = config.get("names")
     if isinstance(names, dict):
+        names = {int(key) if str(key).isdecimal() else -1: name for key, name in names.items()}
         if sorted(names) != list(range(len(names))):
             raise DataError(f"{config['']}: 'names' must have the keys 0 to {len(names) - 1}, got {list(names)[:10]}.")
         names = [names[label] for label in range(len(names))]
