@@ -8,13 +8,17 @@ CONVNETS = ("torchvision_fcos", "torchvision_faster_rcnn")  # one of one stage, 
 
 
 class Attacked(NamedTuple):
-    """A command with its flags, the flags that make it another run, and glob patterns of the files that count."""
+    """
+    A command with its flags, the flags that make it another run, and glob patterns of the files that count; the flag
+    that names its folder, and a folder whose copy it finds there.
+    """
 
     command: str
     flags: list[str]
     other: list[str]
     files: list[str]
     place: str = "--output_dir"
+    given: str | None = None
 
 
 def attacked(root: Path) -> dict[str, Attacked]:
@@ -117,6 +121,7 @@ def attacked(root: Path) -> dict[str, Attacked]:
         ),
         "embeddings": Attacked("embeddings", [*measured, "--detector", labelled], seed, ["embeddings.json"]),
         "check": Attacked("check", ["--dataset", data], ["--num_queries", "1"], ["check.json"]),
+        "report": Attacked("report", [], [], ["*"], "--run", given=found),
     }
     for kind in CONVNETS:
         for name in ("pretrain", "finetune"):

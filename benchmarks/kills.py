@@ -105,6 +105,13 @@ def end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def wait_for_end(pid: int, seconds: float) -> None:
+    """Waits until a process ends, at most so long."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.002)
+
+
 def at_file_operation(number: int, output: Path, act: Callable, count: Path | None = None) -> None:
     """Calls `act` at a file operation of this process in the output folder, or beside it; or counts them all."""
     pid, seen = os.getpid(), 0
@@ -149,9 +156,12 @@ class Whole(NamedTuple):
     bytes: int
 
 
-def clear(output: Path) -> None:
+def clear(task: Attacked, output: Path) -> None:
+    """Leaves of a folder what the command finds there: nothing, or a copy of what is given."""
     for path in output.parent.glob(f"*{output.name}*"):
         shutil.rmtree(path)
+    if task.given:
+        shutil.copytree(task.given, output)
 
 
 def content(task: Attacked, output: Path) -> dict[str, str]:
@@ -161,7 +171,7 @@ def content(task: Attacked, output: Path) -> dict[str, str]:
 
 
 def whole_run(task: Attacked, output: Path, other: bool = False) -> Whole:
-    clear(output)
+    clear(task, output)
     count, began = SCRATCH / "count", time.monotonic()
     count.unlink(missing_ok=True)
     code = end(start(task, output, other, before=lambda: at_file_operation(0, output, None, count)))
@@ -216,7 +226,7 @@ def disturbed(task: Attacked, output: Path, whole: Whole, number: int, chance: r
         act = lambda: send(os.getpid(), number)  # noqa: E731
         return end(start(task, output, before=lambda: at_file_operation(place, output, act)))
     pid = start(task, output)
-    time.sleep(chance.uniform(0, whole.seconds))
+    wait_for_end(pid, chance.uniform(0, whole.seconds))
     with contextlib.suppress(ProcessLookupError):
         send(pid, number)
     return end(pid)
@@ -224,7 +234,7 @@ def disturbed(task: Attacked, output: Path, whole: Whole, number: int, chance: r
 
 def kill(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
     while tally.codes[-signal.SIGKILL] < tries:
-        clear(output)
+        clear(task, output)
         for _ in range(3):  # three kills a run, then to its end
             code = disturbed(task, output, whole, signal.SIGKILL, chance)
             tally.codes[code] += 1
@@ -236,7 +246,7 @@ def stop(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.
     for count in range(tries):
         number = (signal.SIGTERM, signal.SIGINT)[count % 2]
         if count % 2 == 0:
-            clear(output)
+            clear(task, output)
         code = disturbed(task, output, whole, number, chance)
         tally.codes[code] += 1
         text = (SCRATCH / "log").read_text()
@@ -251,7 +261,7 @@ def pair(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.
     changed = whole_run(task, output, other=True)
     logs = [SCRATCH / "first", SCRATCH / "second"]
     for count in range(tries):
-        clear(output)
+        clear(task, output)
         other = bool(count % 2)
         first = start(task, output, log=logs[0])
         time.sleep(chance.uniform(0, whole.seconds * 0.8))
@@ -273,8 +283,8 @@ def disk(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "full", output.parent], check=True)
     try:
         for _ in range(tries):
-            clear(output)
-            kilobytes = 4 * chance.randint(1, max(4, int(whole.bytes * 1.3) // 4096))
+            clear(task, output)
+            kilobytes = 4 * chance.randint(1, max(4, int(whole.bytes * 1.3) // 4096)) + size_of(output)
             resize(output.parent, f"{kilobytes}k")
             code = end(start(task, output))
             tally.codes[code] += 1
@@ -283,6 +293,11 @@ def disk(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.
             goes_on(task, output, whole, tally, f"a disk of {kilobytes} kB")
     finally:
         subprocess.run(["umount", "-l", output.parent], check=True)
+
+
+def size_of(folder: Path) -> int:
+    """The kilobytes that a folder takes on a tmpfs."""
+    return 4 * sum(-(-path.stat().st_size // 4096) for path in folder.rglob("*") if path.is_file())
 
 
 def resize(folder: Path, size: str) -> None:
@@ -299,12 +314,13 @@ def obey_modes() -> None:
 
 
 def permission(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
-    clear(output)
-    output.parent.chmod(0o555)
+    clear(task, output)
+    place = output if task.given else output.parent
+    place.chmod(0o555)
     code = end(start(task, output, before=obey_modes))
     tally.codes[code] += 1
     tally.expect(code == 2 and one_line(), f"a read-only place gives code {code}")
-    output.parent.chmod(0o777)
+    place.chmod(0o777)
     code = end(start(task, output, before=obey_modes))
     tally.expect(code == 0 and content(task, output) == whole.content, f"with permission it gives code {code}")
     files = [path for path in output.rglob("*") if path.is_dir()] + [output]
@@ -316,7 +332,7 @@ def permission(task: Attacked, output: Path, whole: Whole, tries: int, chance: r
     tally.expect(code == 0 or one_line(), f"a finished run in a read-only place gives code {code}")
     tally.expect(content(task, output) == whole.content, "a finished run in a read-only place was changed")
     output.parent.chmod(0o777)
-    clear(output)
+    clear(task, output)
     hidden = [Path(flag) for flag in task.flags if flag.startswith(str(SCRATCH))]
     for path in hidden:
         mode = path.stat().st_mode & 0o777
@@ -325,7 +341,7 @@ def permission(task: Attacked, output: Path, whole: Whole, tries: int, chance: r
         path.chmod(mode)
         tally.codes[code] += 1
         tally.expect(code == 2 and one_line(), f"{path.name} of no permission gives code {code}")
-        clear(output)
+        clear(task, output)
 
 
 def damage(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.Random, tally: Tally) -> None:
@@ -333,7 +349,7 @@ def damage(task: Attacked, output: Path, whole: Whole, tries: int, chance: rando
 
     if task.command not in ("pretrain", "finetune"):
         return
-    clear(output)
+    clear(task, output)
     pid = start(task, output)
     while not (output / "checkpoint-4").exists():
         time.sleep(0.002)
@@ -343,7 +359,7 @@ def damage(task: Attacked, output: Path, whole: Whole, tries: int, chance: rando
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(output, copy)
     for name in chance.sample(list(DAMAGES), min(tries, len(DAMAGES))):
-        clear(output)
+        clear(task, output)
         shutil.copytree(copy, output)
         DAMAGES[name](max(output.glob("checkpoint-*")))
         code = end(start(task, output))

@@ -92,7 +92,8 @@ def resampled_precisions(matches: ImageMatches, resamples: int = 300) -> np.ndar
     """
     count = matches.objects.shape[1]
     samples = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)
-    return np.array([matches.average_precision(sample) for sample in samples])
+    different, places = np.unique(samples, axis=0, return_inverse=True)  # of few images many samples are the same
+    return np.array([matches.average_precision(sample) for sample in different])[places]
 
 
 def steps_to_reach(steps: Sequence[int], values: Sequence[float], target: float) -> int | None:
