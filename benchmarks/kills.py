@@ -209,9 +209,9 @@ def goes_on(task: Attacked, output: Path, whole: Whole, tally: Tally, what: str)
 
 
 def one_line(log: Path | None = None) -> bool:
-    """Whether a failed command told why in one line, and showed no traceback."""
+    """Whether a failed command told why in one line, below which a comparison lists its stages, and no traceback."""
     text = (log or SCRATCH / "log").read_text()
-    lines = text.strip().split("\n")
+    lines = [line for line in text.strip().split("\n") if not line.startswith("  ")]
     return "Traceback" not in text and [line for line in lines if line.startswith("error: ")] == lines[-1:]
 
 
@@ -284,7 +284,7 @@ def disk(task: Attacked, output: Path, whole: Whole, tries: int, chance: random.
     try:
         for _ in range(tries):
             clear(task, output)
-            kilobytes = 4 * chance.randint(1, max(4, int(whole.bytes * 1.3) // 4096)) + size_of(output)
+            kilobytes = max(4 * chance.randint(1, max(4, int(whole.bytes * 1.3) // 4096)), size_of(output))
             resize(output.parent, f"{kilobytes}k")
             code = end(start(task, output))
             tally.codes[code] += 1

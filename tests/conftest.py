@@ -46,6 +46,14 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_runs_of_the_clock():
+    """Fine-tuning times its detector at its end: no test looks at how long an image takes."""
+    from aligndet_hf.evaluation import speed
+
+    speed.RUNS = 2
+
+
 @pytest.fixture(scope="session")
 def proposal_folder(tmp_path_factory):
     """A saved dataset of 8 small scenes, with the true boxes as proposals, twice the same number each: 4."""

@@ -374,8 +374,8 @@ def test_a_finished_comparison_is_published(finished, settings, data, tmp_path):
     if json.loads((folder / "results.json").read_text())["failures"]:
         with pytest.raises(ValueError, match="is not finished"):
             script["publish"](folder, shown)
-    arms = {name: settings["arms"][name] for name in ("plain", "aligndet")}
-    compare(CompareArguments(**settings | {"arms": arms}, output_dir=str(folder), num_parallel=0))
+        arms = {name: settings["arms"][name] for name in ("plain", "aligndet")}
+        compare(CompareArguments(**settings | {"arms": arms}, output_dir=str(folder), num_parallel=0))
 
     for own in ("shared/pretrain-seed-0", "aligndet/finetune-fraction-0.5-seed-0"):
         assert "## Beside other starting points" in (folder / own / "README.md").read_text()

@@ -169,12 +169,17 @@ def clear_write_errors(path: Path):
     """
     One clear `OSError` for all ways in which writing to `path` fails.
 
-    safetensors and `torch.save` each raise a class of their own when the disk is full.
+    safetensors and `torch.save` each raise a class of their own when the disk is full, and `torch.save` does not say
+    that it is: the message has what is free.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise OSError(f"could not write {path}: {error}. The checkpoints saved before are untouched.") from error
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        raise OSError(
+            f"could not write {path}: {error} ({free / 1e6:.1f} MB are free there). The checkpoints saved before are "
+            "untouched."
+        ) from error
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
