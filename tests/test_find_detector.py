@@ -1,17 +1,31 @@
 """What a command takes as a detector: every folder that holds one, by whatever command, and nothing else."""
 
+import importlib
 import json
 import re
+import shutil
+from dataclasses import MISSING, fields
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+from tiny_detectors import tiny_detector
 from transformers import AutoModelForObjectDetection
 
+from aligndet_hf.cli import COMMANDS
+from aligndet_hf.data.synthetic import make_synthetic_dataset
 from aligndet_hf.detectors import build
-from aligndet_hf.detectors.build import DetectorArguments, find_detector, load_detector
+from aligndet_hf.detectors.build import (
+    DetectorArguments,
+    build_image_processor,
+    find_detector,
+    load_detector,
+    save_image_processor,
+)
 from aligndet_hf.detectors.families import FAMILIES
 from aligndet_hf.detectors.published import PUBLISHED
 from aligndet_hf.detectors.transfer import transfer_detector
+from aligndet_hf.pipelines.stages import arguments_class
 
 
 def write_config(folder, model_type):
@@ -105,3 +119,79 @@ def test_commands_load_it(detector_folders, tmp_path):
     for detector in (loaded, other):
         assert all((detector.state_dict()[name] == tensor).all() for name, tensor in expected.items())
     assert not report.reset and not report.mismatched
+
+
+class Found(Exception):
+    """In place of loading a detector: what would have been loaded."""
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Labelled images, and what people give as a detector: for each what has to be loaded."""
+    root = tmp_path_factory.mktemp("places")
+    make_synthetic_dataset(4, seed=0, image_size=(64, 80)).save_to_disk(root / "labelled")
+    detector = tiny_detector("rt_detr", num_labels=5)
+    commit = root / "hub" / "models--someone--detector" / "snapshots" / ("0" * 40)
+    for folder in ("pretrained/detector", "pretrained/checkpoint-4/detector", "finetuned/checkpoint-2", commit):
+        detector.save_pretrained(root / folder)
+        save_image_processor(build_image_processor(detector, 64), root / folder)
+    write_config(root / "pretrained", "aligndet")
+    (commit.parents[1] / "refs").mkdir()
+    (commit.parents[1] / "refs" / "main").write_text(commit.name)
+    loaded = {
+        "pretrained": "pretrained/detector",
+        "pretrained/checkpoint-4": "pretrained/checkpoint-4/detector",
+        "pretrained/detector": "pretrained/detector",
+        "finetuned/checkpoint-2": "finetuned/checkpoint-2",
+    }
+    return root, {str(root / name): str(root / place) for name, place in loaded.items()} | {
+        "someone/detector": "someone/detector"
+    }
+
+
+# Of every command that takes a detector the flags with which it loads one soon.
+TAKE_A_DETECTOR = {
+    "proposals": {"dataset": "{labelled}", "source": "detector", "dataloader_num_workers": 0, "disable_tqdm": True},
+    "clusters": {"dataset": "{proposals}", "num_clusters": 2, "use_cpu": True, "disable_tqdm": True},
+    "pretrain": {"dataset": "{proposals}", "max_steps": 1, "use_cpu": True, "image_sizes": [64]},
+    "finetune": {"dataset": "{labelled}", "split": None, "do_eval": False, "max_steps": 1, "use_cpu": True},
+    "evaluate": {"dataset": "{labelled}", "split": None, "use_cpu": True},
+    "predict": {"use_cpu": True},
+    "export": {},
+    "pseudolabel": {"dataset": "{labelled}", "split": None, "label_fraction": 0.5, "use_cpu": True},
+    "convert": {"to": "mmdet"},
+    "embeddings": {"dataset": "{labelled}", "split": None, "use_cpu": True, "untrained": False},
+}
+
+
+def test_every_command_that_takes_a_detector_is_here():
+    takes = {name for name in COMMANDS if "detector" in {item.name for item in fields(arguments_class(name))}}
+    assert takes == set(TAKE_A_DETECTOR)
+
+
+@pytest.mark.parametrize("command", TAKE_A_DETECTOR)
+def test_runs_checkpoints_folders_and_hub_ids_are_taken_alike(command, places, proposal_folder, tmp_path, monkeypatch):
+    def load(name, *args, **kwargs):
+        raise Found(str(name))
+
+    root, expected = places
+    monkeypatch.setattr(AutoModelForObjectDetection, "from_pretrained", load)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))
+    known = {"labelled": root / "labelled", "proposals": proposal_folder}
+    flags = {
+        name: value.format(**known) if isinstance(value, str) else value
+        for name, value in TAKE_A_DETECTOR[command].items()
+    }
+    flags |= {"images": [str(root / "labelled")]} if command == "predict" else {}
+    row, cls = COMMANDS[command], arguments_class(command)
+    if any(item.name == "output_dir" and item.default is MISSING for item in fields(cls)):
+        flags["output_dir"] = str(tmp_path / "out")
+    found = {}
+    for given in expected:
+        arguments = cls(detector=[given] if command == "embeddings" else given, **flags)
+        with pytest.raises(Found) as loading:
+            getattr(importlib.import_module(row.module), row.function)(arguments)
+        found[given] = str(loading.value)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+    assert found == expected
