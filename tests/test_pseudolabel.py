@@ -81,7 +81,9 @@ def test_labels_of_a_teacher(folder, oracle, tmp_path):
     assert report["precision"] == report["precision_without_class"] == 1.0
     assert report["kept"] == sum(len(oracle[name]["bbox"]) for name in labelled["file_name"])
     assert sum(row["share"] for row in report["classes"].values()) == pytest.approx(1)
-    assert (tmp_path / "out" / "pseudolabel.jpg").stat().st_size > 1000
+    sheet = np.asarray(Image.open(tmp_path / "out" / "pseudolabel.jpg")).astype(int)
+    assert sheet.shape[1] == 4 * 408 + 8  # small images are shown large
+    assert sheet[5:20].min() < 80 and (sheet[5:20] > 240).mean() > 0.8  # what is solid and what is dashed
     with pytest.raises(ValueError, match="overwrite"):
         pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), score_threshold=0.7))
     with pytest.raises(ValueError, match="backbone_weights: None there, 'timm' now"):

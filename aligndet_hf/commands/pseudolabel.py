@@ -39,12 +39,17 @@ from ..files import write_json
 from ..flags import flag, local_paths, names_of, takes_old_names
 from ..processes import device_of
 from ..ranges import COUNT, SHARE, check_values
-from ..reporting.drawing import contact_sheet, draw_boxes
+from ..reporting.drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged
 from ..runs import RunFolder
 from ..training.start import start_hashes
 from .predict import PredictArguments, _identity, predict
 
 REPORT, SHEET = "pseudolabel.json", "pseudolabel.jpg"
+_SHEET_SIDE = 400  # pixels of a picture on the sheet
+_SHEET_NOTE = (
+    "solid: labels, with class and score; dashed, with a question mark: left out of account in training, neither "
+    "object nor background"
+)
 _CORRECT_IOU = 0.5
 
 
@@ -365,7 +370,7 @@ def _dataset(found, boxes, kept: list[int], names: list[str]) -> datasets.Datase
 
 
 def _draw(dataset: datasets.Dataset, names: list[str], path: Path, number: int) -> None:
-    """Some images with their labels on one sheet; ignored boxes have a question mark."""
+    """Some images with their labels on one sheet; ignored boxes are dashed and have a question mark."""
     rows = spread_rows(len(dataset), number)
     pictures, titles = [], []
     for value, row in zip(_values(dataset.select(rows)), dataset.select(rows).remove_columns("image"), strict=True):
@@ -375,9 +380,12 @@ def _draw(dataset: datasets.Dataset, names: list[str], path: Path, number: int) 
             for label, score, ignore in zip(objects["category"], objects["score"], objects["ignore"], strict=True)
         ]
         image = decode_image(value, pixel_window(dataset))
-        pictures.append(draw_boxes(image, np.array(objects["bbox"]), objects["category"], tags, 400))
-        titles.append(str(row.get("file_name") or row.get("image_id") or ""))
-    contact_sheet(pictures, titles).save(path, quality=88)
+        ignored = list(map(bool, objects["ignore"]))
+        image, boxes = enlarged(image, objects["bbox"], _SHEET_SIDE)
+        pictures.append(draw_boxes(image, boxes, objects["category"], tags, _SHEET_SIDE, ignored))
+        name = str(row.get("file_name") or row.get("image_id") or "image")
+        titles.append(f"{name}: {len(ignored) - sum(ignored)} labels, {sum(ignored)} left out")
+    contact_sheet(pictures, titles, side=_SHEET_SIDE, note=_SHEET_NOTE).save(path, quality=JPEG_QUALITY)
 
 
 def _tell(report: dict, folder: Path) -> None:

@@ -91,7 +91,8 @@ def plot_recall(results: Mapping[str, Mapping], path) -> Path:
         axes.set_xticks(limits, limits, minor=False)
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
-    plain_axes(panels[2], f"average recall of the first {shown}, by size of the object, %", None, None)
+    sizes_label = "size of the object, in pixels or as a part of the image"
+    plain_axes(panels[2], f"average recall of the first {shown}, by size of the object, %", sizes_label, None)
     for number, (name, values) in enumerate(results.items()):
         places = np.arange(len(sizes)) + (number - (len(results) - 1) / 2) * 0.8 / len(results)
         heights = [100 * values[size][f"AR@{shown}"] for size in sizes]
