@@ -9,7 +9,15 @@ import numpy as np
 
 from ..arguments import LabelledArguments, MeasureArguments, ProgressArguments, ViewArguments, again
 from ..data.checks import metric_note, objects_per_image, query_note
-from ..data.columns import BoxReport, arrow_batches, read_boxes, read_values, validate_objects, validate_proposals
+from ..data.columns import (
+    BoxReport,
+    arrow_batches,
+    image_batches,
+    read_boxes,
+    read_values,
+    validate_objects,
+    validate_proposals,
+)
 from ..data.dataset import LabelledImages
 from ..data.door import listed
 from ..data.errors import DataError
@@ -232,8 +240,7 @@ def _export(labelled: dict[str, datasets.Dataset], report: CheckReport, argument
 def _check_split(dataset: datasets.Dataset, source: str, arguments: CheckArguments, split: SplitReport) -> None:
     """Fills in what there is to say of a split."""
     split.images = len(dataset)
-    batches = [table["image"] for _, table in arrow_batches(dataset, ["image"], batch_size=100)]
-    facts = inspect_images(batches, len(dataset))
+    facts = inspect_images(lambda: image_batches(dataset), len(dataset))
     split.kinds = facts.kinds
     split.problems += [f"{source}, row {row}: {reason}" for row, reason in facts.faults.items()]
     if len(facts.faults) == len(dataset):

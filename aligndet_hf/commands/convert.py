@@ -4,11 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoModelForObjectDetection
-
 from ..arguments import RunArguments, again
 from ..cards import BEGIN, END, citations, describe_versions, write_card
-from ..detectors.build import DetectorArguments, find_detector
+from ..detectors.build import DetectorArguments, open_detector
 from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
@@ -110,7 +108,7 @@ def _write_detector(arguments: ConvertArguments, folder: RunFolder) -> Path:
 
 
 def _write_for_other(arguments: ConvertArguments, folder: RunFolder) -> Path:
-    detector = AutoModelForObjectDetection.from_pretrained(find_detector(arguments.detector))
+    detector = open_detector(arguments.detector)
     path = folder.path / FILES[arguments.to]
     folder.claim(settings={"source": Path(arguments.detector).name, "to": arguments.to})
     export_detector(detector, arguments.to, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForObjectDetection, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..arguments import (
     InferenceArguments,
@@ -26,7 +26,7 @@ from ..data.collate import normalize_images
 from ..data.errors import DataError
 from ..data.formats import load_labelled
 from ..detectors.backbones import get_backbone
-from ..detectors.build import detector_from_config, find_detector
+from ..detectors.build import detector_from_config, find_detector, open_detector, open_image_processor
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
@@ -122,18 +122,18 @@ def _measure(arguments: EmbeddingsArguments, folder: Path) -> dict:
     dataset, categories, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
     print(report)
     device = device_of(arguments.use_cpu)
-    folders = [find_detector(name) for name in arguments.detector]
-    names = _short_names(arguments.detector)
-    arms = [(name, folder, False) for name, folder in zip(names, folders, strict=True)]
+    arms = dict(zip(_short_names(arguments.detector), arguments.detector, strict=True))
     if arguments.untrained:
-        arms.insert(0, (UNTRAINED, folders[0], True))
+        arms = {UNTRAINED: arguments.detector[0]} | arms
+    for source in arguments.detector:
+        find_detector(source)  # before hours of work
 
     found, results = {}, {}
-    for name, folder, is_untrained in arms:
-        detector = AutoModelForObjectDetection.from_pretrained(folder)
-        if is_untrained:
+    for name, source in arms.items():
+        detector = open_detector(source)
+        if name == UNTRAINED:
             detector = untrained_copy(detector, arguments.seed)
-        images = EvaluationImages(dataset, categories, AutoImageProcessor.from_pretrained(folder))
+        images = EvaluationImages(dataset, categories, open_image_processor(source))
         found[name] = embed_objects(
             detector.to(device),
             images,

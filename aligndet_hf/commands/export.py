@@ -6,15 +6,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from ..arguments import DatasetArguments, ReadyDetectorArguments, RunArguments, again
 from ..data.bit_depth import window_of
 from ..data.image_list import list_images
 from ..data.sources import model_hash
 from ..data.synthetic import render_scene
-from ..detectors.build import find_detector
+from ..detectors.build import find_detector, open_detector, open_image_processor
 from ..detectors.families import family_of
 from ..exporting import run_onnx
 from ..exporting.onnx_graph import describe, export_onnx
@@ -74,12 +72,13 @@ def export(arguments: ExportArguments) -> dict:
         ValueError: the detector cannot be exported, or `output_dir` is in use.
         OSError: there is no such detector, or it has no image processor.
     """
-    source = find_detector(arguments.detector)
-    detector = AutoModelForObjectDetection.from_pretrained(source, dtype=torch.float32).eval()
-    image_processor = AutoImageProcessor.from_pretrained(source)
+    detector = open_detector(arguments.detector).float().eval()
+    image_processor = open_image_processor(arguments.detector)
     family_of(detector.config)
     names = ("opset", "fp16", "num_images", "score_threshold")
-    settings = {"detector": model_hash(source)} | {name: getattr(arguments, name) for name in names}
+    settings = {"detector": model_hash(find_detector(arguments.detector))} | {
+        name: getattr(arguments, name) for name in names
+    }
     images = _images(arguments)
     images.window = window_of(image_processor)
     folder = RunFolder(arguments.output_dir, "export", aside=True, overwrite=arguments.overwrite_output_dir)

@@ -11,7 +11,6 @@ from typing import Literal
 
 import datasets
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from ..arguments import (
@@ -22,7 +21,6 @@ from ..arguments import (
     RunArguments,
     again,
 )
-from ..boxes import iou_and_giou
 from ..data.bit_depth import pixel_window
 from ..data.columns import clean_boxes, read_boxes, read_crowds, read_values
 from ..data.door import image_digest
@@ -38,6 +36,7 @@ from ..evaluation.pseudo_labels import CheckedClasses, check_classes, crop_featu
 from ..files import write_json
 from ..flags import flag, local_paths, names_of, takes_old_names
 from ..processes import device_of
+from ..proposals.filters import box_iou
 from ..ranges import COUNT, SHARE, check_values
 from ..reporting.drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged
 from ..runs import RunFolder
@@ -340,20 +339,12 @@ def _truth(arguments: PseudolabelArguments, images, found, boxes, names: list[st
         if truth is None or not chosen or not len(true := read_boxes(truth)[0]):
             continue
         classes = read_values(truth, "category")[0].astype(int)
-        corners = [torch.from_numpy(_corners(b)) for b in (np.array([box["bbox"] for box in chosen]), true)]
-        iou, _ = iou_and_giou(corners[0][:, None], corners[1][None])
-        best, which = iou.max(1)
-        is_placed = (best >= _CORRECT_IOU).tolist()
-        placed += sum(is_placed)
-        right += sum(
-            hit and classes[index] == box["category"]
-            for hit, index, box in zip(is_placed, which.tolist(), chosen, strict=True)
-        )
+        for box in chosen:
+            overlaps = box_iou(np.array(box["bbox"]), true)
+            if overlaps.max() >= _CORRECT_IOU:
+                placed += 1
+                right += int(classes[overlaps.argmax()] == box["category"])
     return {"precision": right / max(kept, 1), "precision_without_class": placed / max(kept, 1)}
-
-
-def _corners(boxes: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float64)
 
 
 def _dataset(found, boxes, kept: list[int], names: list[str]) -> datasets.Dataset:

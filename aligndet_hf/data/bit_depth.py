@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .columns import arrow_batches
+from .columns import image_batches
 from .errors import DataError, ImageError
 from .images import raw_pixels
 from .pixels import find_deep
@@ -87,7 +87,7 @@ def settle_pixel_window(
     Returns:
         `tuple[float, float]`: the two levels, as they are in the files.
     """
-    rows = [find_deep([table["image"] for _, table in arrow_batches(part, ["image"], 100)]) for part in parts]
+    rows = [find_deep(image_batches(part)) for part in parts]
     if not any(rows):
         return None
     recorded = (pixel_window(part) for part in parts)

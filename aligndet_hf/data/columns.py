@@ -31,6 +31,7 @@ __all__ = [
     "category_ids",
     "clean_boxes",
     "find_faults",
+    "image_batches",
     "image_ids",
     "image_numbers",
     "objects_feature",
@@ -225,6 +226,12 @@ def arrow_batches(dataset: datasets.Dataset, columns: list[str], batch_size: int
         start += len(table)
 
 
+def image_batches(dataset: datasets.Dataset):
+    """Yields the column `image`, not decoded, a few rows at a time."""
+    for _, table in arrow_batches(dataset, ["image"], batch_size=100):
+        yield table["image"]
+
+
 def _validate_boxes(dataset: datasets.Dataset, column: str, source: str, images: ImageFacts | None) -> BoxReport:
     """What `validate_proposals` and `validate_objects` share: everything about the boxes."""
     report = BoxReport(source, column, len(dataset))
@@ -257,7 +264,7 @@ def _check_against_images(dataset, column: str, source: str, report: BoxReport, 
     """Opens all images; compares their sizes with those in the labels, and with the boxes."""
     report.images = images
     if images is None:
-        report.images = inspect_images(_Batches(dataset, "image"), len(dataset))
+        report.images = inspect_images(lambda: image_batches(dataset), len(dataset))
         report.images.require_readable(source)
     check_declared_sizes(report.images, _declared_sizes(dataset), source)
     report.notes += report.images.notes()
@@ -278,17 +285,6 @@ def _check_against_images(dataset, column: str, source: str, report: BoxReport, 
     boxes, rows = np.concatenate(sound), np.concatenate(sound_rows)
     if len(boxes):
         report.notes += check_box_format(boxes, report.images.sizes[rows], rows, column, source)
-
-
-class _Batches:
-    """A column, a few rows at a time, as often as it is iterated over."""
-
-    def __init__(self, dataset: datasets.Dataset, column: str):
-        self.dataset, self.column = dataset, column
-
-    def __iter__(self):
-        for _, table in arrow_batches(self.dataset, [self.column], batch_size=100):
-            yield table[self.column]
 
 
 def _declared_sizes(dataset: datasets.Dataset) -> np.ndarray:

@@ -7,7 +7,7 @@ detector on nonsense without an error. Each kind leaves a mark in the sizes, whi
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -83,13 +83,13 @@ def _rows(rows: Iterable[int]) -> str:
     return ", ".join(map(str, rows[:_LISTED_ROWS])) + (" ..." if len(rows) > _LISTED_ROWS else "")
 
 
-def inspect_images(batches: Iterable[pa.ChunkedArray], num_rows: int) -> ImageFacts:
+def inspect_images(batches: Callable[[], Iterable[pa.ChunkedArray]], num_rows: int) -> ImageFacts:
     """
     Reads the headers of all images, and finds those that are not whole: by decoding them all if they are few, else
     those whose files do not end as their format does.
 
     Args:
-        batches (`Iterable[pa.ChunkedArray]`): The column `image`, not decoded, a few rows at a time; read twice.
+        batches (`Callable`): Gives the column `image`, not decoded, a few rows at a time; called twice.
         num_rows (`int`): Their number.
 
     Returns:
@@ -97,7 +97,7 @@ def inspect_images(batches: Iterable[pa.ChunkedArray], num_rows: int) -> ImageFa
     """
     facts = ImageFacts(np.zeros((num_rows, 2), dtype=np.int64), np.zeros(num_rows, dtype=bool))
     kinds, doubtful = Counter(), []
-    for row, header in enumerate(_outcomes(read_header, batches)):
+    for row, header in enumerate(_outcomes(read_header, batches())):
         if isinstance(header, ImageError):
             facts.faults[row] = str(header)
             continue
@@ -116,7 +116,7 @@ def inspect_images(batches: Iterable[pa.ChunkedArray], num_rows: int) -> ImageFa
     is_cheap = facts.sizes.prod(axis=1).sum() <= MAX_DECODED_PIXELS
     chosen = set(range(num_rows) if is_cheap else doubtful) - set(facts.faults)
     if chosen:
-        for row, outcome in enumerate(_outcomes(_decodes, batches, chosen)):
+        for row, outcome in enumerate(_outcomes(_decodes, batches(), chosen)):
             if isinstance(outcome, ImageError):
                 facts.faults[row] = str(outcome)
     facts.faults = dict(sorted(facts.faults.items()))
@@ -124,7 +124,7 @@ def inspect_images(batches: Iterable[pa.ChunkedArray], num_rows: int) -> ImageFa
 
 
 def find_deep(batches: Iterable[pa.ChunkedArray]) -> list[int]:
-    """The rows of the images with more than 8 bits for one channel of grey; `batches` as in [`inspect_images`]."""
+    """The rows of the images with more than 8 bits for one channel of grey, of the column `image`, not decoded."""
     headers = enumerate(_outcomes(read_header, batches))
     return [row for row, header in headers if not isinstance(header, ImageError) and header.is_deep]
 

@@ -41,22 +41,18 @@ class Source(NamedTuple):
     versions: Callable[[], dict[str, str]]
 
 
-def _open_selective_search(preset: str, selection: dict) -> Search:
-    def search(images, rows):
-        found = [selective_search(image, preset, **selection) for image in images]
-        return [{"bbox": boxes, "score": scores} for boxes, scores in found]
+def _of_images(find: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Search:
+    """A search that asks a function of an image for its boxes and scores."""
+    return lambda images, rows: [dict(zip(("bbox", "score"), find(image), strict=True)) for image in images]
 
-    return search
+
+def _open_selective_search(preset: str, selection: dict) -> Search:
+    return _of_images(lambda image: selective_search(image, preset, **selection))
 
 
 def _open_opencv(mode: str, short_side: int, selection: dict) -> Search:
     import_opencv().setNumThreads(1)  # the processes are the parallelism
-
-    def search(images, rows):
-        found = [opencv_selective_search(image, mode, short_side, **selection) for image in images]
-        return [{"bbox": boxes, "score": scores} for boxes, scores in found]
-
-    return search
+    return _of_images(lambda image: opencv_selective_search(image, mode, short_side, **selection))
 
 
 def _open_detector(detector: str, score_threshold: float, per_device_eval_batch_size: int, selection: dict) -> Search:
@@ -83,7 +79,7 @@ def _open_column(column: str, selection: dict) -> Search:
                 if name in fields:
                     proposals[name] = np.asarray(fields[name], dtype=dtype)[kept]
             # Boxes without scores, labels for one, keep their order.
-            proposals.setdefault("score", np.linspace(1, 0, len(boxes), endpoint=False, dtype=np.float32))
+            proposals.setdefault("score", _in_order(boxes))
             found.append(select_fields(proposals, (height, width), selection))
         return found
 
@@ -97,11 +93,15 @@ def _open_random(selection: dict) -> Search:
             # Of an image the same boxes always, wherever it stands; as many as any other source may give.
             seed = zlib.crc32(np.ascontiguousarray(image))
             boxes = random_boxes(image.shape[:2], selection["max_boxes"], seed)
-            scores = np.linspace(1, 0, len(boxes), endpoint=False, dtype=np.float32)
-            found.append(select_fields({"bbox": boxes, "score": scores}, image.shape[:2], selection))
+            found.append(select_fields({"bbox": boxes, "score": _in_order(boxes)}, image.shape[:2], selection))
         return found
 
     return search
+
+
+def _in_order(boxes: np.ndarray) -> np.ndarray:
+    """Scores of boxes whose order is all that is known."""
+    return np.linspace(1, 0, len(boxes), endpoint=False, dtype=np.float32)
 
 
 def _open_json(proposals_file: str, selection: dict) -> Search:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -384,6 +385,7 @@ def find_detector(source: str | Path) -> str:
     raise ValueError(f"{source} is not a detector: {_what_is_there(folder, found[folder])}")
 
 
+@functools.cache
 def _on_hub(source: str) -> str:
     """The Hub id of a detector, of which the config is there by now."""
     name = hub_id(source)

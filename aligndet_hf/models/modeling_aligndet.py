@@ -20,7 +20,7 @@ from ..detectors.backbones import (
     normalize_in_one_pass,
     set_backbone_trainable,
 )
-from ..detectors.build import find_detector, save_image_processor
+from ..detectors.build import open_detector, save_image_processor
 from ..detectors.criterion import NORMALIZER_EPSILON, use_no_loss, use_pretraining_loss
 from ..detectors.families import Family, ObjectRows, backbone_path, family_of
 from ..losses import best_box_diagnostics, contrastive_diagnostics, count_ids, object_contrastive_loss
@@ -153,7 +153,7 @@ class AlignDetForPreTraining(MomentumModel):
                 after adding adapters.
         """
         if not isinstance(detector, PreTrainedModel):
-            detector = AutoModelForObjectDetection.from_pretrained(find_detector(detector))
+            detector = open_detector(detector)
         detector_config = copy.deepcopy(detector.config)
         detector_config._name_or_path = ""  # inside another config it would be saved
         model = cls(AlignDetConfig(detector_config=detector_config, **config))

@@ -125,7 +125,7 @@ def _images(images: list[LabelledImage], source: str) -> pa.Array:
     if not any(door.problem(image.path) for image in images):
         return pa.array([door.image_value(image.path) for image in images], datasets.Image.pa_type)
     structs = [{"bytes": None, "path": door.printable(image.path.absolute())} for image in images]
-    faults = inspect_images([pa.array(structs, datasets.Image.pa_type)], len(images)).faults
+    faults = inspect_images(lambda: [pa.array(structs, datasets.Image.pa_type)], len(images)).faults
     lines, names_in = [], cache(_names_in_lower_case)
     for row, reason in faults.items():
         if not os.path.lexists(images[row].path):
