@@ -20,6 +20,7 @@ from tiny_detectors import CONFIGS, CONVNETS, tiny_detector
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
+    DetrForObjectDetection,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -318,6 +319,37 @@ def test_a_full_disk_while_saving_costs_one_checkpoint(folder, tmp_path, monkeyp
     assert [path.name for path in (tmp_path / "parts").glob("*checkpoint-*")] == ["checkpoint-1"]
     finetune(arguments_for(folder, tmp_path / "parts", **changes))
     assert same(weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts"))
+
+
+def test_a_batch_that_fits_is_found_and_changes_nothing_else(folder, tmp_path, monkeypatch, capsys):
+    """Where memory is for two images, batches of four become two of two: the run that says so itself."""
+    fields = {"max_steps": 2, "do_eval": False, "save_strategy": "no", "write_report": False}
+    explicit = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    finetune(arguments_for(folder, tmp_path / "explicit", **fields | explicit))
+    forward, seen, room = DetrForObjectDetection.forward, [], 2
+
+    def limited(self, pixel_values, *args, **kwargs):
+        seen.append(len(pixel_values))
+        if len(pixel_values) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(DetrForObjectDetection, "forward", limited)
+    monkeypatch.setattr("aligndet_hf.commands.finetune.measure_speed", lambda *args: {})
+    changes = fields | {"auto_find_batch_size": True}
+    finetune(arguments_for(folder, tmp_path / "found", **changes))
+    assert seen == [4, 2] + [2] * 4
+    assert json.loads((tmp_path / "found" / "batch_size.json").read_text()) == {"per_device_train_batch_size": 2}
+    assert "Batches of 2 of 4 images fit into memory" in capsys.readouterr().out
+    assert same(weights_of(tmp_path / "explicit"), weights_of(tmp_path / "found"))
+    # A run that goes on keeps what it has found, however much room there is now.
+    (tmp_path / "found" / "results.json").unlink()
+    room, seen[:] = 4, []
+    finetune(arguments_for(folder, tmp_path / "found", **changes))
+    assert set(seen) == {2} and same(weights_of(tmp_path / "explicit"), weights_of(tmp_path / "found"))
+    room = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finetune(arguments_for(folder, tmp_path / "none", **changes))
 
 
 def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):

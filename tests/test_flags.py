@@ -85,7 +85,7 @@ def test_required_flags_come_first(capsys):
     [
         {"do_train": False}, {"do_predict": True}, {"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0},
         {"train_sampling_strategy": "group_by_length"}, {"resume_from_checkpoint": "elsewhere/checkpoint-7"},
-        {"auto_find_batch_size": True}, {"prediction_loss_only": True},
+        {"prediction_loss_only": True},
     ],
 )  # fmt: skip
 def test_fine_tuning_refuses_what_would_have_no_effect(given, tmp_path):

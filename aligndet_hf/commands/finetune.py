@@ -42,8 +42,9 @@ from ..evaluation.speed import measure_speed
 from ..files import write_json
 from ..flags import local_paths, names_of
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
-from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED
+from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
 from ..runs import RunFolder
+from ..training.batch_size import largest_batch, trial_step
 from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
 from ..training.finetune_arguments import FinetuneArguments, require_metric
@@ -51,11 +52,12 @@ from ..training.publish import finished_metrics, open_run_repository, publish_ru
 from ..training.run_length import TellForecast
 from ..training.start import start_hashes
 
+BATCH_SIZE = "batch_size.json"
 # What is written to `output_dir`, beside checkpoints and the results.
 WRITTEN = [
     f"{DAMAGED}{CHECKPOINTS}", SETTINGS, "README.md", "report.html", "config.json", "generation_config.json",
     "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", "trainer_state.json",
-    "transfer_report.json", "backbone_report.json", MATCHES, DIAGNOSIS, PREDICTIONS, WORST, SPEED,
+    "transfer_report.json", "backbone_report.json", BATCH_SIZE, MATCHES, DIAGNOSIS, PREDICTIONS, WORST, SPEED,
 ]  # fmt: skip
 
 
@@ -206,10 +208,13 @@ def _start(
         arguments.color,
         tuple(arguments.crop_scale) if arguments.crop_scale else None,
     )
+    images = _train_images(arguments, dataset, categories, view, family_of(detector.config).masks)
+    if arguments.auto_find_batch_size:
+        arguments = _with_fitting_batch(arguments, detector, images, image_processor, folder)
     trainer = DetectionTrainer(
         detector,
         arguments,
-        train_dataset=_train_images(arguments, dataset, categories, view, family_of(detector.config).masks),
+        train_dataset=images,
         eval_dataset=EvaluationImages(truth, categories, image_processor) if truth else None,
         processing_class=image_processor,
         transferred=report.kept if isinstance(report, TransferReport) else (),
@@ -228,6 +233,28 @@ def _start(
             write_json(folder.path / report.file_name, asdict(report))
     evaluation = {"dataset": told(arguments.eval_dataset), "split": arguments.eval_split, "images": len(truth or ())}
     return trainer, {"images": len(dataset), "evaluation": evaluation}
+
+
+def _with_fitting_batch(
+    arguments: FinetuneArguments, detector, images, image_processor, folder: RunFolder
+) -> FinetuneArguments:
+    """The same images per step, in the largest batches that fit into memory; a resumed run keeps the size it has."""
+    arguments, path = copy.copy(arguments), folder.path / BATCH_SIZE
+    arguments.auto_find_batch_size = False  # that of `Trainer` would begin anew with the weights that it has by then
+    asked, known = arguments.per_device_train_batch_size, Launch().on_main(read_json, path)
+    if known is not None:
+        fitting = known["per_device_train_batch_size"]
+    else:
+        labelled = images.labelled if isinstance(images, MixedImages) else images
+        fitting = largest_batch(trial_step(detector, labelled, image_processor, arguments), asked)
+        Launch().on_main(write_json, path, {"per_device_train_batch_size": fitting})
+    arguments.per_device_train_batch_size = fitting
+    arguments.gradient_accumulation_steps = asked * arguments.gradient_accumulation_steps // fitting
+    PartialState().print(
+        f"Batches of {fitting} of {asked} images fit into memory: per_device_train_batch_size {fitting}, "
+        f"gradient_accumulation_steps {arguments.gradient_accumulation_steps}."
+    )
+    return arguments
 
 
 def _fingerprint(arguments: FinetuneArguments, dataset: Dataset, truth: Dataset | None) -> dict:

@@ -81,6 +81,7 @@ class FinetuneArguments(
     ) | dict.fromkeys(["eval_steps", "eval_delay", "greater_is_better"], "best") | dict.fromkeys(
         [
             "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs",
+            "auto_find_batch_size",
             "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_pin_memory",
             "dataloader_prefetch_factor", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb",
             "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed", "eval_on_start",
@@ -241,12 +242,6 @@ class FinetuneArguments(
             raise ValueError(
                 "resume_from_checkpoint: the same command again resumes from the last checkpoint in output_dir by "
                 "itself. To start from a checkpoint of another run, give its folder as --detector"
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size: when memory runs out, transformers begins anew with a smaller batch, but with "
-                "the weights that it has by then, and the same command would give others. Halve "
-                "per_device_train_batch_size and double gradient_accumulation_steps: the images per step stay the same"
             )
         for name in sorted(names_of(type(self), "refused") & set(self.given)):
             raise ValueError(f"{name} has no effect on the training of detectors here: leave it out")
