@@ -13,6 +13,9 @@ import aligndet_hf.commands.clusters
 import aligndet_hf.commands.finetune
 import aligndet_hf.commands.pretrain  # noqa: F401
 from aligndet_hf import cli
+from aligndet_hf.evaluation import speed
+
+speed.RUNS = 2  # as in conftest.py
 
 
 def run(argv: list[str], environment: dict[str, str], output: str) -> int:

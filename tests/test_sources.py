@@ -1,6 +1,7 @@
 """The sources of proposals: trained models, columns, files; each through `aligndet proposals`."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -147,10 +148,14 @@ def test_another_detector_in_the_same_folder_is_not_the_same_run(images, detecto
 
 
 def test_boxes_of_masks(images, segmenter, tmp_path):
+    (tmp_path / "two").mkdir()  # a mask is made for each of 1024 points
+    for name in ("0.png", "4.png"):
+        shutil.copy(images / name, tmp_path / "two")
     result = generate_proposals(
-        arguments(images, tmp_path / "out", source="detector", detector=str(segmenter), score_threshold=0.1)
+        arguments(tmp_path / "two", tmp_path / "out", source="detector", detector=str(segmenter), score_threshold=0.1)
     )
     validate_proposals(undecoded(result))
+    assert [row["image"].size for row in result] == [(64, 40), (64, 72)]
     for row in result:  # its masks are a pattern all over the image
         assert row["proposals"]["bbox"] == [[0, 0, *row["image"].size]]
         assert row["proposals"]["score"][0] > 0.9
