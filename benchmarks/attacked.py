@@ -109,9 +109,7 @@ def attacked(root: Path) -> dict[str, Attacked]:
         "export": Attacked(
             "export", ["--detector", labelled, "--images", f"{data}/train", "--num_images", "1"], score, ["*.onnx"]
         ),
-        "convert": Attacked(
-            "convert", ["--from", str(root / "published.pth")], ["--to", "mmdet"], ["**/*"]
-        ),
+        "convert": Attacked("convert", ["--from", str(root / "published.pth")], ["--to", "mmdet"], ["**/*"]),
         "evaluate": Attacked(
             "evaluate", [*measured, "--detector", labelled, "--save_predictions"], score, ["predictions.json"]
         ),
