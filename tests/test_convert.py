@@ -1,6 +1,8 @@
 """`aligndet convert`, published checkpoints as `--detector`, and detectors for other libraries."""
 
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from aligndet_hf.commands.convert import ConvertArguments, convert
 from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, write_synthetic_folder
 from aligndet_hf.detectors.build import find_detector
 from aligndet_hf.detectors.converters import read_detector
+from aligndet_hf.detectors.converters.layout import ConversionReport
 
 
 def images(seed: int = 1) -> torch.Tensor:
@@ -154,3 +157,32 @@ def test_a_detector_that_would_compute_otherwise_is_not_written(tmp_path):
             convert(
                 ConvertArguments(detector=str(tmp_path / model_type), to="mmdet", output_dir=str(tmp_path / "out"))
             )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits files as Linux and macOS do")
+@pytest.mark.parametrize("to", ["transformers", "mmdet"])
+def test_what_cannot_be_written_is_one_line_and_the_same_command_goes_on(published, converted, tmp_path, capsys, to):
+    """No file may grow beyond 20 kB: writes fail half way, as on a full disk."""
+    import resource
+
+    source = str(published if to == "transformers" else converted)
+    argv = ["convert", "--from", source, "--to", to, "--card_license", "mit", "--output_dir", str(tmp_path / "out")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        assert main(argv) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    errors = capsys.readouterr().err.strip().split("\n")
+    assert re.match(
+        r"error: could not write .*/out.*MB are free there\)\. If that is too little, make room", errors[-1]
+    )
+    assert main(argv) == 0
+
+
+def test_a_card_that_is_written_again_stays_as_it_is(published, converted):
+    card = (converted / "README.md").read_bytes()
+    (converted / ConversionReport.file_name).unlink()  # ended just before its end
+    flags = ["--output_dir", str(converted), "--card_license", "mit"]
+    assert main(["convert", "--from", str(published), *flags]) == 0
+    assert (converted / "README.md").read_bytes() == card

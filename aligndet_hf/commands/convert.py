@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..arguments import RunArguments, again
-from ..cards import BEGIN, END, citations, describe_versions, write_card
+from ..cards import BEGIN, END, citations, describe_versions, merge_card, write_card
 from ..detectors.build import DetectorArguments, open_detector
 from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
@@ -15,6 +15,9 @@ from ..flags import flag, takes_old_names
 from ..hub import HubArguments
 from ..ranges import COUNT, check_values
 from ..runs import RunFolder
+from ..training.checkpointing import clear_write_errors
+
+MAKE_ROOM = "If that is too little, make room, and run the same command again."
 
 FILES = {"mmdet": "mmdet.pth", "torchvision": "torchvision.safetensors"}
 
@@ -99,9 +102,10 @@ def _write_detector(arguments: ConvertArguments, folder: RunFolder) -> Path:
         arguments.detector, arguments.family, arguments.detector_config or {}, arguments.partial
     )
     folder.claim(settings={"source": report.source, "to": arguments.to})
-    save_detector(detector, folder.path, arguments.eval_size)
-    write_card(folder.path / "README.md", conversion_card(report, arguments.card_license))
-    write_json(folder.path / report.file_name, asdict(report))
+    with clear_write_errors(folder.path, MAKE_ROOM):
+        save_detector(detector, folder.path, arguments.eval_size)
+        write_card(folder.path / "README.md", conversion_card(report, arguments.card_license))
+        write_json(folder.path / report.file_name, asdict(report))
     print(report)
     print(f"{folder.path}: the detector, its card, and every tensor in {report.file_name}")
     return folder.path
@@ -111,7 +115,8 @@ def _write_for_other(arguments: ConvertArguments, folder: RunFolder) -> Path:
     detector = open_detector(arguments.detector)
     path = folder.path / FILES[arguments.to]
     folder.claim(settings={"source": Path(arguments.detector).name, "to": arguments.to})
-    export_detector(detector, arguments.to, path)
+    with clear_write_errors(path, MAKE_ROOM):
+        export_detector(detector, arguments.to, path)
     print(f"{path}: a {detector.config.model_type} for {arguments.to}")
     return path
 
@@ -156,4 +161,5 @@ def conversion_card(report: ConversionReport, license: str | None = None) -> str
         *(["## Citation", *papers] if papers else []),
         END,
     ]
-    return "\n".join(["---", *metadata, "---", ""]) + "\n" + "\n\n".join(parts) + "\n"
+    card = "\n".join(["---", *metadata, "---", ""]) + "\n" + "\n\n".join(parts) + "\n"
+    return merge_card(card)  # the metadata as they are when it is written again

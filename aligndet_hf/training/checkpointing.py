@@ -165,7 +165,7 @@ def seal(folder: Path, final: Path) -> None:
 
 
 @contextmanager
-def clear_write_errors(path: Path):
+def clear_write_errors(path: Path, advice: str = "The checkpoints saved before are untouched."):
     """
     One clear `OSError` for all ways in which writing to `path` fails.
 
@@ -176,10 +176,7 @@ def clear_write_errors(path: Path):
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         free = shutil.disk_usage(path if path.exists() else path.parent).free
-        raise OSError(
-            f"could not write {path}: {error} ({free / 1e6:.1f} MB are free there). The checkpoints saved before are "
-            "untouched."
-        ) from error
+        raise OSError(f"could not write {path}: {error} ({free / 1e6:.1f} MB are free there). {advice}") from error
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:
