@@ -249,13 +249,27 @@ def test_rates_of_parts():
             expected = 0.1 if id(parameter) in in_backbone else 0.5 if name in kept else 1.0
             assert rates[id(parameter)] == expected, name
     depths = layer_depths([name for name, _ in detector.named_parameters()])
-    groups = parameter_groups(detector, backbone, learning_rate=1.0, weight_decay=0.0, layer_decay=0.5)
+    options = {"learning_rate": 1.0, "weight_decay": 0.0, "layer_decay": 0.5}
+    groups = parameter_groups(detector, backbone, **options, transferred=kept)
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     for name, parameter in detector.named_parameters():
-        if parameter.requires_grad:
-            assert rates[id(parameter)] == 0.5 ** (max(depths.values()) - depths[name])
+        if parameter.requires_grad:  # what is new has the whole rate
+            above = max(depths.values()) - depths[name] if id(parameter) in in_backbone or name in kept else 0
+            assert rates[id(parameter)] == 0.5**above, name
     first = {part: min(depths[name] for name in depths if f".{part}." in name) for part in ("encoder", "decoder")}
     assert 1 == min(depths.values()) < first["encoder"] < first["decoder"]
+    backbone.requires_grad_(False)
+    with pytest.raises(ValueError, match="layer_decay changes nothing: the backbone is frozen"):
+        parameter_groups(detector, backbone, **options)
+
+
+def test_parts_side_by_side_are_one_layer():
+    detector = tiny_detector("rt_detr")
+    depths = layer_depths([name for name, _ in detector.named_parameters()])
+    for part in ("encoder_input_proj", "lateral_convs", "bbox_embed"):
+        assert len({depth for name, depth in depths.items() if f".{part}." in name}) == 1, part
+    layers = {depth for name, depth in depths.items() if ".decoder.layers." in name}
+    assert len(layers) == detector.config.decoder_layers > 1
 
 
 def test_an_interrupted_run_ends_bit_identical_in_a_fresh_process(folder, tmp_path, interrupt):

@@ -116,7 +116,7 @@ class DetectionTrainer(Trainer):
         processing_class (`BaseImageProcessor`, *optional*): The image processor to normalise with and to save. By
             default one for images of 640 pixels.
         transferred (`Collection[str]`, *optional*): Names of the tensors that a checkpoint passed on, for
-            `transferred_learning_rate`.
+            `transferred_learning_rate` and `layer_decay`.
         kwargs: Further arguments of `Trainer`.
     """
 

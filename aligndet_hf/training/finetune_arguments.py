@@ -163,7 +163,8 @@ class FinetuneArguments(
     layer_decay: float = flag(
         1.0,
         "result",
-        "multiply the learning rate by this factor from each layer to the one before it; 1: do not",
+        "multiply the learning rate by this factor from each layer to the one before it, in the backbone and in what "
+        "the checkpoint passed on; 1: do not",
         range=PART,
     )
     ema_decay: float | None = flag(
