@@ -209,10 +209,15 @@ def goes_on(task: Attacked, output: Path, whole: Whole, tally: Tally, what: str)
 
 
 def one_line(log: Path | None = None) -> bool:
-    """Whether a failed command told why in one line, below which a comparison lists its stages, and no traceback."""
+    """
+    Whether a failed command told why in one line, and no traceback.
+
+    Below this line a comparison lists its stages; a chain says below the line of a stage which one it was.
+    """
     text = (log or SCRATCH / "log").read_text()
     lines = [line for line in text.strip().split("\n") if not line.startswith("  ")]
-    return "Traceback" not in text and [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    told = lines[-2:] if lines[-1].startswith("error: stage ") else lines[-1:]
+    return "Traceback" not in text and [line for line in lines if line.startswith("error: ")] == told
 
 
 # ---- attacks ----
