@@ -20,7 +20,7 @@ from .files import (
     tails,
 )
 from .listed import require_own_splits
-from .rows import Categories, LabelledImage, Labels, is_box
+from .rows import Categories, LabelledImage, Labels, box_around, is_box
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ def _around(segmentation) -> list[float] | None:
     if not isinstance(segmentation, list) or segmentation_text(segmentation) is None:
         return None
     xs, ys = ([value for outline in segmentation for value in outline[side::2]] for side in (0, 1))
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return box_around(xs, ys)
 
 
 def _require_unique(images: list[LabelledImage]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .files import inside, is_file, list_files, number, read_start, read_xml, split_of_folder
-from .rows import Categories, LabelledImage, Labels
+from .rows import Categories, LabelledImage, Labels, box_around
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _box(shape: ElementTree.Element, where: str) -> list[float]:
     if not points or any(len(point) != 2 for point in points):
         raise DataError(f"{where}: 'points' must be pairs of numbers, got {(shape.get('points') or '')[:80]!r}.")
     xs, ys = zip(*[[number(part, where, "each point") for part in point] for point in points], strict=True)
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+    return box_around(xs, ys)
 
 
 def _around_turned(left: float, top: float, right: float, bottom: float, degrees: float) -> list[float]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..errors import DataError
 from .files import is_image, read_ends, read_json, split_of_file
 from .listed import PIXELS, Entry, Object, collect, label_files, require_own_splits, split_above
-from .rows import Labels
+from .rows import Labels, box_around
 
 logger = logging.getLogger(__name__)
 
@@ -245,9 +245,8 @@ def _object(shape: Shape, label: str) -> Object:
     if isinstance(shape[0], int | float):
         return Object(list(map(float, shape)), label)
     xs, ys = ([float(value) for value in values] for values in zip(*shape, strict=True))
-    box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
     outline = [value for point in zip(xs, ys, strict=True) for value in point]
-    return Object(box, label, outline if len(xs) > 2 else None)
+    return Object(box_around(xs, ys), label, outline if len(xs) > 2 else None)
 
 
 # ---- the files ----

@@ -206,6 +206,11 @@ def _complete_masks(images: list[LabelledImage], source: str) -> bool:
     return known
 
 
+def box_around(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
+    """The box around points, xywh in the unit of the points."""
+    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
 def is_box(value) -> bool:
     """Whether a value is a list of four numbers, and none of them too large for one."""
     if type(value) is not list or len(value) != 4 or not _NUMBERS.issuperset(map(type, value)):
