@@ -5,11 +5,10 @@ A command's dataclass inherits what it has, and says with [`again`] what is diff
 fit the command better. Names are the ones of `transformers.TrainingArguments`, where it has one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import Any
 
-from .flags import flag, same_value
+from .flags import REQUIRED, flag
 from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE
 
 
@@ -20,32 +19,11 @@ def again(mixin: type, name: str, **changes: Any) -> Any:
     Args:
         mixin (`type`): The dataclass that has it.
         name (`str`): Its name.
-        changes: `default` or `default_factory`; and entries of the metadata, such as `help`, in place of those it has.
+        changes: `default`, and entries of the metadata, such as `help`, in place of those it has.
     """
     known = mixin.__dataclass_fields__[name]
-    names = ("default", "default_factory")
-    default = {key: changes.pop(key) for key in names if key in changes}
-    default = default or {key: getattr(known, key) for key in names}
-    return field(**default, metadata={**known.metadata, **changes})
-
-
-def is_cpu(device: Any) -> bool:
-    """What `use_cpu` is for a value of `device`, which it was called before."""
-    kind, _, index = str(device or "cuda").partition(":")
-    if index not in ("", "0"):
-        raise ValueError(f"device {device} is chosen by the variable CUDA_VISIBLE_DEVICES={index} now")
-    return kind == "cpu"
-
-
-def is_precision(name: str) -> Callable:
-    """What `bf16` or `fp16` is for a value of `mixed_precision`, which they were called before."""
-
-    def convert(value: Any) -> bool:
-        if value not in (None, False, "False", "no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {value!r}")
-        return value == name
-
-    return convert
+    default = known.default if known.default_factory is MISSING else known.default_factory()
+    return flag(**{"default": default, **known.metadata, **changes})
 
 
 # ---- what is read ----
@@ -57,12 +35,11 @@ class DatasetArguments:
 
     help_groups = {"dataset": "Data"}
 
-    dataset: str = field(
-        metadata={
-            "role": "data",
-            "is_path": True,
-            "help": "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
-        }
+    dataset: str = flag(
+        REQUIRED,
+        "data",
+        "images with a `proposals` column: a folder or Hub id, as `aligndet proposals` writes it",
+        is_path=True,
     )
     split: str | None = flag(None, "data", "split of the dataset; all of them if not given")
 
@@ -112,12 +89,11 @@ class ReadyDetectorArguments:
 
     help_groups = {"detector": "Detector"}
 
-    detector: str = field(
-        metadata={
-            "role": "start",
-            "is_path": True,
-            "help": "folder, published file, Hub id or short name of a detector with its image processor",
-        }
+    detector: str = flag(
+        REQUIRED,
+        "start",
+        "folder, published file, Hub id or short name of a detector with its image processor",
+        is_path=True,
     )
 
 
@@ -189,7 +165,6 @@ class NeighborArguments:
         "result",
         "neighbours that vote for the class of an object",
         range=COUNT,
-        was={"neighbors": same_value, "k": same_value},
     )
 
 
@@ -211,7 +186,7 @@ class DeviceArguments(ProgressArguments):
 
     help_groups = {"use_cpu": "Run"}
 
-    use_cpu: bool = flag(False, "run", "use the CPU even if there is a GPU", was={"device": is_cpu})
+    use_cpu: bool = flag(False, "run", "use the CPU even if there is a GPU")
 
 
 @dataclass(kw_only=True)
@@ -220,9 +195,7 @@ class LoadingArguments(DeviceArguments):
 
     help_groups = {"dataloader_num_workers": "Run"}
 
-    dataloader_num_workers: int = flag(
-        0, "run", "processes that load images, of each training process", was="num_workers"
-    )
+    dataloader_num_workers: int = flag(0, "run", "processes that load images, of each training process")
 
 
 @dataclass(kw_only=True)
@@ -231,7 +204,7 @@ class InferenceArguments(LoadingArguments):
 
     help_groups = {"per_device_eval_batch_size": "Run"}
 
-    per_device_eval_batch_size: int = flag(8, "run", "images per forward pass", range=COUNT, was="batch_size")
+    per_device_eval_batch_size: int = flag(8, "run", "images per forward pass", range=COUNT)
 
 
 # ---- what a training is made of ----
@@ -257,14 +230,11 @@ class OptimisationArguments:
         [], "result", "fractions of the run (below 1) or epochs at which the rate falls to a tenth", range=POSITIVE
     )
     warmup_steps: float = flag(0, "result", "steps of linear warm-up, or below 1 a share of the run")
-    bf16: bool = flag(
-        False, "result", "run forward passes in bfloat16 (autocast)", was={"mixed_precision": is_precision("bf16")}
-    )
+    bf16: bool = flag(False, "result", "run forward passes in bfloat16 (autocast)")
     fp16: bool = flag(
         False,
         "result",
         "run forward passes in float16 (autocast), with scaled losses",
-        was={"mixed_precision": is_precision("fp16")},
     )
     torch_compile: bool = flag(
         False,
@@ -287,7 +257,7 @@ class OutputArguments:
 
     help_groups = {"output_dir": "Output"}
 
-    output_dir: str = field(metadata={"role": "place", "help": "folder of the run; the same command again resumes it"})
+    output_dir: str = flag(REQUIRED, "place", "folder of the run; the same command again resumes it")
 
 
 @dataclass(kw_only=True)
@@ -297,7 +267,7 @@ class RunArguments(OutputArguments):
     help_groups = {"overwrite_output_dir": "Output"}
 
     overwrite_output_dir: bool = flag(
-        False, "place", "start anew, and replace what another run of this command wrote to output_dir", was="overwrite"
+        False, "place", "start anew, and replace what another run of this command wrote to output_dir"
     )
 
 

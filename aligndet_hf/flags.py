@@ -2,15 +2,12 @@
 What is known of flags, without importing anything heavy.
 
 A fact about a flag stands at the flag, in the metadata of its field: `help`; `role`, one of [`ROLES`]; `range` (see
-`ranges`); `is_path`, where the value may be a path (see [`local_paths`]); and `was`, what the last release called it
-(see [`takes_old_names`]).
+`ranges`); and `is_path`, where the value may be a path (see [`local_paths`]).
 """
 
 import dataclasses
 import difflib
-import functools
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +36,14 @@ SYNONYMS = [
     },
     {"num_train_epochs", "epochs", "num_epochs", "max_epochs"},
     {"max_steps", "steps", "num_steps", "iterations", "max_iter", "max_train_steps"},
-    {"bf16", "mixed_precision", "precision", "amp", "half", "dtype"},
+    {"bf16", "fp16", "mixed_precision", "precision", "amp", "half", "dtype"},
     {"use_cpu", "device", "cpu", "no_cuda", "accelerator"},
     {"dataloader_num_workers", "num_workers", "workers", "num_proc"},
     {"output_dir", "output", "out", "save_dir", "project", "work_dir", "out_dir"},
     {"overwrite_output_dir", "overwrite", "exist_ok", "force"},
     {"dataset", "data", "data_dir", "dataset_name", "train_dataset", "train_data_dir", "images"},
     {"eval_dataset", "val_dataset", "validation_dataset", "val"},
-    {"detector", "model", "model_name_or_path", "checkpoint", "weights", "pretrained", "model_name"},
+    {"detector", "model", "model_name_or_path", "checkpoint", "weights", "pretrained", "model_name", "source"},
     {"backbone", "arch", "encoder"},
     {"image_sizes", "image_size", "imgsz", "img_size", "img", "resolution", "short_side"},
     {"max_boxes", "max_proposals", "num_proposals", "top_k", "max_det"},
@@ -73,19 +70,21 @@ SYNONYMS = [
 ]  # fmt: skip
 
 
-def flag(default: Any, role: str, words: str, **more: Any) -> Any:
+REQUIRED = dataclasses.MISSING  # in place of a default
+
+
+def flag(default: Any, role: str, help: str, **more: Any) -> Any:
     """
     A field of a dataclass of arguments, with what is known of it.
 
     Args:
-        default: Its value if it is not given; lists and mappings are copied. One that must be given is a `field` with
-            the same metadata.
+        default: Its value if it is not given; lists and mappings are copied. [`REQUIRED`] for one that must be given.
         role (`str`): One of [`ROLES`].
-        words (`str`): Its help.
-        more: Further entries of the metadata, such as `range` and `was`.
+        help (`str`): Its help.
+        more: Further entries of the metadata, such as `range`.
     """
     start = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
-    return dataclasses.field(**start, metadata={"role": role, "help": words, **more})
+    return dataclasses.field(**start, metadata={"role": role, "help": help, **more})
 
 
 def roles(cls: type) -> dict[str, str]:
@@ -126,51 +125,6 @@ def local_paths(arguments) -> set[str]:
         if item.metadata.get("is_path")
     }
     return {name for name, value in given.items() if isinstance(value, str) and Path(value).expanduser().exists()}
-
-
-def old_names(cls: type) -> dict[str, dict[str, Callable]]:
-    """
-    What the last release called the flags of a dataclass of arguments.
-
-    Returns:
-        `dict[str, dict[str, Callable]]`: for every old name the flags that it stands for, and what makes the value of
-        each from the value of the old one.
-    """
-    found: dict[str, dict[str, Callable]] = {}
-    for item in dataclasses.fields(cls):
-        was = item.metadata.get("was", {})
-        for name, convert in ({was: same_value} if isinstance(was, str) else was).items():
-            found.setdefault(name, {})[item.name] = convert
-    return found
-
-
-def takes_old_names(cls: type) -> type:
-    """Class decorator of a dataclass of arguments: it takes the names of the last release as well, with a notice."""
-    init, old = cls.__init__, old_names(cls)
-
-    @functools.wraps(init)
-    def with_old_names(self, *args, **given):
-        for name in sorted(set(given) & set(old)):
-            value = given.pop(name)
-            for now, convert in old[name].items():
-                if given.get(now, convert(value)) != convert(value):
-                    raise ValueError(f"{name}={value!r} is called {now} now, and {now}={given[now]!r}: give one")
-                given[now] = convert(value)
-            tell_new_names(name, old[name])
-        init(self, *args, **given)
-
-    cls.__init__ = with_old_names
-    return cls
-
-
-def tell_new_names(name: str, now: Iterable[str]) -> None:
-    """Says on stderr what an old name is called now."""
-    print(f"note: {name} is called {' or '.join(now)} now; the next release refuses {name}", file=sys.stderr)
-
-
-def same_value(value: Any) -> Any:
-    """What a flag that only got another name makes of its value."""
-    return value
 
 
 def given_flags(arguments) -> dict[str, Any]:

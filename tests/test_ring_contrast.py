@@ -88,7 +88,7 @@ def test_the_command_gives_the_products(tmp_path, weights, workers):
     common = {"dataset": str(tmp_path / "data"), "column": "boxes", "disable_tqdm": True, "shard_size": 2}
     ranked = {"rerank": "ring", "backbone": "resnet10t", "backbone_weights": str(weights)}
     result = generate_proposals(
-        ProposalsArguments(**common, **ranked, output_dir=str(tmp_path / "out"), num_workers=workers)
+        ProposalsArguments(**common, **ranked, output_dir=str(tmp_path / "out"), dataloader_num_workers=workers)
     )
     detector = build_detector("detr", backbone="resnet10t", backbone_weights=weights, strides=tuple(STRIDES))
     contrast = RingContrast(BoxFeatures(detector, STRIDES, normalize=False))
@@ -101,7 +101,7 @@ def test_the_command_gives_the_products(tmp_path, weights, workers):
         np.testing.assert_allclose(row["proposals"]["score"], expected[order], rtol=1e-4)
         assert row["proposals"]["bbox"] == [box[place] for place in order]
     with pytest.raises(ValueError, match="other settings|overwrite"):
-        generate_proposals(ProposalsArguments(**common, output_dir=str(tmp_path / "out"), num_workers=0))
+        generate_proposals(ProposalsArguments(**common, output_dir=str(tmp_path / "out"), dataloader_num_workers=0))
 
 
 def test_what_rerank_needs():

@@ -96,7 +96,12 @@ def segmenter(tmp_path_factory):
 def test_boxes_of_a_detector_are_those_of_its_processor(images, detector, tmp_path, batch_size):
     result = generate_proposals(
         arguments(
-            images, tmp_path / "out", source="detector", detector=str(detector), batch_size=batch_size, **EVERYTHING
+            images,
+            tmp_path / "out",
+            source="detector",
+            detector=str(detector),
+            per_device_eval_batch_size=batch_size,
+            **EVERYTHING,
         )
     )
     assert len(result) == 4  # the broken one is left out, also in the middle of a batch
@@ -377,7 +382,10 @@ def test_other_files_are_refused(images, tmp_path, text, message):
         ({"mode": "fast", "detector": "x"}, "detector is for --source detector, not for opencv"),
         ({"source": "opencv", "preset": "tiny"}, "preset is for --source selective_search, not for opencv"),
         ({"preset": "huge"}, "preset must be one of tiny, default, quality, got 'huge'"),
-        ({"source": "detector", "detector": "x", "batch_size": 0}, "batch_size must be positive"),
+        (
+            {"source": "detector", "detector": "x", "per_device_eval_batch_size": 0},
+            "per_device_eval_batch_size must be positive",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit(changes, message):

@@ -1,6 +1,6 @@
 """`aligndet convert`: a published checkpoint as a detector of transformers, and a detector for other code bases."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
 from ..files import write_json
-from ..flags import flag, takes_old_names
+from ..flags import REQUIRED, flag
 from ..hub import HubArguments
 from ..ranges import COUNT, check_values
 from ..runs import RunFolder
@@ -22,21 +22,18 @@ MAKE_ROOM = "If that is too little, make room, and run the same command again."
 FILES = {"mmdet": "mmdet.pth", "torchvision": "torchvision.safetensors"}
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class ConvertArguments(RunArguments):
     """Arguments of [`convert`]: the flags of `aligndet convert` and the keys of its recipes."""
 
     help_groups = {"detector": "Detector", "card_license": "Output"}
 
-    detector: str = field(
-        metadata={
-            "role": "start",
-            "aliases": ["--from"],
-            "help": "published file of a detector: .pth, .pkl or .safetensors; with --to, folder or Hub id. The flag "
-            "can be written --from",
-            "was": "source",
-        }
+    detector: str = flag(
+        REQUIRED,
+        "start",
+        "published file of a detector: .pth, .pkl or .safetensors; with --to, folder or Hub id. The flag can be "
+        "written --from",
+        aliases=["--from"],
     )
     family: str | None = flag(
         None, "start", "the family that it becomes, where its tensors leave a choice; recognised if not given"
@@ -56,7 +53,6 @@ class ConvertArguments(RunArguments):
         "result",
         "size to measure and to deploy with: the shorter side in pixels to which the image processor resizes images",
         range=COUNT,
-        was="image_size",
     )
 
     output_dir: str = again(

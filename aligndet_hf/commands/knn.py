@@ -1,6 +1,6 @@
 """What features know without being trained further: the accuracy of nearest neighbours, and `aligndet knn`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..data.errors import ImageError
 from ..data.formats import load_labelled
 from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..files import write_json
-from ..flags import flag, takes_old_names, told_of
+from ..flags import REQUIRED, flag, told_of
 from ..objects import name_objects
 from ..processes import device_of
 from ..ranges import check_values
@@ -76,7 +76,6 @@ def knn_accuracy(
     }
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class KnnArguments(MeasureArguments, DeviceArguments, NeighborArguments, FeatureArguments, LabelledArguments):
     """Arguments of [`measure_knn`]: the flags of `aligndet knn` and the keys of its recipes."""
@@ -84,11 +83,8 @@ class KnnArguments(MeasureArguments, DeviceArguments, NeighborArguments, Feature
     help_groups = {"backbone": "Features", "seed": "Neighbours"}
 
     split: str | None = again(LabelledArguments, "split", help="split of the dataset, if there are several")
-    backbone: str = field(
-        metadata={
-            "role": "start",
-            "help": "a timm name, or the folder of a backbone, such as SoCo's, whose weights come with it",
-        }
+    backbone: str = flag(
+        REQUIRED, "start", "a timm name, or the folder of a backbone, such as SoCo's, whose weights come with it"
     )
     backbone_weights: str | None = flag(None, "start", "its weights, if it does not come with any")
     seed: int = again(

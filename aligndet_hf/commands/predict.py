@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -33,7 +33,7 @@ from ..evaluation.predicted_rows import (
 )
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
-from ..flags import flag, takes_old_names
+from ..flags import REQUIRED, flag
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes, enlarged, jpeg_bytes, tint_masks
@@ -46,7 +46,6 @@ _SHARD_SIZE = 64  # images between two saves; a killed run loses no more
 _SHEET_SIDE = 400  # pixels of a picture on the sheet
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments):
     """Arguments of [`predict`]: the flags of `aligndet predict` and the keys of its recipes."""
@@ -58,12 +57,11 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
         "formats": "Output",
     }
 
-    images: list[str] = field(
-        metadata={
-            "role": "data",
-            "help": "images, videos, folders of them, patterns like 'photos/*.jpg', COCO-JSON files, folders of "
-            "save_to_disk or Hub ids of data sets; one or several",
-        }
+    images: list[str] = flag(
+        REQUIRED,
+        "data",
+        "images, videos, folders of them, patterns like 'photos/*.jpg', COCO-JSON files, folders of save_to_disk or "
+        "Hub ids of data sets; one or several",
     )
     split: str | None = again(DatasetArguments, "split", help="split of the data sets; all of them if not given")
 

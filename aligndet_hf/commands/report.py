@@ -1,10 +1,10 @@
 """`aligndet report`: one HTML file on a run."""
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..flags import flag
+from ..flags import REQUIRED, flag
 from ..ranges import check_values
 from ..reporting.html_report import REPORT, write_report
 from ..runs import RunFolder
@@ -14,7 +14,7 @@ from ..runs import RunFolder
 class ReportArguments:
     """Arguments of [`report`]: the flags of `aligndet report` and the keys of its recipes."""
 
-    run: str = field(metadata={"role": "data", "help": "folder that an aligndet command has written"})
+    run: str = flag(REQUIRED, "data", "folder that an aligndet command has written")
     output: str | None = flag(None, "place", f"the HTML file; {REPORT} in the folder if not given")
 
     def __post_init__(self):

@@ -14,7 +14,7 @@ from ..arguments import (
     again,
 )
 from ..detectors.build import DetectorArguments
-from ..flags import flag, given_flags, takes_old_names
+from ..flags import flag, given_flags
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import COUNT, POSITIVE, check_values
@@ -38,7 +38,6 @@ DEFAULTS = {
 }
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class PretrainArguments(
     HubModelArguments,
@@ -118,7 +117,6 @@ class PretrainArguments(
         "adamw_torch_fused",
         "result",
         "optimizer; `lars` is for large batches: SGD with a rate for each layer",
-        was={"optimizer": lambda value: {"adamw": "adamw_torch_fused"}.get(value, value)},
     )
     learning_rate: float = again(OptimisationArguments, "learning_rate", default=2e-4, range=POSITIVE)
     decay_norms_and_biases: bool = flag(True, "result", "decay one-dimensional parameters too")
@@ -129,7 +127,7 @@ class PretrainArguments(
         default="step",
         help="learning rate after the warm-up; `step` divides it by 10 at each of lr_milestones",
     )
-    lr_milestones: list[float] = again(OptimisationArguments, "lr_milestones", default_factory=lambda: [0.8])
+    lr_milestones: list[float] = again(OptimisationArguments, "lr_milestones", default=[0.8])
     warmup_steps: float | None = again(
         OptimisationArguments,
         "warmup_steps",
