@@ -139,7 +139,8 @@ def hub_ids(source) -> list[str]:
 
 def told_settings(settings: Mapping) -> dict:
     """The settings of a run as others may read them: plain values, no secrets, and of paths only the last part."""
-    return {key: _plain(value) for key, value in settings.items() if not key.endswith("token") and value is not None}
+    known = {str(key): value for key, value in settings.items() if value is not None}
+    return {key: _plain(value) for key, value in known.items() if not key.endswith("token")}
 
 
 def _plain(value):
@@ -147,8 +148,7 @@ def _plain(value):
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
-        known = {str(key): item for key, item in value.items() if item is not None and not str(key).endswith("token")}
-        return {key: _plain(item) for key, item in known.items()}
+        return told_settings(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, bool | int | float):

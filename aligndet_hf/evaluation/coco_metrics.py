@@ -343,6 +343,11 @@ def format_table(results: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def exists(value: float | None) -> bool:
+    """Whether a number was measured: COCO says -1 (and some tools NaN) where there is nothing to measure."""
+    return value is not None and value >= 0
+
+
 def _percent(value: float) -> str:
     return "-" if value < 0 else f"{100 * value:.1f}"
 

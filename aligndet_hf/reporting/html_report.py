@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..cards import told, told_settings
 from ..data.dataset_card import describe_proposals
+from ..evaluation.coco_metrics import exists
 from .comparison_page import comparison_page, is_comparison
 from .diagnosis_page import diagnosis_section
 from .model_card import (
@@ -14,7 +15,6 @@ from .model_card import (
     describe_backbone,
     describe_protocol,
     describe_training,
-    exists,
     percentages,
     run_title,
 )

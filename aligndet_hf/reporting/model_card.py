@@ -13,6 +13,7 @@ import yaml
 from ..cards import BEGIN, END, citations, hub_ids, inert, told, told_settings
 from ..data.dataset_card import describe_proposals
 from ..detectors.families import family_of
+from ..evaluation.coco_metrics import exists
 from .run_record import RunRecord
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -347,11 +348,6 @@ def papers(record: RunRecord) -> list[str]:
     keys += ["selective_search"] if keys and source in ("selective_search", "opencv") else []
     keys += ["aligndet"] if record.base_model else []  # a new detector owes the method nothing
     return citations(*keys, record.config.model_type, *(word for word in words if word in ("mae", "soco")))
-
-
-def exists(value) -> bool:
-    """COCO says -1 (and some tools NaN) where there is nothing to measure."""
-    return value is not None and value >= 0
 
 
 def percentages(values: Mapping, keys: Sequence[str] | None = None) -> list[tuple[str, str]]:

@@ -99,8 +99,7 @@ def plot_recall(results: Mapping[str, Mapping], path) -> Path:
         panels[2].bar(places, heights, 0.75 / len(results), color=PALETTE[number], label=name)
     panels[2].grid(axis="x", visible=False)
     panels[2].set_xticks(range(len(sizes)), [f"{size}\n({first[size]['objects']})" for size in sizes], fontsize=7.5)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(results), frameon=False, fontsize=9)
+    legend_below(figure)
     return save_figure(figure, path)
 
 
@@ -168,6 +167,13 @@ def save_figure(figure, path, title=None, title_size=11) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
+
+
+def legend_below(figure) -> None:
+    """One legend for all panels, below them."""
+    lines = {name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    style = {"ncols": min(len(lines), 6), "frameon": False, "fontsize": 9}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", **style)
 
 
 def plain_axes(axes, title, xlabel, ylabel) -> None:

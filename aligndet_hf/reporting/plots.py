@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..evaluation.coco_metrics import exists
 from ..evaluation.diagnosis import RECALLS
-from .pictures import INK, PALETTE, new_figure, plain_axes, save_figure
+from .pictures import INK, PALETTE, legend_below, new_figure, plain_axes, save_figure
 
 __all__ = ["plot_arms", "plot_bands", "plot_curves", "plot_precision", "read_history", "smooth"]
 
@@ -159,17 +160,7 @@ def plot_bands(
             axes.set_xscale("log")
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-    handles = {
-        name: handle for axes in figure.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        [handles[name] for name in names],
-        names,
-        loc="outside lower center",
-        ncols=min(len(names), 6),
-        frameon=False,
-        fontsize=9,
-    )
+    legend_below(figure)
     return save_figure(figure, path, title)
 
 
@@ -215,7 +206,7 @@ def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Pa
         `Path`: `path`.
     """
     overall = [
-        key for key in ("AP", "AP50", "AP75", "APs", "APm", "APl") if any(_drawn(a[key]) for a in arms.values())
+        key for key in ("AP", "AP50", "AP75", "APs", "APm", "APl") if any(exists(a[key]) for a in arms.values())
     ]
     classes = list(dict.fromkeys(name for results in arms.values() for name in results.get("per_class", {})))
     panels = [("All classes", overall, lambda results, key: results[key])]
@@ -232,8 +223,8 @@ def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Pa
         bar = 0.8 / len(arms)
         for position, (name, results) in enumerate(arms.items()):
             heights = [value(results, label) for label in labels]
-            written = [f"{100 * h:.1f}" if _drawn(h) else "none" for h in heights]
-            heights = [100 * h if _drawn(h) else 0 for h in heights]
+            written = [f"{100 * h:.1f}" if exists(h) else "none" for h in heights]
+            heights = [100 * h if exists(h) else 0 for h in heights]
             places = np.arange(len(labels)) + (position - (len(arms) - 1) / 2) * bar
             bars = axes.bar(places, heights, bar * 0.94, color=PALETTE[position % len(PALETTE)], label=name)
             axes.bar_label(bars, written, fontsize=7.5, padding=1.5, color=INK)
@@ -241,11 +232,5 @@ def plot_arms(arms: Mapping[str, Mapping], path, title: str | None = None) -> Pa
         axes.set_xticks(range(len(labels)), labels, fontsize=9, **rotated)
         axes.margins(y=0.12)
     figure.axes[0].set_ylabel("average precision, %", fontsize=9)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(arms), frameon=False, fontsize=9)
+    legend_below(figure)
     return save_figure(figure, path, title)
-
-
-def _drawn(value) -> bool:
-    """Whether an AP exists: COCO says -1 (and some tools NaN) where there is no such object."""
-    return value is not None and value >= 0

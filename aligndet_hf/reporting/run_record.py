@@ -110,8 +110,6 @@ def read_run(folder: str | Path) -> RunRecord:
     from transformers import AutoConfig
 
     folder = Path(folder)
-    common = {"transfer": read_json(folder / "transfer_report.json"), "backbone": _backbone_report(folder)}
-    common["pixel_window"] = (read_json(folder / "preprocessor_config.json") or {}).get("pixel_window")
     if summary := read_json(folder / SUMMARY):
         settings = summary["arguments"]
         method = settings.get("method", "aligndet")
@@ -119,45 +117,31 @@ def read_run(folder: str | Path) -> RunRecord:
         numbers = {name: getattr(model_config, name) for name in type(model_config).__annotations__}
         numbers = {name: value for name, value in numbers.items() if name not in model_config.sub_configs}
         is_new = method == "soco" or settings["detector"] in FAMILIES
-        product = folder / PRODUCTS[method]
         return RunRecord(
             kind="pretrain",
             method=method,
-            parameters=_parameters(product),
-            input_size=(read_json(product / "preprocessor_config.json") or {}).get("size"),
             config=model_config.detector_config if method == "aligndet" else model_config,
-            dataset=settings["dataset"],
             origin=read_report(Path(settings["dataset"])).get("dataset"),
             settings=settings | {f"{method}_config": numbers},
             images=summary["data"]["images"],
-            steps=summary["steps"],
             base_model=None if is_new else PUBLISHED.get(settings["detector"], settings["detector"]),
             license=summary.get("card_license") or settings.get("card_license"),  # as older runs have it
-            command=summary.get("command"),
-            versions=summary["versions"],
             proposals=(summary.get("proposals") or {}) | {"boxes": summary["data"].get("proposals")},
-            metrics=summary["metrics"],
-            **common,
+            **_common(folder, summary, settings, folder / PRODUCTS[method]),
         )
     results, settings = read_json(folder / RESULTS), read_json(folder / SETTINGS)
     if results and settings:
+        common = _common(folder, results, settings, folder)
         return RunRecord(
             kind="finetune",
-            parameters=_parameters(folder),
-            input_size=(read_json(folder / "preprocessor_config.json") or {}).get("size"),
             speed=read_json(folder / SPEED),
             diagnosis=read_json(folder / DIAGNOSIS),
             pretrained=_pretraining(settings["detector"]),
             config=AutoConfig.from_pretrained(folder),
-            dataset=settings["dataset"],
             settings=settings,
             images=results["images"],
-            steps=results["steps"],
             base_model=PUBLISHED.get(settings["detector"], settings["detector"]) if common["transfer"] else None,
             license=results.get("card_license"),
-            command=results.get("command"),
-            versions=results.get("versions", {}),
-            metrics=results["metrics"],
             evaluation=results.get("evaluation", {}),
             **common,
         )
@@ -165,6 +149,24 @@ def read_run(folder: str | Path) -> RunRecord:
         f"{folder} holds no finished run of `aligndet pretrain` ({SUMMARY}) or `aligndet finetune` ({RESULTS} and "
         f"{SETTINGS})"
     )
+
+
+def _common(folder: Path, report: Mapping, settings: Mapping, product: Path) -> dict[str, Any]:
+    """What both kinds of run tell: in the report that ends them and in others, and by the files of their product."""
+    backbone = read_json(folder / "backbone_report.json")
+    processor = read_json(product / "preprocessor_config.json") or {}
+    return {
+        "dataset": settings["dataset"],
+        "steps": report["steps"],
+        "metrics": report["metrics"],
+        "command": report.get("command"),
+        "versions": report.get("versions", {}),
+        "transfer": read_json(folder / "transfer_report.json"),
+        "backbone": backbone and backbone | {"source": told(backbone["source"])},
+        "pixel_window": processor.get("pixel_window"),
+        "input_size": processor.get("size"),
+        "parameters": _parameters(product),
+    }
 
 
 def _pretraining(detector: str) -> RunRecord | None:
@@ -189,8 +191,3 @@ def _parameters(folder: Path) -> int | None:
 def read_json(path: Path) -> dict | None:
     """The content of a JSON file, `None` if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _backbone_report(folder: Path) -> dict | None:
-    report = read_json(folder / "backbone_report.json")
-    return report and report | {"source": told(report["source"])}
