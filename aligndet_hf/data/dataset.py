@@ -1,6 +1,7 @@
 """PyTorch data sets over a `datasets.Dataset` of undecoded images: views with proposals, and labelled images."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 
 import cv2
 import datasets
@@ -66,6 +67,7 @@ def _normalized_cxcywh(boxes: np.ndarray, image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy((centred / (width, height, width, height)).astype(np.float32))
 
 
+@dataclass(eq=False)
 class ProposalViews(Dataset):
     """
     Two random views of an image with the same proposals, for pre-training.
@@ -94,28 +96,22 @@ class ProposalViews(Dataset):
         [`DataError`]: if a column is missing. Items raise [`ImageError`] for an image that cannot be decoded.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset | datasets.IterableDataset,
-        view: ViewConfig,
-        *,
-        seed: int,
-        max_proposals: int,
-        proposal_sampling: str = "top",
-        use_clusters: bool = False,
-    ):
+    dataset: InitVar[datasets.Dataset | datasets.IterableDataset]
+    view: ViewConfig
+    _: KW_ONLY
+    seed: int
+    max_proposals: int
+    proposal_sampling: str = "top"
+    use_clusters: bool = False
+
+    def __post_init__(self, dataset):
         require_columns(dataset, ["image", "proposals"])
-        if proposal_sampling not in ("top", "random"):
-            raise ValueError(f"proposal_sampling must be 'top' or 'random', got '{proposal_sampling}'.")
-        if max_proposals < 1:
-            raise ValueError(f"max_proposals must be at least 1, got {max_proposals}.")
+        if self.proposal_sampling not in ("top", "random"):
+            raise ValueError(f"proposal_sampling must be 'top' or 'random', got '{self.proposal_sampling}'.")
+        if self.max_proposals < 1:
+            raise ValueError(f"max_proposals must be at least 1, got {self.max_proposals}.")
         self.rows = dataset.select_columns(["image", "proposals"]).with_format("arrow")
         self.window = pixel_window(dataset)
-        self.view = view
-        self.seed = seed
-        self.max_proposals = max_proposals
-        self.proposal_sampling = proposal_sampling
-        self.use_clusters = use_clusters
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,6 +154,7 @@ class ProposalViews(Dataset):
         return item
 
 
+@dataclass(eq=False)
 class SoCoViews(Dataset):
     """
     The views of an image that SoCo compares: all of it, and crops of it, each with the boxes that the two share.
@@ -194,37 +191,27 @@ class SoCoViews(Dataset):
         `ValueError`: if there is not one size for each view.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        sizes: list[int],
-        box_sets: tuple[int, ...],
-        level_sizes: list[float] | None = None,
-        *,
-        seed: int,
-        max_proposals: int = 4,
-        proposal_sampling: str = "random",
-        crop_scale: tuple[float, float] = (0.5, 1.0),
-        flip_probability: float = 0.5,
-        color: bool = True,
-    ):
+    dataset: InitVar[datasets.Dataset]
+    sizes: list[int]
+    box_sets: tuple[int, ...]
+    level_sizes: list[float] | None = None
+    _: KW_ONLY
+    seed: int
+    max_proposals: int = 4
+    proposal_sampling: str = "random"
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip_probability: float = 0.5
+    color: bool = True
+
+    def __post_init__(self, dataset):
         require_columns(dataset, ["image", "proposals"])
-        if len(sizes) != len(box_sets) + 1:
+        if len(self.sizes) != len(self.box_sets) + 1:
             raise ValueError(
-                f"expected one size for each of the {len(box_sets) + 1} views, the first for the whole image, got "
-                f"{list(sizes)}."
+                f"expected one size for each of the {len(self.box_sets) + 1} views, the first for the whole image, "
+                f"got {list(self.sizes)}."
             )
         self.rows = dataset.select_columns(["image", "proposals"]).with_format("arrow")
         self.window = pixel_window(dataset)
-        self.sizes = sizes
-        self.box_sets = box_sets
-        self.level_sizes = [float("inf")] if level_sizes is None else level_sizes
-        self.seed = seed
-        self.max_proposals = max_proposals
-        self.at_random = proposal_sampling == "random"
-        self.crop_scale = crop_scale
-        self.flip_probability = flip_probability
-        self.color = color
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -243,11 +230,12 @@ class SoCoViews(Dataset):
             count=self.max_proposals,
             num_crops=max(self.box_sets) + 1,
             scale=self.crop_scale,
-            at_random=self.at_random,
+            at_random=self.proposal_sampling == "random",
         )
         crops, in_image, in_crops = zip(*sets, strict=True)
         views = [((0, 0, height, width), in_image)]
         views += [(crops[index], in_crops[index : index + 1]) for index in self.box_sets]
+        level_sizes = self.level_sizes or [float("inf")]
 
         item = {"images": [], "boxes": [], "levels": [], "ids": []}
         for view, ((crop, shown), size) in enumerate(zip(views, self.sizes, strict=True)):
@@ -256,7 +244,7 @@ class SoCoViews(Dataset):
             item["images"].append(_to_tensor(make_soco_view(image, crop, size, rng, flip=flip, color=color)))
             corners = np.concatenate([relative_corners(boxes, crop) for boxes in shown])
             item["boxes"].append(torch.from_numpy(flip_corners(corners) if flip else corners))
-            levels = [assign_levels(scale_boxes(boxes, crop, size), self.level_sizes) for boxes in shown]
+            levels = [assign_levels(scale_boxes(boxes, crop, size), level_sizes) for boxes in shown]
             item["levels"].append(torch.from_numpy(np.concatenate(levels)))
             item["ids"].append(torch.from_numpy(np.concatenate([boxes.ids for boxes in shown])))
         return item
@@ -267,6 +255,7 @@ _OBJECT = np.dtype([("category", np.int64), ("score", np.float32), ("ignore", np
 _OBJECT_WITH_REGION = np.dtype([*_OBJECT.descr, ("region", object)])
 
 
+@dataclass(eq=False)
 class LabelledImages(Dataset):
     """
     Images with their objects, for fine-tuning and evaluation.
@@ -303,29 +292,22 @@ class LabelledImages(Dataset):
         `ValueError`: for an augmentation that does not exist.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        view: ViewConfig,
-        *,
-        seed: int = 0,
-        augmentations: Sequence[str | Callable] = (),
-        augmentation_probability: float = 0.5,
-        pseudo: bool = False,
-        masks: bool = False,
-    ):
+    dataset: InitVar[datasets.Dataset]
+    view: ViewConfig
+    _: KW_ONLY
+    seed: int = 0
+    augmentations: Sequence[str | Callable] = ()
+    augmentation_probability: float = 0.5
+    pseudo: bool = False
+    masks: bool = False
+
+    def __post_init__(self, dataset):
         require_columns(dataset, ["image", "objects"])
         columns = [name for name in ("image", "objects", "image_id") if name in dataset.column_names]
-        if unknown := [name for name in augmentations if isinstance(name, str) and name not in AUGMENTATIONS]:
+        if unknown := [name for name in self.augmentations if isinstance(name, str) and name not in AUGMENTATIONS]:
             raise ValueError(f"there is no augmentation {unknown[0]!r}: choose from {', '.join(AUGMENTATIONS)}")
         self.rows = dataset.select_columns(columns).with_format("arrow")
         self.window = pixel_window(dataset)
-        self.view = view
-        self.seed = seed
-        self.augmentations = list(augmentations)
-        self.augmentation_probability = augmentation_probability
-        self.pseudo = pseudo
-        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -384,6 +366,7 @@ class LabelledImages(Dataset):
         return {"image": _to_tensor(view), "labels": labels}
 
 
+@dataclass(eq=False)
 class MixedImages(Dataset):
     """
     Labelled and pseudo-labelled images as one data set, the labelled ones first.
@@ -396,8 +379,9 @@ class MixedImages(Dataset):
         labelled_share (`float`): Share of labelled images in a batch, between 0 and 1.
     """
 
-    def __init__(self, labelled: LabelledImages, pseudo: LabelledImages, labelled_share: float):
-        self.labelled, self.pseudo, self.labelled_share = labelled, pseudo, labelled_share
+    labelled: LabelledImages
+    pseudo: LabelledImages
+    labelled_share: float
 
     def __len__(self) -> int:
         return len(self.labelled) + len(self.pseudo)

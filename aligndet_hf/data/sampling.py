@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ class SampleKey(NamedTuple):
     visit: tuple[int, ...] = ()
 
 
+@dataclass(eq=False)
 class EpochBatchSampler(Sampler[list[SampleKey]]):
     """
     Yields the batches of one process as lists of [`SampleKey`]. Use it as `batch_sampler` of a `DataLoader`.
@@ -55,30 +57,23 @@ class EpochBatchSampler(Sampler[list[SampleKey]]):
         `ValueError`: if there are no rows, or if `batch_size`, `rank` or `world_size` is impossible.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        *,
-        seed: int,
-        drop_last: bool,
-        shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        if num_samples < 1:
+    num_samples: int
+    batch_size: InitVar[int]
+    _: KW_ONLY
+    seed: int
+    drop_last: bool
+    shuffle: bool = True
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self, batch_size):
+        if self.num_samples < 1:
             raise ValueError("The data set is empty: there is nothing to sample from.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in [0, world_size), got rank={rank} and world_size={world_size}.")
-        self.num_samples = num_samples
-        self.global_batch_size = batch_size * world_size
-        self.seed = seed
-        self.drop_last = drop_last
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must lie in [0, world_size), got rank {self.rank} of {self.world_size}.")
+        self.global_batch_size = batch_size * self.world_size
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:

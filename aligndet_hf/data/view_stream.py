@@ -1,6 +1,7 @@
 """Endless views of a stream: an order that is a function of the seed, and a position to go on from."""
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import NamedTuple
 
 import fsspec.asyn
@@ -24,6 +25,7 @@ class Position(NamedTuple):
     taken: int = 0
 
 
+@dataclass(eq=False)
 class ViewStream(IterableDataset):
     """
     Endless [`ProposalViews`] of a stream, in batches that a loader's workers make in turn.
@@ -50,27 +52,21 @@ class ViewStream(IterableDataset):
         [`DataError`]: items of a stream without rows, and proposals of a cluster that is not one of the classes.
     """
 
-    def __init__(
-        self,
-        views: ProposalViews,
-        batch_size: int,
-        *,
-        seed: int,
-        buffer_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        num_classes: int | None = None,
-    ):
-        self.views = views
-        self.num_shards = views.rows.num_shards
-        self.batch_size = batch_size
-        self.seed = seed
-        self.buffer_size = buffer_size
+    views: ProposalViews
+    batch_size: int
+    _: KW_ONLY
+    seed: int
+    buffer_size: int
+    rank: int = 0
+    world_size: InitVar[int] = 1
+    num_workers: InitVar[int] = 0
+    num_classes: InitVar[int | None] = None
+
+    def __post_init__(self, world_size, num_workers, num_classes):
+        self.num_shards = self.views.rows.num_shards
         self.classes = set(range(num_classes or 0))
-        self.rank = rank
         self.readers_here = max(1, num_workers)
-        self.first_reader = rank * self.readers_here
+        self.first_reader = self.rank * self.readers_here
         self.num_readers = world_size * self.readers_here
         self.num_stripes = -(-self.num_readers // self.num_shards)
         self.start(0, {})
