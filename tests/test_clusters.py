@@ -14,7 +14,8 @@ from transformers import AutoModelForObjectDetection
 from aligndet_hf import cli
 from aligndet_hf.commands import clusters as command
 from aligndet_hf.commands.clusters import ClustersArguments, cluster_proposals
-from aligndet_hf.data.columns import DataError, proposals_feature, validate_proposals
+from aligndet_hf.data.columns import proposals_feature, validate_proposals
+from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset, write_synthetic_folder

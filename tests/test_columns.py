@@ -8,14 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligndet_hf.data import columns
-from aligndet_hf.data.columns import (
-    BoxReport,
-    DataError,
-    clean_boxes,
-    find_faults,
-    validate_objects,
-    validate_proposals,
-)
+from aligndet_hf.data.arrow_boxes import clean_boxes, find_faults, read_boxes, read_values
+from aligndet_hf.data.columns import BoxReport, validate_objects, validate_proposals
+from aligndet_hf.data.errors import DataError, ImageError
 
 HEIGHT, WIDTH = 60, 100
 NAN, INF = float("nan"), float("inf")
@@ -276,7 +271,7 @@ def test_unreadable_image_is_named_with_its_row():
         {"image": [picture(), {"bytes": b"broken", "path": "scan.jpg"}], "objects": list(dataset["objects"])},
         features=dataset.features,
     )
-    with pytest.raises(columns.ImageError, match=r"mine: 1 of 2 images(.|\n)*row 1, column 'image'.*scan.jpg"):
+    with pytest.raises(ImageError, match=r"mine: 1 of 2 images(.|\n)*row 1, column 'image'.*scan.jpg"):
         validate_objects(broken, ["a"], "mine")
 
 
@@ -296,7 +291,7 @@ def test_boxes_are_read_from_every_arrow_list(feature):
     rows = [{"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, {"bbox": []}, {"bbox": [[9, 10, 11, 12]]}]
     dataset = datasets.Dataset.from_dict({"x": rows}, features=datasets.Features(x={"bbox": feature}))
     for data, numbers in ((dataset, [0, 1, 2]), (dataset.select([2, 0]), [2, 0])):
-        boxes, counts = columns.read_boxes(data.with_format("arrow")[:]["x"])
+        boxes, counts = read_boxes(data.with_format("arrow")[:]["x"])
         assert boxes.dtype == np.float32
         assert boxes.tolist() == [box for number in numbers for box in rows[number]["bbox"]]
         assert counts.tolist() == [len(rows[number]["bbox"]) for number in numbers]
@@ -305,14 +300,14 @@ def test_boxes_are_read_from_every_arrow_list(feature):
 def test_only_empty_lists_of_unknown_type():
     dataset = datasets.Dataset.from_dict({"x": [{"bbox": [], "category": []}, {"bbox": [], "category": []}]})
     column = dataset.with_format("arrow")[:]["x"]
-    boxes, counts = columns.read_boxes(column)
+    boxes, counts = read_boxes(column)
     assert boxes.shape == (0, 4) and counts.tolist() == [0, 0]
-    values, counts = columns.read_values(column, "category")
+    values, counts = read_values(column, "category")
     assert values.shape == (0,) and counts.tolist() == [0, 0]
 
 
 def test_row_of_a_larger_table():
     dataset = proposed([[[i, i, 5, 5]] * i for i in range(1, 5)]).with_format("arrow")
-    boxes, counts = columns.read_boxes(dataset[2]["proposals"])
+    boxes, counts = read_boxes(dataset[2]["proposals"])
     assert boxes.tolist() == [[3, 3, 5, 5]] * 3 and counts.tolist() == [3]
-    assert columns.read_values(dataset[2]["proposals"], "score")[0].tolist() == [1, 1, 1]
+    assert read_values(dataset[2]["proposals"], "score")[0].tolist() == [1, 1, 1]

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets.table import embed_table_storage
 
-from aligndet_hf.data.columns import DataError, category_ids, validate_objects
+from aligndet_hf.data.columns import category_ids, validate_objects
+from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import category_names, load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
 

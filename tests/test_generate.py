@@ -21,7 +21,8 @@ from aligndet_hf import cli
 from aligndet_hf.commands import proposals as generate
 from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
 from aligndet_hf.data import shard_search, shards, sources, stream_shards
-from aligndet_hf.data.columns import DataError, validate_proposals
+from aligndet_hf.data.columns import validate_proposals
+from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.proposal_arguments import KEPT

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from aligndet_hf.data.columns import DataError, ImageError
+from aligndet_hf.data.errors import DataError, ImageError
 from aligndet_hf.data.images import decode_image, image_size, read_header
 
 

@@ -17,8 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection, AutoMo
 
 from aligndet_hf.commands import pretrain as pretrain_module
 from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
-from aligndet_hf.data.columns import DataError
 from aligndet_hf.data.dataset import ProposalViews
+from aligndet_hf.data.errors import DataError
 from aligndet_hf.detectors.build import find_detector
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.models import AlignDetForPreTraining

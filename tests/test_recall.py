@@ -23,7 +23,8 @@ from aligndet_hf.commands.recall import (
     measure_recall,
     proposal_recall,
 )
-from aligndet_hf.data.columns import DataError, proposals_feature
+from aligndet_hf.data.columns import proposals_feature
+from aligndet_hf.data.errors import DataError
 from aligndet_hf.proposals.controls import grid_boxes, random_boxes
 
 

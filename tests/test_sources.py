@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
-from aligndet_hf.data.columns import DataError, proposals_feature, validate_proposals
+from aligndet_hf.data.columns import proposals_feature, validate_proposals
+from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.proposal_files import import_proposals
 from aligndet_hf.proposals import trained

@@ -8,16 +8,9 @@ import datasets
 import numpy as np
 
 from ..arguments import LabelledArguments, MeasureArguments, ProgressArguments, ViewArguments, again
+from ..data.arrow_boxes import read_boxes, read_values
 from ..data.checks import metric_note, objects_per_image, query_note
-from ..data.columns import (
-    BoxReport,
-    arrow_batches,
-    image_batches,
-    read_boxes,
-    read_values,
-    validate_objects,
-    validate_proposals,
-)
+from ..data.columns import BoxReport, arrow_batches, image_batches, validate_objects, validate_proposals
 from ..data.dataset import LabelledImages
 from ..data.door import listed
 from ..data.errors import DataError

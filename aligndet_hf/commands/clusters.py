@@ -22,7 +22,8 @@ from ..arguments import (
     RunArguments,
     again,
 )
-from ..data.columns import arrow_batches, read_boxes, validate_proposals
+from ..data.arrow_boxes import read_boxes
+from ..data.columns import arrow_batches, validate_proposals
 from ..data.dataset import init_worker
 from ..data.dataset_card import push_dataset
 from ..data.errors import DataError, ImageError
@@ -130,9 +131,9 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
     Memory does not grow with the dataset, but for some bytes a box.
 
     The output is the input with the field `cluster` (int32, 0 to `num_clusters` - 1) in its `proposals`; a box that
-    cannot be used (see [`~aligndet_hf.data.columns.find_faults`]) is in cluster 0, and pre-training drops it. Beside
-    the data, `proposals.json` has all that the input's had, the settings and versions of the clusters, and the report
-    of [`cluster_report`]. Images that cannot be read are left out and listed there.
+    cannot be used (see [`~aligndet_hf.data.arrow_boxes.find_faults`]) is in cluster 0, and pre-training drops it.
+    Beside the data, `proposals.json` has all that the input's had, the settings and versions of the clusters, and the
+    report of [`cluster_report`]. Images that cannot be read are left out and listed there.
 
     A run that was interrupted, in whatever way, continues with the same command. Where the output is complete and
     neither data, backbone nor settings have changed, nothing is done. The same input gives the same clusters.

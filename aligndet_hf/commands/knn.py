@@ -16,7 +16,7 @@ from ..arguments import (
     OptimisationArguments,
     again,
 )
-from ..data.columns import read_values
+from ..data.arrow_boxes import read_values
 from ..data.errors import ImageError
 from ..data.formats import load_labelled
 from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone

@@ -21,8 +21,8 @@ from ..arguments import (
     RunArguments,
     again,
 )
+from ..data.arrow_boxes import clean_boxes, read_boxes, read_crowds, read_values
 from ..data.bit_depth import pixel_window
-from ..data.columns import clean_boxes, read_boxes, read_crowds, read_values
 from ..data.door import image_digest
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, load_labelled

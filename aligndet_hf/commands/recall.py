@@ -9,8 +9,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..arguments import DatasetArguments, MeasureArguments, OptimisationArguments, ProgressArguments, again
+from ..data.arrow_boxes import find_faults, read_boxes, read_values
 from ..data.bit_depth import pixel_window
-from ..data.columns import arrow_batches, find_faults, read_boxes, read_values, validate_proposals
+from ..data.columns import arrow_batches, validate_proposals
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size

@@ -8,6 +8,7 @@ from .errors import DataError
 
 # Why a box cannot be used; index 0 is a sound box.
 FAULTS = ("", "not finite", "no area", "outside the image")
+OUTSIDE = 3
 
 
 def _is_list(type_: pa.DataType) -> bool:
@@ -98,7 +99,7 @@ def find_faults(boxes: np.ndarray, width=np.inf, height=np.inf) -> np.ndarray:
     x, y, w, h = boxes.T.astype(np.float64)
     faults = np.zeros(len(boxes), dtype=np.int64)
     with np.errstate(invalid="ignore"):  # inf - inf
-        faults[(x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)] = 3
+        faults[(x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)] = OUTSIDE
     faults[(w <= 0) | (h <= 0)] = 2
     faults[~np.isfinite(boxes).all(axis=1)] = 1
     return faults

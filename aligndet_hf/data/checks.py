@@ -6,7 +6,8 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from .columns import arrow_batches, image_ids, read_boxes, read_crowds, read_values
+from .arrow_boxes import read_boxes, read_crowds, read_values
+from .columns import arrow_batches, image_ids
 from .door import image_digest
 from .masks import FIELD
 

@@ -8,43 +8,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .arrow_boxes import (
-    FAULTS,
-    clean_boxes,
-    find_faults,
-    is_number,
-    read_boxes,
-    read_crowds,
-    read_values,
-    usable_boxes,
-)
-from .errors import DataError, ImageError
+from .arrow_boxes import FAULTS, OUTSIDE, find_faults, is_number, read_boxes, read_values
+from .errors import DataError
 from .masks import FIELD
 from .pixels import ImageFacts, check_box_format, check_declared_sizes, inspect_images
 from .splits import spread_rows
-
-__all__ = [
-    "BoxReport",
-    "DataError",
-    "ImageError",
-    "arrow_batches",
-    "category_ids",
-    "clean_boxes",
-    "find_faults",
-    "image_batches",
-    "image_ids",
-    "image_numbers",
-    "objects_feature",
-    "proposal_record",
-    "proposals_feature",
-    "read_boxes",
-    "read_crowds",
-    "read_values",
-    "require_columns",
-    "usable_boxes",
-    "validate_objects",
-    "validate_proposals",
-]
 
 # Rows whose boxes are looked at together, evenly spaced over the data set.
 SIZE_CHECKED_ROWS = 4096
@@ -233,22 +201,36 @@ def image_batches(dataset: datasets.Dataset):
 
 
 def _validate_boxes(dataset: datasets.Dataset, column: str, source: str, images: ImageFacts | None) -> BoxReport:
-    """What `validate_proposals` and `validate_objects` share: everything about the boxes."""
-    report = BoxReport(source, column, len(dataset))
+    """
+    What `validate_proposals` and `validate_objects` share: opens all images; compares their sizes with those in the
+    labels, and with the boxes.
+    """
+    if images is None:
+        images = inspect_images(lambda: image_batches(dataset), len(dataset))
+        images.require_readable(source)
+    check_declared_sizes(images, _declared_sizes(dataset), source)
+    report = BoxReport(source, column, len(dataset), notes=images.notes(), images=images)
+    # Of proposals there may be many millions: other formats are looked for in evenly spaced rows.
+    looked_at = np.zeros(len(dataset), dtype=bool)
+    looked_at[spread_rows(len(dataset), SIZE_CHECKED_ROWS)] = True
+    sound, sound_rows = [], []
     for start, table in arrow_batches(dataset, [column]):
-        try:
-            boxes, counts = read_boxes(table[column])
-        except DataError as error:
-            raise DataError(f"{source}, column '{column}', rows from {start} on: {error}") from None
-        faults = find_faults(boxes)
-        # Without image sizes a box left of or above the image is still seen; count it in the size check only.
-        faults[faults == 3] = 0
-        report.add(faults, np.repeat(np.arange(start, start + len(counts)), counts))
+        boxes, counts = read_boxes(table[column])
+        rows = np.repeat(np.arange(start, start + len(counts)), counts)
+        is_known = (images.sizes[rows] > 0).all(axis=1)
+        faults = find_faults(boxes, *images.sizes[rows, ::-1].T)
+        faults[(faults == OUTSIDE) & ~is_known] = 0
+        report.add(faults, rows)
         report.boxes += len(boxes)
         report.empty_rows += int((counts == 0).sum())
+        kept = looked_at[rows] & np.isin(faults, (0, OUTSIDE)) & is_known
+        sound.append(boxes[kept])
+        sound_rows.append(rows[kept])
     if report.boxes == 0:
         raise DataError(f"{source}: column '{column}' holds no box in any of its {report.rows} rows.")
-    _check_against_images(dataset, column, source, report, images)
+    boxes, rows = np.concatenate(sound), np.concatenate(sound_rows)
+    if len(boxes):
+        report.notes += check_box_format(boxes, images.sizes[rows], rows, column, source)
     num_dropped = sum(report.dropped.values())
     if report.boxes == num_dropped:
         raise DataError(f"{source}: column '{column}' holds no usable box.\n{report}")
@@ -258,33 +240,6 @@ def _validate_boxes(dataset: datasets.Dataset, column: str, source: str, images:
             f"images, or in other units? Correct or remove them.\n{report}"
         )
     return report
-
-
-def _check_against_images(dataset, column: str, source: str, report: BoxReport, images: ImageFacts | None) -> None:
-    """Opens all images; compares their sizes with those in the labels, and with the boxes."""
-    report.images = images
-    if images is None:
-        report.images = inspect_images(lambda: image_batches(dataset), len(dataset))
-        report.images.require_readable(source)
-    check_declared_sizes(report.images, _declared_sizes(dataset), source)
-    report.notes += report.images.notes()
-    # Of proposals there may be many millions: other formats are looked for in evenly spaced rows.
-    chosen = np.zeros(len(dataset), dtype=bool)
-    chosen[spread_rows(len(dataset), SIZE_CHECKED_ROWS)] = True
-    sound, sound_rows = [], []
-    for start, table in arrow_batches(dataset, [column]):
-        boxes, counts = read_boxes(table[column])
-        rows = np.repeat(np.arange(start, start + len(counts)), counts)
-        faults = find_faults(boxes, *report.images.sizes[rows, ::-1].T)
-        faults[(report.images.sizes[rows] == 0).any(axis=1)] = 0
-        kept = chosen[rows] & ((faults == 0) | (faults == 3)) & (report.images.sizes[rows] > 0).all(axis=1)
-        sound.append(boxes[kept])
-        sound_rows.append(rows[kept])
-        faults[faults < 3] = 0  # counted before
-        report.add(faults, rows)
-    boxes, rows = np.concatenate(sound), np.concatenate(sound_rows)
-    if len(boxes):
-        report.notes += check_box_format(boxes, report.images.sizes[rows], rows, column, source)
 
 
 def _declared_sizes(dataset: datasets.Dataset) -> np.ndarray:

@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import Dataset
 
 from ..processes import leave_signals_to_parent
+from .arrow_boxes import clean_boxes, read_boxes, read_values, usable_boxes
 from .augmentations import AUGMENTATIONS, Augmentation, Sample, apply_transform
 from .bit_depth import pixel_window
-from .columns import clean_boxes, read_boxes, read_values, require_columns, usable_boxes
+from .columns import require_columns
 from .errors import ImageError
 from .images import decode_image
 from .masks import draw_regions, read_regions

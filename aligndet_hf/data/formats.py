@@ -10,7 +10,8 @@ import numpy as np
 from ..files import similar_path
 from ..objects import Given, as_source
 from . import door
-from .columns import BoxReport, arrow_batches, read_values, require_columns, validate_objects
+from .arrow_boxes import read_values
+from .columns import BoxReport, arrow_batches, require_columns, validate_objects
 from .errors import DataError
 from .readers import READERS, find_reader, image_folder, saved
 from .readers.files import list_files, split_of_folder
@@ -60,17 +61,12 @@ def load_dataset_source(
             line.
     """
     source = as_source(source)
-    if isinstance(source, Given):
-        return _load_object(source, split, labels, split_flag)
-    path = Path(source).expanduser()
-    reader = find_reader(path) if path.exists() else None
+    path, reader = (None, None) if isinstance(source, Given) else (Path(source).expanduser(), find_reader(source))
     roots = None  # the readers of files have looked themselves
-    if reader is saved:
-        splits = saved.load(path)
-        dataset = datasets.concatenate_datasets(
-            [splits[name] for name in _choose_splits(list(splits), split, path, split_flag)]
-        )
-        roots = [path]
+    if isinstance(source, Given):
+        dataset = _load_object(source, split, split_flag)
+    elif reader is saved:
+        dataset, roots = _joined(saved.load(path), split, path, split_flag), [path]
     elif reader is not None:
         names = reader.split_names(path)
         chosen = names if path.is_file() and len(names) == 1 else _choose_splits(names, split, path, split_flag)
@@ -78,8 +74,7 @@ def load_dataset_source(
             print(f"{path}: read as {reader.NAME}. It has the splits {', '.join(names)}; used: {' + '.join(chosen)}.")
         dataset = build_dataset(reader.read(path, chosen, Path(image_dir) if image_dir else None), str(path))
     else:
-        dataset = _load_hub(str(source), split)
-        roots = door.hub_roots(source)
+        dataset, roots = _load_hub(str(source), split), door.hub_roots(source)
     if labels and reader is image_folder and "objects" not in dataset.column_names and not has_metadata(path):
         raise DataError(without_labels(path))
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
@@ -105,32 +100,22 @@ def without_labels(folder: Path) -> str:
     )
 
 
-def _load_object(source: Given, split: str | None, labels: bool, split_flag: str) -> datasets.Dataset:
+def _load_object(source: Given, split: str | None, split_flag: str) -> datasets.Dataset:
     """A data set in memory in the form that [`load_dataset_source`] gives all of them."""
     if isinstance(source.value, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise DataError("a stream can only be read once and in order, by `pretrain` and `generate_proposals`")
-    splits = _splits_of(source)
-    chosen = _choose_splits(list(splits), split if len(splits) > 1 else None, source, split_flag)
-    dataset = datasets.concatenate_datasets([splits[name] for name in chosen])
-    require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
-    return dataset.cast_column("image", datasets.Image(decode=False))
-
-
-def _splits_of(source: Given) -> dict[str, datasets.Dataset]:
     splits = dict(source.value) if isinstance(source.value, dict) else {"train": source.value}
-    return standard_objects(splits, str(source))
+    return _joined(standard_objects(splits, str(source)), split if len(splits) > 1 else None, source, split_flag)
 
 
 def is_local_images(source: str | Path) -> bool:
     """Whether a source is read by this module, from files: no data set of the Hub, and no copy of one."""
-    path = Path(source).expanduser()
-    return path.exists() and find_reader(path) is not None
+    return find_reader(source) is not None
 
 
 def recognised(source: str | Path) -> str:
     """What a source is taken for, in words."""
-    path = Path(source).expanduser()
-    reader = find_reader(path) if path.exists() else None
+    reader = find_reader(source)
     return "a data set of the Hub" if reader is None else reader.NAME
 
 
@@ -143,9 +128,8 @@ def split_names(source: str | Path) -> list[str]:
     """
     if isinstance(source, Given):
         return list(source.value) if isinstance(source.value, dict) else ["train"]
-    path = Path(source).expanduser()
-    reader = find_reader(path) if path.exists() else None
-    return list(_load_from_hub(str(source), None)) if reader is None else reader.split_names(path)
+    reader = find_reader(source)
+    return list(_load_from_hub(str(source), None)) if reader is None else reader.split_names(Path(source).expanduser())
 
 
 def category_names(dataset: datasets.Dataset, source: str | Path = "the data set") -> list[str]:
@@ -191,6 +175,12 @@ def load_labelled(
     return dataset, categories, validate_objects(dataset, categories, str(source))
 
 
+def _joined(
+    splits: dict[str, datasets.Dataset], split: str | None, source: str | Path, flag: str = "--split"
+) -> datasets.Dataset:
+    return datasets.concatenate_datasets([splits[name] for name in _choose_splits(list(splits), split, source, flag)])
+
+
 def _choose_splits(available: list[str], split: str | None, source: str | Path, flag: str = "--split") -> list[str]:
     if split is None and len(available) == 1:
         return available
@@ -227,8 +217,7 @@ def _load_from_hub(source: str, split: str | None) -> datasets.Dataset | dataset
 def _load_hub(source: str, split: str | None) -> datasets.Dataset:
     loaded = _load_from_hub(source, split)
     if isinstance(loaded, datasets.DatasetDict):
-        name = _choose_splits(list(loaded), None, source)[0]
-        return standard_objects(dict(loaded), source)[name]
+        return _joined(standard_objects(dict(loaded), source), None, source)
     # Categories without names count as far as in all splits, which `load_dataset` has fetched anyway.
     others = dict(_load_from_hub(source, None)) if has_numbers_only(loaded) else {}
     return standard_objects(others | {split: loaded}, source)[split]

@@ -297,27 +297,22 @@ def _fixed_part(pattern: str) -> str:
 
 def _file_parts(files: Iterable[str], root: str, faults: list[dict]) -> Iterator:
     """Images between two videos are one part, a video is one of its own."""
-    images = ImageFiles([], [])
-    for path in files:
-        name = printable(Path(os.path.relpath(path, root or ".")).as_posix())
-        if not _is_video(path):
-            images.paths.append(os.path.abspath(path))
-            images.names.append(name)
+    for are_videos, group in itertools.groupby(files, _is_video):
+        paths = list(map(os.path.abspath, group))
+        names = [printable(Path(os.path.relpath(path, root or ".")).as_posix()) for path in paths]
+        if not are_videos:
+            yield ImageFiles(paths, names)
             continue
-        if images.paths:
-            yield images
-            images = ImageFiles([], [])
-        try:
-            video = VideoFrames(os.path.abspath(path), name)
-        except ImageError as error:
-            faults.append({"file": name, "reason": str(error)})
-            continue
-        if video.lacking:
-            reason = f"The video {path} ends {video.lacking} frames before the number that its header tells."
-            faults.append({"file": name, "reason": reason})
-        yield video
-    if images.paths:
-        yield images
+        for path, name in zip(paths, names, strict=True):
+            try:
+                video = VideoFrames(path, name)
+            except ImageError as error:
+                faults.append({"file": name, "reason": str(error)})
+                continue
+            if video.lacking:
+                reason = f"The video {path} ends {video.lacking} frames before the number that its header tells."
+                faults.append({"file": name, "reason": reason})
+            yield video
 
 
 def _dataset_parts(source: str, split: str | None) -> list[DatasetImages]:

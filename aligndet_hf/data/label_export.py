@@ -14,7 +14,8 @@ import PIL.Image
 import yaml
 
 from . import door
-from .columns import category_ids, clean_boxes, image_ids, read_boxes, read_crowds, read_values
+from .arrow_boxes import clean_boxes, read_boxes, read_crowds, read_values
+from .columns import category_ids, image_ids
 from .errors import DataError
 from .images import image_size
 from .masks import FIELD, has_regions

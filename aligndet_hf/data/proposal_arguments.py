@@ -26,29 +26,12 @@ from .sources import SOURCES
 # Sources that find boxes everywhere, and what is kept of any source if nothing else is said. A detector that learns
 # from overlapping boxes finds every object several times (docs/results.md): of a search a few boxes that are apart.
 SEARCHES = ("selective_search", "opencv")
+_BOUNDS = ("max_boxes", "nms_threshold", "min_side", "min_relative_size", "max_relative_size")
 KEPT = {
-    "search": {
-        "max_boxes": 10,
-        "nms_threshold": 0.2,
-        "min_side": 0.0,
-        "min_relative_size": 0.04,
-        "max_relative_size": 0.8,
-    },
-    "other": {
-        "max_boxes": 300,
-        "nms_threshold": 0.7,
-        "min_side": 0.0,
-        "min_relative_size": 0.04,
-        "max_relative_size": 1.0,
-    },
+    "search": dict(zip(_BOUNDS, (10, 0.2, 0.0, 0.04, 0.8), strict=True)),
+    "other": dict(zip(_BOUNDS, (300, 0.7, 0.0, 0.04, 1.0), strict=True)),
     # AlignDet's and SoCo's `ratio3size0008`; neither paper says how many boxes it keeps, or how far apart.
-    "paper": {
-        "max_boxes": 300,
-        "nms_threshold": 0.7,
-        "min_side": 32.0,
-        "min_relative_size": 0.0,
-        "max_relative_size": 0.8,
-    },
+    "paper": dict(zip(_BOUNDS, (300, 0.7, 32.0, 0.0, 0.8), strict=True)),
 }
 
 

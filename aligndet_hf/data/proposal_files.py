@@ -8,7 +8,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from .columns import arrow_batches, image_ids, proposals_feature, read_boxes, read_values
+from .arrow_boxes import read_boxes, read_values
+from .columns import arrow_batches, image_ids, proposals_feature
 from .errors import DataError, ImageError
 from .images import image_name, image_size
 

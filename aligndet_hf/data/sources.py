@@ -16,7 +16,7 @@ from ..proposals.filters import select_indices
 from ..proposals.opencv import import_opencv, opencv_selective_search
 from ..proposals.selective_search import selective_search
 from ..proposals.trained import load_box_finder
-from .columns import clean_boxes
+from .arrow_boxes import clean_boxes
 
 Search = Callable[[list[np.ndarray], list[dict]], list[dict[str, np.ndarray]]]
 """
@@ -41,18 +41,22 @@ class Source(NamedTuple):
     versions: Callable[[], dict[str, str]]
 
 
-def _of_images(find: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Search:
-    """A search that asks a function of an image for its boxes and scores."""
-    return lambda images, rows: [dict(zip(("bbox", "score"), find(image), strict=True)) for image in images]
+def _of_images(find: Callable[[np.ndarray, dict], dict[str, np.ndarray]]) -> Search:
+    """A search that asks a function of an image and its row for the proposals."""
+    return lambda images, rows: [find(image, row) for image, row in zip(images, rows, strict=True)]
+
+
+def _fields(found: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+    return dict(zip(("bbox", "score"), found, strict=True))
 
 
 def _open_selective_search(preset: str, selection: dict) -> Search:
-    return _of_images(lambda image: selective_search(image, preset, **selection))
+    return _of_images(lambda image, row: _fields(selective_search(image, preset, **selection)))
 
 
 def _open_opencv(mode: str, short_side: int, selection: dict) -> Search:
     import_opencv().setNumThreads(1)  # the processes are the parallelism
-    return _of_images(lambda image: opencv_selective_search(image, mode, short_side, **selection))
+    return _of_images(lambda image, row: _fields(opencv_selective_search(image, mode, short_side, **selection)))
 
 
 def _open_detector(detector: str, score_threshold: float, per_device_eval_batch_size: int, selection: dict) -> Search:
@@ -60,43 +64,38 @@ def _open_detector(detector: str, score_threshold: float, per_device_eval_batch_
 
     def search(images, rows):
         return [
-            select_fields({"bbox": boxes, "score": scores}, image.shape[:2], selection)
-            for image, (boxes, scores) in zip(images, find(images), strict=True)
+            select_fields(_fields(found), image.shape[:2], selection)
+            for image, found in zip(images, find(images), strict=True)
         ]
 
     return search
 
 
 def _open_column(column: str, selection: dict) -> Search:
-    def search(images, rows):
-        found = []
-        for image, row in zip(images, rows, strict=True):
-            height, width = image.shape[:2]
-            fields = row[column] or {"bbox": []}
-            boxes, kept = clean_boxes(fields["bbox"], width, height)
-            proposals = {"bbox": boxes}
-            for name, dtype in {"score": np.float32, "cluster": np.int32}.items():
-                if name in fields:
-                    proposals[name] = np.asarray(fields[name], dtype=dtype)[kept]
-            # Boxes without scores, labels for one, keep their order.
-            proposals.setdefault("score", _in_order(boxes))
-            found.append(select_fields(proposals, (height, width), selection))
-        return found
+    def find(image, row):
+        height, width = image.shape[:2]
+        fields = row[column] or {"bbox": []}
+        boxes, kept = clean_boxes(fields["bbox"], width, height)
+        proposals = {
+            "bbox": boxes,
+            "score": _in_order(boxes),
+        }  # boxes without scores, labels for one, keep their order
+        for name, dtype in {"score": np.float32, "cluster": np.int32}.items():
+            if name in fields:
+                proposals[name] = np.asarray(fields[name], dtype=dtype)[kept]
+        return select_fields(proposals, (height, width), selection)
 
-    return search
+    return _of_images(find)
 
 
 def _open_random(selection: dict) -> Search:
-    def search(images, rows):
-        found = []
-        for image in images:
-            # Of an image the same boxes always, wherever it stands; as many as any other source may give.
-            seed = zlib.crc32(np.ascontiguousarray(image))
-            boxes = random_boxes(image.shape[:2], selection["max_boxes"], seed)
-            found.append(select_fields({"bbox": boxes, "score": _in_order(boxes)}, image.shape[:2], selection))
-        return found
+    def find(image, row):
+        # Of an image the same boxes always, wherever it stands; as many as any other source may give.
+        seed = zlib.crc32(np.ascontiguousarray(image))
+        boxes = random_boxes(image.shape[:2], selection["max_boxes"], seed)
+        return select_fields({"bbox": boxes, "score": _in_order(boxes)}, image.shape[:2], selection)
 
-    return search
+    return _of_images(find)
 
 
 def _in_order(boxes: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from ..data.arrow_boxes import usable_boxes
 from ..data.bit_depth import pixel_window
 from ..data.collate import normalize_images, pad_images
-from ..data.columns import usable_boxes
 from ..data.errors import ImageError
 from ..data.images import decode_image, image_name
 from ..data.views import resize_image, view_shape

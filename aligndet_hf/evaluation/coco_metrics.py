@@ -15,8 +15,9 @@ import torch
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from ..data.arrow_boxes import read_boxes, read_values
 from ..data.checks import COCO_DETECTIONS, metric_note
-from ..data.columns import image_numbers, read_boxes, read_values
+from ..data.columns import image_numbers
 from ..data.masks import FIELD, coco_run_lengths, has_regions, run_lengths
 
 logger = logging.get_logger(__name__)

@@ -10,9 +10,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from ..data.arrow_boxes import read_values, usable_boxes
 from ..data.bit_depth import pixel_window, window_of
 from ..data.collate import collate_labelled, normalize_images
-from ..data.columns import image_numbers, read_values, usable_boxes
+from ..data.columns import image_numbers
 from ..data.dataset import init_worker
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..data.arrow_boxes import clean_boxes
 from ..data.bit_depth import window_of
 from ..data.collate import collate_labelled
-from ..data.columns import clean_boxes
 from ..data.dataset import init_worker
 from ..data.errors import ImageError
 from ..data.image_list import ImageList

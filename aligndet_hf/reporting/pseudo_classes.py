@@ -6,8 +6,9 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from ..data.arrow_boxes import clean_boxes, read_boxes, read_crowds, read_values
 from ..data.bit_depth import pixel_window
-from ..data.columns import arrow_batches, clean_boxes, read_boxes, read_crowds, read_values
+from ..data.columns import arrow_batches
 from ..data.images import decode_image
 from ..proposals.clusters import Clustering, cluster_agreement, match_labels
 from .pictures import plot_crops

@@ -8,9 +8,10 @@ from accelerate import Accelerator
 from transformers import BaseImageProcessor
 from transformers.utils import logging
 
+from ..data.arrow_boxes import read_values
 from ..data.collate import collate_views
-from ..data.columns import DataError, read_values
 from ..data.dataset import ProposalViews
+from ..data.errors import DataError
 from ..data.views import ViewConfig
 from ..detectors.backbone_weights import BackboneReport
 from ..detectors.build import build_image_processor, is_new, load_detector, require_useful_backbone

@@ -21,8 +21,11 @@ from . import box_table, coco, cvat, image_folder, json_images, kitti, saved, vo
 READERS: list[ModuleType] = [saved, json_images, coco, cvat, yolo, voc, kitti, box_table, image_folder]
 
 
-def find_reader(path: Path) -> ModuleType | None:
-    """The reader of a file or folder; `None` if it is in no format that is known."""
+def find_reader(source: str | Path) -> ModuleType | None:
+    """The reader of a file or folder; `None` if it is in no format that is known, or not there."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return None
     if path.is_dir() and not saved.recognise(path) and image_folder.has_metadata(path):
         return box_table if any(file.stem == "metadata" for file in box_table.find_files(path)) else image_folder
     return next((reader for reader in READERS if reader.recognise(path)), None)
