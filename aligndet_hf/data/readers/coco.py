@@ -20,7 +20,7 @@ from .files import (
     tails,
 )
 from .listed import require_own_splits
-from .rows import Categories, LabelledImage, Labels, box_around, is_box
+from .rows import Categories, LabelledImage, Labels, box_around, is_box, require_unique_ids
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     for file, content in contents.items():
         outer = path if path.is_dir() else _outer_folder(file)
         images += _read_images(file, content, categories, image_dir, outer)
-    _require_unique([image for image in images if len(contents) > 1])
+    if len(contents) > 1:  # each file numbers its own images
+        require_unique_ids(images)
     names = [str(category["name"]) for category in categories]
     ids = [_own_id(category["id"]) for category in categories]
     return Labels(images, Categories(names, ids) if any("annotations" in one for one in contents.values()) else None)
@@ -315,14 +316,6 @@ def _around(segmentation) -> list[float] | None:
         return None
     xs, ys = ([value for outline in segmentation for value in outline[side::2]] for side in (0, 1))
     return box_around(xs, ys)
-
-
-def _require_unique(images: list[LabelledImage]) -> None:
-    """Of several files joined: no id of an image twice. Each file numbers its own ones."""
-    ids = [image.image_id for image in images]
-    if len(set(ids)) != len(ids) or len({type(own) for own in ids}) > 1:
-        for number, image in enumerate(images, start=1):
-            image.image_id = number
 
 
 def _outer_folder(path: Path) -> Path:

@@ -6,8 +6,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from ..errors import DataError
-from .files import inside, is_file, list_files, number, read_start, read_xml, split_of_folder
-from .rows import Categories, LabelledImage, Labels, box_around
+from .files import list_files, number, read_start, read_xml, split_of_folder
+from .listed import Entry, Object, collect
+from .rows import Labels, box_around, require_unique_ids
 
 logger = logging.getLogger(__name__)
 
@@ -46,20 +47,21 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     Raises:
         [`DataError`]: for a file that is not as it should be; it names the file, the image and the shape.
     """
-    images, names = [], None
+    folder = image_dir or (path if path.is_dir() else path.parent)
+    names, entries = [], []
     for file in _find_files(path):
         root = _read_root(file)
         names = names or _label_names(root)
         for number_, element in enumerate(root.iter("image")):
-            if _subset(path, element) in splits:
-                where = f"{file}, image {element.get('name', number_)!r}"
-                images.append(_read_image(path, file, element, names, image_dir, where))
+            where = f"{file}, image {element.get('name', number_)!r}"
+            entries.append(_entry(element, _subset(path, element), folder, names, where))
         skipped = {name: len(root.findall(f"image/{name}")) for name in _OTHER_SHAPES}
         if any(skipped.values()):
             told = ", ".join(f"{count} {name}" for name, count in skipped.items() if count)
             logger.warning("%s: left out, for they have no box: %s.", file, told)
-    _require_unique(images)
-    return Labels(images, Categories(names) if names else None)
+    labels = collect(folder, entries, splits, categories=names)
+    require_unique_ids(labels.images)  # several files, each of a task of its own, number their images alike
+    return labels
 
 
 def _looks_like_cvat(file: Path) -> bool:
@@ -95,34 +97,27 @@ def _label_names(root: ElementTree.Element) -> list[str]:
     return [name for name in dict.fromkeys(named) if name] or sorted(used)
 
 
-def _read_image(
-    path: Path, file: Path, element: ElementTree.Element, names: list[str], image_dir: Path | None, where: str
-) -> LabelledImage:
-    name = element.get("name")
+def _entry(element: ElementTree.Element, split: str, folder: Path, names: list[str], where: str) -> Entry:
+    name, subset = element.get("name"), element.get("subset") or "default"
     if not name:
         raise DataError(f"{where}: expected a 'name'.")
-    image = LabelledImage(
-        path=_find_image(path if path.is_dir() else file.parent, element, name, image_dir, where),
-        where=where,
-        file_name=name,
-        image_id=_integer(element, "id", where),
-        width=_integer(element, "width", where),
-        height=_integer(element, "height", where),
-        objects={"bbox": [], "category": []},
-    )
+    objects = []
     for position, shape in enumerate(child for child in element if child.tag in _SHAPES):
         place = f"{where}, {shape.tag} {position}"
         if shape.get("label") not in names:
             raise DataError(f"{place}: unknown label {shape.get('label')!r}, expected one of {', '.join(names[:10])}.")
-        image.add(_box(shape, place), names.index(shape.get("label")), segmentation=_polygon(shape))
-    return image
+        objects.append(Object(_box(shape, place), shape.get("label"), _polygon(shape)))
+    bases = (folder / "images" / subset, folder / subset, folder / "images")
+    base = next((place for place in bases if place.is_dir()), folder)
+    own_id, width, height = (_integer(element, name, where) for name in ("id", "width", "height"))
+    return Entry(where, split, name, base, objects, (width, height), image_id=own_id)
 
 
-def _polygon(shape: ElementTree.Element) -> list[list[float]] | None:
+def _polygon(shape: ElementTree.Element) -> list[float] | None:
     """The corners of a polygon; `None` of other shapes."""
     if shape.tag != "polygon":
         return None
-    return [[float(part) for point in shape.get("points").split(";") if point for part in point.split(",")]]
+    return [float(part) for point in shape.get("points").split(";") if point for part in point.split(",")]
 
 
 def _integer(element: ElementTree.Element, name: str, where: str) -> int | None:
@@ -160,20 +155,3 @@ def _around_turned(left: float, top: float, right: float, bottom: float, degrees
     width, height = right - left, bottom - top
     around = width * cosine + height * sine, width * sine + height * cosine
     return [(left + right - around[0]) / 2, (top + bottom - around[1]) / 2, *around]
-
-
-def _find_image(folder: Path, element: ElementTree.Element, name: str, image_dir: Path | None, where: str) -> Path:
-    subset = element.get("subset") or "default"
-    places = [image_dir] if image_dir else [folder, folder / "images", folder / "images" / subset, folder / subset]
-    for place in places:
-        path = inside(image_dir or folder, name, where, place)
-        if is_file(path):
-            return path
-    raise DataError(f"{where}: there is no such file in {', '.join(map(str, places))}. Give the folder as image_dir.")
-
-
-def _require_unique(images: list[LabelledImage]) -> None:
-    """Several files, each of a task of its own, number their images alike."""
-    if len({image.image_id for image in images}) != len(images):
-        for number_, image in enumerate(images):
-            image.image_id = number_

@@ -44,6 +44,7 @@ class Entry(NamedTuple):
         size (`tuple[int, int]`, *optional*): Width and height of the image, where the file has them.
         parts (`float`, *optional*): Coordinates are in this many parts of the image's sides, 1 or 100; else in pixels.
         also (`str`, *optional*): How the image may be called instead, for it is often renamed after it was labelled.
+        image_id (`int`, *optional*): Its id in the file.
     """
 
     where: str
@@ -51,23 +52,31 @@ class Entry(NamedTuple):
     image: str
     base: Path
     objects: list[Object]
-    size: tuple[int, int] | None = None
+    size: tuple[int | None, int | None] | None = None
     parts: float | None = PIXELS
     also: str = ""
+    image_id: int | None = None
 
 
-def collect(folder: Path, entries: Iterable[Entry], splits: list[str], missing: str) -> Labels:
+def collect(
+    folder: Path,
+    entries: Iterable[Entry],
+    splits: list[str],
+    missing: str = "are not listed",
+    categories: list[str] | None = None,
+) -> Labels:
     """
     Makes the images of these splits of the entries of all.
 
-    Names of categories come from all splits: texts in alphabetical order, numbers in theirs. Images without an entry
-    are left out and counted.
+    Images without an entry are left out and counted.
 
     Args:
         folder (`Path`): The folder of the images, at any depth; nothing outside it is read.
         entries (`Iterable[Entry]`): Of all splits.
         splits (`list[str]`): The splits to read.
-        missing (`str`): What images without an entry do, for the count: "have no row in the table".
+        missing (`str`, *optional*): What images without an entry do, for the count: "have no row in the table".
+        categories (`list[str]`, *optional*): The names of the categories. By default those in use in all splits: texts
+            in alphabetical order, numbers in theirs.
 
     Returns:
         [`Labels`]: the images in the order of their first entries.
@@ -85,16 +94,16 @@ def collect(folder: Path, entries: Iterable[Entry], splits: list[str], missing: 
         file = finder.find(entry)
         listed |= {file, file.stem}
         if (entry.split, file) not in images:
-            width, height = entry.size or (None, None)
-            image = LabelledImage(file, entry.where, entry.image, None, width, height, {"bbox": [], "category": []})
-            images[entry.split, file] = image
+            about = entry.image, entry.image_id, *(entry.size or (None, None))
+            images[entry.split, file] = LabelledImage(file, entry.where, *about, {"bbox": [], "category": []})
         image = images[entry.split, file]
         for box, label, outline in entry.objects:
             if entry.parts is not PIXELS:
                 sides = entry.size or size_of(file)[::-1]
                 box, outline = (values and _in_pixels(values, entry.parts, sides) for values in (box, outline))
             image.add(box, label, segmentation=outline and [outline])
-    categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    if not categories:
+        categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     numbers = {name: position for position, name in enumerate(categories)}
     for image in images.values():
         image.objects["category"] = [numbers[label] for label in image.objects["category"]]

@@ -74,6 +74,14 @@ class Labels(NamedTuple):
     categories: Categories | None
 
 
+def require_unique_ids(images: list[LabelledImage]) -> None:
+    """Numbers the images of several files anew if an id occurs twice, or the ids are of different types."""
+    ids = [image.image_id for image in images]
+    if len(set(ids)) != len(ids) or len({type(own) for own in ids}) > 1:
+        for number, image in enumerate(images, start=1):
+            image.image_id = number
+
+
 def build_dataset(labels: Labels, source: str) -> datasets.Dataset:
     """
     Makes the data set of what a reader found.

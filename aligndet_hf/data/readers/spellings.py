@@ -10,6 +10,7 @@ from ..columns import arrow_batches
 from ..errors import DataError
 from ..masks import FIELD, has_regions, segmentation_text
 
+_LISTS = (datasets.List, datasets.LargeList)
 COLUMNS = ("objects", "annotations", "annotation")
 FIELDS = {
     "bbox": ("bbox", "bboxes", "boxes", "box"),
@@ -84,41 +85,46 @@ def standard_objects(splits: dict[str, datasets.Dataset], source: str) -> dict[s
 
 def has_numbers_only(dataset: datasets.Dataset) -> bool:
     """Whether there are categories, in any spelling, without a list of their names."""
+    _, fields = _find_fields(dataset)
+    category = fields.get(find_spelling(fields).get("category"))
+    return bool(fields) and not isinstance(getattr(category, "feature", category), datasets.ClassLabel)
+
+
+def _find_fields(dataset: datasets.Dataset) -> tuple[list[str], dict]:
+    """
+    The columns that objects are in, one or, as `boxes` and `labels` beside `image`, one for each field, and the
+    features of the fields, lists all of them. Nothing, unless boxes and categories are among the fields.
+    """
     column = next((name for name in COLUMNS if name in dataset.column_names), None)
-    feature = _lists_at_top(dataset) if column is None else dataset.features[column]
-    fields = getattr(feature, "feature", feature)
-    if not isinstance(fields, dict) or "category" not in find_spelling(fields):
-        return False
-    category = fields[find_spelling(fields)["category"]]
-    return not isinstance(getattr(category, "feature", category), datasets.ClassLabel)
+    if column is None:
+        lists = {name: feature for name, feature in dataset.features.items() if isinstance(feature, _LISTS)}
+        columns = list(find_spelling(lists).values())
+        fields = {name: lists[name] for name in columns}
+    else:
+        columns, fields = [column], dataset.features[column]
+        if isinstance(fields, _LISTS) and isinstance(fields.feature, dict):
+            fields = {name: datasets.List(feature) for name, feature in fields.feature.items()}
+    if not isinstance(fields, dict) or not {"bbox", "category"} <= set(find_spelling(fields)):
+        return [], {}
+    return columns, fields
 
 
 def _with_our_names(dataset: datasets.Dataset) -> datasets.Dataset:
-    column = next((name for name in COLUMNS if name in dataset.column_names), None)
-    if column is None:
-        return _with_lists_joined(dataset)
-    feature = dataset.features[column]
-    as_structs = isinstance(feature, (datasets.List, datasets.LargeList)) and isinstance(feature.feature, dict)
-    fields = feature.feature if as_structs else feature
-    if not isinstance(fields, dict):
+    columns, fields = _find_fields(dataset)
+    names = {spelt: name for name, spelt in find_spelling(fields).items()}
+    if not fields or (dataset.features.get("objects") == fields and all(names[spelt] == spelt for spelt in names)):
         return dataset
-    spelling = find_spelling(fields)
-    if not {"bbox", "category"} <= set(spelling):
-        return dataset
-    if column == "objects" and not as_structs and all(name == spelt for name, spelt in spelling.items()):
-        return dataset
-    own = {spelt: name for name, spelt in spelling.items()}
-    values = _column_of(dataset, column)
-    if as_structs:
-        structs = values.flatten()
-        offsets = _offsets(values)
-        lists = [pa.ListArray.from_arrays(offsets, structs.field(index)) for index in range(structs.type.num_fields)]
-        names = structs.type.names
+    own = {spelt: names.get(spelt, spelt) for spelt in fields}
+    if columns == list(fields):
+        lists = [_column_of(dataset, column) for column in columns]
     else:
-        lists, names = values.flatten(), values.type.names
-    array = pa.StructArray.from_arrays(lists, names=[own.get(name, name) for name in names])
-    feature = {own.get(name, name): datasets.List(fields[name]) if as_structs else fields[name] for name in names}
-    return _replaced(dataset, column, array, feature)
+        values = _column_of(dataset, columns[0])
+        if pa.types.is_struct(values.type):
+            lists = values.flatten()
+        else:
+            lists = [pa.ListArray.from_arrays(_offsets(values), field) for field in values.flatten().flatten()]
+    array = pa.StructArray.from_arrays(lists, names=list(own.values()))
+    return _replaced(dataset, columns, array, {own[spelt]: fields[spelt] for spelt in fields})
 
 
 def _with_texts_of_masks(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -130,32 +136,7 @@ def _with_texts_of_masks(dataset: datasets.Dataset) -> datasets.Dataset:
     if has_regions(values.type):
         return dataset
     texts = [None if row is None else list(map(segmentation_text, row)) for row in values.field(FIELD).to_pylist()]
-    parts = [
-        pa.array(texts, pa.list_(pa.string())) if name == FIELD else values.field(name) for name in values.type.names
-    ]
-    feature = dict(feature) | {FIELD: datasets.List(datasets.Value("string"))}
-    return _replaced(dataset, "objects", pa.StructArray.from_arrays(parts, names=values.type.names), feature)
-
-
-def _lists_at_top(dataset: datasets.Dataset) -> dict:
-    """The columns of lists that are fields of objects, `boxes` and `labels` beside `image`; `{}` unless both are."""
-    spelling = find_spelling(
-        name for name, feature in dataset.features.items() if isinstance(feature, (datasets.List, datasets.LargeList))
-    )
-    return (
-        {spelt: dataset.features[spelt] for spelt in spelling.values()}
-        if {"bbox", "category"} <= set(spelling)
-        else {}
-    )
-
-
-def _with_lists_joined(dataset: datasets.Dataset) -> datasets.Dataset:
-    fields = _lists_at_top(dataset)
-    if not fields:
-        return dataset
-    own = {spelt: name for name, spelt in find_spelling(fields).items()}
-    array = pa.StructArray.from_arrays([_column_of(dataset, spelt) for spelt in own], names=list(own.values()))
-    return _replaced(dataset, list(own), array, {name: fields[spelt] for spelt, name in own.items()})
+    return _with_field(dataset, FIELD, pa.array(texts, pa.list_(pa.string())), datasets.Value("string"))
 
 
 def _column_of(dataset: datasets.Dataset, column: str) -> pa.Array:
@@ -169,15 +150,23 @@ def _offsets(lists: pa.Array) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
 
 
-def _replaced(dataset: datasets.Dataset, column: str | list[str], array: pa.Array, feature: dict) -> datasets.Dataset:
+def _replaced(dataset: datasets.Dataset, columns: list[str], array: pa.Array, feature: dict) -> datasets.Dataset:
     array = array.cast(datasets.Features(objects=feature).arrow_schema.field("objects").type)
-    return dataset.remove_columns(column).add_column("objects", array, feature=feature)
+    return dataset.remove_columns(columns).add_column("objects", array, feature=feature)
+
+
+def _with_field(dataset: datasets.Dataset, name: str, lists: pa.Array, feature) -> datasets.Dataset:
+    """The data set with other values in one field of its objects."""
+    values = _column_of(dataset, "objects")
+    parts = [lists if own == name else values.field(own) for own in values.type.names]
+    array = pa.StructArray.from_arrays(parts, names=values.type.names)
+    return _replaced(dataset, ["objects"], array, dict(dataset.features["objects"]) | {name: datasets.List(feature)})
 
 
 def _category_feature(dataset: datasets.Dataset):
     objects = dataset.features.get("objects")
     category = objects.get("category") if isinstance(objects, dict) else None
-    return category.feature if isinstance(category, (datasets.List, datasets.LargeList)) else None
+    return category.feature if isinstance(category, _LISTS) else None
 
 
 def _used_categories(dataset: datasets.Dataset) -> set:
@@ -190,15 +179,12 @@ def _used_categories(dataset: datasets.Dataset) -> set:
 
 def _numbered(dataset: datasets.Dataset, names: list[str], source: str) -> datasets.Dataset:
     """The categories, given by name, as numbers."""
-    values = _column_of(dataset, "objects")
-    lists = values.field("category")
+    lists = _column_of(dataset, "objects").field("category")
     numbers = pa.compute.index_in(lists.flatten(), pa.array(names, lists.type.value_type))
     if numbers.null_count:
         raise DataError(f"{source}, column 'objects', field 'category': a category is null, expected a name.")
     category = pa.ListArray.from_arrays(_offsets(lists), numbers.cast(pa.int64()))
-    parts = [category if name == "category" else values.field(name) for name in values.type.names]
-    feature = dict(dataset.features["objects"]) | {"category": datasets.List(datasets.ClassLabel(names=names))}
-    return _replaced(dataset, "objects", pa.StructArray.from_arrays(parts, names=values.type.names), feature)
+    return _with_field(dataset, "category", category, datasets.ClassLabel(names=names))
 
 
 def _with_names(dataset: datasets.Dataset, names: list[str]) -> datasets.Dataset:
