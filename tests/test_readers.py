@@ -781,6 +781,14 @@ def test_key_points_of_yolo_follow_the_box(tmp_path):
     assert load_dataset_source(tmp_path, "train")[0]["objects"]["bbox"] == [[10, 12, 20, 6]]
 
 
+def test_labels_of_yolo_in_capitals(tmp_path):
+    yolo_ultralytics(tmp_path)
+    file = tmp_path / "labels" / "train" / "t0.txt"
+    file.rename(file.with_suffix(".TXT"))
+    dataset = load_dataset_source(tmp_path, "train", labels=True)
+    np.testing.assert_allclose(dataset[0]["objects"]["bbox"], boxes_of(SCENES["train"][0][1]), atol=1e-5)
+
+
 def test_a_yaml_file_is_a_source(tmp_path):
     yolo_ultralytics(tmp_path)
     assert len(load_dataset_source(tmp_path / "dataset.yaml", "validation", labels=True)) == 2

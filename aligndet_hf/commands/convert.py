@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from ..arguments import RunArguments, again
 from ..cards import BEGIN, END, citations, describe_versions, merge_card, write_card
 from ..detectors.build import DetectorArguments, open_detector
@@ -19,6 +21,7 @@ from ..training.checkpointing import clear_write_errors
 
 MAKE_ROOM = "If that is too little, make room, and run the same command again."
 
+_TEMPLATE = Path(__file__).with_name("conversion_card_template.md")
 FILES = {"mmdet": "mmdet.pth", "torchvision": "torchvision.safetensors"}
 
 
@@ -125,37 +128,18 @@ def conversion_card(report: ConversionReport, license: str | None = None) -> str
         report ([`~aligndet_hf.detectors.converters.layout.ConversionReport`]): what became of the tensors.
         license (`str`, *optional*): the licence of the weights.
     """
-    metadata = [
-        "library_name: transformers",
-        "pipeline_tag: object-detection",
-        "tags: [object-detection, aligndet-hf]",
-    ]
-    metadata += [f"license: {license}"] if license else []
-    made = [
-        f"`{report.source}`, a checkpoint in the layout of {report.layout}, converted to a `{report.family}` of "
-        "transformers by `aligndet convert`. Nothing was trained.",
-        "| tensors | number |\n|---|---|\n"
-        + "\n".join(
-            f"| {kind} | {len(getattr(report, kind))} |" for kind in ("kept", "reshaped", "dropped", "missing")
-        )
-        + f"\n\n`{report.file_name}` names each of them, and why it was dropped or is missing.",
-    ]
-    if report.missing:
-        made.append("What is missing was initialised anew: **fine-tune it before use.**")
-    if report.note:
-        made.append(f"What differs although every tensor fits: {report.note}.")
-    made.append(
-        f"The code of [{report.repository}](https://github.com/{report.repository}), whose layout it is, has the "
-        f"licence {report.license}. Whoever published the file says which licence its weights have, and what to cite."
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="object-detection",
+            tags=["object-detection", "aligndet-hf"],
+            license=license,
+        ),
+        template_path=str(_TEMPLATE),
+        begin=BEGIN,
+        end=END,
+        report=report,
+        versions=describe_versions(),
+        citations=citations(report.family),
     )
-    papers = [f"```bibtex\n{entry}\n```" for entry in citations(report.family)]
-    parts = [
-        BEGIN,
-        f"# {report.source}",
-        *made,
-        describe_versions(),
-        *(["## Citation", *papers] if papers else []),
-        END,
-    ]
-    card = "\n".join(["---", *metadata, "---", ""]) + "\n" + "\n\n".join(parts) + "\n"
-    return merge_card(card)  # the metadata as they are when it is written again
+    return merge_card(str(card))  # the metadata as they are when it is written again

@@ -9,6 +9,7 @@ from ..door import is_inside, spelt_as_there
 from ..errors import DataError
 from ..masks import segmentation_text
 from .files import (
+    find_inside,
     inside,
     is_file,
     list_files,
@@ -259,10 +260,8 @@ def _read_images(
 
 def _find_image(root: Path, name: str, where: str, base: Path) -> Path:
     """The file of an image: of a path of another machine, or an address, as much of its end as is there."""
-    for tail in tails(name) if _ELSEWHERE.match(name) and not is_inside(name, root) else ():
-        if is_file(base / tail):
-            return inside(root, tail, where, base)
-    return inside(root, name, where, base)
+    is_elsewhere = _ELSEWHERE.match(name) and not is_inside(name, root)
+    return is_elsewhere and find_inside(root, tails(name), base) or inside(root, name, where, base)
 
 
 def _size(image: dict, name: str, where: str) -> int | None:

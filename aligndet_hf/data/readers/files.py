@@ -1,5 +1,6 @@
 """What all readers of label files need: listing a folder, reading text, JSON, XML and tables, names of splits."""
 
+import contextlib
 import csv
 import io
 import json
@@ -7,7 +8,7 @@ import logging
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,6 +137,17 @@ def inside(root: Path, name: str, where: str, base: Path | None = None) -> Path:
         raise DataError(f"{where}: {error}.") from None
 
 
+def find_inside(
+    root: Path, names: Iterable[str], base: Path | None = None, is_there: Callable[[Path], bool] = is_file
+) -> Path | None:
+    """The first of these files that is there, each called as in [`inside`]; names that lead out of `root` are none."""
+    for name in names:
+        with contextlib.suppress(DataError):  # of another machine
+            if is_there(path := door.inside(root, name, base)):
+                return path
+    return None
+
+
 def tails(name: str) -> list[str]:
     """The ends of a path of another machine, the longest first: `mine/images/1.jpg`, `images/1.jpg`, `1.jpg`."""
     parts = door.plain_parts(name)
@@ -158,22 +170,18 @@ def read_text(path: Path, root: Path | None = None) -> str:
     return door.read_text(path)
 
 
-def read_start(path: Path, count: int) -> bytes:
-    """The first bytes of a file, to recognise it by; none if it cannot be opened."""
+def read_start(path: Path, count: int, with_end: bool = False) -> bytes:
+    """
+    The first bytes of a file, to recognise it by; none if it cannot be opened. With as many of its last bytes if asked
+    for: some tools store an image before the labels.
+    """
     try:
         with door.open_file(path, door.MAX_TEXT_BYTES) as file:
-            return file.read(count)
-    except OSError:
-        return b""
-
-
-def read_ends(path: Path, count: int) -> bytes:
-    """The first and the last bytes of a file, as [`read_start`]: some tools store an image before the labels."""
-    try:
-        with door.open_file(path, door.MAX_TEXT_BYTES) as file:
-            start, size = file.read(count), file.seek(0, os.SEEK_END)
-            file.seek(max(len(start), size - count))
-            return start + file.read(count)
+            start = file.read(count)
+            if with_end:
+                file.seek(max(count, file.seek(0, os.SEEK_END) - count))
+                start += file.read(count)
+            return start
     except OSError:
         return b""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
-from .files import is_image, read_ends, read_json, split_of_file
+from .files import is_image, read_json, read_start, split_of_file
 from .listed import PIXELS, Entry, Object, collect, label_files, require_own_splits, split_above
 from .rows import Labels, box_around
 
@@ -253,7 +253,7 @@ def _object(shape: Shape, label: str) -> Object:
 
 
 def _dialect_of(file: Path) -> _Dialect | None:
-    ends = read_ends(file, _SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
+    ends = read_start(file, _SNIFFED_BYTES, with_end=True).removeprefix(b"\xef\xbb\xbf").lstrip()
     for dialect in _DIALECTS.values():
         if ends[:1] and ends[:1] in dialect.opens and all(mark in ends for mark in dialect.marks):
             return dialect

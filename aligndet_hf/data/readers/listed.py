@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..errors import DataError
 from ..images import image_size
-from .files import inside, is_file, list_files, list_images, split_of_folder, tell_unlisted
+from .files import find_inside, list_files, list_images, split_of_folder, tell_unlisted
 from .rows import Categories, LabelledImage, Labels
 
 _LOOKED_AT = 10  # files of each folder
@@ -166,13 +166,9 @@ class _Finder:
 
     def _find(self, name: str, base: Path, also: str, where: str) -> Path:
         plain = PureWindowsPath(name).name
-        for start, one in ((base, name), (self.folder, name), (base, plain)):
-            try:
-                path = inside(self.folder, one, where, start)
-            except DataError:  # of another machine, or beside a table that is not in the folder
-                continue
-            if is_file(path):
-                return path
+        path = find_inside(self.folder, [name], base) or find_inside(self.folder, [name])
+        if path := path or find_inside(self.folder, [plain], base):
+            return path
         found = self.by_name.get(plain) or self.by_name.get(also, [])
         near = [len({base, *base.parents} & set(path.parents)) for path in found]  # how far their ways go together
         found = [path for path, way in zip(found, near, strict=True) if way == max(near)]

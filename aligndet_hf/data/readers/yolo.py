@@ -12,6 +12,7 @@ from ..errors import DataError
 from ..images import image_size
 from .files import (
     find_file,
+    find_inside,
     inside,
     is_file,
     is_folder,
@@ -168,16 +169,9 @@ def _place(root: Path, config: dict, name: str, key: str) -> Path:
     where, base = f"{config['']}, '{key}'", str(config.get("path") or ".").replace("\\", "/")
     plain = name.replace("\\", "/")
     tries = [plain] if base in (".", "") else [str(PurePosixPath(base) / plain), plain]
-    tries += [re.sub(r"^(\.\./)+", "", plain)]
-    tries += tails(plain)
-    for relative in tries:
-        try:
-            place = inside(root, relative, where)
-        except DataError:
-            continue
-        if place.exists() and place != root:
-            return place
-    return inside(root, re.sub(r"^(\.\./)+|^/+", "", plain), where)
+    tries += [re.sub(r"^(\.\./)+", "", plain), *tails(plain)]
+    found = find_inside(root, tries, is_there=lambda place: place.exists() and place != root)
+    return found or inside(root, re.sub(r"^(\.\./)+|^/+", "", plain), where)
 
 
 def _pairs(root: Path, places: list[Path]) -> Iterator[tuple[Path, Path]]:
@@ -185,34 +179,23 @@ def _pairs(root: Path, places: list[Path]) -> Iterator[tuple[Path, Path]]:
     for place in places:
         if place.is_file():  # a list of images
             for row, line in enumerate(read_text(place, root).splitlines(), start=1):
-                if line.strip():
-                    image = _listed(root, place, line.strip(), row)
+                if name := line.strip():
+                    image = find_inside(root, [name, *tails(name)])
+                    if image is None:
+                        raise DataError(f"{place}, line {row}: there is no file {name!r} in {root}.")
                     yield image, _label_file(image)
         else:
             yield from ((image, _label_file(image)) for image in list_images(place))
 
 
-def _listed(root: Path, place: Path, name: str, row: int) -> Path:
-    where = f"{place}, line {row}"
-    for relative in [name.replace("\\", "/"), *tails(name)]:
-        try:
-            image = inside(root, relative, where)
-        except DataError:
-            continue
-        if is_file(image):
-            return image
-    raise DataError(f"{where}: there is no file {name!r} in {root}.")
-
-
 def _label_file(image: Path) -> Path:
     """`images/train/1.jpg` -> `labels/train/1.txt`; without a folder `images` the file beside the image."""
-    parts = list(image.parent.parts)
+    parts, folders = list(image.parent.parts), [image.parent]
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-        beside = Path(*parts) / f"{image.stem}.txt"
-        if is_file(beside) or not is_file(image.with_suffix(".txt")):
-            return beside
-    return image.with_suffix(".txt")
+        folders.insert(0, Path(*parts))
+    files = [folder / f"{image.stem}{ending}" for folder in folders for ending in (".txt", ".TXT")]
+    return next(filter(is_file, files), files[0])
 
 
 # ---- names and boxes ----
