@@ -51,36 +51,31 @@ class HubDatasetArguments(HubArguments):
     hub_dataset_id: str | None = again(HubModelArguments, "hub_model_id")
 
 
-def open_repository(
-    name: str,
-    *,
-    repo_type: str = "model",
-    private: bool | None = None,
-    revision: str | None = None,
-    license: str | None = None,
-    token: str | None = None,
-) -> str:
+def open_repository(arguments: HubArguments, output_dir: Path, repo_type: str = "model") -> str | None:
     """
-    Creates a repository if there is none, and makes sure that it can be written to.
+    Creates the repository to upload to, if there is none, and makes sure that it can be written to.
 
     To be called before the work whose result it shall hold: a run of days must not end at a missing token.
 
     Args:
-        name (`str`): `owner/name`, or the name alone for the owner of the token.
+        arguments ([`HubArguments`]): Whether to upload at all, and where to. A repository that is made is private if
+            nothing is said; one that is there stays as it is. A branch that is not there is made. Of other dataclasses
+            `hub_token` counts too, instead of the token of `hf auth login` or `HF_TOKEN`.
+        output_dir (`Path`): The folder of the result, after which a repository without a name is called.
         repo_type (`str`, *optional*, defaults to `"model"`): Or "dataset".
-        private (`bool`, *optional*): Whether it shall be private. If not given, a new one is, and one that is there
-            stays as it is.
-        revision (`str`, *optional*): The branch to write to; created if there is none.
-        license (`str`, *optional*): The licence that its card will name.
-        token (`str`, *optional*): By default the token of `hf auth login` or `HF_TOKEN`.
 
     Returns:
-        `str`: its id, `owner/name`.
+        `str`: its id, `owner/name`; `None` if nothing is to be uploaded.
 
     Raises:
         OSError: no token, no permission, no such owner, no connection: with what to do about it.
         ValueError: it shall be private and is public, or the Hub does not know the licence.
     """
+    if not arguments.push_to_hub:
+        return None
+    name = getattr(arguments, f"hub_{repo_type}_id") or output_dir.name
+    private, revision, license = arguments.hub_private_repo, arguments.hub_revision, arguments.card_license
+    token = getattr(arguments, "hub_token", None)
     from huggingface_hub import HfApi, get_session
 
     api = HfApi(token=token)
@@ -98,19 +93,6 @@ def open_repository(
     if is_public:
         raise ValueError(f"{repo_id} is to be private, but is there and public: make it private on the Hub first")
     return repo_id
-
-
-def open_dataset_repository(arguments: HubDatasetArguments, output: Path) -> str | None:
-    """The repository to upload a data set to, if that is asked for; see [`open_repository`]."""
-    if not arguments.push_to_hub:
-        return None
-    return open_repository(
-        arguments.hub_dataset_id or output.name,
-        repo_type="dataset",
-        private=arguments.hub_private_repo,
-        revision=arguments.hub_revision,
-        license=arguments.card_license,
-    )
 
 
 def upload(
@@ -136,7 +118,9 @@ def upload(
         card (`str`): The generated card, with metadata.
         local_card (`Path`, *optional*): A card to take what a person wrote from, where the Hub's has nothing.
         message (`str`): The commit message.
-        repo_type, revision, token: As for [`open_repository`].
+        repo_type (`str`, *optional*, defaults to `"model"`): Or "dataset".
+        revision (`str`, *optional*): The branch to write to.
+        token (`str`, *optional*): By default the token of `hf auth login` or `HF_TOKEN`.
 
     Returns:
         `str`: address of the repository.

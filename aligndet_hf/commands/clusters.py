@@ -47,7 +47,7 @@ from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
 from ..files import is_sound, seal_file
 from ..flags import flag, names_of
-from ..hub import HubDatasetArguments, open_dataset_repository
+from ..hub import HubDatasetArguments, open_repository
 from ..objects import name_objects
 from ..processes import device_of
 from ..proposals.clusters import Clustering, choose_num_clusters, fit_clusters
@@ -157,7 +157,7 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
     if arguments.num_pictures:
         new_figure(1, 1)  # says now, not after the clustering, that matplotlib is missing
     with data_folder(arguments, "clusters", ["clustering-*.npz", "features-*.npz"]) as folder:
-        repo_id = open_dataset_repository(arguments, output)
+        repo_id = open_repository(arguments, output, "dataset")
         sources = _load_sources(arguments)
         arguments = _with_num_clusters(arguments, sources)
         features = load_features(arguments)

@@ -41,6 +41,7 @@ from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..evaluation.speed import measure_speed
 from ..files import write_json
 from ..flags import local_paths, names_of
+from ..hub import open_repository
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
 from ..runs import RunFolder
@@ -48,7 +49,7 @@ from ..training.batch_size import largest_batch, trial_step
 from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
 from ..training.finetune_arguments import FinetuneArguments, require_metric
-from ..training.publish import finished_metrics, open_run_repository, publish_run
+from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import TellForecast
 from ..training.start import start_hashes
 
@@ -111,7 +112,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     ) as folder:
         settings = settings_of(arguments)
         changes = folder.claim({"max_steps", "num_train_epochs"}, local_paths(arguments), settings=settings)
-        repo_id = open_run_repository(arguments)
+        repo_id = Launch().on_main(open_repository, arguments, folder.path)
         data = _load_data(arguments, folder, processes)
         if folder.is_finished and not changes:
             return FinetuneResult(folder.path, finished_metrics(folder.path, RESULTS, arguments, repo_id))

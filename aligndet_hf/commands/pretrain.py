@@ -16,6 +16,7 @@ from ..data.shards import content_hash
 from ..data.views import choose_sizes
 from ..files import write_json
 from ..flags import local_paths
+from ..hub import open_repository
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..reporting.run_record import SUMMARY
 from ..runs import RunFolder
@@ -32,7 +33,7 @@ from ..training.pretrain_setup import (
     compared_configuration,
     open_stream,
 )
-from ..training.publish import finished_metrics, open_run_repository, publish_run
+from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import length_note
 from ..training.schedules import Schedules
 from ..training.start import start_hashes
@@ -104,7 +105,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         configuration = compared_configuration(arguments, accelerator)
         places = local_paths(arguments) - ({"dataset"} if arguments.streaming else set())  # a stream is not hashed
         changes = folder.claim({"max_steps", "num_train_epochs"}, places, settings=configuration)
-        repo_id = open_run_repository(arguments)
+        repo_id = Launch().on_main(open_repository, arguments, folder.path)
         dataset, data = _load_data(arguments, accelerator, folder)
         if folder.is_finished and not changes:
             return _result(arguments, folder.path, finished_metrics(folder.path, SUMMARY, arguments, repo_id))

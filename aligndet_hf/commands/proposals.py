@@ -37,7 +37,7 @@ from ..data.stream_shards import read_rows, read_streams
 from ..data.streaming import load_stream
 from ..files import file_hash, is_sound
 from ..flags import local_paths
-from ..hub import open_dataset_repository
+from ..hub import open_repository
 from ..runs import RunFolder
 
 # What processes that search have imported before their work.
@@ -71,7 +71,7 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
         OSError: the output cannot be written or uploaded, or there is no such detector.
     """
     with Launch() as launch, data_folder(arguments, "proposals", ["*.rows"], launch.on_main) as folder:
-        repo_id = launch.on_main(open_dataset_repository, arguments, folder.path)
+        repo_id = launch.on_main(open_repository, arguments, folder.path, "dataset")
         sources = load_inputs(
             arguments.dataset,
             arguments.split,

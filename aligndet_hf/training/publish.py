@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from .. import __version__
 from ..cards import write_card
-from ..hub import open_repository, upload
+from ..hub import upload
 from ..reporting.comparison import summary
 from ..reporting.html_report import REPORT, pictures_of, write_report
 from ..reporting.model_card import eval_results, model_card, run_title
@@ -22,22 +22,6 @@ _MODEL_FILES = ("config.json", "*processor_config.json", "model*.safetensors", "
 
 IN_CARDS = (PREDICTIONS, BOXES)  # the picture that a card shows, the first that there is
 EVAL_RESULTS = ".eval_results/aligndet_hf.yaml"
-
-
-def open_run_repository(arguments) -> str | None:
-    """
-    The repository to upload a run to, if that is asked for and this is the main process; see
-    [`~aligndet_hf.hub.open_repository`]. To be called before any work: a missing token must not end a run of days.
-    """
-    if not arguments.push_to_hub or not PartialState().is_main_process:
-        return None
-    return open_repository(
-        arguments.hub_model_id or Path(arguments.output_dir).resolve().name,
-        private=arguments.hub_private_repo,
-        revision=arguments.hub_revision,
-        license=arguments.card_license,
-        token=getattr(arguments, "hub_token", None),
-    )
 
 
 def finished_metrics(output_dir: Path, result: str, arguments, repo_id: str | None) -> dict[str, float]:
