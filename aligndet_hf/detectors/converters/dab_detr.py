@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .detr import PRE_NORM, class_fields, detr_fields
+from .detr import PRE_NORM, class_fields, detr_fields, thirds
 from .layout import Layout, Tensors
 from .resnet import resnet_config
 
@@ -42,9 +42,7 @@ DAB_DETR = Layout(
         (r"\.self\.(?:(q)uery|(k)ey)?", r".sa_\1\2"),
         (r"\.cross\.(?:(q)uery|(k)ey)?", r".ca_\1\2"),
         (r"\.(self|cross)_attn\.\1_attn\.output_proj", r".\1_attn.out_proj"),
-        (r"self_attn\.q_proj\.(\w+)$", r"self_attn.in_proj_\1#0/3"),
-        (r"self_attn\.k_proj\.(\w+)$", r"self_attn.in_proj_\1#1/3"),
-        (r"self_attn\.v_proj\.(\w+)$", r"self_attn.in_proj_\1#2/3"),
+        *thirds("self_attn", "self_attn"),
         (r"(encoder\.layers\.\d+\.)final_layer_norm", r"\1norm2"),
         (r"(decoder\.layers\.\d+\.)mlp\.final_layer_norm", r"\1norm3"),
         (r"(decoder\.layers\.\d+\.)cross_attn\.cross_attn_layer_norm", r"\1norm2"),

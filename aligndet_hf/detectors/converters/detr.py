@@ -14,14 +14,16 @@ from .resnet import resnet_config
 # Names of COCO's 91 categories, which DETR's class layer counts by COCO's own ids, with gaps.
 COCO_CLASSES = 91
 
-# Our names of the encoder and the decoder. PyTorch keeps queries, keys and values in one tensor.
+
+def thirds(ours: str, theirs: str) -> list[tuple[str, str]]:
+    """Rules for the attention of PyTorch, which keeps queries, keys and values in one tensor."""
+    return [(rf"{ours}\.{name}_proj\.(\w+)$", rf"{theirs}.in_proj_\1#{part}/3") for part, name in enumerate("qkv")]
+
+
+# Our names of the encoder and the decoder.
 TRANSFORMER = (
-    (r"self_attn\.q_proj\.(\w+)$", r"self_attn.in_proj_\1#0/3"),
-    (r"self_attn\.k_proj\.(\w+)$", r"self_attn.in_proj_\1#1/3"),
-    (r"self_attn\.v_proj\.(\w+)$", r"self_attn.in_proj_\1#2/3"),
-    (r"encoder_attn\.q_proj\.(\w+)$", r"multihead_attn.in_proj_\1#0/3"),
-    (r"encoder_attn\.k_proj\.(\w+)$", r"multihead_attn.in_proj_\1#1/3"),
-    (r"encoder_attn\.v_proj\.(\w+)$", r"multihead_attn.in_proj_\1#2/3"),
+    *thirds("self_attn", "self_attn"),
+    *thirds("encoder_attn", "multihead_attn"),
     (r"encoder_attn\.o_proj", "multihead_attn.out_proj"),
     (r"self_attn\.o_proj", "self_attn.out_proj"),
     (r"\.mlp\.fc", ".linear"),
@@ -53,20 +55,19 @@ NORMED_TWICE = (
 NO_CLASSES = (r"class_labels_classifier\.", "pre-training without labels has no classes")
 
 
-def detr_fields(tensors: Tensors, options: Mapping[str, Any], prefix: str = "transformer.") -> dict[str, Any]:
+def detr_fields(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that DETR and its relatives share: sizes from the tensors, the number of heads from the options."""
     heads = options.get("nheads", 8)
-    fields = {
-        "d_model": tensors[f"{prefix}encoder.layers.0.norm1.weight"].shape[0],
-        "encoder_layers": count(tensors, f"{prefix}encoder.layers."),
-        "decoder_layers": count(tensors, f"{prefix}decoder.layers."),
-        "encoder_ffn_dim": tensors[f"{prefix}encoder.layers.0.linear1.weight"].shape[0],
-        "decoder_ffn_dim": tensors[f"{prefix}decoder.layers.0.linear1.weight"].shape[0],
+    return {
+        "d_model": tensors["transformer.encoder.layers.0.norm1.weight"].shape[0],
+        "encoder_layers": count(tensors, "transformer.encoder.layers."),
+        "decoder_layers": count(tensors, "transformer.decoder.layers."),
+        "encoder_ffn_dim": tensors["transformer.encoder.layers.0.linear1.weight"].shape[0],
+        "decoder_ffn_dim": tensors["transformer.decoder.layers.0.linear1.weight"].shape[0],
         "encoder_attention_heads": heads,
         "decoder_attention_heads": heads,
         "num_queries": tensors["query_embed.weight"].shape[0],
     }
-    return fields
 
 
 def class_fields(count: int, names: Iterable[str] = ()) -> dict[str, Any]:

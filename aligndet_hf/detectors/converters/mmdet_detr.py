@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .detr import NO_AUXILIARY_LOSS, NORMED_TWICE, class_fields, count
+from .detr import NO_AUXILIARY_LOSS, NORMED_TWICE, class_fields, count, thirds
 from .layout import Layout, Tensors
 from .resnet import resnet_config
 
@@ -49,11 +49,6 @@ def _config(tensors: Tensors, options: Mapping[str, Any], transformer: str, ffn:
 
 def _names(transformer: str, self_attention: str, cross_attention: str, ffn: str) -> tuple[tuple[str, str], ...]:
     """The rules of both versions, which differ in the names of the parts of a layer."""
-    thirds = [
-        (rf"{ours}\.{name}_proj\.(\w+)$", rf"{theirs}.attn.in_proj_\1#{part}/3")
-        for ours, theirs in (("self_attn", self_attention), ("encoder_attn", cross_attention))
-        for part, name in enumerate("qkv")
-    ]
     return (
         (r"^model\.backbone\.model\.", "backbone."),
         (r"^class_labels_classifier", "bbox_head.fc_cls"),
@@ -64,7 +59,8 @@ def _names(transformer: str, self_attention: str, cross_attention: str, ffn: str
         (r"encoder_attn_layer_norm", "norms.1"),
         (r"(encoder\.layers\.\d+\.)final_layer_norm", r"\1norms.1"),
         (r"(decoder\.layers\.\d+\.)final_layer_norm", r"\1norms.2"),
-        *thirds,
+        *thirds("self_attn", f"{self_attention}.attn"),
+        *thirds("encoder_attn", f"{cross_attention}.attn"),
         (r"\bself_attn\.o_proj", f"{self_attention}.attn.out_proj"),
         (r"encoder_attn\.o_proj", f"{cross_attention}.attn.out_proj"),
         (r"mlp\.fc1", f"{ffn}.layers.0.0"),
