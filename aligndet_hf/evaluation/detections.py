@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from ..data.arrow_boxes import read_values, usable_boxes
@@ -60,10 +60,11 @@ class EvaluationImages(Dataset):
     def __getitem__(self, index: int) -> dict:
         return prepare_image(self.read_image(index), self.image_processor, self.image_ids[index])
 
-    def batches(self, batch_size: int, num_workers: int = 0) -> DataLoader:
-        """All images in batches, loaded by this number of processes, or by this one."""
+    def batches(self, batch_size: int, num_workers: int = 0, rows: list[int] | None = None) -> DataLoader:
+        """All images, or those of some rows, in batches, loaded by this number of processes, or by this one."""
+        images = self if rows is None else Subset(self, rows)
         return DataLoader(
-            self, batch_size, collate_fn=collate_labelled, num_workers=num_workers, worker_init_fn=init_worker
+            images, batch_size, collate_fn=collate_labelled, num_workers=num_workers, worker_init_fn=init_worker
         )
 
     def metrics(self) -> CocoMetrics:

@@ -86,14 +86,7 @@ def join_predictions(
         `images_without_boxes`, `boxes_of_class`, the `best_score` seen, and `skipped`, a list of `file` and `reason`.
     """
     features = predicted_features(classes, ids, masks=any(map(_has_masks, shards)))
-    report = {
-        "images": 0,
-        "images_without_boxes": 0,
-        "boxes": 0,
-        "boxes_of_class": {},
-        "best_score": 0.0,
-        "skipped": [],
-    }
+    report = dict.fromkeys(("images", "images_without_boxes", "boxes", "best_score"), 0) | {"skipped": []}
     counts = Counter()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
         for rows in _stored(shards):
@@ -107,8 +100,7 @@ def join_predictions(
                 report["images"] += 1
                 report["boxes"] += found
                 report["images_without_boxes"] += found == 0
-                report["best_score"] = max(report["best_score"], row.pop("best_score"))
-                del row["error"]
+                report["best_score"] = max(report["best_score"], row["best_score"])
             writer.write_table(pa.Table.from_pylist(readable, schema=features.arrow_schema))
     report["boxes_of_class"] = {name: counts[label] for label, name in enumerate(classes)}
     return datasets.Dataset.from_file(str(path)), report
@@ -136,16 +128,15 @@ def predicted_rows(dataset: datasets.Dataset) -> Iterator[dict]:
 
 def write_results(dataset: datasets.Dataset, path: Path, ids: list[int | str]) -> None:
     """Writes the detections as a list in COCO's result format, which `COCO.loadRes` of pycocotools reads."""
-    _write_list(
-        path,
-        (
-            {"image_id": row["image_id"], "category_id": ids[label], "bbox": box, "score": score} | mask
-            for row in predicted_rows(dataset)
-            for label, box, score, mask in zip(
-                *(row["objects"][name] for name in ("category", "bbox", "score")), _masks(row["objects"]), strict=True
-            )
-        ),
-    )
+    before = "["
+    with open(path, "w", encoding="utf-8") as file:
+        for row in predicted_rows(dataset):
+            fields = *(row["objects"][name] for name in ("category", "bbox", "score")), _masks(row["objects"])
+            for label, box, score, mask in zip(*fields, strict=True):
+                entry = {"image_id": row["image_id"], "category_id": ids[label], "bbox": box, "score": score} | mask
+                file.write(before + json.dumps(entry))
+                before = ",\n"
+        file.write("[]\n" if before == "[" else "]\n")
 
 
 def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], ids: list[int | str]) -> None:
@@ -159,14 +150,14 @@ def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], ids: l
     with open(parts["images"], "w", encoding="utf-8") as images, open(parts["annotations"], "w") as annotations:
         for number, row in enumerate(predicted_rows(dataset)):
             if row["image"]["bytes"] is not None:
-                _write_bytes(path.parent / "images" / row["file_name"], row["image"]["bytes"])
+                frame = path.parent / "images" / row["file_name"]
+                frame.parent.mkdir(parents=True, exist_ok=True)
+                frame.write_bytes(row["image"]["bytes"])
             entry = {"id": row["image_id"]} | {name: row[name] for name in ("file_name", "width", "height")}
             images.write((",\n" if number else "") + json.dumps(entry))
             objects = row["objects"]
-            names = ("category", "bbox", "area", "id", "score")
-            for label, box, area, id_, score, mask in zip(
-                *(objects[name] for name in names), _masks(objects), strict=True
-            ):
+            fields = *(objects[name] for name in ("category", "bbox", "area", "id", "score")), _masks(objects)
+            for label, box, area, id_, score, mask in zip(*fields, strict=True):
                 entry = {"id": id_, "image_id": row["image_id"], "category_id": ids[label], "bbox": box}
                 entry |= {"area": area, "iscrowd": 0, "score": score}
                 if mask and (polygons := outlines(mask[FIELD])):
@@ -187,15 +178,3 @@ def write_coco(dataset: datasets.Dataset, path: Path, classes: list[str], ids: l
 def _masks(objects: dict) -> list[dict]:
     """The mask of each object as a field of its annotation; nothing where there are none."""
     return [{FIELD: json.loads(mask)} for mask in objects.get(FIELD) or ()] or [{}] * len(objects["score"])
-
-
-def _write_list(path: Path, entries: Iterator[dict]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for number, entry in enumerate(entries):
-            file.write(("[" if number == 0 else ",\n") + json.dumps(entry))
-        file.write("]\n" if file.tell() else "[]\n")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)

@@ -14,6 +14,7 @@ from torch.export import Dim
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..detectors.families import family_of
+from ..evaluation.detections import normalization_of
 
 OUTPUTS = ("logits", "pred_boxes")
 
@@ -163,7 +164,6 @@ def describe(detector: PreTrainedModel, image_processor: BaseImageProcessor, inp
         `dict`: as JSON has it.
     """
     size = {name: value for name, value in dict(image_processor.size).items() if value is not None}
-    normalizes = image_processor.do_normalize
     config = detector.config
     window = getattr(image_processor, "pixel_window", None)  # of images with more than 8 bits
     return {
@@ -177,9 +177,7 @@ def describe(detector: PreTrainedModel, image_processor: BaseImageProcessor, inp
             "size": size,
             "resample": int(image_processor.resample),
             "antialias": _averages(image_processor),
-            "rescale_factor": image_processor.rescale_factor if image_processor.do_rescale else 1.0,
-            "mean": list(image_processor.image_mean) if normalizes else [0.0, 0.0, 0.0],
-            "std": list(image_processor.image_std) if normalizes else [1.0, 1.0, 1.0],
+            **normalization_of(image_processor),
             "pixel_window": None if window is None else list(window),
         },
         "postprocessing": {"boxes": "centre x, centre y, width, height; 1 is the width or height of the image"}

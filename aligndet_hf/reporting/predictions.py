@@ -5,9 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from torch.utils.data import DataLoader, Subset
 
-from ..data.collate import collate_labelled
 from ..data.columns import image_ids
 from ..detectors.build import open_detector, open_image_processor
 from ..evaluation.coco_metrics import CocoMetrics
@@ -155,9 +153,8 @@ def plot_detectors(
         detector, image_processor = open_detector(str(folder)), open_image_processor(str(folder))
         images = EvaluationImages(dataset, categories, image_processor)
         rows = images.spread(num_images)
-        loader = DataLoader(Subset(images, rows), batch_size=4, collate_fn=collate_labelled)
         classes = match_categories(detector.config.id2label, categories)
-        batches = predict_batches(detector, loader, image_processor, classes)
+        batches = predict_batches(detector, images.batches(4, rows=rows), image_processor, classes)
         best = (read_json(folder / DIAGNOSIS) or {"per_class": {}})["per_class"]  # runs of earlier versions have none
         lowest = np.array([best[name]["best_threshold"] if name in best else 0.3 for name in categories])
         found[arm] = [_above(prediction, lowest) for _, predictions in batches for prediction in predictions]

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from torch.utils.data import DataLoader, Subset
 
 from ..data.arrow_boxes import read_boxes
-from ..data.collate import collate_labelled
 from ..detectors.build import open_detector
 from ..evaluation.detections import EvaluationImages, predict_batches
 from ..reporting.drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged
@@ -34,9 +32,8 @@ class BestBoxes:
 
     def _find(self, detector) -> list[np.ndarray]:
         """The best boxes (`[n, 4]`, xywh in pixels) of each image, best first."""
-        loader = DataLoader(Subset(self.images, self.rows), batch_size=1, collate_fn=collate_labelled)
-        best = []
-        for _, (found,) in predict_batches(detector, loader, self.images.image_processor):
+        batches, best = self.images.batches(1, rows=self.rows), []
+        for _, (found,) in predict_batches(detector, batches, self.images.image_processor):
             boxes = found["boxes"][np.argsort(-found["scores"], kind="stable")[:NUM_BOXES]].astype(float)
             boxes[:, 2:] -= boxes[:, :2]
             best.append(boxes)
