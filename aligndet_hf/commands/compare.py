@@ -420,7 +420,8 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
             rows.append(row | {f"AP_{name}": value for name, value in found["metrics"]["per_class"].items()})
     stages = list(dict.fromkeys(stage for job in jobs for stage in job.stages))
     costs = {arm: mean_costs([job.stages for job in jobs if job.arm == arm]) for arm in arguments.arms}
-    baseline = next(job for job in jobs if job.arm == arguments.baseline).measured.settings
+    measured = {job.arm: job.measured for job in reversed(jobs)}  # the first of each arm
+    baseline = measured[arguments.baseline].settings
     results = {
         "config": {
             name: without_secrets(getattr(arguments, name), stages)
@@ -428,10 +429,7 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
         },
         "environment": environment(),
         "baseline": arguments.baseline,
-        "arms": {
-            arm: differences_of(next(job for job in jobs if job.arm == arm).measured.settings, baseline, output_dir)
-            for arm in arguments.arms
-        },
+        "arms": {arm: differences_of(measured[arm].settings, baseline, output_dir) for arm in arguments.arms},
         "protocol": {
             key: value for key, value in baseline.items() if key not in START | set(PER_RUN) | {"output_dir"}
         },
@@ -442,9 +440,7 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
             if is_finished(stage)
         ],
         "costs": costs,
-        "without_crops": [
-            arm for arm in arguments.arms if is_without_crops(next(job for job in jobs if job.arm == arm).measured)
-        ],
+        "without_crops": [arm for arm in arguments.arms if is_without_crops(measured[arm])],
         "seconds": {
             arm: {"before": cost and cost["seconds_before"], "measured": cost and cost["seconds"]}
             for arm, cost in costs.items()

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm.auto import tqdm
 
@@ -75,39 +74,34 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         OSError: there is none on the Hub, or it has no image processor.
     """
     with measuring_folder(arguments.output_dir, "evaluate", WRITTEN) as folder:
-        return _measure(arguments, folder)
+        dataset, categories, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
+        print(report)
+        device = device_of(arguments.use_cpu)
+        detector = open_detector(arguments.detector).to(device)
+        image_processor = open_image_processor(arguments.image_processor or arguments.detector)
+        classes = match_categories(detector.config.id2label, categories)
 
+        images = EvaluationImages(dataset, categories, image_processor)
+        loader = images.batches(arguments.per_device_eval_batch_size, arguments.dataloader_num_workers)
+        own_ids = dict(zip(images.image_ids, image_ids(dataset), strict=True))  # as in the label file
+        own_categories = category_ids(dataset, categories)
+        metrics, detections = images.metrics(), []
+        batches = predict_batches(detector, loader, image_processor, classes, metrics.has_masks)
+        for ids, predictions in tqdm(batches, total=len(loader), desc="evaluating", disable=arguments.disable_tqdm):
+            metrics.update(predictions, ids)
+            if arguments.save_predictions:
+                for image_id, found in zip(ids, predictions, strict=True):
+                    detections += coco_detections(own_ids[image_id], found, own_categories)
+        results = metrics.compute()
+        print(format_table(results))
 
-def _measure(arguments: EvaluateArguments, folder: Path | None) -> dict:
-    """Does the work of [`evaluate`]."""
-    dataset, categories, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
-    print(report)
-    device = device_of(arguments.use_cpu)
-    detector = open_detector(arguments.detector).to(device)
-    image_processor = open_image_processor(arguments.image_processor or arguments.detector)
-    classes = match_categories(detector.config.id2label, categories)
-
-    images = EvaluationImages(dataset, categories, image_processor)
-    loader = images.batches(arguments.per_device_eval_batch_size, arguments.dataloader_num_workers)
-    own_ids = dict(zip(images.image_ids, image_ids(dataset), strict=True))  # as in the label file
-    own_categories = category_ids(dataset, categories)
-    metrics, detections = images.metrics(), []
-    batches = predict_batches(detector, loader, image_processor, classes, metrics.has_masks)
-    for ids, predictions in tqdm(batches, total=len(loader), desc="evaluating", disable=arguments.disable_tqdm):
-        metrics.update(predictions, ids)
-        if arguments.save_predictions:
-            for image_id, found in zip(ids, predictions, strict=True):
-                detections += coco_detections(own_ids[image_id], found, own_categories)
-    results = metrics.compute()
-    print(format_table(results))
-
-    if folder is not None:
-        measured = {"detector": arguments.detector, "dataset": arguments.dataset, "split": arguments.split}
-        record = measured | {"images": len(images), "metrics": results}
-        write_json(folder / "results.json", record)
-        told = tell_predictions(images, metrics, folder, arguments.num_pictures, arguments.score_threshold)
-        print(format_diagnosis(told, categories))
-        if arguments.save_predictions:
-            write_text(folder / "predictions.json", json.dumps(detections))
-        print(f"Report: {write_report(folder)}")
-    return results
+        if folder is not None:
+            measured = {"detector": arguments.detector, "dataset": arguments.dataset, "split": arguments.split}
+            record = measured | {"images": len(images), "metrics": results}
+            write_json(folder / "results.json", record)
+            told = tell_predictions(images, metrics, folder, arguments.num_pictures, arguments.score_threshold)
+            print(format_diagnosis(told, categories))
+            if arguments.save_predictions:
+                write_text(folder / "predictions.json", json.dumps(detections))
+            print(f"Report: {write_report(folder)}")
+        return results
