@@ -16,34 +16,26 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 from ..arguments import DatasetArguments, InferenceArguments, ReadyDetectorArguments, RunArguments, again
 from ..data.errors import DataError
 from ..data.image_list import ImageList, list_images
-from ..data.images import decode_image, print_left_out
+from ..data.images import print_left_out
 from ..data.label_export import export_labels
 from ..data.launch import Launch
-from ..data.masks import FIELD
 from ..data.shards import save_split
 from ..data.sources import model_hash
-from ..data.splits import spread_rows
 from ..detectors.build import find_detector
-from ..evaluation.predicted_rows import (
-    join_predictions,
-    predicted_rows,
-    write_coco,
-    write_predictions,
-    write_results,
-)
+from ..evaluation.predicted_rows import join_predictions, write_coco, write_predictions, write_results
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
-from ..flags import REQUIRED, flag
+from ..flags import REQUIRED, flag, names_of
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
-from ..reporting.drawing import contact_sheet, draw_boxes, enlarged, jpeg_bytes, tint_masks
+from ..reporting.drawing import draw_boxes, jpeg_bytes, tint_masks
+from ..reporting.predictions import write_sheet
 from ..runs import RunFolder
 
 FORMATS = ("coco", "results", "yolo", "voc", "dataset", "pictures", "sheet")
 
 _COMPLETE, _TABLE = "complete", "predictions.arrow"
 _SHARD_SIZE = 64  # images between two saves; a killed run loses no more
-_SHEET_SIDE = 400  # pixels of a picture on the sheet
 
 
 @dataclass(kw_only=True)
@@ -244,9 +236,8 @@ def _predict_to_folder(arguments: PredictArguments, images: ImageList, image_pro
 
 def _settings(arguments: PredictArguments) -> dict:
     """What decides the output."""
-    names = ["score_threshold", "tile_size", "tile_overlap", "whole_image", "nms_threshold", "masks"]
-    names += ["formats", "num_pictures", "picture_size"]
-    return {"detector": _identity(arguments.detector)} | {name: getattr(arguments, name) for name in names}
+    names = names_of(PredictArguments, "result") | {"formats", "num_pictures", "picture_size"}
+    return {"detector": _identity(arguments.detector)} | {name: getattr(arguments, name) for name in sorted(names)}
 
 
 def _identity(detector) -> str:
@@ -333,28 +324,10 @@ def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], 
         shutil.rmtree(complete / "dataset", ignore_errors=True)
         save_split(dataset, complete / "dataset")
     if "sheet" in formats:
-        _write_sheet(dataset, classes, complete / "sheet.jpg", arguments.num_pictures, images.window)
+        write_sheet(dataset, classes, complete / "sheet.jpg", arguments.num_pictures, images.window)
     write_json(complete / "report.json", {"settings": _settings(arguments), "classes": classes} | report)
     folder.put_in_place(complete)
     _print_report(report, arguments.score_threshold, folder.path)
-
-
-def _write_sheet(dataset: datasets.Dataset, classes: list[str], path: Path, number: int, window) -> None:
-    """Draws some images, evenly spaced, on one page."""
-    pictures, titles = [], []
-    for row in spread_rows(len(dataset), number):
-        row = next(predicted_rows(dataset.select([row])))
-        objects = row["objects"]
-        tags = [
-            f"{classes[label]} {score:.2f}" for label, score in zip(objects["category"], objects["score"], strict=True)
-        ]
-        image = decode_image(row["image"], window)
-        if FIELD in objects:
-            image = tint_masks(image, objects[FIELD], objects["category"])
-        image, boxes = enlarged(image, objects["bbox"], _SHEET_SIDE)
-        pictures.append(draw_boxes(image, boxes, objects["category"], tags, _SHEET_SIDE))
-        titles.append(f"{row['file_name']}: {len(tags)}")
-    path.write_bytes(jpeg_bytes(contact_sheet(pictures, titles, side=_SHEET_SIDE)))
 
 
 def _print_report(report: dict, score_threshold: float, output: Path) -> None:

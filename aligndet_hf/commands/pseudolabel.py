@@ -28,7 +28,7 @@ from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, load_labelled
 from ..data.images import decode_image
 from ..data.shards import content_hash, save_split
-from ..data.splits import nested_subsets, spread_rows
+from ..data.splits import nested_subsets
 from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
@@ -38,13 +38,12 @@ from ..flags import flag, local_paths, names_of
 from ..processes import device_of
 from ..proposals.filters import box_iou
 from ..ranges import COUNT, SHARE, check_values
-from ..reporting.drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged
+from ..reporting.predictions import write_sheet
 from ..runs import RunFolder
 from ..training.start import start_hashes
 from .predict import PredictArguments, _identity, predict
 
 REPORT, SHEET = "pseudolabel.json", "pseudolabel.jpg"
-_SHEET_SIDE = 400  # pixels of a picture on the sheet
 _SHEET_NOTE = (
     "solid: labels, with class and score; dashed, with a question mark: left out of account in training, neither "
     "object nor background"
@@ -193,15 +192,12 @@ def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], 
     """Predict, suppress, check the classes, and write data set, report and sheet at once."""
     teacher = open_detector(arguments.detector)
     classes = np.array(match_categories(teacher.config.id2label, names))
+    same = ("detector", "per_device_eval_batch_size", "dataloader_num_workers", "use_cpu", "disable_tqdm")
     found = predict(
         PredictArguments(
-            detector=arguments.detector,
+            **{name: getattr(arguments, name) for name in same},
             images=images,
             score_threshold=arguments.ignore_threshold,
-            per_device_eval_batch_size=arguments.per_device_eval_batch_size,
-            dataloader_num_workers=arguments.dataloader_num_workers,
-            use_cpu=arguments.use_cpu,
-            disable_tqdm=arguments.disable_tqdm,
             formats=[],
             output_dir=str(folder.work / "predictions"),
         )
@@ -227,7 +223,7 @@ def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], 
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was killed just here
     save_split(dataset, complete)
     write_json(complete / REPORT, report)
-    _draw(dataset, names, complete / SHEET, arguments.num_pictures)
+    write_sheet(dataset, names, complete / SHEET, arguments.num_pictures, pixel_window(dataset), _SHEET_NOTE)
     folder.put_in_place(complete)
     _tell(report, folder.path)
 
@@ -357,25 +353,6 @@ def _dataset(found, boxes, kept: list[int], names: list[str]) -> datasets.Datase
     chosen = found.select(kept).remove_columns(["objects"])
     objects = [{name: [box[name] for box in boxes[row]] for name in feature} for row in kept]
     return chosen.add_column("objects", objects, feature=feature)
-
-
-def _draw(dataset: datasets.Dataset, names: list[str], path: Path, number: int) -> None:
-    """Some images with their labels on one sheet; ignored boxes are dashed and have a question mark."""
-    rows = spread_rows(len(dataset), number)
-    pictures, titles = [], []
-    for value, row in zip(_values(dataset.select(rows)), dataset.select(rows).remove_columns("image"), strict=True):
-        objects = row["objects"]
-        tags = [
-            "?" if ignore else f"{names[label]} {score:.2f}"
-            for label, score, ignore in zip(objects["category"], objects["score"], objects["ignore"], strict=True)
-        ]
-        image = decode_image(value, pixel_window(dataset))
-        ignored = list(map(bool, objects["ignore"]))
-        image, boxes = enlarged(image, objects["bbox"], _SHEET_SIDE)
-        pictures.append(draw_boxes(image, boxes, objects["category"], tags, _SHEET_SIDE, ignored))
-        name = str(row.get("file_name") or row.get("image_id") or "image")
-        titles.append(f"{name}: {len(ignored) - sum(ignored)} labels, {sum(ignored)} left out")
-    contact_sheet(pictures, titles, side=_SHEET_SIDE, note=_SHEET_NOTE).save(path, quality=JPEG_QUALITY)
 
 
 def _tell(report: dict, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Recipes and Accelerate configurations that come with the package, found by name."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -11,21 +10,19 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def find_recipe(name: str | Path, beside: Iterable[str | Path] = ()) -> Path:
+def find_recipe(name: str | Path) -> Path:
     """
     The file of a recipe.
 
     Args:
         name (`str` or `Path`): A file; or the name of a recipe of the package, such as `aligndet_rt_detr_bccd`.
-        beside (`Iterable`, *optional*): Folders to look for the file in after the current one, such as the folder of
-            the recipe that refers to it.
 
     Raises:
         FileNotFoundError: there is neither. The message names the recipes.
     """
     path = Path(name).expanduser()
     own = FOLDER / f"{path.name.removesuffix('.yaml')}.yaml"
-    for found in (path, *(Path(folder) / path for folder in beside), own):
+    for found in (path, own):
         if found.is_file():
             return found
     raise FileNotFoundError(

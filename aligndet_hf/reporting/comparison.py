@@ -43,7 +43,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
         f"({_split(evaluation['dataset'], evaluation['split'])}). Every number is COCO average precision, IoU "
         "0.50:0.95, in percent, at the last step of fine-tuning unless it says otherwise. "
         f"{len(results['runs'])} of {results['planned']} runs are finished{failed}.",
-        *(["Before the numbers:", _bullets(cautions(results))] if statistics else []),
+        *(["Before the numbers:", "\n".join(f"- {caution}" for caution in cautions(results))] if statistics else []),
         "## Results",
         *_result_tables(statistics, results["images"], arms, baseline),
         *(f"![{title}]({name})" for name, title in pictures.items()),
@@ -283,10 +283,6 @@ def _costs(results: Mapping) -> list[str]:
         "fine-tuning, images seen in training (pre-training sees each in two views; per process), minutes.",
         _table(["arm", "steps before", "steps", "images", "minutes"], rows),
     ]
-
-
-def _bullets(sentences: Sequence[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _leakage(leakage: Mapping) -> list[str]:

@@ -142,7 +142,8 @@ def _of_run(record: RunRecord, folder: Path) -> tuple[str, str, list[Section]]:
     rows, details = [], []
     if record.transfer:
         names = {kind: record.transfer.get(kind, []) for kind in ("kept", "reset", "mismatched", "frozen")}
-        start.insert(0, f"Transfer {record.transfer.get('preset', '')}" + _source(record))
+        source = f" from {told(record.base_model)}" if record.base_model else ""
+        start.insert(0, f"Transfer {record.transfer.get('preset', '')}{source}")
         rows = [[("tensors", "number"), *((kind, len(tensors)) for kind, tensors in names.items())]]
         details = [(f"{kind}: {len(tensors)}", "\n".join(tensors)) for kind, tensors in names.items() if tensors]
     sections.append(Section("What the weights started from", text=start, tables=rows, details=details))
@@ -156,10 +157,6 @@ def _of_run(record: RunRecord, folder: Path) -> tuple[str, str, list[Section]]:
         )
     )
     return run_title(record), subtitle, sections
-
-
-def _source(record: RunRecord) -> str:
-    return f" from {told(record.base_model)}" if record.base_model else ""
 
 
 def _of_files(folder: Path) -> list[Section]:

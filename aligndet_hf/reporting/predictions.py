@@ -7,17 +7,22 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.columns import image_ids
+from ..data.images import decode_image
+from ..data.masks import FIELD
+from ..data.splits import spread_rows
 from ..detectors.build import open_detector, open_image_processor
 from ..evaluation.coco_metrics import CocoMetrics
 from ..evaluation.detections import EvaluationImages, match_categories, predict_batches
 from ..evaluation.diagnosis import Diagnosis, agreeing
+from ..evaluation.predicted_rows import predicted_rows
 from ..files import write_json
-from .drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged
+from .drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged, tint_masks
 from .pictures import color_of
 from .run_record import DIAGNOSIS, read_json
 
 PREDICTIONS, WORST = "predictions.jpg", "worst.jpg"
 CROWDED = 12  # boxes, above which their tags name no classes
+SHEET_SIDE = 400  # pixels of a picture on a sheet
 
 
 def tell_predictions(
@@ -130,6 +135,40 @@ def plot_predictions(
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=JPEG_QUALITY)
     return path
+
+
+def write_sheet(
+    dataset: Dataset, classes: Sequence[str], path: Path, number: int, window: tuple | None, note: str = ""
+) -> None:
+    """
+    Draws some images of predictions on one page. Boxes that are left out of account are dashed, with a question mark.
+
+    Args:
+        dataset (`datasets.Dataset`): With the columns `image`, `file_name` and `objects`, which has `bbox` (absolute
+            xywh), `category` and `score`, and perhaps `segmentation` and `ignore`.
+        classes (`Sequence[str]`): Names of the classes.
+        path (`Path`): The JPEG to write.
+        number (`int`): How many images, evenly spaced.
+        window (`tuple`, *optional*): How grey levels become pixels, see [`~aligndet_hf.data.bit_depth`].
+        note (`str`, *optional*): A text above the pictures.
+    """
+    pictures, titles = [], []
+    for place in spread_rows(len(dataset), number):
+        row = next(predicted_rows(dataset.select([place])))
+        objects, image = row["objects"], decode_image(row["image"], window)
+        ignored = list(map(bool, objects.get("ignore") or [0] * len(objects["score"])))
+        fields = (objects["category"], objects["score"], ignored)
+        tags = [
+            "?" if is_left_out else f"{classes[label]} {score:.2f}"
+            for label, score, is_left_out in zip(*fields, strict=True)
+        ]
+        if FIELD in objects:
+            image = tint_masks(image, objects[FIELD], objects["category"])
+        image, boxes = enlarged(image, objects["bbox"], SHEET_SIDE)
+        pictures.append(draw_boxes(image, boxes, objects["category"], tags, SHEET_SIDE, ignored))
+        more = f" labels, {sum(ignored)} left out" if "ignore" in objects else ""
+        titles.append(f"{row['file_name']}: {len(tags) - sum(ignored)}{more}")
+    contact_sheet(pictures, titles, side=SHEET_SIDE, note=note).save(path, quality=JPEG_QUALITY)
 
 
 def plot_detectors(
