@@ -12,9 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
-
 from aligndet_hf import (
     FinetuneArguments,
     PretrainArguments,
@@ -27,12 +24,11 @@ from aligndet_hf import (
     measure_recall,
     pretrain,
 )
-from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.evaluation.coco_metrics import format_table
 from aligndet_hf.reporting.pictures import has_matplotlib
 from aligndet_hf.reporting.plots import plot_arms, plot_curves
-from aligndet_hf.reporting.predictions import plot_predictions
+from aligndet_hf.reporting.predictions import plot_detectors
 
 SIZE = 128  # pixels; everything here is small enough for a laptop's CPU
 NUM_UNLABELLED, NUM_LABELLED, NUM_MEASURED = 400, 100, 100
@@ -144,34 +140,13 @@ def main(output: Path) -> None:
 
 def pictures(output: Path, data: Path, results: dict) -> None:
     plot_arms(results, output / "ap.png", title="The same fine-tuning from both starts")
-    logs = {name: output / f"finetuned-{name}" for name in results}
-    plot_curves(logs, output / "finetuning_curves.png", keys=("loss", "eval_AP"), title="Fine-tuning")
+    runs = {name: output / f"finetuned-{name}" for name in results}
+    plot_curves(runs, output / "finetuning_curves.png", keys=("loss", "eval_AP"), title="Fine-tuning")
     keys = ("loss", "loss_contrastive", "rank_accuracy", "embedding_spread")
     plot_curves({"pre-training": output / "pretrained"}, output / "pretraining_curves.png", keys, title="Pre-training")
 
-    rows = load_dataset_source(str(data), "validation", labels=True)
-    names = category_names(rows, str(data))
-    rows = rows.select(range(4))
-    images = [decode_image(row["image"]) for row in rows]
-    truth = [
-        {
-            "boxes": [[x, y, x + w, y + h] for x, y, w, h in row["objects"]["bbox"]],
-            "labels": row["objects"]["category"],
-        }
-        for row in rows
-    ]
-    predictions = {name: predict(output / f"finetuned-{name}", images) for name in results}
-    plot_predictions(images, truth, predictions, names, output / "predictions.jpg", title="After fine-tuning")
-
-
-@torch.no_grad()
-def predict(folder: Path, images: list) -> list[dict]:
-    """What plain transformers makes of a fine-tuned detector: nothing of this package is needed for it."""
-    detector = AutoModelForObjectDetection.from_pretrained(folder).eval()
-    processor = AutoImageProcessor.from_pretrained(folder)
-    outputs = detector(**processor(images=images, return_tensors="pt"))
-    sizes = [image.shape[:2] for image in images]
-    return processor.post_process_object_detection(outputs, threshold=0.3, target_sizes=sizes)
+    labelled = load_dataset_source(str(data), "validation", labels=True)
+    plot_detectors(runs, labelled, category_names(labelled, str(data)), output / "predictions.jpg", num_images=4)
 
 
 def banner(text: str) -> None:

@@ -63,7 +63,7 @@ def tell_predictions(
             plot_predictions(
                 [images.read_image(row) for row in shown],
                 [truth[row] for row in shown],
-                [found[row] for row in shown],
+                {"predictions": [found[row] for row in shown]},
                 images.categories,
                 folder / name,
                 scores,
@@ -75,11 +75,10 @@ def tell_predictions(
 def plot_predictions(
     images: Sequence[np.ndarray],
     ground_truth: Sequence[Mapping],
-    predictions: Sequence[Mapping] | Mapping[str, Sequence[Mapping]],
+    predictions: Mapping[str, Sequence[Mapping]],
     class_names: Sequence[str],
     path,
     threshold: float | Sequence[float] | None = 0.3,
-    title: str | None = None,
     names: Sequence[str] | None = None,
 ) -> Path:
     """
@@ -90,21 +89,18 @@ def plot_predictions(
     Args:
         images (`Sequence[np.ndarray]`): RGB images, uint8 `[height, width, 3]`.
         ground_truth (`Sequence[Mapping]`): Per image `boxes` (`[n, 4]`, absolute pixels, xyxy) and `labels` (`[n]`).
-        predictions (`Sequence[Mapping]` or `Mapping[str, Sequence[Mapping]]`):
-            Per image `boxes`, `labels` and `scores` in the same form; for several arms a mapping from name to that.
+        predictions (`Mapping[str, Sequence[Mapping]]`): Name of each arm to what it found: per image `boxes`, `labels`
+            and `scores` in the same form.
         class_names (`Sequence[str]`): Name of each class index.
         path (`str` or `Path`): The file to write, JPEG or PNG.
         threshold (`float` or `Sequence[float]`, *optional*, defaults to 0.3):
             Predictions with a lower score are not drawn; one for all classes, or one for each. `None`: they are those
             above the best threshold of their class, all to be drawn.
-        title (`str`, *optional*): Title of the picture.
         names (`Sequence[str]`, *optional*): What to call each image.
 
     Returns:
         `Path`: `path`.
     """
-    if not isinstance(predictions, Mapping):
-        predictions = {"predictions": predictions}
     lowest = np.broadcast_to(np.asarray(0.0 if threshold is None else threshold), len(class_names))
     side = 460 if len(predictions) < 3 else 340
     pictures, titles, shown = [], [], set()
@@ -119,18 +115,10 @@ def plot_predictions(
             pictures.append(_draw(image, found, class_names, side, right))
             titles.append(f"{name}: {right.sum()} of {len(truth['labels'])} found, {(~right).sum()} false")
             shown.update(map(int, found["labels"]))
-    least = "scores from the best threshold of a class"
-    if isinstance(threshold, float):
-        least = f"scores from {threshold:g}"
-    note = f"{least}; solid: finds an object of its class (IoU 0.5), dashed: none, or one found before"
-    sheet = contact_sheet(
-        pictures,
-        titles,
-        columns=1 + len(predictions),
-        side=side,
-        note=f"{title} ({note})" if title else note,
-        legend={class_names[label]: color_of(label) for label in sorted(shown)},
-    )
+    least = f"{threshold:g}" if isinstance(threshold, float) else "the best threshold of a class"
+    note = f"scores from {least}; solid: finds an object of its class (IoU 0.5), dashed: none, or one found before"
+    legend = {class_names[label]: color_of(label) for label in sorted(shown)}
+    sheet = contact_sheet(pictures, titles, 1 + len(predictions), side, note, legend)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=JPEG_QUALITY)
