@@ -635,13 +635,13 @@ def test_pictures_show_the_boxes_of_the_largest_clusters(tmp_path, monkeypatch):
     column = [{**row, "cluster": values} for row, values in zip(rows, ids, strict=True)]
     clustered = scenes.remove_columns("proposals").add_column("proposals", column)
     drawn = {}
-    plot = pseudo_classes.plot_crops
+    draw = pseudo_classes.crop_sheet
 
-    def record(crops, path, title):
+    def record(crops, path, note):
         drawn.update(crops)
-        return plot(crops, path, title)
+        return draw(crops, path, note)
 
-    monkeypatch.setattr(pseudo_classes, "plot_crops", record)
+    monkeypatch.setattr(pseudo_classes, "crop_sheet", record)
     path = draw_clusters({"": clustered}, tmp_path / "sheet.png", 2, seed=0)
     images = [decode_image(row["image"]) for row in scenes]
     assert list(drawn) == ["4: 4 boxes", "0: 1 boxes"]

@@ -52,7 +52,6 @@ from ..objects import name_objects
 from ..processes import device_of
 from ..proposals.clusters import Clustering, choose_num_clusters, fit_clusters
 from ..ranges import COUNT, check_values
-from ..reporting.pictures import new_figure
 from ..reporting.pseudo_classes import cluster_report, draw_clusters, print_cluster_report
 from ..runs import RunFolder
 
@@ -154,8 +153,6 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
     output = Path(arguments.output_dir).expanduser().absolute()
     if Path(arguments.dataset).expanduser().resolve() == output.resolve():
         raise DataError(f"{output} holds the input. Choose another output_dir.")
-    if arguments.num_pictures:
-        new_figure(1, 1)  # says now, not after the clustering, that matplotlib is missing
     with data_folder(arguments, "clusters", ["clustering-*.npz", "features-*.npz"]) as folder:
         repo_id = open_repository(arguments, output, "dataset")
         sources = _load_sources(arguments)

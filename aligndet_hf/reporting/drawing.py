@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -202,6 +203,28 @@ def contact_sheet(
             left += 30 + draw.textlength(name, font=font)
         top += 18
     return sheet
+
+
+def crop_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, note: str, side: int = 96) -> Path:
+    """
+    Puts rows of small pictures on one sheet, and the name of each row below its first picture.
+
+    Args:
+        rows (`Mapping[str, Sequence[np.ndarray]]`): Name of each row and its pictures, uint8 `[height, width, 3]`.
+        path (`Path`): The file to write.
+        note (`str`): A text above the pictures.
+        side (`int`, *optional*, defaults to 96): The longest side of a picture on the sheet, in pixels.
+
+    Returns:
+        `Path`: `path`.
+    """
+    columns, pictures, titles = max(1, *map(len, rows.values())), [], []
+    for name, crops in rows.items():
+        blanks = [np.full((1, 1, 3), 255, np.uint8)] * (columns - len(crops))
+        pictures += [PIL.Image.fromarray(enlarged(crop, [], side)[0]) for crop in (*crops, *blanks)]
+        titles += [name, *[""] * (columns - 1)]
+    contact_sheet(pictures, titles, columns, side, note).save(path)
+    return path
 
 
 def _in_one_line(text: str) -> str:

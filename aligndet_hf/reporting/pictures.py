@@ -1,4 +1,4 @@
-"""Figures of boxes without classes, of crops and of recall, and the look that all figures of this package share.
+"""Figures of boxes without classes and of recall, and the look that all figures of this package share.
 
 matplotlib is an extra (`pip install "aligndet-hf[plots]"`) and is imported on first use; the figures never touch
 `pyplot`, so they need no display and leave no global state.
@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-
-from ..data.views import resize_image
 
 # Bright enough for boxes on photographs, ordered so that the first few are told apart by colour-blind readers too.
 PALETTE = "#e8601c #1f9ede #22a45d #d6338a #f2c40f #7b4fd1 #10b5a8 #8c564b #8fbf26 #5f6b7a".split()
@@ -101,37 +99,6 @@ def plot_recall(results: Mapping[str, Mapping], path) -> Path:
     panels[2].set_xticks(range(len(sizes)), [f"{size}\n({first[size]['objects']})" for size in sizes], fontsize=7.5)
     legend_below(figure)
     return save_figure(figure, path)
-
-
-def plot_crops(rows: Mapping[str, Sequence[np.ndarray]], path, title: str | None = None, side: int = 96) -> Path:
-    """
-    Draws rows of small pictures, each scaled to fit a square.
-
-    Args:
-        rows (`Mapping[str, Sequence[np.ndarray]]`): Name of each row and its pictures, uint8 `[height, width, 3]`.
-        path (`str` or `Path`): The PNG to write.
-        title (`str`, *optional*): Title of the figure.
-        side (`int`, *optional*, defaults to 96): Side of a square in pixels.
-
-    Returns:
-        `Path`: `path`.
-    """
-    step = side + 4
-    sheet = np.full((step * len(rows), step * max(map(len, rows.values())), 3), 255, dtype=np.uint8)
-    for row, pictures in enumerate(rows.values()):
-        for column, picture in enumerate(pictures):
-            scale = side / max(picture.shape[:2])
-            height, width = (max(1, round(length * scale)) for length in picture.shape[:2])
-            top, left = row * step + (side - height) // 2, column * step + (side - width) // 2
-            sheet[top : top + height, left : left + width] = resize_image(picture, height, width)
-    figure = new_figure(sheet.shape[1] / 130 + 1.6, sheet.shape[0] / 130 + 0.4)
-    axes = figure.subplots()
-    axes.imshow(sheet, interpolation="none")
-    axes.set_frame_on(False)
-    axes.set_xticks([])
-    axes.set_yticks([row * step + side / 2 for row in range(len(rows))], list(rows), fontsize=7, color=INK)
-    axes.tick_params(length=0)
-    return save_figure(figure, path, title, title_size=9)
 
 
 def color_of(label: int) -> str:

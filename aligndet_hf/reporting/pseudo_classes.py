@@ -11,7 +11,7 @@ from ..data.bit_depth import pixel_window
 from ..data.columns import arrow_batches
 from ..data.images import decode_image
 from ..proposals.clusters import Clustering, cluster_agreement, match_labels
-from .pictures import plot_crops
+from .drawing import crop_sheet
 
 _CROPS = 12  # pictures of a cluster
 
@@ -147,7 +147,7 @@ def draw_clusters(splits: dict[str, datasets.Dataset], path: Path, num_clusters:
         found = (_crop(tables[split], int(row), box) for split, row, box in members[order])
         found = itertools.islice((crop for crop in found if crop is not None), _CROPS)
         crops[f"{cluster}: {sizes[cluster]} boxes"] = list(found)
-    return plot_crops(crops, path, title=f"Proposals of the largest of {len(sizes)} clusters")
+    return crop_sheet(crops, path, f"Proposals of the largest of {len(sizes)} clusters")
 
 
 def _crop(table: datasets.Dataset, row: int, box: int) -> np.ndarray | None:
