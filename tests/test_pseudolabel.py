@@ -199,11 +199,10 @@ def test_neighbours_know_classes():
     points = centres[classes] + 0.1 * rng.standard_normal((90, 8))
     labelled = np.arange(0, 90, 10)
     rest = np.setdiff1d(np.arange(90), labelled)
-    checked = check_classes(points[labelled], classes[labelled], points[rest])
-    assert (checked.nearest == classes[rest]).all() and (checked.spread == classes[rest]).all()
-    assert checked.agree.all()
+    nearest, agree = check_classes(points[labelled], classes[labelled], points[rest])
+    assert (nearest == classes[rest]).all() and agree.all()
     # A point between two classes: both ways may say what they like, and what they do not share is not believed.
-    assert len(check_classes(points[labelled], classes[labelled], np.zeros((0, 8))).nearest) == 0
-    assert check_classes(points[:1], classes[:1], points[rest]).nearest.tolist() == [0] * len(rest)
+    assert [len(one) for one in check_classes(points[labelled], classes[labelled], np.zeros((0, 8)))] == [0, 0]
+    assert check_classes(points[:1], classes[:1], points[rest])[0].tolist() == [0] * len(rest)
     with pytest.raises(ValueError, match="no labelled object"):
         check_classes(np.zeros((0, 8)), np.zeros(0), points)

@@ -32,7 +32,7 @@ from ..data.splits import nested_subsets
 from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
-from ..evaluation.pseudo_labels import CheckedClasses, check_classes, crop_features, suppress
+from ..evaluation.pseudo_labels import check_classes, crop_features, suppress
 from ..files import write_json
 from ..flags import flag, local_paths, names_of
 from ..processes import device_of
@@ -204,11 +204,10 @@ def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], 
     )
     boxes = [_boxes_of(row["objects"], classes, arguments) for row in found.remove_columns(["image"])]
     report = {"images": len(images), "skipped": len(images) - len(found), "boxes": sum(map(len, boxes))}
-    checked = None
     if arguments.class_check == "neighbours":
-        checked = _check(arguments, teacher, found, boxes, labelled)
-        _believe_neighbours(boxes, checked)
-        report["classes_agree"] = round(float(np.mean(checked.agree)), 4) if len(checked.agree) else None
+        nearest, agree = _check(arguments, teacher, found, boxes, labelled)
+        _believe_neighbours(boxes, nearest, agree)
+        report["classes_agree"] = round(float(np.mean(agree)), 4) if len(agree) else None
     if arguments.shuffle_classes:
         _shuffle_classes(boxes, arguments.label_seed)
     kept = [row for row, rows_boxes in enumerate(boxes) if any(not box["ignore"] for box in rows_boxes)]
@@ -245,7 +244,7 @@ def _boxes_of(objects: dict, classes: np.ndarray, arguments: PseudolabelArgument
     ]
 
 
-def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> CheckedClasses:
+def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> tuple[np.ndarray, np.ndarray]:
     """What neighbours say of all boxes that are to be labels, in their order."""
     source = teacher
     if arguments.backbone is not None:
@@ -278,14 +277,14 @@ def _frozen_backbone(detector, device: str) -> BoxFeatures:
     return BoxFeatures(detector, [8], device=device)
 
 
-def _believe_neighbours(boxes: list[list[dict]], checked: CheckedClasses) -> None:
+def _believe_neighbours(boxes: list[list[dict]], nearest: np.ndarray, agree: np.ndarray) -> None:
     """Gives boxes the class that both ways agree on; where they do not, a box is neither object nor background."""
     chosen = (box for row in boxes for box in row if not box["ignore"])
-    for box, nearest, agree in zip(list(chosen), checked.nearest.tolist(), checked.agree.tolist(), strict=True):
-        if not agree:
+    for box, category, is_agreed in zip(list(chosen), nearest.tolist(), agree.tolist(), strict=True):
+        if not is_agreed:
             box["ignore"] = 1
-        elif nearest != box["category"]:
-            box |= {"category": nearest, "source": "neighbours"}
+        elif category != box["category"]:
+            box |= {"category": category, "source": "neighbours"}
 
 
 def _shuffle_classes(boxes: list[list[dict]], seed: int) -> None:

@@ -1,7 +1,5 @@
 """Boxes of a teacher as labels: which to keep, and whether their classes can be true."""
 
-from dataclasses import dataclass
-
 import cv2
 import numpy as np
 import torch
@@ -14,25 +12,6 @@ from .box_features import BoxFeatures
 CONTEXT = 1.3  # sides of a crop, relative to the longer side of its box
 _CROP_SIZE = 96  # pixels
 _BATCH = 64
-
-
-@dataclass(frozen=True)
-class CheckedClasses:
-    """
-    What neighbours say of the classes of boxes.
-
-    Attributes:
-        nearest (`np.ndarray`): int64 [N], the class of the nearest labelled object.
-        spread (`np.ndarray`): int64 [N], the class that label spreading finds.
-    """
-
-    nearest: np.ndarray
-    spread: np.ndarray
-
-    @property
-    def agree(self) -> np.ndarray:
-        """Whether both say the same, bool [N]: such a class is kept, in place of the teacher's."""
-        return self.nearest == self.spread
 
 
 def suppress(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
@@ -90,7 +69,7 @@ def _crop(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 def check_classes(
     labelled: np.ndarray, classes: np.ndarray, unlabelled: np.ndarray, *, neighbours: int = 20, alpha: float = 0.99
-) -> CheckedClasses:
+) -> tuple[np.ndarray, np.ndarray]:
     """
     Classes of unlabelled objects by labelled ones: of the nearest one, and by label spreading (Zhou et al. 2003).
 
@@ -102,7 +81,8 @@ def check_classes(
         alpha (`float`, *optional*, defaults to 0.99): How far labels spread, in (0, 1).
 
     Returns:
-        [`CheckedClasses`]
+        `tuple[np.ndarray, np.ndarray]`: int64 [N], the class of the nearest labelled object, and bool [N], whether
+        label spreading finds the same: such a class is kept, in place of the teacher's.
 
     Raises:
         `ValueError`: there is no labelled object.
@@ -114,8 +94,7 @@ def check_classes(
         raise ValueError("there is no labelled object to compare boxes with: give labels, or --class_check none")
     classes = np.asarray(classes, dtype=np.int64)
     if not len(unlabelled) or len(np.unique(classes)) == 1:
-        same = np.full(len(unlabelled), classes[0])
-        return CheckedClasses(same, same)
+        return np.full(len(unlabelled), classes[0]), np.ones(len(unlabelled), dtype=bool)
     vectors = np.concatenate([labelled, unlabelled])
     vectors = vectors - vectors.mean(axis=0)  # what all objects have in common says nothing
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -124,4 +103,4 @@ def check_classes(
     targets = np.concatenate([classes, np.full(len(unlabelled), -1)])
     spreading = LabelSpreading("knn", n_neighbors=min(neighbours, len(vectors) - 1), alpha=alpha, max_iter=100)
     spread = spreading.fit(vectors, targets).transduction_[len(labelled) :]
-    return CheckedClasses(nearest.astype(np.int64), spread.astype(np.int64))
+    return nearest.astype(np.int64), nearest == spread

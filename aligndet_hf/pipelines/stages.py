@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import recursively_apply
 
 from ..cli import COMMANDS
 from ..flags import names_of, nearest
@@ -269,15 +270,13 @@ def fields_of(command: str) -> set[str]:
 
 def _substitute(value, look_up: Callable[[str], Any]):
     """A value with its references replaced; one that is nothing but a reference keeps the type of what it gets."""
-    if isinstance(value, Mapping):
-        return {key: _substitute(item, look_up) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_substitute(item, look_up) for item in value]
-    if not isinstance(value, str):
-        return value
-    if whole := REFERENCE.fullmatch(value):
-        return look_up(whole[1])
-    return REFERENCE.sub(lambda match: str(look_up(match[1])), value)
+
+    def replaced(text: str):
+        if whole := REFERENCE.fullmatch(text):
+            return look_up(whole[1])
+        return REFERENCE.sub(lambda match: str(look_up(match[1])), text)
+
+    return recursively_apply(replaced, value, test_type=lambda item: isinstance(item, str))
 
 
 def read_chain(file: str) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate.utils import recursively_apply
 
 from ..cards import describe_versions, told
 from ..files import write_text
@@ -88,17 +89,12 @@ def told_results(results: Mapping) -> dict:
     """
     shown = ("folder", "command", "seconds")
     stages = [{key: stage[key] for key in shown} for stage in results["stages"]]
-    return _without_places({**results, "stages": stages})
+    return recursively_apply(told, {**results, "stages": stages}, test_type=_is_place)
 
 
-def _without_places(value):
-    """A value with names for the paths in it that only this machine has; those inside the comparison stay."""
-    if isinstance(value, Mapping):
-        return {key: _without_places(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_places(item) for item in value]
-    is_place = isinstance(value, str) and value.startswith(("/", "./", "../", "~"))
-    return told(value) if is_place else value
+def _is_place(value) -> bool:
+    """Whether it is a path that only this machine has; those inside the comparison are relative to it."""
+    return isinstance(value, str) and value.startswith(("/", "./", "../", "~"))
 
 
 def _plot(output_dir: Path, results: Mapping) -> dict[str, str]:

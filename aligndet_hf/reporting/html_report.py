@@ -8,6 +8,7 @@ from pathlib import Path
 from ..cards import told, told_settings
 from ..data.dataset_card import describe_proposals
 from ..evaluation.coco_metrics import exists
+from ..runs import flat
 from .comparison_page import comparison_page, is_comparison
 from .diagnosis_page import diagnosis_section
 from .model_card import (
@@ -171,17 +172,13 @@ def _of_files(folder: Path) -> list[Section]:
 
 def _table(values: Mapping) -> list[tuple]:
     """A table of nested settings: `{"a": {"b": 1}}` is the row `a.b`, `1`."""
-    return [("name", "value"), *_rows(values)]
+    return [("name", "value"), *((name, _text(value)) for name, value in flat(values).items())]
 
 
-def _rows(values: Mapping, prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _rows(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
-            yield f"{prefix}{key}", f"{value:.6g}"
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)
+def _text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _history(folder: Path) -> list[dict]:

@@ -9,7 +9,7 @@ import os
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, recursively_apply
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
@@ -128,14 +128,12 @@ def _unsharded(model: PreTrainedModel) -> PreTrainedModel:
 
 def _whole(value, keep: bool):
     """Nested dictionaries and lists with whole tensors on the CPU; only the processes that keep them get copies."""
-    if isinstance(value, dict):
-        return {key: _whole(entry, keep) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_whole(entry, keep) for entry in value]
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-        return value.cpu() if keep else None
-    return value
+
+    def whole(tensor: DTensor) -> torch.Tensor | None:
+        tensor = tensor.full_tensor()
+        return tensor.cpu() if keep else None
+
+    return recursively_apply(whole, value, test_type=lambda entry: isinstance(entry, DTensor))
 
 
 def _cut_like(value: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
