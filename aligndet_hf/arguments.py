@@ -160,12 +160,7 @@ class NeighborArguments:
     help_groups = {"max_objects": "Neighbours"}
 
     max_objects: int = flag(5000, "result", "look at a random choice of at most this many objects", range=COUNT)
-    num_neighbors: int = flag(
-        10,
-        "result",
-        "neighbours that vote for the class of an object",
-        range=COUNT,
-    )
+    num_neighbors: int = flag(10, "result", "neighbours that vote for the class of an object", range=COUNT)
 
 
 # ---- how a command runs ----
@@ -231,11 +226,7 @@ class OptimisationArguments:
     )
     warmup_steps: float = flag(0, "result", "steps of linear warm-up, or below 1 a share of the run")
     bf16: bool = flag(False, "result", "run forward passes in bfloat16 (autocast)")
-    fp16: bool = flag(
-        False,
-        "result",
-        "run forward passes in float16 (autocast), with scaled losses",
-    )
+    fp16: bool = flag(False, "result", "run forward passes in float16 (autocast), with scaled losses")
     torch_compile: bool = flag(
         False,
         "result",

@@ -667,13 +667,7 @@ class DenseDetector(TorchvisionDetector):
             outputs.object_features = self.in_queries(at_least_float32(features), found).flatten(0, 1)
         return outputs
 
-    def learn(
-        self,
-        images: ImageList,
-        maps: Maps,
-        targets: Targets,
-        wants_rows: bool,
-    ) -> TorchvisionDetectorOutput:
+    def learn(self, images: ImageList, maps: Maps, targets: Targets, wants_rows: bool) -> TorchvisionDetectorOutput:
         """The terms of the loss, and features of sampled anchors."""
         anchors, _ = self._anchors(images, maps)
         towers = self._towers(maps)

@@ -11,14 +11,7 @@ from ..evaluation.coco_metrics import exists
 from ..runs import flat
 from .comparison_page import comparison_page, is_comparison
 from .diagnosis_page import diagnosis_section
-from .model_card import (
-    COCO_KEYS,
-    describe_backbone,
-    describe_protocol,
-    describe_training,
-    percentages,
-    run_title,
-)
+from .model_card import COCO_KEYS, describe_backbone, describe_protocol, describe_training, percentages, run_title
 from .page import Section, picture_uri, write_page
 from .pictures import has_matplotlib
 from .plots import plot_curves, read_history

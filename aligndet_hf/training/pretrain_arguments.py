@@ -114,9 +114,7 @@ class PretrainArguments(
 
     per_device_train_batch_size: int = again(OptimisationArguments, "per_device_train_batch_size", default=2)
     optim: Literal["adamw_torch_fused", "lars"] = flag(
-        "adamw_torch_fused",
-        "result",
-        "optimizer; `lars` is for large batches: SGD with a rate for each layer",
+        "adamw_torch_fused", "result", "optimizer; `lars` is for large batches: SGD with a rate for each layer"
     )
     learning_rate: float = again(OptimisationArguments, "learning_rate", default=2e-4, range=POSITIVE)
     decay_norms_and_biases: bool = flag(True, "result", "decay one-dimensional parameters too")
