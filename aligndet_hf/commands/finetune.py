@@ -46,19 +46,18 @@ from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
 from ..runs import RunFolder
 from ..training.batch_size import largest_batch, trial_step
-from ..training.checkpointing import CHECKPOINTS, DAMAGED, clear_write_errors, find_last_checkpoint
+from ..training.checkpointing import clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import TellForecast
-from ..training.start import start_hashes
+from ..training.start import start_hashes, training_folder
 
 BATCH_SIZE = "batch_size.json"
-# What is written to `output_dir`, beside checkpoints and the results.
+# What is written to `output_dir`, beside the results and what every training writes.
 WRITTEN = [
-    f"{DAMAGED}{CHECKPOINTS}", SETTINGS, "README.md", "report.html", "config.json", "generation_config.json",
-    "model*.safetensors", "model.safetensors.index.json", "*processor_config.json", "trainer_state.json",
-    "transfer_report.json", "backbone_report.json", BATCH_SIZE, MATCHES, DIAGNOSIS, PREDICTIONS, WORST, SPEED,
+    SETTINGS, "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "*processor_config.json", "trainer_state.json", BATCH_SIZE, MATCHES, DIAGNOSIS, PREDICTIONS, WORST, SPEED,
 ]  # fmt: skip
 
 
@@ -101,15 +100,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     """
     require_one_gpu_per_process(arguments)
     processes = PartialState()
-    with RunFolder(
-        arguments.output_dir,
-        "finetune",
-        written=WRITTEN,
-        kept=[CHECKPOINTS],
-        result=RESULTS,
-        overwrite=arguments.overwrite_output_dir,
-        on_main=Launch().on_main,
-    ) as folder:
+    with training_folder(arguments, "finetune", WRITTEN, RESULTS) as folder:
         settings = settings_of(arguments)
         changes = folder.claim({"max_steps", "num_train_epochs"}, local_paths(arguments), settings=settings)
         repo_id = Launch().on_main(open_repository, arguments, folder.path)

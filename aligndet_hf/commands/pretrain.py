@@ -22,7 +22,6 @@ from ..reporting.run_record import SUMMARY
 from ..runs import RunFolder
 from ..training import pretrain_aligndet, pretrain_soco, sharding
 from ..training.best_boxes import BOXES, BestBoxes
-from ..training.checkpointing import CHECKPOINTS, DAMAGED
 from ..training.compilation import compile_networks
 from ..training.pretrain_arguments import DEFAULTS, PretrainArguments
 from ..training.pretrain_loop import Run, train, write_result
@@ -36,13 +35,10 @@ from ..training.pretrain_setup import (
 from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import length_note
 from ..training.schedules import Schedules
-from ..training.start import start_hashes
+from ..training.start import start_hashes, training_folder
 
-# What is written to `output_dir`, beside checkpoints and the summary.
-WRITTEN = [
-    f"{DAMAGED}{CHECKPOINTS}", "log.jsonl", "README.md", "report.html", "config.json", "model.safetensors", "detector",
-    "backbone", BOXES, "torchvision.safetensors", "backbone_report.json", "transfer_report.json",
-]  # fmt: skip
+# What is written to `output_dir`, beside the summary and what every training writes.
+WRITTEN = ["log.jsonl", "model.safetensors", "detector", "backbone", BOXES, "torchvision.safetensors"]
 
 # Of each method the model, and the module that builds the model and its views.
 METHODS = {"aligndet": (AlignDetForPreTraining, pretrain_aligndet), "soco": (SoCoForPreTraining, pretrain_soco)}
@@ -93,15 +89,7 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         Interrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
     accelerator = build_accelerator(arguments)
-    with RunFolder(
-        arguments.output_dir,
-        "pretrain",
-        written=WRITTEN,
-        kept=[CHECKPOINTS],
-        result=SUMMARY,
-        overwrite=arguments.overwrite_output_dir,
-        on_main=Launch().on_main,
-    ) as folder:
+    with training_folder(arguments, "pretrain", WRITTEN, SUMMARY) as folder:
         configuration = compared_configuration(arguments, accelerator)
         places = local_paths(arguments) - ({"dataset"} if arguments.streaming else set())  # a stream is not hashed
         changes = folder.claim({"max_steps", "num_train_epochs"}, places, settings=configuration)

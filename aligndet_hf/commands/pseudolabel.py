@@ -36,7 +36,7 @@ from ..evaluation.pseudo_labels import check_classes, crop_features, suppress
 from ..files import write_json
 from ..flags import flag, local_paths, names_of
 from ..processes import device_of
-from ..proposals.filters import box_iou
+from ..proposals.clusters import match_labels
 from ..ranges import COUNT, SHARE, check_values
 from ..reporting.predictions import write_sheet
 from ..runs import RunFolder
@@ -48,7 +48,6 @@ _SHEET_NOTE = (
     "solid: labels, with class and score; dashed, with a question mark: left out of account in training, neither "
     "object nor background"
 )
-_CORRECT_IOU = 0.5
 
 
 @dataclass(kw_only=True)
@@ -328,16 +327,12 @@ def _truth(arguments: PseudolabelArguments, images, found, boxes, names: list[st
     for value, row in zip(_values(found), boxes, strict=True):
         chosen = [box for box in row if not box["ignore"]]
         kept += len(chosen)
-        number = rows.get(image_digest(value))
-        truth = None if number is None else column[number]["objects"]
-        if truth is None or not chosen or not len(true := read_boxes(truth)[0]):
-            continue
-        classes = read_values(truth, "category")[0].astype(int)
-        for box in chosen:
-            overlaps = box_iou(np.array(box["bbox"]), true)
-            if overlaps.max() >= _CORRECT_IOU:
-                placed += 1
-                right += int(classes[overlaps.argmax()] == box["category"])
+        if (number := rows.get(image_digest(value))) is not None:
+            truth = column[number]["objects"]
+            bbox, own = (np.array([box[name] for box in chosen]) for name in ("bbox", "category"))
+            classes = match_labels(bbox, read_boxes(truth)[0], read_values(truth, "category")[0])
+            placed += int((classes >= 0).sum())
+            right += int((classes == own).sum())
     return {"precision": right / max(kept, 1), "precision_without_class": placed / max(kept, 1)}
 
 

@@ -1,10 +1,33 @@
-"""What training starts from, as files have it."""
+"""Where training writes to, and what it starts from, as files have it."""
 
 from pathlib import Path
 
+from ..arguments import TrainingRunArguments
+from ..data.launch import Launch
 from ..data.sources import model_hash
 from ..detectors.build import DetectorArguments, find_detector
 from ..files import file_hash
+from ..runs import RunFolder
+from .checkpointing import CHECKPOINTS, DAMAGED
+
+# What every training writes, beside what is its own.
+_REPORTS = ["README.md", "report.html", "backbone_report.json", "transfer_report.json"]
+_WRITTEN = [f"{DAMAGED}{CHECKPOINTS}", "config.json", *_REPORTS]
+
+
+def training_folder(arguments: TrainingRunArguments, command: str, written: list[str], result: str) -> RunFolder:
+    """
+    The folder of a training, for all of its processes; it goes on from its checkpoints.
+
+    Args:
+        arguments ([`TrainingRunArguments`]): Where it is, and whether to start anew.
+        command (`str`): The command, as `aligndet` has it.
+        written (`list[str]`): Names, or glob patterns, of what this command alone writes there.
+        result (`str`): The file that is written last.
+    """
+    options = {"overwrite": arguments.overwrite_output_dir, "on_main": Launch().on_main}
+    written = [*_WRITTEN, *written]
+    return RunFolder(arguments.output_dir, command, written=written, kept=[CHECKPOINTS], result=result, **options)
 
 
 def start_hashes(arguments: DetectorArguments) -> dict[str, str]:
