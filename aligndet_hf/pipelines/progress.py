@@ -30,9 +30,8 @@ class Progress:
         self.names, self.steps, self.total, self.num_parallel = names, steps, len(stages), max(1, num_parallel)
         self.done = [stage for stage in stages if is_finished(stage)]
         self.left = [stage for stage in stages if stage not in self.done]
-        self.logs: dict[
-            Stage, tuple[int, float]
-        ] = {}  # of stages without a forecast: log read to, time of the next look
+        # Of stages without a forecast: up to where their log is read, and the time of the next look.
+        self.logs: dict[Stage, tuple[int, float]] = {}
 
     def __str__(self) -> str:
         """What there is to do."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from ..data.collate import collate_labelled, normalize_images
@@ -59,9 +59,8 @@ def trial_step(detector, images: LabelledImages, image_processor, args) -> Calla
 
     def step(count: int) -> None:
         batch = collate_labelled([images[SampleKey(number % len(images), 0, 0)] for number in range(count)])
-        labels = [{name: value.to(args.device) for name, value in label.items()} for label in batch["labels"]]
-        pixels, mask = (batch[name].to(args.device) for name in ("pixel_values", "pixel_mask"))
-        pixels = normalize_images(pixels, mask, **normalization_of(image_processor))
+        batch = send_to_device(batch, args.device)
+        pixels = normalize_images(batch["pixel_values"], batch["pixel_mask"], **normalization_of(image_processor))
         buffers = {name: buffer.clone() for name, buffer in detector.named_buffers()}
         kept = [
             torch.empty_like(p) for p in detector.parameters() if p.requires_grad for _ in range(_OPTIMIZER_COPIES)
@@ -71,7 +70,7 @@ def trial_step(detector, images: LabelledImages, image_processor, args) -> Calla
                 torch.random.fork_rng(own_random),
                 torch.autocast(args.device.type, dtype=half, enabled=half is not None),
             ):
-                detector(pixel_values=pixels, pixel_mask=mask, labels=labels).loss.backward()
+                detector(**batch | {"pixel_values": pixels}).loss.backward()
         finally:
             del kept
             detector.zero_grad(set_to_none=True)
