@@ -69,7 +69,6 @@ SYNONYMS = [
     {"num_neighbors", "neighbors", "k", "n_neighbors"},
 ]  # fmt: skip
 
-
 REQUIRED = dataclasses.MISSING  # in place of a default
 
 
@@ -94,18 +93,10 @@ def roles(cls: type) -> dict[str, str]:
     Fields of another package (`transformers.TrainingArguments`) have theirs in the class attribute `inherited_roles`;
     those that are not there are refused.
     """
-    ours = {name for base in cls.__mro__ if not base.__module__.startswith("transformers") for name in _declared(base)}
     inherited = getattr(cls, "inherited_roles", {})
-    return {
-        item.name: item.metadata.get("role")
-        or inherited.get(item.name, "result" if item.name in ours or not inherited else "refused")
-        for item in dataclasses.fields(cls)
-        if item.init
-    }
-
-
-def _declared(cls: type) -> Iterable[str]:
-    return vars(cls).get("__annotations__", ())
+    default = "refused" if inherited else "result"
+    fields = [item for item in dataclasses.fields(cls) if item.init]
+    return {item.name: item.metadata.get("role") or inherited.get(item.name, default) for item in fields}
 
 
 def names_of(cls: type, *wanted: str) -> set[str]:
