@@ -255,11 +255,11 @@ def _cluster(
     folder.claim(shards={"versions": report["versions"]})
     key = settings_hash(state)
     rows, total = _choose_images(sources, arguments)
-    files = FeatureFiles(work, key, rows)
-    clustering = _fit(sources, features, files, total, work / f"clustering-{key}.npz", arguments)
+    boxes = _Work(sources, features, FeatureFiles(work, key, rows), arguments)
+    clustering = boxes.fit(total, work / f"clustering-{key}.npz")
     shards = make_shards(sources, work, _SHARD_SIZE, state)
     with telling_progress(shards):
-        _assign(shards, sources, features, files, clustering, arguments)
+        boxes.assign(shards, clustering)
 
     bare = {name: source.remove_columns("proposals") for name, source in sources.items()}
     results = join_proposals(bare, shards, work, report, with_clusters=True)
@@ -268,67 +268,6 @@ def _cluster(
 
 
 # ---- fitting and assigning ----
-
-
-def _load_items(sources, rows: list[tuple[str, int]], arguments: ClustersArguments) -> Iterator[dict]:
-    images = BoxImages(sources, rows, arguments.short_side, enlarge=False)
-    workers = min(arguments.dataloader_num_workers, len(rows))
-    return iter(DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=init_worker))
-
-
-def _fit(
-    sources: dict[str, datasets.Dataset],
-    features: BoxFeatures,
-    files: FeatureFiles,
-    total: int,
-    path: Path,
-    arguments: ClustersArguments,
-) -> Clustering:
-    """
-    Fits PCA and k-means to at most `total` boxes of the images of `files`, into a file; takes up what an interrupted
-    run has left.
-    """
-    _see_images(sources, features, files, arguments)
-    if is_sound(path):
-        with np.load(path) as stored:
-            return Clustering(**{name: stored[name] for name in stored.files})
-    scratch_file = path.with_name("scratch.f16")
-    filled = 0
-    with open(scratch_file, "wb") as file:  # not through a mapping, which ends the process where the disk is full
-        for found in files.best(arguments.fit_boxes_per_image, total):
-            file.write(found.astype(np.float16).tobytes())
-            filled += len(found)
-    if filled < arguments.num_clusters:
-        raise DataError(
-            f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {filled} boxes, which are "
-            f"all that can be used in {sum(map(len, files.batches))} images. Choose fewer num_clusters, or mend the "
-            "images."
-        )
-    scratch = np.memmap(scratch_file, dtype=np.float16, mode="r", shape=(filled, features.size))
-    clustering = fit_clusters(scratch, arguments.num_clusters, arguments.pca_dim, arguments.seed)
-    part = path.with_name("part.npz")
-    np.savez(part, **dataclasses.asdict(clustering))
-    seal_file(part, path)
-    del scratch
-    scratch_file.unlink()
-    return clustering
-
-
-def _see_images(
-    sources: dict[str, datasets.Dataset], features: BoxFeatures, files: FeatureFiles, arguments: ClustersArguments
-) -> None:
-    """Writes the files of features that are not there yet."""
-    missing = files.missing()
-    rows = [row for number in missing for row in files.batches[number]]
-    items = _load_items(sources, rows, arguments)
-    total = sum(map(len, files.batches))
-    with tqdm(
-        total=total, initial=total - len(rows), desc="fitting", unit="image", disable=arguments.disable_tqdm
-    ) as progress:
-        for number in missing:
-            batch = files.batches[number]
-            files.write(number, seen_boxes(features, [next(items) for _ in batch]))
-            progress.update(len(batch))
 
 
 def _choose_images(
@@ -351,40 +290,92 @@ def _choose_images(
     return [rows[index] for index in sorted(order[:used])], total
 
 
-def _assign(
-    shards: list[Shard],
-    sources: dict[str, datasets.Dataset],
-    features: BoxFeatures,
-    files: FeatureFiles,
-    clustering: Clustering,
-    arguments: ClustersArguments,
-) -> None:
-    """Writes the files of the shards that are not there yet: the proposals with their clusters."""
-    pending = [shard for shard in shards if not is_sound(shard.path)]
-    rows = [(shard.split, row) for shard in pending for row in range(shard.start, shard.stop)]
-    total = sum(len(source) for source in sources.values())
-    stored = {name: source.select_columns(["proposals"]) for name, source in sources.items()}
-    items = _load_items(sources, [row for row in rows if row not in files], arguments)
-    with tqdm(
-        total=total, initial=total - len(rows), desc="clusters", unit="image", disable=arguments.disable_tqdm
-    ) as progress:
-        for shard in pending:
-            written = []
-            for (split, row), found in _found(shard, files, items, features):
-                written.append(_with_clusters(stored[split][row]["proposals"], found, clustering))
-                progress.update()
-            write_shard(shard, written, with_clusters=True)
+@dataclass
+class _Work:
+    """
+    The boxes of all images on their way to clusters.
 
+    Attributes:
+        sources (`dict[str, datasets.Dataset]`): The splits, with proposals.
+        features ([`BoxFeatures`]): The backbone.
+        files ([`FeatureFiles`]): The features of the images to fit to.
+        arguments ([`ClustersArguments`]): The configuration.
+    """
 
-def _found(
-    shard: Shard, files: FeatureFiles, items: Iterator[dict], features: BoxFeatures
-) -> Iterator[tuple[tuple[str, int], dict]]:
-    """The rows of a shard and the features of their boxes: from the files, or from the next of `items`."""
-    for start in range(shard.start, shard.stop, BATCH):
-        rows = [(shard.split, row) for row in range(start, min(start + BATCH, shard.stop))]
-        new = iter(seen_boxes(features, [next(items) for row in rows if row not in files]))
-        for row in rows:
-            yield row, files[row] if row in files else next(new)
+    sources: dict[str, datasets.Dataset]
+    features: BoxFeatures
+    files: FeatureFiles
+    arguments: ClustersArguments
+
+    def fit(self, total: int, path: Path) -> Clustering:
+        """
+        Fits PCA and k-means to at most `total` boxes of the images of `files`, into a file; takes up what an
+        interrupted run has left.
+        """
+        self._see_images()
+        if is_sound(path):
+            with np.load(path) as stored:
+                return Clustering(**{name: stored[name] for name in stored.files})
+        scratch_file, arguments = path.with_name("scratch.f16"), self.arguments
+        filled = 0
+        with open(scratch_file, "wb") as file:  # not through a mapping, which ends the process where the disk is full
+            for found in self.files.best(arguments.fit_boxes_per_image, total):
+                file.write(found.astype(np.float16).tobytes())
+                filled += len(found)
+        if filled < arguments.num_clusters:
+            raise DataError(
+                f"{arguments.dataset}: {arguments.num_clusters} clusters cannot be fitted to {filled} boxes, which "
+                f"are all that can be used in {sum(map(len, self.files.batches))} images. Choose fewer num_clusters, "
+                "or mend the images."
+            )
+        scratch = np.memmap(scratch_file, dtype=np.float16, mode="r", shape=(filled, self.features.size))
+        clustering = fit_clusters(scratch, arguments.num_clusters, arguments.pca_dim, arguments.seed)
+        part = path.with_name("part.npz")
+        np.savez(part, **dataclasses.asdict(clustering))
+        seal_file(part, path)
+        del scratch
+        scratch_file.unlink()
+        return clustering
+
+    def assign(self, shards: list[Shard], clustering: Clustering) -> None:
+        """Writes the files of the shards that are not there yet: the proposals with their clusters."""
+        pending = [shard for shard in shards if not is_sound(shard.path)]
+        rows = [(shard.split, row) for shard in pending for row in range(shard.start, shard.stop)]
+        stored = {name: source.select_columns(["proposals"]) for name, source in self.sources.items()}
+        items = self._load([row for row in rows if row not in self.files])
+        with self._progress("clusters", sum(map(len, self.sources.values())), len(rows)) as progress:
+            for shard in pending:
+                written = []
+                for (split, row), found in self._found(shard, items):
+                    written.append(_with_clusters(stored[split][row]["proposals"], found, clustering))
+                    progress.update()
+                write_shard(shard, written, with_clusters=True)
+
+    def _see_images(self) -> None:
+        """Writes the files of features that are not there yet."""
+        missing = {number: self.files.batches[number] for number in self.files.missing()}
+        rows = [row for batch in missing.values() for row in batch]
+        items = self._load(rows)
+        with self._progress("fitting", sum(map(len, self.files.batches)), len(rows)) as progress:
+            for number, batch in missing.items():
+                self.files.write(number, seen_boxes(self.features, [next(items) for _ in batch]))
+                progress.update(len(batch))
+
+    def _load(self, rows: list[tuple[str, int]]) -> Iterator[dict]:
+        images = BoxImages(self.sources, rows, self.arguments.short_side, enlarge=False)
+        workers = min(self.arguments.dataloader_num_workers, len(rows))
+        return iter(DataLoader(images, batch_size=None, num_workers=workers, worker_init_fn=init_worker))
+
+    def _progress(self, what: str, total: int, left: int) -> tqdm:
+        return tqdm(total=total, initial=total - left, desc=what, unit="image", disable=self.arguments.disable_tqdm)
+
+    def _found(self, shard: Shard, items: Iterator[dict]) -> Iterator[tuple[tuple[str, int], dict]]:
+        """The rows of a shard and the features of their boxes: from the files, or from the next of `items`."""
+        for start in range(shard.start, shard.stop, BATCH):
+            rows = [(shard.split, row) for row in range(start, min(start + BATCH, shard.stop))]
+            new = iter(seen_boxes(self.features, [next(items) for row in rows if row not in self.files]))
+            for row in rows:
+                yield row, self.files[row] if row in self.files else next(new)
 
 
 def _with_clusters(proposals: dict | None, found: dict, clustering: Clustering) -> dict:

@@ -3,6 +3,7 @@
 import json
 import logging
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -118,21 +119,18 @@ def _write(path: Path, content: bytes | str) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def _sound_boxes(row: _Row) -> tuple[np.ndarray, np.ndarray]:
+def _sound_boxes(row: _Row, left_out: Counter) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (float64 [n, 4], xywh) and categories of the objects that a format without crowds can hold."""
-    objects = np.flatnonzero(~row.objects["iscrowd"])
+    crowds = row.objects["iscrowd"]
+    objects = np.flatnonzero(~crowds)
     boxes, kept = clean_boxes(row.objects["bbox"][objects], row.width, row.height)
+    left_out["crowds, which the format does not have"] += int(crowds.sum())
+    left_out["boxes without area or outside their image"] += len(objects) - len(kept)
     return boxes.astype(np.float64), row.objects["category"][objects[kept]]
 
 
-def _left_out(crowds: int, faulty: int) -> list[str]:
-    lines = [f"left out: {crowds} crowds, which the format does not have"] if crowds else []
-    return lines + ([f"left out: {faulty} boxes without area or outside their image"] if faulty else [])
-
-
-def _count_left_out(row: _Row, kept: int) -> np.ndarray:
-    crowds = int(row.objects["iscrowd"].sum())
-    return np.array([crowds, len(row.objects["bbox"]) - crowds - kept])
+def _told(left_out: Counter) -> list[str]:
+    return [f"left out: {count} {what}" for what, count in left_out.items() if count]
 
 
 # ---- the layouts ----
@@ -143,7 +141,7 @@ def _plain(value: float) -> float | int:
 
 
 def _export_coco(splits: dict[str, datasets.Dataset], categories: list[str], folder: Path) -> list[str]:
-    left_out = 0
+    left_out = Counter()
     for split, dataset in splits.items():
         ids = category_ids(dataset, categories)
         images, annotations = [], []
@@ -155,7 +153,7 @@ def _export_coco(splits: dict[str, datasets.Dataset], categories: list[str], fol
             for number, box in enumerate(row.objects["bbox"].tolist()):
                 own_id = next(own_ids)
                 if not np.isfinite(box).all():
-                    left_out += 1
+                    left_out["boxes that are not finite"] += 1
                     continue
                 area = row.objects["area"][number] if "area" in row.objects else np.nan
                 annotations.append(
@@ -173,7 +171,7 @@ def _export_coco(splits: dict[str, datasets.Dataset], categories: list[str], fol
         listed = [{"id": own_id, "name": name} for own_id, name in zip(ids, categories, strict=True)]
         content = {"images": images, "annotations": annotations, "categories": listed}
         _write(folder / "annotations" / f"instances_{split}.json", json.dumps(content, ensure_ascii=False))
-    return [f"left out: {left_out} boxes that are not finite"] if left_out else []
+    return _told(left_out)
 
 
 def _own_object_ids(dataset: datasets.Dataset) -> Iterator[int | str]:
@@ -187,11 +185,10 @@ def _own_object_ids(dataset: datasets.Dataset) -> Iterator[int | str]:
 
 
 def _export_yolo(splits: dict[str, datasets.Dataset], categories: list[str], folder: Path) -> list[str]:
-    left_out = np.zeros(2, dtype=int)
+    left_out = Counter()
     for split, dataset in splits.items():
         for row in _rows(dataset):
-            boxes, labels = _sound_boxes(row)
-            left_out += _count_left_out(row, len(boxes))
+            boxes, labels = _sound_boxes(row, left_out)
             boxes[:, :2] += boxes[:, 2:] / 2
             boxes /= (row.width, row.height) * 2
             lines = [
@@ -202,21 +199,20 @@ def _export_yolo(splits: dict[str, datasets.Dataset], categories: list[str], fol
             _write(folder / "labels" / split / row.name.with_suffix(".txt"), "".join(f"{line}\n" for line in lines))
     config = {split: f"images/{split}" for split in splits} | {"names": dict(enumerate(categories))}
     _write(folder / "data.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    return _left_out(*left_out)
+    return _told(left_out)
 
 
 def _export_voc(splits: dict[str, datasets.Dataset], categories: list[str], folder: Path) -> list[str]:
-    left_out, taken = np.zeros(2, dtype=int), set()
+    left_out, taken = Counter(), set()
     for split, dataset in splits.items():
         stems = []
         for row in _rows(dataset, flat=True, taken=taken):
-            boxes, labels = _sound_boxes(row)
-            left_out += _count_left_out(row, len(boxes))
+            boxes, labels = _sound_boxes(row, left_out)
             _write(folder / "JPEGImages" / row.name, row.content)
             _write(folder / "Annotations" / f"{row.name.stem}.xml", _voc_xml(row, boxes, labels, categories))
             stems.append(row.name.stem)
         _write(folder / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
-    return _left_out(*left_out)
+    return _told(left_out)
 
 
 def _voc_xml(row: _Row, boxes: np.ndarray, labels: np.ndarray, categories: list[str]) -> bytes:
