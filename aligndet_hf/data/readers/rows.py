@@ -100,29 +100,22 @@ def build_dataset(labels: Labels, source: str) -> datasets.Dataset:
     images, categories = labels
     features = {"image": datasets.Image(decode=False)}
     columns = {"image": _images(images, source)}
-    _add_ids(images, features, columns)
-    if any(image.objects is not None for image in images):
-        _add_column("file_name", "string", images, features, columns)
-        _add_column("width", "int64", images, features, columns)
-        _add_column("height", "int64", images, features, columns)
-        _complete_objects(images, categories)
-        has_masks = _complete_masks(images, source)
-        given = {name: [value for image in images for value in image.objects[name]] for name in ("iscrowd", "id")}
+    is_labelled = any(image.objects is not None for image in images)
+    own = {"file_name": "string", "width": "int64", "height": "int64"} if is_labelled else {}
+    for name, type_ in ({"image_id": _type_of_ids(images)} | own).items():
+        values = [getattr(image, name) for image in images]
+        if any(value is not None for value in values):
+            features[name] = datasets.Value(type_)
+            columns[name] = _column(values, features[name].pa_type, name, images)
+    if is_labelled:
+        fields = _complete_objects(images, categories)
         features["objects"] = objects_feature(
-            categories.names if categories else None,
-            categories.ids if categories else None,
-            crowds=any(value is not None for value in given["iscrowd"]),
-            text_ids=any(isinstance(value, str) for value in given["id"]),
-            masks=has_masks,
+            *(categories or (None, None)), **fields, masks=_complete_masks(images, source)
         )
         types = datasets.Features(features["objects"]).arrow_schema
-        columns["objects"] = pa.StructArray.from_arrays(
-            [
-                _column([image.objects[name] for image in images], types.field(name).type, name, images)
-                for name in types.names
-            ],
-            names=types.names,
-        )
+        lists = {name: [image.objects[name] for image in images] for name in types.names}
+        arrays = [_column(lists[name], types.field(name).type, name, images) for name in types.names]
+        columns["objects"] = pa.StructArray.from_arrays(arrays, names=types.names)
     features = datasets.Features(features)
     table = pa.table(columns, schema=features.arrow_schema)
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
@@ -155,32 +148,21 @@ def _names_in_lower_case(folder: Path) -> dict[str, str]:
     return {name.lower(): name for name in os.listdir(folder)} if folder.is_dir() else {}
 
 
-def _add_ids(images: list[LabelledImage], features: dict, columns: dict) -> None:
+def _type_of_ids(images: list[LabelledImage]) -> str:
     without = [image for image in images if image.image_id is None]
-    if len(without) == len(images):
-        return
-    if without:
+    if 0 < len(without) < len(images):
         raise DataError(f"{without[0].where}: no 'image_id', which other images have.")
-    type_ = "string" if isinstance(images[0].image_id, str) else "int64"
-    _add_column("image_id", type_, images, features, columns)
+    return "string" if images and isinstance(images[0].image_id, str) else "int64"
 
 
-def _add_column(name: str, type_: str, images: list[LabelledImage], features: dict, columns: dict) -> None:
-    """Adds what some images have; the others get a null."""
-    values = [getattr(image, name) for image in images]
-    if any(value is not None for value in values):
-        features[name] = datasets.Value(type_)
-        columns[name] = _column(values, features[name].pa_type, name, images)
-
-
-def _complete_objects(images: list[LabelledImage], categories: Categories | None) -> None:
-    """Checks the objects of all images and fills in what is not given: areas, ids, and no crowds."""
+def _complete_objects(images: list[LabelledImage], categories: Categories | None) -> dict[str, bool]:
+    """
+    Checks the objects of all images and fills in what is not given, areas, ids, and no crowds; whether there are
+    `crowds` and `text_ids`.
+    """
     next_id = 1
-    any_crowds = any("iscrowd" in (image.objects or {}) for image in images)
     for image in images:
-        if image.objects is None:
-            image.objects = {}
-        objects = image.objects
+        objects = image.objects = image.objects or {}
         boxes = objects.setdefault("bbox", [])
         objects.setdefault("category", [])
         _check_categories(image, categories)
@@ -188,13 +170,16 @@ def _complete_objects(images: list[LabelledImage], categories: Categories | None
         objects["area"] = [
             float(box[2]) * float(box[3]) if area is None else area for box, area in zip(boxes, given, strict=True)
         ]
-        crowds = objects.get("iscrowd") or [0] * len(boxes)
-        objects["iscrowd"] = [int(crowd or 0) for crowd in crowds] if any_crowds else [None] * len(boxes)
         objects.setdefault("id", list(range(next_id, next_id + len(boxes))))
         next_id += len(boxes)
-    if any(isinstance(value, str) for image in images for value in image.objects["id"]):
-        for image in images:
-            image.objects["id"] = [str(value) for value in image.objects["id"]]
+    has_crowds = any("iscrowd" in image.objects for image in images)
+    has_texts = any(isinstance(value, str) for image in images for value in image.objects["id"])
+    for image in images:
+        crowds = image.objects.get("iscrowd") or [0] * len(image.objects["bbox"])
+        image.objects["iscrowd"] = [int(crowd or 0) for crowd in crowds]
+        if has_texts:
+            image.objects["id"] = list(map(str, image.objects["id"]))
+    return {"crowds": has_crowds, "text_ids": has_texts}
 
 
 def _complete_masks(images: list[LabelledImage], source: str) -> bool:
