@@ -455,7 +455,7 @@ READER_OF = {"coco": "COCO", "yolo": "YOLO", "voc": "Pascal VOC", "cvat": "CVAT"
 def test_layouts(tmp_path, layout, capsys):
     root = tmp_path / "mine"
     LAYOUTS[layout](root)
-    assert find_reader(root).NAME == READER_OF.get(layout.split(",")[0], "image folder")
+    assert find_reader(root)[0].NAME == READER_OF.get(layout.split(",")[0], "image folder")
     assert sorted(split_names(root)) == ["train", "validation"]
     for split, expected in SCENES.items():
         dataset = load_dataset_source(root, split, labels=True)
@@ -472,8 +472,8 @@ def test_layouts(tmp_path, layout, capsys):
     capsys.readouterr()
     assert len(load_dataset_source(root, "train+validation", labels=True)) == 5
     splits = ", ".join(split_names(root))
-    told = f"{root}: read as {find_reader(root).NAME}. It has the splits {splits}; used: train + validation.\n"
-    assert capsys.readouterr().out == ("" if find_reader(root).NAME == "image folder" else told)
+    told = f"{root}: read as {find_reader(root)[0].NAME}. It has the splits {splits}; used: train + validation.\n"
+    assert capsys.readouterr().out == ("" if find_reader(root)[0].NAME == "image folder" else told)
 
 
 def test_a_table_of_tensorflow_and_the_images_that_it_does_not_name(tmp_path, caplog):

@@ -61,18 +61,19 @@ def load_dataset_source(
             line.
     """
     source = as_source(source)
-    path, reader = (None, None) if isinstance(source, Given) else (Path(source).expanduser(), find_reader(source))
+    path = Path(source).expanduser()
+    reader, found = (None, {}) if isinstance(source, Given) else find_reader(path)
     roots = None  # the readers of files have looked themselves
     if isinstance(source, Given):
         dataset = _load_object(source, split, split_flag)
     elif reader is saved:
-        dataset, roots = _joined(saved.load(path), split, path, split_flag), [path]
+        dataset, roots = _joined(standard_objects(found, str(path)), split, path, split_flag), [path]
     elif reader is not None:
-        names = reader.split_names(path)
+        names = list(found)
         chosen = names if path.is_file() and len(names) == 1 else _choose_splits(names, split, path, split_flag)
         if path.is_dir() and reader is not image_folder and os.environ.get("RANK", "0") == "0":
             print(f"{path}: read as {reader.NAME}. It has the splits {', '.join(names)}; used: {' + '.join(chosen)}.")
-        dataset = build_dataset(reader.read(path, chosen, Path(image_dir) if image_dir else None), str(path))
+        dataset = build_dataset(reader.read(path, found, chosen, Path(image_dir) if image_dir else None), str(path))
     else:
         dataset, roots = _load_hub(str(source), split), door.hub_roots(source)
     if labels and reader is image_folder and "objects" not in dataset.column_names and not has_metadata(path):
@@ -110,12 +111,12 @@ def _load_object(source: Given, split: str | None, split_flag: str) -> datasets.
 
 def is_local_images(source: str | Path) -> bool:
     """Whether a source is read by this module, from files: no data set of the Hub, and no copy of one."""
-    return find_reader(source) is not None
+    return find_reader(source)[0] is not None
 
 
 def recognised(source: str | Path) -> str:
     """What a source is taken for, in words."""
-    reader = find_reader(source)
+    reader, _ = find_reader(source)
     return "a data set of the Hub" if reader is None else reader.NAME
 
 
@@ -128,8 +129,8 @@ def split_names(source: str | Path) -> list[str]:
     """
     if isinstance(source, Given):
         return list(source.value) if isinstance(source.value, dict) else ["train"]
-    reader = find_reader(source)
-    return list(_load_from_hub(str(source), None)) if reader is None else reader.split_names(Path(source).expanduser())
+    _, found = find_reader(source)
+    return list(found or _load_from_hub(str(source), None))
 
 
 def category_names(dataset: datasets.Dataset, source: str | Path = "the data set") -> list[str]:

@@ -51,17 +51,18 @@ _WITHOUT_NAMES = ["image", "x1", "y1", "x2", "y2", "class"]  # of a table whose 
 _LARGEST_PART = 1.01  # coordinates up to here are parts of the image's sides, if all of the table are
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is a file of this kind, or a folder with one at its top or in one of its folders."""
-    return path.suffix.lower() in SUFFIXES if path.is_file() else bool(find_files(path))
+def find(path: Path) -> dict[str, list["_Table"]]:
+    """
+    The splits of a table, or of the tables at the top of a folder and in its folders, that a column names, or else the
+    names of the files or of their folders; each with all tables.
+    """
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        return {}
+    tables = _tables(path)
+    return dict.fromkeys((table.split_of(row) for table in tables for _, row in table.rows()), tables)
 
 
-def split_names(path: Path) -> list[str]:
-    """The splits that a column names, or else the names of the files or of their folders."""
-    return list(dict.fromkeys(table.split_of(row) for table in _tables(path) for _, row in table.rows()))
-
-
-def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+def read(path: Path, found: dict, splits: list[str], image_dir: Path | None = None) -> Labels:
     """
     Reads these splits.
 
@@ -71,7 +72,8 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
 
     Args:
         path (`Path`): The file or the folder.
-        splits (`list[str]`): As [`split_names`] has them.
+        found (`dict`): What [`find`] gives.
+        splits (`list[str]`): Of those found.
         image_dir (`Path`, *optional*): Folder of the images, at any depth. By default the folder of the table.
 
     Returns:
@@ -81,7 +83,7 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
         [`DataError`]: for a table that is not as it should be; it names the file, the line and the column.
     """
     folder = image_dir or (path if path.is_dir() else path.parent)
-    entries = (entry for table in _tables(path) for entry in table.entries())
+    entries = (entry for table in next(iter(found.values())) for entry in table.entries())
     return collect(folder, entries, splits, "have no row in the table")
 
 

@@ -35,23 +35,29 @@ _SNIFFED_BYTES = 1 << 16
 _LOOKED_AT = 20  # images to find the folder of all by
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is a JSON file, or a folder with one that has COCO's lists."""
-    return path.suffix.lower() == ".json" if path.is_file() else bool(_find_files(path))
-
-
-def split_names(path: Path) -> list[str]:
-    """The splits, from the names of the files or of their folders; `train` if these do not tell."""
-    return [_split_of(path)] if path.is_file() else list(_split_files(path))
-
-
-def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+def find(path: Path) -> dict[str, Path]:
     """
-    Reads one COCO file, whatever its split is called, or the files of these splits of a folder.
+    A JSON file, or the files of a folder and of its folders that have COCO's lists; of COCO's own files the
+    `instances`. The splits are from the names of the files or of their folders; `train` if these do not tell.
+    """
+    if path.is_file():
+        return {_split_of(path): path} if path.suffix.lower() == ".json" else {}
+    files = [file for file in list_files(path, ".json") if path in (file.parent, file.parent.parent)]
+    files = list(filter(_looks_like_coco, files))
+    files = [file for file in files if file.stem.startswith("instances_")] or files
+    pairs = [(_split_of(file), file) for file in files]
+    require_own_splits(path, pairs, "COCO files")
+    return dict(pairs)
+
+
+def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path | None = None) -> Labels:
+    """
+    Reads the files of these splits.
 
     Args:
         path (`Path`): The file or the folder.
-        splits (`list[str]`): As [`split_names`] has them; not looked at for a file.
+        found (`dict`): What [`find`] gives.
+        splits (`list[str]`): Of those found.
         image_dir (`Path`, *optional*): Folder that the file names start from. By default looked for.
 
     Returns:
@@ -60,10 +66,8 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     Raises:
         [`DataError`]: for a file that is not as it should be; it names the file and the entry.
     """
-    files = {_split_of(path): path} if path.is_file() else _split_files(path)
-    chosen = [path] if path.is_file() else [files[split] for split in splits]
-    contents = {file: _read_content(file) for file in chosen}
-    others = {file: read_text(file) for file in files.values() if file not in contents}
+    contents = {found[split]: _read_content(found[split]) for split in splits}
+    others = {file: read_text(file) for file in found.values() if file not in contents}
     listed = {file: content.get("categories", []) for file, content in contents.items()}
     listed |= {file: _read_categories(file, text) for file, text in others.items()}
     categories = _merge_categories(listed)
@@ -91,21 +95,8 @@ def _looks_like_coco(path: Path) -> bool:
     return start.startswith(b"{") and bool(_LIST.search(start))
 
 
-def _find_files(folder: Path) -> list[Path]:
-    """The COCO files of a folder and of its sub-folders; of COCO's own files the `instances`."""
-    files = [path for path in list_files(folder, ".json") if folder in (path.parent, path.parent.parent)]
-    found = list(filter(_looks_like_coco, files))
-    return [path for path in found if path.stem.startswith("instances_")] or found
-
-
 def _split_of(path: Path) -> str:
     return split_of_file(path.stem) or split_of_folder(path.parent.name) or "train"
-
-
-def _split_files(folder: Path) -> dict[str, Path]:
-    files = [(_split_of(path), path) for path in _find_files(folder)]
-    require_own_splits(folder, files, "COCO files")
-    return dict(files)
 
 
 def _read_content(path: Path) -> dict:

@@ -19,26 +19,23 @@ _SHAPES = ("box", "polygon", "polyline", "ellipse", "mask")
 _OTHER_SHAPES = ("points", "cuboid", "skeleton", "tag")
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is an XML file of CVAT, or a folder with one at its top."""
-    return _looks_like_cvat(path) if path.is_file() else bool(_find_files(path))
+def find(path: Path) -> dict[str, dict[Path, ElementTree.Element]]:
+    """The subsets of the images of an XML file of CVAT, or of those at the top of a folder; each with all files."""
+    files = [path] if path.is_file() else list_files(path, ".xml")
+    files = [file for file in files if file == path or file.parent in (path, path / "annotations")]
+    roots = {file: _read_root(file) for file in filter(_looks_like_cvat, files)}
+    return dict.fromkeys((_subset(path, image) for root in roots.values() for image in root.iter("image")), roots)
 
 
-def split_names(path: Path) -> list[str]:
-    """The subsets of the images, or one."""
-    return list(
-        dict.fromkeys(_subset(path, image) for file in _find_files(path) for image in _read_root(file).iter("image"))
-    )
-
-
-def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+def read(path: Path, found: dict, splits: list[str], image_dir: Path | None = None) -> Labels:
     """
     Reads these subsets. The box of a polygon, polyline, ellipse, mask or turned box is what is around it; points,
     cuboids, skeletons and tags are counted and left out.
 
     Args:
         path (`Path`): The folder, or its XML file.
-        splits (`list[str]`): As [`split_names`] has them.
+        found (`dict`): What [`find`] gives.
+        splits (`list[str]`): Of those found.
         image_dir (`Path`, *optional*): Folder that the names of the images start from. By default looked for.
 
     Returns:
@@ -49,8 +46,7 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     """
     folder = image_dir or (path if path.is_dir() else path.parent)
     names, entries = [], []
-    for file in _find_files(path):
-        root = _read_root(file)
+    for file, root in next(iter(found.values())).items():
         names = names or _label_names(root)
         for number_, element in enumerate(root.iter("image")):
             where = f"{file}, image {element.get('name', number_)!r}"
@@ -66,13 +62,6 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
 
 def _looks_like_cvat(file: Path) -> bool:
     return file.suffix.lower() == ".xml" and b"<annotations" in read_start(file, _SNIFFED_BYTES)
-
-
-def _find_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    files = [file for file in list_files(path, ".xml") if file.parent in (path, path / "annotations")]
-    return list(filter(_looks_like_cvat, files))
 
 
 def _read_root(file: Path) -> ElementTree.Element:

@@ -32,9 +32,16 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SIZES = ("width", "height")
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is a folder with an image in it, at any depth."""
-    return path.is_dir() and has_images(path)
+def find(path: Path) -> dict[str, Path]:
+    """
+    The sub-folders of a folder, all that have images, if any of them has the name of a split; else the folder itself:
+    a split if that is its name, else `train`.
+    """
+    if not path.is_dir() or not (has_metadata(path) or has_images(path)):
+        return {}
+    splits = {} if find_file(path, *METADATA) else split_folders(path)
+    splits = {name: part for name, part in splits.items() if has_images(part)}
+    return splits or {split_of_folder(path.name) or "train": path}
 
 
 def has_metadata(folder: Path) -> bool:
@@ -42,18 +49,14 @@ def has_metadata(folder: Path) -> bool:
     return any(find_file(part, *METADATA) for part in [folder, *split_folders(folder).values()])
 
 
-def split_names(path: Path) -> list[str]:
-    """The sub-folders that are splits, or the folder itself: a split if that is its name, else `train`."""
-    return list(_split_folders(path))
-
-
-def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path | None = None) -> Labels:
     """
     Reads these splits of a folder.
 
     Args:
         path (`Path`): The folder.
-        splits (`list[str]`): As [`split_names`] has them.
+        found (`dict`): What [`find`] gives.
+        splits (`list[str]`): Of those found.
         image_dir (`Path`, *optional*): Of no use here.
 
     Returns:
@@ -62,12 +65,11 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     Raises:
         [`DataError`]: for metadata that are not as they should be; it names file and line.
     """
-    folders = _split_folders(path)
-    images = {split: _read_folder(folder) for split, folder in folders.items() if split in splits}
+    images = {split: _read_folder(folder) for split, folder in found.items() if split in splits}
     names = read_labels(path)
     everything = [image for split in splits for image in images[split]]
     if any(image.objects is not None for image in everything):
-        others = [folder for split, folder in folders.items() if split not in splits]
+        others = [folder for split, folder in found.items() if split not in splits]
         images_of_others = [image for folder in others for image in _read_metadata(folder)]
         names = _number_names([*everything, *images_of_others], names)
         if names is None and others:
@@ -93,13 +95,6 @@ def read_labels(folder: Path) -> list[str] | None:
     if not isinstance(names, list) or not names or len({str(name) for name in names}) != len(names):
         raise DataError(f'{path}: expected a list of different category names, or {{"0": name, "1": name, ...}}.')
     return [str(name) for name in names]
-
-
-def _split_folders(folder: Path) -> dict[str, Path]:
-    """The sub-folders, all that have images, if any of them has the name of a split; else the folder itself."""
-    splits = {} if find_file(folder, *METADATA) else split_folders(folder)
-    splits = {name: part for name, part in splits.items() if has_images(part)}
-    return splits or {split_of_folder(folder.name) or "train": folder}
 
 
 def _read_folder(folder: Path) -> list[LabelledImage]:
@@ -203,8 +198,7 @@ def _check_lists(lists: dict[str, list], where: str) -> None:
 
 
 def _labels_of(image: LabelledImage) -> list:
-    labels = (image.objects or {}).get("category")
-    return labels if isinstance(labels, list) else []
+    return (image.objects or {}).get("category", [])
 
 
 def _number_names(images: list[LabelledImage], names: list[str] | None) -> list[str] | None:

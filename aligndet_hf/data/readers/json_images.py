@@ -4,12 +4,13 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
 from .files import is_image, read_json, read_start, split_of_file
-from .listed import PIXELS, Entry, Object, collect, label_files, require_own_splits, split_above
+from .listed import PIXELS, Entry, Object, by_split, collect, label_files, require_own_splits, split_above
 from .rows import Labels, box_around
 
 logger = logging.getLogger(__name__)
@@ -24,23 +25,30 @@ Shape = list[float] | list[tuple[float, float]] | None  # xywh, the corners of a
 Found = tuple[str, list[tuple[Shape, str]], tuple[int, int] | None]  # image, shapes with their classes, size
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is a file in one of the dialects, or a folder with one at any depth."""
-    return _dialect_of(path) is not None if path.is_file() else any(True for _ in _files(path))
+def find(path: Path) -> dict[str, list[tuple[Path, "_Dialect"]]]:
+    """The files in one of the dialects, of a folder at any depth; by the splits that they or their folders name."""
+    found = []
+    for files in [[path]] if path.is_file() else label_files(path, ".json", _dialect_of):
+        first = next(filter(None, map(_dialect_of, files)), None)
+        if first and first.is_of_one_image:
+            files = [file for file in files if not first.are_marked or _dialect_of(file) is first]
+            found += [(split_above(file, path), (file, first)) for file in files]
+        else:
+            known = ((file, _dialect_of(file)) for file in files)
+            found += [(split_of_file(file.stem) or split_above(file, path), (file, one)) for file, one in known if one]
+    lists = [(split, file) for split, (file, dialect) in found if not dialect.is_of_one_image]
+    require_own_splits(path, lists, "lists of images")
+    return by_split(found)
 
 
-def split_names(path: Path) -> list[str]:
-    """The splits, from the names of the files or of their folders; `train` if these do not tell."""
-    return list(dict.fromkeys(split for _, split, _ in _files(path)))
-
-
-def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+def read(path: Path, found: dict, splits: list[str], image_dir: Path | None = None) -> Labels:
     """
     Reads these splits. The box of a shape is what is around it; points and lines have none and are counted.
 
     Args:
         path (`Path`): The file or the folder.
-        splits (`list[str]`): As [`split_names`] has them.
+        found (`dict`): What [`find`] gives.
+        splits (`list[str]`): Of those found.
         image_dir (`Path`, *optional*): Folder of the images, at any depth. By default the folder of the files.
 
     Returns:
@@ -50,7 +58,9 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
         [`DataError`]: for a file that is not as it should be; it names the file and the entry.
     """
     skipped = []
-    entries = (entry for file in _files(path) for entry in _entries(*file, skipped if file[1] in splits else []))
+    entries = chain.from_iterable(
+        _entries(*file, split, skipped if split in splits else []) for split, files in found.items() for file in files
+    )
     folder = image_dir or (path if path.is_dir() else path.parent)
     labels = collect(folder, entries, splits, "have no entry")
     if skipped:
@@ -260,23 +270,7 @@ def _dialect_of(file: Path) -> _Dialect | None:
     return None
 
 
-def _files(path: Path) -> Iterator[tuple[Path, str, _Dialect]]:
-    """The files of a dialect, with their splits."""
-    found = []
-    for files in [[path]] if path.is_file() else label_files(path, ".json", _dialect_of):
-        first = next(filter(None, map(_dialect_of, files)))
-        if first.is_of_one_image:
-            files = [file for file in files if not first.are_marked or _dialect_of(file) is first]
-            found += [(file, split_above(file, path), first) for file in files]
-        else:
-            known = ((file, _dialect_of(file)) for file in files)
-            found += [(file, split_of_file(file.stem) or split_above(file, path), one) for file, one in known if one]
-    lists = [(split, file) for file, split, dialect in found if not dialect.is_of_one_image]
-    require_own_splits(path, lists, "lists of images")
-    yield from found
-
-
-def _entries(file: Path, split: str, dialect: _Dialect, skipped: list) -> Iterator[Entry]:
+def _entries(file: Path, dialect: _Dialect, split: str, skipped: list) -> Iterator[Entry]:
     content = read_json(file)
     faults = (LookupError, TypeError, ValueError, AttributeError, StopIteration)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .files import is_image, number, read_start, read_text
-from .listed import Entry, Object, collect, label_files, split_above
+from .listed import Entry, Object, by_split, collect, label_files, split_above
 from .rows import Labels
 
 logger = logging.getLogger(__name__)
@@ -22,23 +22,20 @@ _CORNERS = slice(4, 8)
 _REGION = "dontcare"  # where nobody has labelled the objects
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is a folder with text files of this kind, at any depth."""
-    return path.is_dir() and any(True for _ in _files(path))
+def find(path: Path) -> dict[str, list[Path]]:
+    """The label files of a folder, at any depth; the folders on the way to them say the split, such as `training`."""
+    files = chain.from_iterable(label_files(path, ".txt", _looks_like_kitti)) if path.is_dir() else ()
+    return by_split((split_above(file, path), file) for file in files)
 
 
-def split_names(path: Path) -> list[str]:
-    """The folders on the way to the label files that are splits, such as `training`; or `train`."""
-    return list(dict.fromkeys(split_above(file, path) for file in _files(path)))
-
-
-def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir: Path | None = None) -> Labels:
     """
     Reads these splits. Regions called `DontCare` are no objects: they are left out and counted.
 
     Args:
         path (`Path`): The folder.
-        splits (`list[str]`): As [`split_names`] has them.
+        found (`dict`): What [`find`] gives.
+        splits (`list[str]`): Of those found.
         image_dir (`Path`, *optional*): Folder of the images. By default looked for beside the label files, `image_2`
             for `label_2`, or anywhere in the folder.
 
@@ -49,23 +46,19 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
         [`DataError`]: for a line that is not as it should be; it names file and line.
     """
     regions = []
-    entries = (_entry(file, path, regions) for file in _files(path))
+    entries = (_entry(file, split, regions) for split, files in found.items() for file in files)
     labels = collect(image_dir or path, entries, splits, "have no label file")
     if left_out := sum(split in splits for split in regions):
         logger.warning("%s: %d regions 'DontCare' are left out.", path, left_out)
     return labels
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return chain.from_iterable(label_files(folder, ".txt", _looks_like_kitti))
-
-
 def _looks_like_kitti(file: Path) -> bool:
     return bool(_LINE.match(read_start(file, _SNIFFED_BYTES).decode("utf-8", "replace")))
 
 
-def _entry(file: Path, root: Path, regions: list) -> Entry:
-    objects, split = [], split_above(file, root)
+def _entry(file: Path, split: str, regions: list) -> Entry:
+    objects = []
     for box, name in _objects(file):
         if name.lower() == _REGION:
             regions.append(split)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import DataError
 from ..images import image_size
@@ -134,6 +134,14 @@ def label_files(folder: Path, ending: str, looks_right: Callable[[Path], bool]) 
         files = list(files)
         if any(map(looks_right, files[:_LOOKED_AT])):
             yield files
+
+
+def by_split(pairs: Iterable[tuple[str, Any]]) -> dict[str, list]:
+    """Pairs of a split and something of it as a list for each split."""
+    splits = {}
+    for split, one in pairs:
+        splits.setdefault(split, []).append(one)
+    return splits
 
 
 def split_above(file: Path, root: Path) -> str:

@@ -17,17 +17,30 @@ NAME = "Pascal VOC"
 _SNIFFED_BYTES = 4096
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is a folder with an XML file of Pascal VOC, at any depth."""
-    return path.is_dir() and any(map(_looks_like_voc, list_files(path, ".xml")))
+def find(path: Path) -> dict[str, list[Path]]:
+    """The XML files by the lists of `ImageSets/Main`, or by the folders that are splits, or as one split."""
+    if not path.is_dir() or not (files := _list_xml(path)):
+        return {}
+    if parts := {split: own for split, part in split_folders(path).items() if (own := _list_xml(part))}:
+        return parts
+    # `cat_train.txt`, the list of one class, is no split; `trainval.txt` is one where it is not divided.
+    lists = {file.stem: file for file in list_files(path, ".txt") if file.match("ImageSets/Main/*.txt")}
+    lists = {split_of_folder(stem): file for stem, file in lists.items() if split_of_folder(stem)} | (
+        {"train": lists["trainval"]} if "trainval" in lists and "train" not in lists else {}
+    )
+    by_stem = {file.stem: file for file in files}
+    splits = {}
+    for split, file in lists.items():
+        listed = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
+        missing = [name for name in listed if name not in by_stem]
+        if missing and len(missing) < len(listed):  # the labels of a test split may be kept back
+            raise DataError(f"{file}: there is no XML file for {missing[0]!r} ({len(missing)} of {len(listed)}).")
+        if listed and not missing:
+            splits[split] = [by_stem[name] for name in listed]
+    return splits or {split_of_folder(path.name) or "train": files}
 
 
-def split_names(path: Path) -> list[str]:
-    """The lists of `ImageSets/Main`, or the folders that are splits, or one."""
-    return list(_splits(path))
-
-
-def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir: Path | None = None) -> Labels:
     """
     Reads these splits.
 
@@ -37,7 +50,8 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
 
     Args:
         path (`Path`): The folder.
-        splits (`list[str]`): As [`split_names`] has them.
+        found (`dict`): What [`find`] gives.
+        splits (`list[str]`): Of those found.
         image_dir (`Path`, *optional*): Folder of the images, at any depth. By default the folder.
 
     Returns:
@@ -46,8 +60,7 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     Raises:
         [`DataError`]: for a file that is not as it should be; it names the file and the object.
     """
-    files = _splits(path)
-    files = {split: files[split] for split in splits} | files  # in the order that is asked for, then the others
+    files = {split: found[split] for split in splits} | found  # in the order that is asked for, then the others
     roots = {file: read_xml(file) for listed in files.values() for file in listed}
     entries = (_entry(file, roots[file], split) for split, listed in files.items() for file in listed)
     labels = collect(image_dir or path, entries, splits, "have no XML file")
@@ -63,30 +76,7 @@ def _looks_like_voc(file: Path) -> bool:
     return b"<annotation" in start and b"<annotations" not in start
 
 
-def _splits(folder: Path) -> dict[str, list[Path]]:
-    """The XML files of each split."""
-    parts = split_folders(folder)
-    if any(list_xml(part) for part in parts.values()):
-        return {name: files for name, part in parts.items() if (files := list_xml(part))}
-    files = list_xml(folder)
-    # `cat_train.txt`, the list of one class, is no split; `trainval.txt` is one where it is not divided.
-    lists = {path.stem: path for path in list_files(folder, ".txt") if path.match("ImageSets/Main/*.txt")}
-    lists = {split_of_folder(stem): path for stem, path in lists.items() if split_of_folder(stem)} | (
-        {"train": lists["trainval"]} if "trainval" in lists and "train" not in lists else {}
-    )
-    by_stem = {file.stem: file for file in files}
-    splits = {}
-    for split, path in lists.items():
-        listed = [line.split()[0] for line in read_text(path).splitlines() if line.strip()]
-        missing = [name for name in listed if name not in by_stem]
-        if missing and len(missing) < len(listed):  # the labels of a test split may be kept back
-            raise DataError(f"{path}: there is no XML file for {missing[0]!r} ({len(missing)} of {len(listed)}).")
-        if listed and not missing:
-            splits[split] = [by_stem[name] for name in listed]
-    return splits or {split_of_folder(folder.name) or "train": files}
-
-
-def list_xml(folder: Path) -> list[Path]:
+def _list_xml(folder: Path) -> list[Path]:
     """The XML files of Pascal VOC in a folder, at any depth."""
     return list(filter(_looks_like_voc, list_files(folder, ".xml")))
 

@@ -42,28 +42,42 @@ _SNIFFED_BYTES = 200
 _LINE = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")
 
 
-def recognise(path: Path) -> bool:
-    """Whether `path` is a `data.yaml`, or a folder with one, with `labels` beside `images`, or with label files."""
-    if path.is_file():
-        return path.suffix.lower() in (".yaml", ".yml") and bool(_read_config(path))
-    if _find_config(path):
-        return True
-    has_texts = any(True for _ in list_files(path, ".txt"))
-    return has_texts and any(_has_labels(folder) for folder in _layout(path).values())
+def find(path: Path) -> dict[str, list[Path]]:
+    """
+    The splits of a `data.yaml`, of a folder with one, or of a folder with `labels` beside `images` or with label
+    files; and their places: folders of images, or lists of their names.
+    """
+    if path.is_file() and path.suffix.lower() not in (".yaml", ".yml"):
+        return {}
+    root, config = _root(path), _config(path)
+    if path.is_dir() and not config:
+        layout, has_texts = _layout(root), any(True for _ in list_files(root, ".txt"))
+        is_labelled = has_texts and any(map(_has_labels, layout.values()))
+        return {split: [place] for split, place in layout.items()} if is_labelled else {}
+    splits = {}
+    for key, split in _SPLIT_KEYS.items():
+        if not config.get(key):
+            continue
+        given = config[key] if isinstance(config[key], list) else [config[key]]
+        places = [_place(root, config, str(place), key) for place in given]
+        if there := [place for place in places if place.exists()]:
+            splits[split] = there
+        elif key == "train":
+            raise DataError(
+                f"{config['']}: '{key}' is {config[key]!r}, but there is no {places[0]}. Correct it, or put the file "
+                "into the folder of the data."
+            )
+    return splits or (config and {split: [place] for split, place in _layout(root).items()})
 
 
-def split_names(path: Path) -> list[str]:
-    """The splits of `data.yaml`, or else of the folders."""
-    return list(_splits(path))
-
-
-def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels:
+def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir: Path | None = None) -> Labels:
     """
     Reads these splits. An image without a label file has no objects. Polygons count as the boxes around them.
 
     Args:
         path (`Path`): The folder, or its `data.yaml`.
-        splits (`list[str]`): As [`split_names`] has them; all of a `data.yaml` that is given as the source.
+        found (`dict`): What [`find`] gives.
+        splits (`list[str]`): Of those found.
         image_dir (`Path`, *optional*): Of no use here.
 
     Returns:
@@ -75,11 +89,10 @@ def read(path: Path, splits: list[str], image_dir: Path | None = None) -> Labels
     """
     root, config = _root(path), _config(path)
     keypoints = bool(config.get("kpt_shape"))
-    folders = _splits(path)
-    images = [_read_image(*pair, root, keypoints) for split in splits for pair in _pairs(root, folders[split])]
+    images = [_read_image(*pair, root, keypoints) for split in splits for pair in _pairs(root, found[split])]
     names = _names(root, config)
     if names is None:
-        files = [file for places in folders.values() for _, file in _pairs(root, places)]
+        files = [file for places in found.values() for _, file in _pairs(root, places)]
         labels = [label for file in files for _, label, _ in _lines(file, root)]
         names = [str(label) for label in range(max(labels, default=0) + 1)]
     for image in images:
@@ -139,26 +152,6 @@ def _has_labels(folder: Path) -> bool:
     """Whether there is a label file for one of the images of a folder, and it looks like one."""
     starts = (read_start(_label_file(image), _SNIFFED_BYTES) for image in list_images(folder))
     return any(_LINE.match(start.decode("utf-8", "replace").split("\n")[0]) for start in starts)
-
-
-def _splits(path: Path) -> dict[str, list[Path]]:
-    """For each split its places: folders of images, or lists of their names."""
-    root, config = _root(path), _config(path)
-    splits = {}
-    for key, split in _SPLIT_KEYS.items():
-        if not config.get(key):
-            continue
-        given = config[key] if isinstance(config[key], list) else [config[key]]
-        places = [_place(root, config, str(place), key) for place in given]
-        found = [place for place in places if place.exists()]
-        if found:
-            splits[split] = found
-        elif key == "train":
-            raise DataError(
-                f"{config['']}: '{key}' is {config[key]!r}, but there is no {places[0]}. Correct it, or put the file "
-                "into the folder of the data."
-            )
-    return splits or {split: [place] for split, place in _layout(root).items()}
 
 
 def _place(root: Path, config: dict, name: str, key: str) -> Path:
