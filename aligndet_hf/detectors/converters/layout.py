@@ -66,9 +66,14 @@ class Layout:
 
     def sources(self, name: str) -> list[Source]:
         """Where a layout keeps the content of a tensor of ours."""
-        for pattern, template in self.names:
-            name = re.sub(pattern, template, name)
-        return [Source.parse(part) for part in name.split(" + ")]
+        return [Source.parse(part) for part in renamed(name, self.names).split(" + ")]
+
+
+def renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """A name after the replacements of a layout's `names` or `aliases`, one after another."""
+    for pattern, template in rules:
+        name = re.sub(pattern, template, name)
+    return name
 
 
 class Prepared(NamedTuple):
@@ -189,7 +194,7 @@ def find_detector_in(content: Mapping, layouts: Iterable[Layout], source: str) -
     """
     for named in _state_dicts(content):
         for layout in layouts:
-            tensors = _with_names_of_today(named, layout)
+            tensors = {renamed(name, layout.aliases): tensor for name, tensor in named.items()}
             first = layout.marks[0]
             found = {name.removesuffix(first) for name in tensors if name.endswith(first)}
             prefixes = sorted(
@@ -211,16 +216,6 @@ def find_detector_in(content: Mapping, layouts: Iterable[Layout], source: str) -
         + "; ".join(dict.fromkeys(layout.name for layout in layouts))
         + ". A trunk alone is given as --backbone_weights"
     )
-
-
-def _with_names_of_today(tensors: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """The tensors with the names of older versions replaced."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for pattern, template in layout.aliases:
-            name = re.sub(pattern, template, name)
-        renamed[name] = tensor
-    return renamed
 
 
 def _state_dicts(content: Mapping) -> list[dict[str, Tensor]]:
