@@ -17,6 +17,25 @@ def device_of(use_cpu: bool) -> str:
     return "mps" if not use_cpu and torch.backends.mps.is_available() else "cpu"
 
 
+def require_one_gpu(visible: int, command: str) -> None:
+    """
+    Refuses several GPUs in a process that no launcher started, which would train on one of them, or wrongly.
+
+    Args:
+        visible (`int`): The GPUs that this process may use.
+        command (`str`): The command, as `aligndet` has it.
+
+    Raises:
+        ValueError: there are several. The message has the right line.
+    """
+    if visible > 1:
+        raise ValueError(
+            f"{visible} GPUs are visible, but this is a single process. Use them all with\n"
+            f"  accelerate launch --num_processes {visible} -m aligndet_hf {command} ...\n"
+            "and the same flags, or one of them with CUDA_VISIBLE_DEVICES=0 before the command."
+        )
+
+
 def leave_signals_to_parent() -> None:
     """
     Has this process, which works for another one, live through SIGINT and SIGTERM, unless they come from that one.

@@ -42,12 +42,13 @@ from ..evaluation.speed import measure_speed
 from ..files import write_json
 from ..flags import local_paths, names_of
 from ..hub import open_repository
+from ..processes import require_one_gpu
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
 from ..runs import RunFolder
 from ..training.batch_size import largest_batch, trial_step
 from ..training.checkpointing import clear_write_errors, find_last_checkpoint
-from ..training.detection_trainer import DetectionTrainer, require_one_gpu_per_process
+from ..training.detection_trainer import DetectionTrainer
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import TellForecast
@@ -98,7 +99,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         OSError: `output_dir` cannot be written to, or the disk is full. The last checkpoint stays.
         Interrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
-    require_one_gpu_per_process(arguments)
+    require_one_gpu(arguments.n_gpu, "finetune")
     processes = PartialState()
     with training_folder(arguments, "finetune", WRITTEN, RESULTS) as folder:
         settings = settings_of(arguments)

@@ -21,6 +21,7 @@ from ..detectors.backbones import eval_frozen, get_backbone
 from ..detectors.build import build_image_processor, save_image_processor
 from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
 from ..files import UNFINISHED
+from ..processes import require_one_gpu
 from .checkpointing import STATE, clear_write_errors, damage_of, rotate, seal
 from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
@@ -31,21 +32,6 @@ from .told_log import tell_in_words
 from .weight_average import WeightAverage
 
 logger = logging.get_logger(__name__)
-
-
-def require_one_gpu_per_process(arguments: TrainingArguments) -> None:
-    """
-    Refuses what `Trainer` would turn into `DataParallel`, which cannot split a detector's labels.
-
-    Raises:
-        ValueError: several GPUs are visible to a process that no launcher started. The message has the right line.
-    """
-    if arguments.n_gpu > 1:
-        raise ValueError(
-            f"{arguments.n_gpu} GPUs are visible, but this is a single process. Use them all with\n"
-            f"  accelerate launch --num_processes {arguments.n_gpu} -m aligndet_hf finetune ...\n"
-            "and the same flags, or one of them with CUDA_VISIBLE_DEVICES=0 before the command."
-        )
 
 
 class EpochLoader(DataLoader):
@@ -142,7 +128,7 @@ class DetectionTrainer(Trainer):
         if "data_collator" not in kwargs:
             require_items(train_dataset)
         eval_dataset = evaluation_images(eval_dataset, model, processing_class)
-        require_one_gpu_per_process(args)
+        require_one_gpu(args.n_gpu, "finetune")  # `Trainer` would take `DataParallel`, which cannot split labels
         kwargs.setdefault("data_collator", collate_labelled)
         super().__init__(
             model,

@@ -19,6 +19,7 @@ from ..data.sampling import EpochBatches, EpochBatchSampler, StepBatches
 from ..data.streaming import first_rows, load_stream
 from ..data.view_stream import StreamBatches, ViewStream
 from ..flags import names_of
+from ..processes import require_one_gpu
 from .pretrain_arguments import PretrainArguments
 from .sharding import require_supported
 
@@ -27,12 +28,8 @@ CHECKED_ROWS = 256
 
 
 def build_accelerator(arguments: PretrainArguments) -> Accelerator:
-    devices = 0 if arguments.use_cpu else torch.cuda.device_count()
-    if devices > 1 and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
-        raise ValueError(
-            f"{devices} GPUs are visible, but one process was started. To use all: accelerate launch --num_processes "
-            f"{devices} -m aligndet_hf pretrain ...; to use one: CUDA_VISIBLE_DEVICES=0 aligndet pretrain ..."
-        )
+    if not arguments.use_cpu and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
+        require_one_gpu(torch.cuda.device_count(), "pretrain")
     accelerator = Accelerator(
         cpu=arguments.use_cpu,
         mixed_precision="bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None,  # or what the launcher says
