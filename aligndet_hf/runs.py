@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,6 +37,7 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal_number
 
 
+@dataclass(eq=False)
 class RunFolder:
     """
     The folder of a run, for as long as a command writes there: a context manager that keeps other processes out.
@@ -70,28 +72,22 @@ class RunFolder:
         Interrupted: SIGTERM or SIGINT, where nothing else handles them.
     """
 
-    def __init__(
-        self,
-        output_dir: str | Path,
-        command: str,
-        *,
-        written: Iterable[str] = (),
-        kept: Iterable[str] = (),
-        result: str | None = None,
-        overwrite: bool = False,
-        aside: bool = False,
-        on_main: Callable = lambda function, *args: function(*args),
-    ):
+    output_dir: InitVar[str | Path]
+    command: str
+    _: KW_ONLY
+    written: Iterable[str] = ()
+    kept: Iterable[str] = ()
+    result: str | None = None
+    overwrite: bool = False
+    aside: bool = False
+    on_main: Callable = lambda function, *args: function(*args)
+
+    def __post_init__(self, output_dir: str | Path):
         self.path = Path(output_dir).expanduser().resolve()  # one folder is one run, under whatever name
-        self.work = self.path.with_name(f"{self.path.name}.partial") if aside else self.path
-        self.command = command
-        self.result = result
-        self.kept = [*kept, *([result] if result else [])]
-        self.written = [*written, *self.kept]
-        self.overwrite = overwrite
-        self.aside = aside
+        self.work = self.path.with_name(f"{self.path.name}.partial") if self.aside else self.path
+        self.kept = [*self.kept, *([self.result] if self.result else [])]
+        self.written = [*self.written, *self.kept]
         self.is_finished = False
-        self._on_main = on_main
         self._descriptor: int | None = None
         self._hindrance: OSError | None = None  # why nothing can be written, if nothing can
         self._is_main = False
@@ -101,7 +97,7 @@ class RunFolder:
         self._places: set[str] = set()
 
     def __enter__(self) -> "RunFolder":
-        self._on_main(self._enter)
+        self.on_main(self._enter)
         is_main_thread = threading.current_thread() is threading.main_thread()
         self._handles = is_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if self._handles:
@@ -164,12 +160,12 @@ class RunFolder:
         self._parts |= json.loads(json.dumps(parts))
         self._may_change |= set(may_change)
         self._places |= set(places)
-        self.is_finished, changes = self._on_main(self._claim, self._parts, self._may_change)
+        self.is_finished, changes = self.on_main(self._claim, self._parts, self._may_change)
         return changes
 
     def extend(self) -> None:
         """Makes what has changed part of the run, which goes on: it is not finished any more."""
-        self._on_main(self._extend)
+        self.on_main(self._extend)
         self.is_finished = False
 
     def put_in_place(self, complete: Path) -> None:

@@ -1,6 +1,7 @@
 """Features of the boxes of an image from a frozen backbone, and the images that it sees."""
 
 import hashlib
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
@@ -162,6 +163,7 @@ def _cell_weights(starts: torch.Tensor, ends: torch.Tensor, cells: int) -> torch
     return (1 - distances.abs()).clamp(min=0).mean(dim=1)
 
 
+@dataclass(eq=False)
 class BoxImages(Dataset):
     """
     Resized images with their usable boxes.
@@ -178,20 +180,16 @@ class BoxImages(Dataset):
         enlarge (`bool`, *optional*, defaults to `True`): Whether smaller images are enlarged to `short_side`.
     """
 
-    def __init__(
-        self,
-        sources: dict[str, datasets.Dataset],
-        rows: list[tuple[str, int]],
-        short_side: int,
-        column: str = "proposals",
-        enlarge: bool = True,
-    ):
-        columns = ["image", column]
-        self.sources = {name: source.select_columns(columns).with_format("arrow") for name, source in sources.items()}
+    sources: dict[str, datasets.Dataset]
+    rows: list[tuple[str, int]]
+    short_side: int
+    column: str = "proposals"
+    enlarge: bool = True
+
+    def __post_init__(self):
+        columns, sources = ["image", self.column], self.sources
         self.windows = {name: pixel_window(source) for name, source in sources.items()}
-        self.column = column
-        self.rows = rows
-        self.short_side, self.enlarge = short_side, enlarge
+        self.sources = {name: source.select_columns(columns).with_format("arrow") for name, source in sources.items()}
 
     def __len__(self) -> int:
         return len(self.rows)

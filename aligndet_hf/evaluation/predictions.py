@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import BaseImageProcessor
 
 from ..data.arrow_boxes import clean_boxes
 from ..data.bit_depth import window_of
@@ -75,6 +76,7 @@ class Prediction:
     encoded: bytes | None = None
 
 
+@dataclass(eq=False)
 class ImageViews(IterableDataset):
     """
     The views of images, prepared for a detector: of each image the whole, or its tiles. Several workers take turns.
@@ -91,17 +93,14 @@ class ImageViews(IterableDataset):
         encode (`bool`, *optional*, defaults to `False`): Whether to encode images that are in no file of their own.
     """
 
-    def __init__(
-        self,
-        images: ImageList,
-        indices: Sequence[int],
-        image_processor,
-        tiling: Tiling | None = None,
-        encode: bool = False,
-    ):
-        self.images, self.indices, self.image_processor = images, indices, image_processor
-        images.window = window_of(image_processor)
-        self.tiling, self.encode = tiling, encode
+    images: ImageList
+    indices: Sequence[int]
+    image_processor: BaseImageProcessor
+    tiling: Tiling | None = None
+    encode: bool = False
+
+    def __post_init__(self):
+        self.images.window = window_of(self.image_processor)
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
