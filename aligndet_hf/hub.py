@@ -71,13 +71,13 @@ def open_repository(arguments: HubArguments, output_dir: Path, repo_type: str = 
         OSError: no token, no permission, no such owner, no connection: with what to do about it.
         ValueError: it shall be private and is public, or the Hub does not know the licence.
     """
+    from huggingface_hub import HfApi, get_session
+
     if not arguments.push_to_hub:
         return None
     name = getattr(arguments, f"hub_{repo_type}_id") or output_dir.name
     private, revision, license = arguments.hub_private_repo, arguments.hub_revision, arguments.card_license
     token = getattr(arguments, "hub_token", None)
-    from huggingface_hub import HfApi, get_session
-
     api = HfApi(token=token)
     with clear_hub_errors(name, token):
         repo_id = api.create_repo(name, repo_type=repo_type, private=private is not False, exist_ok=True).repo_id
