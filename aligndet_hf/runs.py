@@ -364,17 +364,17 @@ def _differences(record: dict, parts: dict, places: set[str] = frozenset()) -> d
     """What differs between the parts and those that the record has, but for places: key -> (there, now)."""
     changes = {}
     for name in (name for name in parts if name in record):  # in their order, which a set has not
-        before, now = flat(record[name]), flat(parts[name])
+        before, now = flattened(record[name]), flattened(parts[name])
         counted = [key for key in before | now if name != "settings" or key not in places]
         changes |= {key: (before.get(key), now.get(key)) for key in counted if before.get(key) != now.get(key)}
     return changes
 
 
-def flat(settings: dict) -> dict:
+def flattened(settings: dict) -> dict:
     """Settings without nesting: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     flat = {}
     for key, value in settings.items():
-        nested = flat(value) if isinstance(value, dict) and value else None
+        nested = flattened(value) if isinstance(value, dict) and value else None
         flat |= {key: value} if nested is None else {f"{key}.{name}": entry for name, entry in nested.items()}
     return flat
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..cards import told, told_settings
 from ..data.dataset_card import describe_proposals
 from ..evaluation.coco_metrics import exists
-from ..runs import flat
+from ..runs import flattened
 from .comparison_page import comparison_page, is_comparison
 from .diagnosis_page import diagnosis_section
 from .model_card import COCO_KEYS, describe_backbone, describe_protocol, describe_training, percentages, run_title
@@ -165,7 +165,7 @@ def _of_files(folder: Path) -> list[Section]:
 
 def _table(values: Mapping) -> list[tuple]:
     """A table of nested settings: `{"a": {"b": 1}}` is the row `a.b`, `1`."""
-    return [("name", "value"), *((name, _text(value)) for name, value in flat(values).items())]
+    return [("name", "value"), *((name, _text(value)) for name, value in flattened(values).items())]
 
 
 def _text(value) -> str:
