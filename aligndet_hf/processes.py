@@ -49,6 +49,15 @@ def leave_signals_to_parent() -> None:
         threading.Thread(target=_end_when_parent_says, daemon=True).start()
 
 
+def init_worker(worker_id: int) -> None:
+    """`worker_init_fn` of a `DataLoader`: its parent ends it, no signal, and OpenCV has no threads beside it."""
+    import cv2  # 20 MB, which a process without workers may not need
+
+    leave_signals_to_parent()
+    # 0, not 1: both mean sequential, but 1 waits for the threads of the pool, which do not exist after a fork.
+    cv2.setNumThreads(0)
+
+
 def _end_when_parent_says() -> None:
     parent = multiprocessing.parent_process().pid
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:

@@ -210,10 +210,11 @@ def loader_wait(step: Callable, images: int, height: int, width: int, workers: i
     from torch.utils.data import DataLoader
 
     from aligndet_hf.data.collate import collate_views
-    from aligndet_hf.data.dataset import ProposalViews, init_worker
+    from aligndet_hf.data.dataset import ProposalViews
     from aligndet_hf.data.sampling import EpochBatchSampler
     from aligndet_hf.data.synthetic import make_synthetic_dataset
     from aligndet_hf.data.views import ViewConfig
+    from aligndet_hf.processes import init_worker
 
     scenes = make_synthetic_dataset(32, seed=0, image_size=(480, round(480 * width / height)))
     scenes = scenes.rename_column("objects", "proposals")

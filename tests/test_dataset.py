@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from aligndet_hf.data.collate import collate_labelled, collate_views
 from aligndet_hf.data.columns import objects_feature, proposals_feature
-from aligndet_hf.data.dataset import LabelledImages, ProposalViews, init_worker
+from aligndet_hf.data.dataset import LabelledImages, ProposalViews
 from aligndet_hf.data.errors import DataError, ImageError
 from aligndet_hf.data.sampling import EpochBatchSampler, SampleKey
 from aligndet_hf.data.views import ViewConfig
+from aligndet_hf.processes import init_worker
 
 HEIGHT, WIDTH = 60, 90
 NAN = float("nan")

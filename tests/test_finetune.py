@@ -44,6 +44,7 @@ from aligndet_hf.detectors.backbones import get_backbone, set_backbone_trainable
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import family_of
+from aligndet_hf.evaluation.coco_metrics import CocoMetrics
 from aligndet_hf.evaluation.detections import EvaluationImages
 from aligndet_hf.runs import Interrupted
 from aligndet_hf.training.checkpointing import find_last_checkpoint, new_checkpoint
@@ -105,6 +106,13 @@ def same(first: dict, second: dict) -> bool:
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def of_checkpoint(folder: Path, checkpoint: str) -> bool:
+    """Whether the tensors of a detector that have the same names in a checkpoint of its run are equal."""
+    kept, saved = weights_of(folder), weights_of(folder / checkpoint)
+    names = kept.keys() & saved.keys()
+    return len(names) > 20 and all(torch.equal(kept[name], saved[name]) for name in names)
 
 
 class Interrupt(TrainerCallback):
@@ -183,12 +191,36 @@ def test_early_stopping_ends_a_run_that_does_not_improve(folder, tmp_path):
     finetune(arguments)
     assert json.loads((tmp_path / "results.json").read_text())["steps"] == 3
     weights = weights_of(tmp_path)
+    assert of_checkpoint(tmp_path, "checkpoint-1")  # the best, as nothing after it is better
     (tmp_path / "results.json").unlink()  # as if it had been killed after its last checkpoint
     finetune(arguments)
     assert json.loads((tmp_path / "results.json").read_text())["steps"] == 3
     assert same(weights_of(tmp_path), weights)
     with pytest.raises(ValueError, match="early_stopping_patience needs measurements"):
         arguments_for(folder, tmp_path, early_stopping_patience=2, eval_strategy="no")
+
+
+def test_early_stopping_ends_with_the_best_weights(folder, tmp_path, interrupt, monkeypatch, capsys):
+    compute, measured, runs = CocoMetrics.compute, {}, (tmp_path / "whole", tmp_path / "parts")
+    monkeypatch.setattr(CocoMetrics, "compute", lambda self: compute(self) | {"AP": next(measured["AP"])})
+    changes = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "early_stopping_patience": 2}
+    changes |= {"save_strategy": "steps", "save_steps": 4}
+    measured["AP"] = iter([0.1, 0.4, 0.2, 0.3, 0.4])  # after each step, and at the end
+    finetune(arguments_for(folder, runs[0], **changes))
+    measured["AP"] = iter([0.1, 0.4])
+    interrupt(2)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(arguments_for(folder, runs[1], **changes))
+    measured["AP"] = iter([0.2, 0.3, 0.4])
+    interrupt(None)
+    finetune(arguments_for(folder, runs[1], **changes))
+    assert capsys.readouterr().out.count("The best measured weights are kept: AP 40.0 after step 2 of 4.") == 2
+    assert of_checkpoint(runs[0], "checkpoint-2") and same(*map(weights_of, runs))
+    measured["AP"] = iter([0.1, 0.4, 0.2, 0.3, 0.3])
+    finetune(arguments_for(folder, tmp_path / "last", **changes, load_best_model_at_end=False))
+    assert "best measured" not in capsys.readouterr().out and not same(*map(weights_of, (runs[0], tmp_path / "last")))
+    with pytest.raises(ValueError, match="the best weights must be saved when they are measured"):
+        arguments_for(folder, tmp_path, **changes | {"save_strategy": "epoch"})
 
 
 def test_the_average_is_the_formula(tmp_path):

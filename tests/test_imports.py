@@ -106,6 +106,10 @@ def test_import_leaves_heavy_packages_alone():
     assert "aligndet_hf" in loaded and not (HEAVY | {"transformers", "torch", "numpy"}) & loaded
 
 
+def test_predictions_take_no_memory_for_opencv():
+    assert not {"cv2", "faster_coco_eval", "matplotlib", "sklearn"} & loaded_by("import aligndet_hf.commands.predict")
+
+
 def test_the_overview_of_the_commands_loads_none_of_them():
     loaded = loaded_by("from aligndet_hf.cli import main; main(['--help'])")
     assert "aligndet_hf" in loaded and not (HEAVY | {"transformers", "torch", "numpy"}) & loaded

@@ -24,7 +24,6 @@ from ..arguments import (
 )
 from ..data.arrow_boxes import read_boxes
 from ..data.columns import arrow_batches, validate_proposals
-from ..data.dataset import init_worker
 from ..data.dataset_card import push_dataset
 from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source, split_names
@@ -49,7 +48,7 @@ from ..files import is_sound, seal_file
 from ..flags import flag, names_of
 from ..hub import HubDatasetArguments, open_repository
 from ..objects import name_objects
-from ..processes import device_of
+from ..processes import device_of, init_worker
 from ..proposals.clusters import Clustering, choose_num_clusters, fit_clusters
 from ..ranges import COUNT, check_values
 from ..reporting.pseudo_classes import cluster_report, draw_clusters, print_cluster_report

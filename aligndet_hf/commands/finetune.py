@@ -253,7 +253,7 @@ def _with_fitting_batch(
 def _fingerprint(arguments: FinetuneArguments, dataset: Dataset, truth: Dataset | None) -> dict:
     """Hashes of the content of all that has an influence on the weights."""
     data = {"images": len(dataset), "content": content_hash(dataset, arguments.disable_tqdm)}
-    if truth is not None and arguments.load_best_model_at_end:
+    if truth is not None and arguments.is_led_by_measurements:
         data["eval_content"] = content_hash(truth, arguments.disable_tqdm)
     if arguments.pseudo_dataset is not None:
         pseudo = _pseudo_images(arguments)
@@ -267,6 +267,12 @@ def _finish(
     arguments: FinetuneArguments, trainer: DetectionTrainer, about: dict, output_dir: Path, processes: PartialState
 ) -> dict:
     """Measures and saves what training gave; the results come last, as the mark of a finished run."""
+    if arguments.load_best_model_at_end and trainer.state.best_global_step:
+        processes.print(
+            f"The best measured weights are kept: {arguments.metric_for_best_model} "
+            f"{100 * trainer.state.best_metric:.1f} after step {trainer.state.best_global_step} of "
+            f"{trainer.state.global_step}."
+        )
     choice, metrics = trainer.choose_weights(), {}
     if "AP_average" in choice:
         processes.print(
@@ -306,7 +312,7 @@ def _finish(
 def settings_of(arguments: FinetuneArguments) -> dict:
     """What makes a run this run and no other: everything that has an influence on its weights, as plain values."""
     own = names_of(
-        FinetuneArguments, "result", "data", "start", *(["best"] if arguments.load_best_model_at_end else [])
+        FinetuneArguments, "result", "data", "start", *(["best"] if arguments.is_led_by_measurements else [])
     )
     own -= {"detector", "transfer"} if is_new(arguments) else names_of(DetectorArguments, "start")
     plain = arguments.to_dict()  # enums by value

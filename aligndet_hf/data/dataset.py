@@ -3,14 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 
-import cv2
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
-from ..processes import leave_signals_to_parent
 from .arrow_boxes import clean_boxes, read_boxes, read_values, usable_boxes
 from .augmentations import AUGMENTATIONS, Augmentation, Sample, apply_transform
 from .bit_depth import pixel_window
@@ -29,13 +27,6 @@ from .soco_views import (
     scale_boxes,
 )
 from .views import ViewConfig, draw_crop, draw_two_crops, make_view
-
-
-def init_worker(worker_id: int) -> None:
-    """`worker_init_fn` of a `DataLoader`: its parent ends it, no signal, and OpenCV has no threads beside it."""
-    leave_signals_to_parent()
-    # 0, not 1: both mean sequential, but 1 waits for the threads of the pool, which do not exist after a fork.
-    cv2.setNumThreads(0)
 
 
 def _sample_rng(seed: int, key: SampleKey) -> np.random.Generator:

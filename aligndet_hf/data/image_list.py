@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import cv2
 import datasets
 import numpy as np
 import PIL.Image
@@ -99,61 +98,6 @@ class DatasetImages:
 
     def identity(self) -> str:
         return content_hash(self.dataset)
-
-
-class VideoFrames:
-    """
-    The frames of a video, in their order, through OpenCV.
-
-    A frame is reached by decoding all frames before it: to seek is not exact in every format. Frames that are read in
-    their order are decoded once. How many there are is found by counting; what a header says is often wrong.
-
-    Args:
-        path (`str`): The file.
-        name (`str`): What to call it in the output.
-
-    Raises:
-        [`ImageError`]: the video cannot be read, or ends before the number of frames that its header tells.
-    """
-
-    ids, categories = None, {}
-
-    def __init__(self, path: str, name: str):
-        self.path, self.title = path, name
-        self.capture, self.position = None, 0
-        capture, count = self._open(), 0
-        while capture.grab():
-            count += 1
-        self.lacking = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) - count)
-        self.names = [f"{name}/{index:06d}.jpg" for index in range(count)]
-        if count == 0:
-            raise ImageError(f"Cannot read the video {path}: it has no frame that OpenCV can decode.")
-
-    def _open(self) -> cv2.VideoCapture:
-        capture = cv2.VideoCapture(self.path)
-        if not capture.isOpened():
-            raise ImageError(f"Cannot read the video {self.path}: OpenCV does not open it.")
-        return capture
-
-    def __getstate__(self) -> dict:  # an open video does not travel to another process
-        return self.__dict__ | {"capture": None, "position": 0}
-
-    def value(self, index: int) -> None:
-        return None
-
-    def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
-        if self.capture is None or index < self.position:
-            self.capture, self.position = self._open(), 0
-        while self.position < index and self.capture.grab():
-            self.position += 1
-        found, frame = self.capture.read()
-        self.position += 1
-        if not found:
-            raise ImageError(f"Cannot read frame {index} of the video {self.path}.")
-        return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-
-    def identity(self) -> str:
-        return ImageFiles([self.path], [self.title]).identity()
 
 
 class ImageList:
@@ -303,6 +247,8 @@ def _file_parts(files: Iterable[str], root: str, faults: list[dict]) -> Iterator
         if not are_videos:
             yield ImageFiles(paths, names)
             continue
+        from .video import VideoFrames  # which loads OpenCV
+
         for path, name in zip(paths, names, strict=True):
             try:
                 video = VideoFrames(path, name)

@@ -4,14 +4,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from faster_coco_eval.core import mask as coco
 
 FIELD = "segmentation"
 _FARTHEST = 1e5  # pixels: what is farther out is no coordinate
+
+
+def _coco():
+    from faster_coco_eval.core import mask  # here: it loads OpenCV, 20 MB, and most data sets have no masks
+
+    return mask
 
 
 def segmentation_text(segmentation) -> str | None:
@@ -131,6 +135,8 @@ class Region:
         if isinstance(self.shape, list):
             mask = _filled([_placed(points, self.matrix) for points in self.shape], height, width)
         else:
+            import cv2
+
             matrix = self.matrix.copy()
             matrix[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5  # of the middles of pixels, as OpenCV has them
             mask = cv2.warpAffine(np.ascontiguousarray(self.shape), matrix, (width, height), flags=cv2.INTER_NEAREST)
@@ -144,19 +150,20 @@ def _placed(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def _filled(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    return coco.decode(coco.merge(coco.frPyObjects([points.ravel().tolist() for points in polygons], height, width)))
+    parts = _coco().frPyObjects([points.ravel().tolist() for points in polygons], height, width)
+    return _coco().decode(_coco().merge(parts))
 
 
 def run_lengths(mask: np.ndarray) -> dict:
     """A mask (bool or uint8 `[height, width]`) in COCO's compressed form: `size`, and `counts` as text."""
-    found = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    found = _coco().encode(np.asfortranarray(mask, dtype=np.uint8))
     counts = found["counts"]
     return {"size": list(mask.shape), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
 
 
 def place_run_lengths(mask: dict, left: int, top: int, height: int, width: int) -> dict:
     """A mask of a part of an image, as [`run_lengths`] has it, as a mask of the whole, where the part begins there."""
-    part, whole = coco.decode(mask), np.zeros((height, width), dtype=np.uint8)
+    part, whole = _coco().decode(mask), np.zeros((height, width), dtype=np.uint8)
     whole[top : top + part.shape[0], left : left + part.shape[1]] = part
     return run_lengths(whole)
 
@@ -167,14 +174,16 @@ def outlines(mask: dict) -> list[list[float]]:
 
     One for each connected part; holes are filled. The outline runs a quarter of a pixel inside the outermost pixels.
     """
-    doubled = np.kron(coco.decode(mask), np.ones((2, 2), dtype=np.uint8))  # a pixel has an outline, too
+    import cv2
+
+    doubled = np.kron(_coco().decode(mask), np.ones((2, 2), dtype=np.uint8))  # a pixel has an outline, too
     contours, _ = cv2.findContours(doubled, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     return [((contour.ravel() + 0.5) / 2).tolist() for contour in contours]
 
 
 def mask_areas(masks: Sequence[dict]) -> list[float]:
     """The pixels of masks as [`run_lengths`] has them."""
-    return [float(coco.area(mask)) for mask in masks]
+    return [float(_coco().area(mask)) for mask in masks]
 
 
 def coco_run_lengths(segmentation, height: int, width: int) -> dict | None:

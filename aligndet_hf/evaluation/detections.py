@@ -14,11 +14,11 @@ from ..data.arrow_boxes import read_values, usable_boxes
 from ..data.bit_depth import pixel_window, window_of
 from ..data.collate import collate_labelled, normalize_images
 from ..data.columns import image_numbers
-from ..data.dataset import init_worker
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image
 from ..data.masks import FIELD, run_lengths
 from ..data.splits import spread_rows
+from ..processes import init_worker
 from ..proposals.trained import with_both_sides
 from .coco_metrics import CocoMetrics
 

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import cv2
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import BaseImageProcessor
@@ -12,10 +11,10 @@ from transformers import BaseImageProcessor
 from ..data.arrow_boxes import clean_boxes
 from ..data.bit_depth import window_of
 from ..data.collate import collate_labelled
-from ..data.dataset import init_worker
 from ..data.errors import ImageError
 from ..data.image_list import ImageList
 from ..data.masks import place_run_lengths
+from ..processes import init_worker
 from .detections import predict_batches, prepare_image
 from .tiles import merge_views, tile_corners
 
@@ -120,6 +119,8 @@ class ImageViews(IterableDataset):
 
 
 def _encode(image: np.ndarray) -> bytes:
+    import cv2  # here: images that are files need no OpenCV, which takes 20 MB
+
     _, encoded = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     return encoded.tobytes()
 

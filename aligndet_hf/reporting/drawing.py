@@ -11,7 +11,6 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from ..data.masks import Region
-from ..data.views import resize_image
 from .pictures import INK, color_of, luminance
 
 JPEG_QUALITY = 88
@@ -45,7 +44,7 @@ def draw_boxes(
     """
     scale = min(1.0, max_side / max(image.shape[:2])) if max_side else 1.0
     if scale < 1:
-        image = resize_image(image, *(max(1, round(side * scale)) for side in image.shape[:2]))
+        image = _resized(image, *(max(1, round(side * scale)) for side in image.shape[:2]))
     picture = PIL.Image.fromarray(image)
     draw = PIL.ImageDraw.Draw(picture)
     line = max(1, round(min(picture.size) / 250))
@@ -96,10 +95,15 @@ def tint_masks(image: np.ndarray, masks: Iterable[str | Mapping], labels: Sequen
     return tinted
 
 
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """An image at another size, for the eye: without OpenCV, which takes 20 MB of memory."""
+    return np.asarray(PIL.Image.fromarray(image).resize((width, height), PIL.Image.Resampling.BILINEAR))
+
+
 def enlarged(image: np.ndarray, boxes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     """An image as large as the side, if it is smaller, and its boxes: tags hide much of a small image."""
     times = max(1.0, side / max(image.shape[:2]))
-    return resize_image(image, *(round(times * own) for own in image.shape[:2])), np.asarray(boxes) * times
+    return _resized(image, *(round(times * own) for own in image.shape[:2])), np.asarray(boxes) * times
 
 
 def _draw_dashes(draw: PIL.ImageDraw.ImageDraw, box: Sequence[float], color: str, width: int) -> None:

@@ -14,14 +14,14 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..data.collate import collate_labelled, normalize_images
-from ..data.dataset import MixedImages, init_worker
+from ..data.dataset import MixedImages
 from ..data.launch import Launch
 from ..data.sampling import EpochBatchSampler, MixedBatchSampler
 from ..detectors.backbones import eval_frozen, get_backbone
 from ..detectors.build import build_image_processor, save_image_processor
 from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
 from ..files import UNFINISHED
-from ..processes import require_one_gpu
+from ..processes import init_worker, require_one_gpu
 from .checkpointing import STATE, clear_write_errors, damage_of, rotate, seal
 from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
@@ -336,6 +336,13 @@ class DetectionTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- checkpoints ----
+
+    def _determine_best_metric(self, metrics: dict, trial) -> bool:
+        """Has what is better than all before it saved in any case, where training is to end with it."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
 
     def _save_checkpoint(self, model, trial) -> None:
         """What `Trainer` saves, written aside; complete, it gets its checksums and its name."""

@@ -187,11 +187,14 @@ class FinetuneArguments(
     early_stopping_patience: int | None = flag(
         None,
         "result",
-        "stop after this many measurements in a row without a better metric_for_best_model",
+        "stop after this many measurements in a row without a better metric_for_best_model, and end with the best",
         range=COUNT,
     )
-    load_best_model_at_end: bool = flag(
-        False, "result", "end with the best measured weights instead of the last: chosen on eval_dataset"
+    load_best_model_at_end: bool | None = flag(
+        None,
+        "result",
+        "end with the best measured weights instead of the last: chosen on eval_dataset; true with "
+        "early_stopping_patience and else false if not given",
     )
 
     save_strategy: str = flag("epoch", "run", "when to save a checkpoint: epoch, steps, best or no")
@@ -231,8 +234,20 @@ class FinetuneArguments(
             if self.eval_strategy == "no":
                 raise ValueError("early_stopping_patience needs measurements during training: set eval_strategy")
             self.restore_callback_states_from_checkpoint = True  # a resumed run must not count anew
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.early_stopping_patience is not None
+        if self.load_best_model_at_end and self.save_strategy not in ("best", self.eval_strategy):
+            raise ValueError(
+                f"the best weights must be saved when they are measured (eval_strategy {self.eval_strategy}): set "
+                "save_strategy to best; or load_best_model_at_end to false, to end with the last weights"
+            )
         self._refuse_what_has_no_effect()
         super().__post_init__()
+
+    @property
+    def is_led_by_measurements(self) -> bool:
+        """Whether the weights at the end depend on what is measured during training."""
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
 
     def _refuse_what_has_no_effect(self):
         """Accepted and then ignored would be worse than refused."""

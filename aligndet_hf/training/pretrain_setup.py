@@ -14,12 +14,11 @@ from transformers import BaseImageProcessor
 
 from ..data.collate import normalize_images
 from ..data.columns import BoxReport, require_columns, validate_proposals
-from ..data.dataset import init_worker
 from ..data.sampling import EpochBatches, EpochBatchSampler, StepBatches
 from ..data.streaming import first_rows, load_stream
 from ..data.view_stream import StreamBatches, ViewStream
 from ..flags import names_of
-from ..processes import require_one_gpu
+from ..processes import init_worker, require_one_gpu
 from .pretrain_arguments import PretrainArguments
 from .sharding import require_supported
 
