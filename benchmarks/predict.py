@@ -40,7 +40,7 @@ def main(words: list[str] | None = None) -> dict:
         write_images(folder / "photos", arguments.num_images)
         detector = arguments.detector or write_detector(folder / "detector")
         command = [sys.executable, "-m", "aligndet_hf", "predict", "--detector", detector]
-        command += ["--images", f"{folder}/photos", "--output_dir", f"{folder}/found", "--formats", "coco", "results"]
+        command += ["--images", f"{folder}/photos", "--output_dir", f"{folder}/found"]
         runs = []
         if arguments.kill_after:
             runs.append(run(command, folder / "found.partial", arguments.kill_after))

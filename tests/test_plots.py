@@ -47,6 +47,16 @@ def test_curves_draw_every_run(tmp_path):
         plots.plot_curves(runs, path, keys=("accuracy",))
 
 
+def test_curves_end_with_what_training_gave(tmp_path):
+    history = [{"step": 20, "AP": 0.1}, {"step": 40, "AP": 0.3}]
+    kept = {"step": 40, "AP": 0.2}  # measured again, with the weights that are kept
+    logs = {"once": history, "again": [*history, kept], "other": [*history[:1], kept]}
+    once, again, other = (
+        plots.plot_curves({"run": log}, tmp_path / f"{name}.png", ["AP"]).read_bytes() for name, log in logs.items()
+    )
+    assert once == again != other
+
+
 def test_arms_with_a_class_that_has_no_objects(tmp_path):
     def results(ap):
         numbers = dict.fromkeys(("AP", "AP50", "AP75", "APm", "APl"), ap) | {"APs": -1}

@@ -62,6 +62,15 @@ def smooth(values: Sequence[float], radius: int) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
+def _points(history: Sequence[Mapping], key: str) -> list[tuple[int, float]]:
+    """Steps and values, the first of each step: the last one is measured again, with the weights that are kept."""
+    points = {}
+    for record in history:
+        if key in record and "step" in record:
+            points.setdefault(record["step"], record[key])
+    return list(points.items())
+
+
 def plot_curves(
     runs: Mapping[str, object],
     path,
@@ -88,13 +97,7 @@ def plot_curves(
         ValueError: No run has any of `keys`.
     """
     histories = {name: read_history(source) for name, source in runs.items()}
-    series = {
-        key: {
-            name: [(r["step"], r[key]) for r in history if key in r and "step" in r]
-            for name, history in histories.items()
-        }
-        for key in keys
-    }
+    series = {key: {name: _points(history, key) for name, history in histories.items()} for key in keys}
     series = {key: {name: s for name, s in lines.items() if s} for key, lines in series.items()}
     series = {key: lines for key, lines in series.items() if lines}
     if not series:
