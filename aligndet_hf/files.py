@@ -1,6 +1,5 @@
 """Files that are complete or absent: written under another name, synced, renamed into place."""
 
-import contextlib
 import difflib
 import hashlib
 import json
@@ -75,15 +74,13 @@ def similar_path(path: str | Path) -> str:
 
 def sync(path: Path) -> None:
     """Has the system write a file, or the names in a folder, to the disk."""
-    if path.is_dir():
-        with contextlib.suppress(PermissionError):  # Windows opens no folders
-            _sync(path, os.O_RDONLY)
-    else:
-        _sync(path, os.O_RDWR)  # Windows syncs only what may be written
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs only what may be written
+    except PermissionError:
+        if is_folder:  # Windows opens none
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

@@ -140,17 +140,18 @@ def _measure(arguments: KnnArguments, folder: Path | None) -> dict[str, dict[str
 def _object_features(features: BoxFeatures, dataset, arguments: KnnArguments):
     """Features [N, D], class [N] and row of the image [N] of the objects, or of `max_objects` of them."""
     images = BoxImages({"": dataset}, [("", row) for row in range(len(dataset))], arguments.short_side, "objects")
-    labels, _ = read_values(dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"], "category")
-    vectors, classes, rows, start = [], [], [], 0
+    column = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
+    labels, counts = read_values(column, "category")
+    labels = np.split(labels.astype(np.int64), np.cumsum(counts)[:-1])
+    vectors, classes, rows = [], [], []
     for row in tqdm(range(len(images)), desc="features", unit="image", disable=arguments.disable_tqdm):
-        item, count = images[row], len(dataset[row]["objects"]["bbox"])
+        item = images[row]
         if "reason" in item:
             raise ImageError(item["reason"])
         if len(item["kept"]):
             vectors.append(features(item["image"], item["boxes"]))
-            classes.append(labels[start : start + count][item["kept"].numpy()].astype(np.int64))
+            classes.append(labels[row][item["kept"].numpy()])
             rows.append(np.full(len(item["kept"]), row))
-        start += count
     vectors, classes, rows = np.concatenate(vectors), np.concatenate(classes), np.concatenate(rows)
     if len(classes) > arguments.max_objects:
         chosen = np.random.default_rng(arguments.seed).choice(len(classes), arguments.max_objects, replace=False)

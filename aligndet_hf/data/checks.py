@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from .arrow_boxes import read_boxes, read_crowds, read_values
 from .columns import arrow_batches, image_ids
-from .door import image_digest
+from .door import image_digest, listed
 from .masks import FIELD
 
 COCO_DETECTIONS = 100  # of one category in one image that COCO's metrics count, the best first
@@ -117,9 +117,9 @@ def leak_note(dataset: datasets.Dataset, held_out: datasets.Dataset, source: str
     pairs = same_images(dataset, held_out)
     if not pairs:
         return None
-    ids, rows = image_ids(held_out), [row for _, row in pairs]
-    some = ", ".join(str(ids[row]) for row in sorted(set(rows))[:10]) + (" ..." if len(set(rows)) > 10 else "")
+    ids, rows = image_ids(held_out), sorted({row for _, row in pairs})
     return (
-        f"{len(set(rows))} of the {len(held_out)} images to measure on ({source}; ids {some}) are also in the "
-        "training data, so that the numbers say too much: remove them from one of the two."
+        f"{len(rows)} of the {len(held_out)} images to measure on ({source}; ids "
+        f"{listed((ids[row] for row in rows), 10)}) are also in the training data, so that the numbers say too much: "
+        "remove them from one of the two."
     )

@@ -61,10 +61,10 @@ def _escape(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def listed(names: Iterable) -> str:
+def listed(names: Iterable, count: int = _LISTED) -> str:
     """The first few names, printable."""
     names = list(names)
-    return ", ".join(map(printable, names[:_LISTED])) + (" ..." if len(names) > _LISTED else "")
+    return ", ".join(map(printable, names[:count])) + (" ..." if len(names) > count else "")
 
 
 def first(lines: list[str], count: int = 50) -> str:

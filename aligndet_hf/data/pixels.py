@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from .door import first
+from .door import first, listed
 from .errors import DataError, ImageError
 from .images import decode_image, read_header
 
@@ -68,19 +68,14 @@ class ImageFacts:
         if self.alpha:
             notes.append(
                 f"{len(self.alpha)} images have a fourth channel, which is left out, as transformers does (rows "
-                f"{_rows(self.alpha)})"
+                f"{listed(self.alpha, _LISTED_ROWS)})"
             )
         if self.wide_colors:
             notes.append(
                 f"{len(self.wide_colors)} colour images have 16 bits a channel: the upper 8 are used, as Pillow and "
-                f"transformers do (rows {_rows(self.wide_colors)})"
+                f"transformers do (rows {listed(self.wide_colors, _LISTED_ROWS)})"
             )
         return notes
-
-
-def _rows(rows: Iterable[int]) -> str:
-    rows = list(rows)
-    return ", ".join(map(str, rows[:_LISTED_ROWS])) + (" ..." if len(rows) > _LISTED_ROWS else "")
 
 
 def inspect_images(batches: Callable[[], Iterable[pa.ChunkedArray]], num_rows: int) -> ImageFacts:

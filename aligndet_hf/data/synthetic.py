@@ -160,22 +160,20 @@ def make_synthetic_dataset(
         image_id=datasets.Value("int64"),
         objects=objects_feature(SYNTHETIC_CATEGORIES),
     )
-    columns = {"image": [], "image_id": list(range(num_images)), "objects": []}
-    next_id = 1
+    rows, next_id = [], 1
     for index in range(num_images):
         image, boxes, categories = render_scene(np.random.default_rng((seed, index)), *image_size, max_objects)
         _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92])
-        columns["image"].append({"bytes": encoded.tobytes(), "path": f"{index:06d}.jpg"})
-        columns["objects"].append(
-            {
-                "bbox": boxes.tolist(),
-                "category": categories.tolist(),
-                "area": boxes[:, 2:].prod(axis=1).tolist(),
-                "id": list(range(next_id, next_id + len(boxes))),
-            }
-        )
+        objects = {
+            "bbox": boxes.tolist(),
+            "category": categories.tolist(),
+            "area": boxes[:, 2:].prod(axis=1).tolist(),
+            "id": list(range(next_id, next_id + len(boxes))),
+        }
+        picture = {"bytes": encoded.tobytes(), "path": f"{index:06d}.jpg"}
+        rows.append({"image": picture, "image_id": index, "objects": objects})
         next_id += len(boxes)
-    return datasets.Dataset.from_dict(columns, features=features)
+    return datasets.Dataset.from_list(rows, features=features)
 
 
 def write_synthetic_folder(path: str | Path, splits: dict[str, int], *, seed: int, **options) -> None:

@@ -165,12 +165,9 @@ def select_indices(
     *,
     nms_threshold: float = 0.7,
     max_boxes: int | None = 300,
-    max_aspect_ratio: float = 3.0,
-    min_side: float = 0,
     min_relative_size: float = 0.04,
-    max_relative_size: float = 1.0,
     relax_if_empty: bool = True,
-    max_borders: int = 4,
+    **filters,
 ) -> np.ndarray:
     """
     Filters scored boxes, removes near duplicates and keeps the best.
@@ -181,24 +178,14 @@ def select_indices(
         image_size (`tuple[int, int]`): `(height, width)` of the image in the same pixels.
         nms_threshold (`float`, *optional*, defaults to 0.7): See [`nms`]; 1.0 keeps all.
         max_boxes (`int`, *optional*, defaults to 300): Keep at most this many; `None` for all.
-        max_aspect_ratio, min_side, min_relative_size, max_relative_size, relax_if_empty, max_borders:
-            See [`filter_proposals`].
+        min_relative_size, relax_if_empty, **filters: See [`filter_proposals`].
 
     Returns:
         `np.ndarray` of shape `[K]`: Indices of the kept boxes, best first.
     """
     boxes = np.asarray(boxes).reshape(-1, 4)
-    mask = filter_proposals(
-        boxes,
-        image_size,
-        max_aspect_ratio,
-        min_side,
-        min_relative_size,
-        max_relative_size,
-        relax_if_empty,
-        max_borders,
-    )
-    passed = np.flatnonzero(mask)
+    filters |= {"min_relative_size": min_relative_size, "relax_if_empty": relax_if_empty}
+    passed = np.flatnonzero(filter_proposals(boxes, image_size, **filters))
     # In the precision in which boxes are stored: what is kept does not change when the result is filtered again.
     boxes, scores = boxes[passed].astype(np.float32), np.asarray(scores)[passed].astype(np.float32)
     return passed[nms(boxes, scores, nms_threshold, max_boxes)]

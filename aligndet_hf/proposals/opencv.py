@@ -8,7 +8,12 @@ import numpy as np
 
 from .filters import select_proposals, unique_boxes
 
-MODES = ("single", "fast", "quality")
+# What OpenCV calls them.
+MODES = {
+    "single": "switchToSingleStrategy",
+    "fast": "switchToSelectiveSearchFast",
+    "quality": "switchToSelectiveSearchQuality",
+}
 
 # The texture measure rotates the image by 45 degrees, so time grows with the square of the longer side.
 _MAX_SIDES_RATIO = 5
@@ -57,12 +62,7 @@ def opencv_selective_search(
 
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
-    if mode == "single":
-        search.switchToSingleStrategy()
-    elif mode == "fast":
-        search.switchToSelectiveSearchFast()
-    else:
-        search.switchToSelectiveSearchQuality()
+    getattr(search, MODES[mode])()
     boxes = unique_boxes(search.process())
 
     scores = agreement_scores(boxes)

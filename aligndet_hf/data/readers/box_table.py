@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..door import is_image_name
 from ..errors import DataError
 from .files import (
     delimiter_of,
-    is_image,
     list_files,
     number,
     parse_json,
@@ -236,7 +236,7 @@ def _columns_of(path: Path) -> _Table | None:
 
 def _is_row(cells: list[str]) -> bool:
     """Whether the first line of a table is a row and not the names of its columns."""
-    if len(cells) != len(_WITHOUT_NAMES) or not is_image(Path(cells[0])):
+    if len(cells) != len(_WITHOUT_NAMES) or not is_image_name(Path(cells[0])):
         return False
     return not any(cells[1:5]) or all(re.fullmatch(r"-?\d+(\.\d+)?", cell) for cell in cells[1:5])
 

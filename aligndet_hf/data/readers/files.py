@@ -89,11 +89,6 @@ def list_images(folder: Path) -> Iterator[Path]:
     return (Path(path) for path, reason in door.visit(folder) if not reason)
 
 
-def is_image(path: Path) -> bool:
-    """Whether the name of a file is one of an image."""
-    return door.is_image_name(path)
-
-
 def tell_unlisted(folder: Path, listed: set, reason: str) -> None:
     """Warns of the images of a folder that are left out: all but those `listed`, by path or by name without suffix."""
     unlisted = [path for path in list_images(folder) if not {path, path.stem} & listed]

@@ -8,9 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from ..door import is_image_name
 from ..errors import DataError
-from .files import is_image, read_json, read_start, split_of_file
-from .listed import PIXELS, Entry, Object, by_split, collect, label_files, require_own_splits, split_above
+from .files import read_json, read_start, split_of_file
+from .listed import PIXELS, Entry, Object, collect, grouped, label_files, require_own_splits, split_above
 from .rows import Labels, box_around
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def find(path: Path) -> dict[str, list[tuple[Path, "_Dialect"]]]:
             found += [(split_of_file(file.stem) or split_above(file, path), (file, one)) for file, one in known if one]
     lists = [(split, file) for split, (file, dialect) in found if not dialect.is_of_one_image]
     require_own_splits(path, lists, "lists of images")
-    return by_split(found)
+    return grouped(found)
 
 
 def read(path: Path, found: dict, splits: list[str], image_dir: Path | None = None) -> Labels:
@@ -135,7 +136,7 @@ def _via_class(attributes: dict) -> str:
 
 def _label_studio(item: dict) -> Found:
     data = item.get("data", item)  # the export with little in it has the image beside the boxes
-    image = next(value for value in data.values() if isinstance(value, str) and is_image(Path(value)))
+    image = next(value for value in data.values() if isinstance(value, str) and is_image_name(Path(value)))
     if "annotations" in item:
         annotations = [one for one in item["annotations"] if not one.get("was_cancelled")]
         if len(annotations) > 1:

@@ -7,9 +7,10 @@ from glob import escape
 from itertools import chain
 from pathlib import Path
 
+from ..door import is_image_name
 from ..errors import DataError
-from .files import is_image, number, read_start, read_text
-from .listed import Entry, Object, by_split, collect, label_files, split_above
+from .files import number, read_start, read_text
+from .listed import Entry, Object, collect, grouped, label_files, split_above
 from .rows import Labels
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ _REGION = "dontcare"  # where nobody has labelled the objects
 def find(path: Path) -> dict[str, list[Path]]:
     """The label files of a folder, at any depth; the folders on the way to them say the split, such as `training`."""
     files = chain.from_iterable(label_files(path, ".txt", _looks_like_kitti)) if path.is_dir() else ()
-    return by_split((split_above(file, path), file) for file in files)
+    return grouped((split_above(file, path), file) for file in files)
 
 
 def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir: Path | None = None) -> Labels:
@@ -65,7 +66,7 @@ def _entry(file: Path, split: str, regions: list) -> Entry:
         else:
             objects.append(Object(box, name))
     beside = file.parent.with_name(file.parent.name.replace("label", "image"))
-    images = [path for path in sorted(beside.glob(f"{escape(file.stem)}.*")) if is_image(path)]
+    images = [path for path in sorted(beside.glob(f"{escape(file.stem)}.*")) if is_image_name(path)]
     name = f"../{beside.name}/{images[0].name}" if images else file.stem
     return Entry(str(file), split, name, file.parent, objects)
 

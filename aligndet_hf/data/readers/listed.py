@@ -1,7 +1,7 @@
 """What label files that name their images have in common: finding the images, and putting their entries together."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -62,19 +62,20 @@ def collect(
     folder: Path,
     entries: Iterable[Entry],
     splits: list[str],
-    missing: str = "are not listed",
+    missing: str | None = "are not listed",
     categories: list[str] | None = None,
 ) -> Labels:
     """
     Makes the images of these splits of the entries of all.
 
-    Images without an entry are left out and counted.
+    Images without an entry are left out.
 
     Args:
         folder (`Path`): The folder of the images, at any depth; nothing outside it is read.
         entries (`Iterable[Entry]`): Of all splits.
         splits (`list[str]`): The splits to read.
-        missing (`str`, *optional*): What images without an entry do, for the count: "have no row in the table".
+        missing (`str`, *optional*): What images without an entry do, such as "have no row in the table", for their
+            count. They are not looked for if it is `None`.
         categories (`list[str]`, *optional*): The names of the categories. By default those in use in all splits: texts
             in alphabetical order, numbers in theirs.
 
@@ -107,7 +108,8 @@ def collect(
     numbers = {name: position for position, name in enumerate(categories)}
     for image in images.values():
         image.objects["category"] = [numbers[label] for label in image.objects["category"]]
-    tell_unlisted(folder, listed, missing)
+    if missing is not None:
+        tell_unlisted(folder, listed, missing)
     return Labels(list(images.values()), Categories(categories) if categories else None)
 
 
@@ -136,12 +138,12 @@ def label_files(folder: Path, ending: str, looks_right: Callable[[Path], bool]) 
             yield files
 
 
-def by_split(pairs: Iterable[tuple[str, Any]]) -> dict[str, list]:
-    """Pairs of a split and something of it as a list for each split."""
-    splits = {}
-    for split, one in pairs:
-        splits.setdefault(split, []).append(one)
-    return splits
+def grouped(pairs: Iterable[tuple[str, Any]]) -> dict[str, list]:
+    """Pairs of a name and a value as the list of values of each name."""
+    groups = {}
+    for name, value in pairs:
+        groups.setdefault(name, []).append(value)
+    return groups
 
 
 def split_above(file: Path, root: Path) -> str:
@@ -161,10 +163,10 @@ class _Finder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.found: dict[tuple[str, Path, str], Path] = {}
-        self.by_name: dict[str, list[Path]] = {}
-        for path in list_images(folder):
-            for name in (path.name, path.stem):
-                self.by_name.setdefault(name, []).append(path)
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Path]]:
+        return grouped((name, path) for path in list_images(self.folder) for name in (path.name, path.stem))
 
     def find(self, entry: Entry) -> Path:
         key = entry.image, entry.base, entry.also

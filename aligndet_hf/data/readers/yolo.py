@@ -25,7 +25,8 @@ from .files import (
     split_of_folder,
     tails,
 )
-from .rows import Categories, LabelledImage, Labels
+from .listed import Entry, Object, collect
+from .rows import Labels, box_around
 
 NAME = "YOLO"
 
@@ -88,20 +89,15 @@ def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir:
         [`ImageError`]: for an image whose size cannot be read.
     """
     root, config = _root(path), _config(path)
-    keypoints = bool(config.get("kpt_shape"))
-    images = [_read_image(*pair, root, keypoints) for split in splits for pair in _pairs(root, found[split])]
     names = _names(root, config)
     if names is None:
         files = [file for places in found.values() for _, file in _pairs(root, places)]
         labels = [label for file in files for _, label, _ in _lines(file, root)]
         names = [str(label) for label in range(max(labels, default=0) + 1)]
-    for image in images:
-        for label in image.objects["category"]:
-            if label >= len(names):
-                raise DataError(
-                    f"{image.where}: unknown class {label}, expected 0 to {len(names) - 1} ({', '.join(names[:10])})."
-                )
-    return Labels(images, Categories(names))
+    keypoints = bool(config.get("kpt_shape"))
+    pairs = ((split, *pair) for split in splits for pair in dict(_pairs(root, found[split])).items())
+    entries = (_entry(*pair, root, names, keypoints) for pair in pairs)
+    return collect(root, entries, splits, missing=None, categories=names)
 
 
 # ---- the layout ----
@@ -224,42 +220,33 @@ def _lines(file: Path, root: Path) -> Iterator[tuple[str, int, list[float]]]:
         yield where, int(numbers[0]), numbers[1:]
 
 
-def _read_image(path: Path, file: Path, root: Path, keypoints: bool) -> LabelledImage:
-    image = LabelledImage(path=path, where=str(file if file.exists() else path), objects={"bbox": [], "category": []})
-    lines = list(_lines(file, root))
-    if not lines:
-        return image
-    image.height, image.width = image_size(path)
-    for where, label, values in lines:
-        corners = _corners(values, keypoints, where)
-        if max(map(abs, corners)) > 2:
-            raise DataError(
-                f"{where}: the numbers must be relative to the size of the image, from 0 to 1, got "
-                f"{' '.join(f'{value:g}' for value in values[:4])}."
-            )
-        left, top, right, bottom = (
-            corner * side for corner, side in zip(corners, (image.width, image.height) * 2, strict=True)
-        )
-        image.add([left, top, right - left, bottom - top], label, segmentation=_polygon(values, keypoints, image))
-    return image
+def _entry(split: str, image: Path, file: Path, root: Path, names: list[str], keypoints: bool) -> Entry:
+    objects = []
+    for where, label, values in _lines(file, root):
+        if label >= len(names):
+            known = f"0 to {len(names) - 1} ({', '.join(names[:10])})"
+            raise DataError(f"{where}: unknown class {label}, expected {known}.")
+        box, outline = _shape(values, keypoints, where)
+        objects.append(Object(box, names[label], outline))
+    size = image_size(image)[::-1] if objects else None
+    where = str(file if file.exists() else image)
+    return Entry(where, split, image.name, image.parent, objects, size, parts=1.0)
 
 
-def _polygon(values: list[float], keypoints: bool, image: LabelledImage) -> list[list[float]] | None:
-    """The polygon of a line in pixels; `None` of a box."""
-    if len(values) == 4 or keypoints:
-        return None
-    return [
-        [value * side for value, side in zip(values, (image.width, image.height) * (len(values) // 2), strict=True)]
-    ]
-
-
-def _corners(values: list[float], keypoints: bool, where: str) -> tuple[float, float, float, float]:
-    """The relative corners of a box, of a box with its key points, or of what is around a polygon."""
+def _shape(values: list[float], keypoints: bool, where: str) -> tuple[list[float], list[float] | None]:
+    """The relative box of a box, of a box with its key points, or of what is around a polygon; and the polygon."""
+    outline = None
     if len(values) == 4 or keypoints:
         x, y, width, height = values[:4]
-        return x - width / 2, y - height / 2, x + width / 2, y + height / 2
-    if len(values) == 5:
+        box = [x - width / 2, y - height / 2, width, height]
+    elif len(values) == 5:
         raise DataError(f"{where}: six values, a detection with its score; expected a label without one.")
-    if len(values) % 2:
+    elif len(values) % 2:
         raise DataError(f"{where}: a polygon must have two numbers for each point, got {len(values)} numbers.")
-    return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
+    else:
+        box, outline = box_around(values[::2], values[1::2]), values
+    left, top, width, height = box
+    if max(map(abs, (left, top, left + width, top + height))) > 2:
+        shown = " ".join(f"{value:g}" for value in values[:4])
+        raise DataError(f"{where}: the numbers must be relative to the size of the image, from 0 to 1, got {shown}.")
+    return box, outline
