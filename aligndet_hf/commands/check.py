@@ -20,7 +20,7 @@ from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.pixels import ImageFacts, inspect_images
 from ..data.readers import image_folder
 from ..data.sampling import SampleKey
-from ..data.splits import spread_rows
+from ..data.splits import Splits, spread_rows
 from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes, view_shape
 from ..files import write_json
 from ..flags import flag
@@ -217,7 +217,7 @@ def _tell_leaks(report: CheckReport) -> None:
             told.append(f"{len(leaks)} images of one split {what}: {found}")
 
 
-def _export(labelled: dict[str, datasets.Dataset], report: CheckReport, arguments: CheckArguments) -> None:
+def _export(labelled: Splits, report: CheckReport, arguments: CheckArguments) -> None:
     """Writes the splits in another layout, if none has a problem that would be written as well."""
     if not labelled or any(split.problems for split in report.splits.values()):
         print("Nothing is exported: there must be labels, and no problem in any split.")

@@ -40,6 +40,7 @@ from ..data.shards import (
     write_shard,
     writing_to,
 )
+from ..data.splits import Splits
 from ..detectors.backbones import check_backbone
 from ..detectors.build import open_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
@@ -175,7 +176,7 @@ def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datase
     return result
 
 
-def _new_report(arguments: ClustersArguments, sources: dict[str, datasets.Dataset], features: BoxFeatures) -> dict:
+def _new_report(arguments: ClustersArguments, sources: Splits, features: BoxFeatures) -> dict:
     """The report of the input with the settings of the clusters: all that decides which clusters come out."""
     own = {
         "backbone": arguments.detector or arguments.backbone,
@@ -214,7 +215,7 @@ def _versions() -> dict:
     return {"aligndet_hf": __version__} | {name: version(name) for name in packages}
 
 
-def _load_sources(arguments: ClustersArguments) -> dict[str, datasets.Dataset]:
+def _load_sources(arguments: ClustersArguments) -> Splits:
     names = split_names(arguments.dataset) if arguments.split is None else [arguments.split]
     sources = {}
     for name in names:
@@ -224,7 +225,7 @@ def _load_sources(arguments: ClustersArguments) -> dict[str, datasets.Dataset]:
     return sources
 
 
-def _with_num_clusters(arguments: ClustersArguments, sources: dict[str, datasets.Dataset]) -> ClustersArguments:
+def _with_num_clusters(arguments: ClustersArguments, sources: Splits) -> ClustersArguments:
     """The arguments with the number of clusters that the data suggests, if none is given."""
     if arguments.num_clusters is not None:
         return arguments
@@ -234,7 +235,7 @@ def _with_num_clusters(arguments: ClustersArguments, sources: dict[str, datasets
     return dataclasses.replace(arguments, num_clusters=number)
 
 
-def _box_counts(sources: dict[str, datasets.Dataset]) -> Iterator[tuple[list[tuple[str, int]], np.ndarray]]:
+def _box_counts(sources: Splits) -> Iterator[tuple[list[tuple[str, int]], np.ndarray]]:
     """Rows (split and number) and how many boxes each has, batch by batch."""
     for name, source in sources.items():
         for start, table in arrow_batches(source, ["proposals"]):
@@ -243,11 +244,7 @@ def _box_counts(sources: dict[str, datasets.Dataset]) -> Iterator[tuple[list[tup
 
 
 def _cluster(
-    sources: dict[str, datasets.Dataset],
-    features: BoxFeatures,
-    report: dict,
-    folder: RunFolder,
-    arguments: ClustersArguments,
+    sources: Splits, features: BoxFeatures, report: dict, folder: RunFolder, arguments: ClustersArguments
 ) -> None:
     """Does the work of [`cluster_proposals`] in a folder beside the output, and puts it in place."""
     work, state = folder.work, _deciding(report) | {"versions": report["versions"]}
@@ -269,9 +266,7 @@ def _cluster(
 # ---- fitting and assigning ----
 
 
-def _choose_images(
-    sources: dict[str, datasets.Dataset], arguments: ClustersArguments
-) -> tuple[list[tuple[str, int]], int]:
+def _choose_images(sources: Splits, arguments: ClustersArguments) -> tuple[list[tuple[str, int]], int]:
     """Random images with boxes, just enough to fit to, in their order, and the number of boxes that they give."""
     rows, counts = [], []
     for places, numbers in _box_counts(sources):
@@ -301,7 +296,7 @@ class _Work:
         arguments ([`ClustersArguments`]): The configuration.
     """
 
-    sources: dict[str, datasets.Dataset]
+    sources: Splits
     features: BoxFeatures
     files: FeatureFiles
     arguments: ClustersArguments

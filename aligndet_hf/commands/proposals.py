@@ -33,6 +33,7 @@ from ..data.shards import (
     writing_to,
 )
 from ..data.sources import SOURCES, Search, model_hash
+from ..data.splits import Splits
 from ..data.stream_shards import read_rows, read_streams
 from ..data.streaming import load_stream
 from ..files import file_hash, is_sound
@@ -105,7 +106,7 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
     return result
 
 
-def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArguments) -> dict:
+def _settings(sources: Splits, arguments: ProposalsArguments) -> dict:
     """Everything that decides what is found: the settings, and hashes of the images and of other files."""
     own = {name: value for name, value in arguments.source_settings().items() if name not in local_paths(arguments)}
     settings = {"source": arguments.source, **own, **arguments.selection()}
@@ -128,11 +129,7 @@ def _settings(sources: dict[str, datasets.Dataset], arguments: ProposalsArgument
 
 
 def _generate(
-    sources: dict[str, datasets.Dataset],
-    settings: dict,
-    folder: RunFolder,
-    arguments: ProposalsArguments,
-    launch: Launch,
+    sources: Splits, settings: dict, folder: RunFolder, arguments: ProposalsArguments, launch: Launch
 ) -> None:
     """Does the work of [`generate_proposals`] in a folder beside the output, and puts it in place."""
     versions = {
@@ -192,11 +189,7 @@ def _export(result: datasets.Dataset | datasets.DatasetDict, path: Path) -> None
 
 
 def _search_shards(
-    shards: Iterable[Shard],
-    sources: dict[str, datasets.Dataset] | None,
-    with_clusters: bool,
-    arguments: ProposalsArguments,
-    launch: Launch,
+    shards: Iterable[Shard], sources: Splits | None, with_clusters: bool, arguments: ProposalsArguments, launch: Launch
 ) -> None:
     """Writes the files of the shards that are not there yet. Without `sources` their rows lie beside these files."""
     inputs, total, done = None, None, 0
@@ -218,7 +211,7 @@ def _search_shards(
 
 
 def _open_work(
-    inputs: dict[str, datasets.Dataset] | None, with_clusters: bool, arguments: ProposalsArguments, in_worker: bool
+    inputs: Splits | None, with_clusters: bool, arguments: ProposalsArguments, in_worker: bool
 ) -> Callable[[Shard], None]:
     """What a process does with each shard."""
     if in_worker and arguments.rerank != "none":

@@ -18,6 +18,7 @@ from .readers.files import list_files, split_of_folder
 from .readers.image_folder import has_metadata, read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
+from .splits import Splits
 
 # What files of labels end with, in formats that are known and others.
 _LABEL_ENDINGS = (".json", ".jsonl", ".ndjson", ".manifest", ".csv", ".tsv", ".txt", ".xml", ".mat", ".tfrecord")
@@ -176,9 +177,7 @@ def load_labelled(
     return dataset, categories, validate_objects(dataset, categories, str(source))
 
 
-def _joined(
-    splits: dict[str, datasets.Dataset], split: str | None, source: str | Path, flag: str = "--split"
-) -> datasets.Dataset:
+def _joined(splits: Splits, split: str | None, source: str | Path, flag: str = "--split") -> datasets.Dataset:
     return datasets.concatenate_datasets([splits[name] for name in _choose_splits(list(splits), split, source, flag)])
 
 

@@ -20,6 +20,7 @@ from .columns import category_ids, image_ids
 from .errors import DataError
 from .images import image_size
 from .masks import FIELD, has_regions
+from .splits import Splits
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,7 @@ class _Row(NamedTuple):
     objects: dict[str, np.ndarray]
 
 
-def export_labels(
-    splits: dict[str, datasets.Dataset], categories: list[str], output_dir: str | Path, layout: str
-) -> list[str]:
+def export_labels(splits: Splits, categories: list[str], output_dir: str | Path, layout: str) -> list[str]:
     """
     Writes labelled images, and their files as they are, in a layout that other tools read.
 
@@ -140,7 +139,7 @@ def _plain(value: float) -> float | int:
     return int(value) if float(value).is_integer() else float(value)
 
 
-def _export_coco(splits: dict[str, datasets.Dataset], categories: list[str], folder: Path) -> list[str]:
+def _export_coco(splits: Splits, categories: list[str], folder: Path) -> list[str]:
     left_out = Counter()
     for split, dataset in splits.items():
         ids = category_ids(dataset, categories)
@@ -184,7 +183,7 @@ def _own_object_ids(dataset: datasets.Dataset) -> Iterator[int | str]:
     return iter(range(1, int(counts.sum()) + 1))
 
 
-def _export_yolo(splits: dict[str, datasets.Dataset], categories: list[str], folder: Path) -> list[str]:
+def _export_yolo(splits: Splits, categories: list[str], folder: Path) -> list[str]:
     left_out = Counter()
     for split, dataset in splits.items():
         for row in _rows(dataset):
@@ -202,7 +201,7 @@ def _export_yolo(splits: dict[str, datasets.Dataset], categories: list[str], fol
     return _told(left_out)
 
 
-def _export_voc(splits: dict[str, datasets.Dataset], categories: list[str], folder: Path) -> list[str]:
+def _export_voc(splits: Splits, categories: list[str], folder: Path) -> list[str]:
     left_out, taken = Counter(), set()
     for split, dataset in splits.items():
         stems = []

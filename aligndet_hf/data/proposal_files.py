@@ -12,9 +12,10 @@ from .arrow_boxes import read_boxes, read_values
 from .columns import arrow_batches, image_ids, proposals_feature
 from .errors import DataError, ImageError
 from .images import image_name, image_size
+from .splits import Splits
 
 
-def import_proposals(path: str | Path, sources: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+def import_proposals(path: str | Path, sources: Splits) -> Splits:
     """
     Reads the proposals of the images of a data set from a COCO-format file.
 

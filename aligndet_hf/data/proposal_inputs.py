@@ -9,12 +9,13 @@ from .errors import DataError
 from .formats import load_dataset_source, split_names
 from .proposal_files import import_proposals
 from .shards import write_arrow
+from .splits import Splits
 from .streaming import load_stream, stream_splits
 
 
 def load_inputs(
     dataset: str, split: str | None, *, streaming: bool, image_dir: str | None, column: str | None, tell: bool
-) -> dict[str, datasets.Dataset] | dict[str, datasets.IterableDataset]:
+) -> Splits | dict[str, datasets.IterableDataset]:
     """
     Opens the splits to search; an earlier column `proposals` stays only if it is the source.
 
@@ -56,7 +57,7 @@ def without_proposals(source: datasets.Dataset) -> datasets.Dataset:
     return source.remove_columns([name for name in source.column_names if name == "proposals"])
 
 
-def write_inputs(sources: dict[str, datasets.Dataset], work: Path, proposals_file: str | None) -> None:
+def write_inputs(sources: Splits, work: Path, proposals_file: str | None) -> None:
     """Writes what only the memory of this process holds to files: paths of images, and imported boxes."""
     for name, source in sources.items():
         if not source.cache_files:
@@ -66,9 +67,7 @@ def write_inputs(sources: dict[str, datasets.Dataset], work: Path, proposals_fil
             write_arrow(column, work / f"{name}-imported.arrow")
 
 
-def mapped_inputs(
-    sources: dict[str, datasets.Dataset], work: Path, *, with_imported: bool
-) -> dict[str, datasets.Dataset]:
+def mapped_inputs(sources: Splits, work: Path, *, with_imported: bool) -> Splits:
     """The splits with all their columns in files, as [`write_inputs`] has written them."""
     mapped = {}
     for name, source in sources.items():

@@ -17,6 +17,7 @@ from .errors import ImageError
 from .images import decode_image, image_name
 from .shards import Shard, reopened, write_shard
 from .sources import Search
+from .splits import Splits
 
 Work = Callable[[Shard], None]
 
@@ -113,7 +114,7 @@ def _work_in_worker(shard: Shard) -> None:
 
 def search_shard(
     shard: Shard,
-    inputs: dict[str, datasets.Dataset] | None,
+    inputs: Splits | None,
     search: Search,
     with_clusters: bool,
     batch_size: int,

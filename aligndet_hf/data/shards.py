@@ -27,6 +27,7 @@ from ..runs import Interrupted, RunFolder
 from .columns import RECORD_MARK, proposals_feature
 from .door import image_bytes
 from .errors import DataError
+from .splits import Splits
 
 REPORT = "proposals.json"
 
@@ -48,7 +49,7 @@ class Shard(NamedTuple):
     path: str
 
 
-def make_shards(sources: dict[str, datasets.Dataset], work: Path, shard_size: int, settings: dict) -> list[Shard]:
+def make_shards(sources: Splits, work: Path, shard_size: int, settings: dict) -> list[Shard]:
     """
     Cuts the splits into shards of at most `shard_size` rows, with files in the folder `work`.
 
@@ -93,8 +94,8 @@ def _features(with_clusters: bool) -> datasets.Features:
 
 
 def join_proposals(
-    sources: dict[str, datasets.Dataset], shards: list[Shard], work: Path, report: dict, with_clusters: bool = False
-) -> dict[str, datasets.Dataset]:
+    sources: Splits, shards: list[Shard], work: Path, report: dict, with_clusters: bool = False
+) -> Splits:
     """
     Joins every split with the proposals of its shards.
 
@@ -175,7 +176,7 @@ def _with_proposals(
     )
 
 
-def put_in_place(results: dict[str, datasets.Dataset], report: dict, folder: RunFolder) -> None:
+def put_in_place(results: Splits, report: dict, folder: RunFolder) -> None:
     """Saves the splits and the report in a folder of work, and makes it the output at once."""
     complete = folder.work / "dataset"
     shutil.rmtree(complete, ignore_errors=True)  # of a run that was killed just here

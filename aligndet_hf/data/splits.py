@@ -1,6 +1,9 @@
 """Parts of a data set: nested subsets, to compare runs with few and many labels, and rows spread over all of it."""
 
+import datasets
 import numpy as np
+
+Splits = dict[str, datasets.Dataset]  # by the names of the splits
 
 
 def nested_subsets(num_rows: int, fractions: list[float], seed: int) -> dict[float, list[int]]:

@@ -13,6 +13,7 @@ from ..files import is_sound, seal_file, write_json
 from .errors import DataError
 from .launch import Launch
 from .shards import Shard, settings_hash, write_arrow
+from .splits import Splits
 from .streaming import read_shard
 
 
@@ -66,9 +67,7 @@ def _shard_path(work: Path, name: str, part: int, number: int, key: str) -> Path
     return work / f"{name}-{part:05d}-{number:09d}-{key}.arrow"
 
 
-def read_rows(
-    streams: dict[str, datasets.IterableDataset], work: Path, settings: dict
-) -> tuple[dict[str, datasets.Dataset], list[Shard]]:
+def read_rows(streams: dict[str, datasets.IterableDataset], work: Path, settings: dict) -> tuple[Splits, list[Shard]]:
     """The stored rows of all shards, in the order of the streams, and the shards with the numbers of these rows."""
     sources, shards, key = {}, [], settings_hash(settings)
     for name, stream in streams.items():

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import datasets
 
+from ..splits import Splits
+
 NAME = "save_to_disk"
 
 
-def find(path: Path) -> dict[str, datasets.Dataset]:
+def find(path: Path) -> Splits:
     """The splits of a folder that `save_to_disk` wrote, as they were saved."""
     if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
         return {}

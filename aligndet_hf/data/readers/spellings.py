@@ -9,6 +9,7 @@ import pyarrow as pa
 from ..columns import arrow_batches
 from ..errors import DataError
 from ..masks import FIELD, has_regions, segmentation_text
+from ..splits import Splits
 
 _LISTS = (datasets.List, datasets.LargeList)
 COLUMNS = ("objects", "annotations", "annotation")
@@ -51,7 +52,7 @@ def lists_of(objects, spelling: dict[str, str]) -> dict[str, list] | None:
     return {name: objects[spelt] for name, spelt in spelling.items() if spelt in objects}
 
 
-def standard_objects(splits: dict[str, datasets.Dataset], source: str) -> dict[str, datasets.Dataset]:
+def standard_objects(splits: Splits, source: str) -> Splits:
     """
     Brings the labels of all splits of a data set into one form.
 
