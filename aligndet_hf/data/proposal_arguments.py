@@ -212,10 +212,8 @@ class ProposalsArguments(
 
     def selection(self) -> dict:
         """Keyword arguments of [`~aligndet_hf.proposals.filters.select_indices`]."""
-        names = ["max_aspect_ratio", "min_side", "min_relative_size", "max_relative_size", "max_borders"]
-        filters = {name: getattr(self, name) for name in [*names, "relax_if_empty"]}
-        return {
-            "max_boxes": self.max_boxes,
-            "nms_threshold": self.nms_threshold,
-            **(filters if self.strategy is None else parse_strategy(self.strategy)),
-        }
+        names, filters = ["max_boxes", "nms_threshold"], parse_strategy(self.strategy) if self.strategy else {}
+        if self.strategy is None:
+            names += ["max_aspect_ratio", "min_side", "min_relative_size", "max_relative_size", "max_borders"]
+            names += ["relax_if_empty"]
+        return {name: getattr(self, name) for name in names} | filters

@@ -134,13 +134,14 @@ def _read_categories(path: Path, text: str) -> list[dict]:
 # ---- ids ----
 
 
+def _is_whole(value) -> bool:
+    """Whether a value is a whole number, which may be written as 1.0."""
+    return type(value) is int or (isinstance(value, float) and value.is_integer())
+
+
 def _key(value):
     """What an id is looked up by: 1, 1.0 and "1" are the same."""
-    if type(value) is int:
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d*", value):
+    if _is_whole(value) or isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d*", value):
         return int(value)
     return value if type(value) in (float, str) else str(value)
 
@@ -151,8 +152,7 @@ def _own_id(value) -> int | str:
 
 
 def _check_id(value, where: str) -> None:
-    whole = isinstance(value, float) and value.is_integer()
-    if isinstance(value, bool) or not isinstance(value, (int, str)) and not whole:
+    if not isinstance(value, str) and not _is_whole(value):
         raise DataError(
             f"{where}: an id must be an integer or a text, got {value!r} of the type {type(value).__name__}."
         )
@@ -257,11 +257,9 @@ def _find_image(root: Path, name: str, where: str, base: Path) -> Path:
 
 def _size(image: dict, name: str, where: str) -> int | None:
     value = image.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) and not (isinstance(value, float) and value.is_integer()):
+    if value is not None and not _is_whole(value):
         raise DataError(f"{where}: '{name}' must be an integer, got {value!r}.")
-    return int(value)
+    return None if value is None else int(value)
 
 
 def _add_annotations(path: Path, annotations: list[dict], images: dict, categories: list[dict]) -> None:

@@ -71,11 +71,10 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
     if any(image.objects is not None for image in everything):
         others = [folder for split, folder in found.items() if split not in splits]
         images_of_others = [image for folder in others for image in _read_metadata(folder)]
-        names = _number_names([*everything, *images_of_others], names)
-        if names is None and others:
-            used = [label for image in everything + images_of_others for label in _labels_of(image)]
-            if used and all(type(label) is int for label in used):
-                names = [str(number) for number in range(max(used) + 1)]
+        names = _number_names(everything + images_of_others, names)
+        labels = [label for image in everything + images_of_others for label in _labels_of(image)]
+        if names is None and others and {type(label) for label in labels} == {int}:
+            names = [str(number) for number in range(max(labels) + 1)]
     return Labels(everything, Categories(names) if names else None)
 
 

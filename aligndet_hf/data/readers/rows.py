@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -129,19 +129,16 @@ def _images(images: list[LabelledImage], source: str) -> pa.Array:
     faults = inspect_images(lambda: [pa.array(structs, datasets.Image.pa_type)], len(images)).faults
     lines, names_in = [], cache(_names_in_lower_case)
     for row, reason in faults.items():
-        if not os.path.lexists(images[row].path):
-            hint = _with_other_capitals(images[row].path, names_in)
-            reason = f"there is no file {door.printable(images[row].path)}{hint}."
+        path = images[row].path
+        if not os.path.lexists(path):
+            reason = f"there is no file {door.printable(path)}"
+            if near := names_in(path.parent).get(path.name.lower()):  # Windows and macOS would take it
+                reason += f"; '{door.printable(near)}' is there: capitals count"
+            reason += "."
         lines.append(f"{images[row].where}: {reason}")
     if len(lines) == 1:
         raise DataError(lines[0])
     raise DataError(f"{source}: {len(lines)} of {len(images)} images cannot be read:\n  {door.first(lines)}")
-
-
-def _with_other_capitals(path: Path, names_in: Callable[[Path], dict[str, str]]) -> str:
-    """What to say of a file whose name differs in capitals only; file systems of Windows and macOS take it as well."""
-    near = names_in(path.parent).get(path.name.lower())
-    return f"; '{door.printable(near)}' is there: capitals count" if near else ""
 
 
 def _names_in_lower_case(folder: Path) -> dict[str, str]:
