@@ -166,10 +166,7 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
 
 
 def load_labelled(
-    source: str | Path,
-    split: str | None = None,
-    image_dir: str | Path | None = None,
-    split_flag: str = "--split",
+    source: str | Path, split: str | None = None, image_dir: str | Path | None = None, split_flag: str = "--split"
 ) -> tuple[datasets.Dataset, list[str], BoxReport]:
     """A data set with labels as [`load_dataset_source`] reads it, the names of its categories, and its validation."""
     dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir, split_flag=split_flag)

@@ -13,16 +13,7 @@ import pyarrow.parquet as pq
 
 from ..door import is_image_name
 from ..errors import DataError
-from .files import (
-    delimiter_of,
-    list_files,
-    number,
-    parse_json,
-    read_start,
-    split_of_file,
-    split_of_folder,
-    table_rows,
-)
+from .files import delimiter_of, list_files, number, parse_json, read_start, split_of_file, split_of_folder, table_rows
 from .listed import Entry, Object, collect, require_own_splits
 from .rows import Labels, is_box
 
