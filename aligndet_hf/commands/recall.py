@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..arguments import DatasetArguments, MeasureArguments, OptimisationArguments, ProgressArguments, again
-from ..data.arrow_boxes import find_faults, read_boxes, read_values
+from ..data.arrow_boxes import find_faults, read_boxes, read_crowds, read_values
 from ..data.bit_depth import pixel_window
 from ..data.columns import arrow_batches, validate_proposals
 from ..data.errors import DataError, ImageError
@@ -328,9 +328,7 @@ def _rows(dataset: datasets.Dataset, source: str):
             truth, counts = read_boxes(table["objects"])
             names = table["objects"].type.names
             areas = read_values(table["objects"], "area")[0] if "area" in names else truth[:, 2] * truth[:, 3]
-            sound = find_faults(truth) == 0
-            if "iscrowd" in names:
-                sound &= read_values(table["objects"], "iscrowd")[0] == 0
+            sound = (find_faults(truth) == 0) & ~read_crowds(table["objects"])
             counts = [int(part.sum()) for part in np.split(sound, np.cumsum(counts)[:-1])]
             lists += [np.split(values[sound], np.cumsum(counts)[:-1]) for values in (truth, areas)]
         else:

@@ -33,32 +33,32 @@ class Launch:
 
     def __enter__(self) -> "Launch":
         if self.size > 1:
-            import torch.distributed as dist
-
-            self._started = not dist.is_initialized()
+            self._started = not self._group.is_initialized()
             if self._started:
-                dist.init_process_group("gloo", timeout=_PATIENCE)
+                self._group.init_process_group("gloo", timeout=_PATIENCE)
         return self
 
     def __exit__(self, *_) -> None:
         if self._started:
-            import torch.distributed as dist
+            self._group.destroy_process_group()
 
-            dist.destroy_process_group()
+    @property
+    def _group(self):
+        import torch.distributed  # takes seconds, and one process needs none
+
+        return torch.distributed
 
     def on_main(self, function: Callable, *args):
         """Calls a function in the main process; all of them return its result, or raise what it raised."""
         if self.size == 1:
             return function(*args)
-        import torch.distributed as dist
-
         outcome = [None, None]
         if self.is_main:
             try:
                 outcome[0] = function(*args)
             except Exception as error:
                 outcome[1] = error
-        dist.broadcast_object_list(outcome)
+        self._group.broadcast_object_list(outcome)
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
@@ -66,6 +66,4 @@ class Launch:
     def wait(self) -> None:
         """Returns when all processes have called it."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+            self._group.barrier()
