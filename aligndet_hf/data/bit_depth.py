@@ -14,7 +14,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from .columns import image_batches
 from .errors import DataError, ImageError
-from .images import raw_pixels
+from .images import Window, raw_pixels
 from .pixels import find_deep
 from .splits import spread_rows
 
@@ -26,7 +26,7 @@ _PIXELS_OF_EACH = 10_000  # for percentiles
 _PERCENTILES = (0.1, 99.9)
 
 
-def parse_rule(rule: str) -> tuple[float, float] | None:
+def parse_rule(rule: str) -> Window | None:
     """
     The two numbers of a rule, if it is given as such.
 
@@ -44,19 +44,19 @@ def parse_rule(rule: str) -> tuple[float, float] | None:
     return low, high
 
 
-def pixel_window(dataset: datasets.Dataset | datasets.IterableDataset) -> tuple[float, float] | None:
+def pixel_window(dataset: datasets.Dataset | datasets.IterableDataset) -> Window | None:
     """The grey levels of images with more than 8 bits that become 0 and 255, as recorded with a data set."""
     found = re.search(re.escape(_MARK) + r"(\[[^\]]*\])", dataset.info.description or "")
     return tuple(json.loads(found[1])) if found else None
 
 
-def window_of(image_processor) -> tuple[float, float] | None:
+def window_of(image_processor) -> Window | None:
     """The same, as it is saved with a detector, in its image processor."""
     window = getattr(image_processor, "pixel_window", None)
     return tuple(window) if window else None
 
 
-def saved_window(detector: str) -> tuple[float, float] | None:
+def saved_window(detector: str) -> Window | None:
     """The same of a detector that is saved in a folder or repository; `None` also where there is no such detector."""
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(detector)
@@ -73,8 +73,8 @@ def record_pixel_window(dataset: datasets.Dataset, window: tuple[float, float]) 
 
 
 def settle_pixel_window(
-    parts: list[datasets.Dataset], rule: str = "range", known: tuple[float, float] | None = None
-) -> tuple[float, float] | None:
+    parts: list[datasets.Dataset], rule: str = "range", known: Window | None = None
+) -> Window | None:
     """
     Decides which grey levels become 0 and 255, and records it with the data. `None` if no image has more than 8 bits.
 

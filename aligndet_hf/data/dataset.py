@@ -14,7 +14,7 @@ from .augmentations import AUGMENTATIONS, Augmentation, Sample, apply_transform
 from .bit_depth import pixel_window
 from .columns import require_columns
 from .errors import ImageError
-from .images import decode_image
+from .images import Window, decode_image
 from .masks import draw_regions, read_regions
 from .sampling import SampleKey
 from .soco_views import (
@@ -40,7 +40,7 @@ def _draw_sizes(count: int, view: ViewConfig, seed: int, key: SampleKey, rng: np
     return [view.sizes[i] for i in rng.integers(len(view.sizes), size=count)]
 
 
-def _read_image(table: pa.Table, index: int, window: tuple[float, float] | None) -> np.ndarray:
+def _read_image(table: pa.Table, index: int, window: Window | None) -> np.ndarray:
     try:
         return decode_image(table["image"][0].as_py(), window)
     except ImageError as error:

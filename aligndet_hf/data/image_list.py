@@ -18,7 +18,7 @@ from .columns import arrow_batches, category_ids, image_ids
 from .door import OUTPUT, image_value, is_image_name, plain_parts, printable, visit
 from .errors import DataError, ImageError
 from .formats import category_names, load_dataset_source, split_names
-from .images import decode_image
+from .images import Window, decode_image
 from .shards import content_hash
 from .splits import spread_rows
 
@@ -37,7 +37,7 @@ class ImageFiles:
     def value(self, index: int) -> dict:
         return image_value(self.paths[index])
 
-    def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
+    def read(self, index: int, window: Window | None = None) -> np.ndarray:
         return decode_image(self.paths[index], window)
 
     def identity(self) -> str:
@@ -64,7 +64,7 @@ class MemoryImage:
     def value(self, index: int) -> None:
         return None
 
-    def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
+    def read(self, index: int, window: Window | None = None) -> np.ndarray:
         return decode_image(self.image, window)
 
     def identity(self) -> str:
@@ -93,7 +93,7 @@ class DatasetImages:
     def value(self, index: int) -> dict:
         return self.dataset[index]["image"]
 
-    def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
+    def read(self, index: int, window: Window | None = None) -> np.ndarray:
         return decode_image(self.dataset[index]["image"], window or pixel_window(self.dataset))
 
     def identity(self) -> str:
@@ -115,7 +115,7 @@ class ImageList:
             [`~aligndet_hf.data.images.decode_image`].
     """
 
-    window: tuple[float, float] | None = None
+    window: Window | None = None
 
     def __init__(self, parts: list, faults: list[dict]):
         self.parts, self.faults = parts, faults

@@ -17,6 +17,8 @@ from .errors import ImageError
 
 logger = logging.get_logger(__name__)
 
+Window = tuple[float, float]  # the grey levels of images with more than 8 bits that become 0 and 255
+
 _LISTED_IMAGES = 10  # that cannot be read, in print
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 exchange height and width
 _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}  # what a whole file ends with
@@ -118,7 +120,7 @@ def _scale_by_own_range(pixels: np.ndarray) -> np.ndarray:
     return scale_pixels(pixels, (low, high if high > low else low + 1))
 
 
-def _array_to_rgb(array: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
+def _array_to_rgb(array: np.ndarray, window: Window | None) -> np.ndarray:
     """Pixels of one channel (any type), or of 3 or 4 (uint8 or uint16) -> uint8 [H, W, 3]."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -139,7 +141,7 @@ def _array_to_rgb(array: np.ndarray, window: tuple[float, float] | None) -> np.n
     return np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else np.ascontiguousarray(array[:, :, :3])
 
 
-def decode_image(value, window: tuple[float, float] | None = None) -> np.ndarray:
+def decode_image(value, window: Window | None = None) -> np.ndarray:
     """
     Decodes an image to RGB.
 

@@ -14,7 +14,7 @@ import datasets
 from ..processes import leave_signals_to_parent
 from .bit_depth import pixel_window
 from .errors import ImageError
-from .images import decode_image, image_name
+from .images import Window, decode_image, image_name
 from .shards import Shard, reopened, write_shard
 from .sources import Search
 from .splits import Splits
@@ -113,12 +113,7 @@ def _work_in_worker(shard: Shard) -> None:
 
 
 def search_shard(
-    shard: Shard,
-    inputs: Splits | None,
-    search: Search,
-    with_clusters: bool,
-    batch_size: int,
-    window: tuple[float, float] | None,
+    shard: Shard, inputs: Splits | None, search: Search, with_clusters: bool, batch_size: int, window: Window | None
 ) -> None:
     """
     Searches the images of a shard, a batch at a time, and writes its file.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .views import adjust_brightness, adjust_color, adjust_contrast, resize_image, solarize
+from .views import Crop, adjust_brightness, adjust_color, adjust_contrast, resize_image, solarize
 
 # The id of the box that stands for the whole view where no proposal is left.
 WHOLE_VIEW = 1
@@ -52,7 +52,7 @@ def number_proposals(proposals: np.ndarray, height: int, width: int) -> Boxes:
     return Boxes(corners.astype(np.float64), np.arange(1, len(corners) + 1))
 
 
-def crop_corners(crop: tuple[int, int, int, int]) -> np.ndarray:
+def crop_corners(crop: Crop) -> np.ndarray:
     """A crop (top, left, height, width) as corners xyxy, both ends inclusive: [4]."""
     top, left, height, width = crop
     return np.array([left, top, left + width - 1, top + height - 1])
@@ -78,7 +78,7 @@ def draw_jitter(count: int, rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(-JITTER_RATIO, JITTER_RATIO, size=(count, 4)) * is_moved[:, None]
 
 
-def clip_boxes(boxes: Boxes, crop: tuple[int, int, int, int]) -> Boxes:
+def clip_boxes(boxes: Boxes, crop: Crop) -> Boxes:
     """
     Boxes of an image in pixels of a crop (top, left, height, width), clipped to it. Those outside are dropped; if none
     is left, a box of the whole crop takes their place.
@@ -99,7 +99,7 @@ def pad_boxes(boxes: Boxes, other: Boxes, count: int, rng: np.random.Generator) 
     return boxes.take(np.concatenate([np.arange(len(boxes)), copies]))
 
 
-def scale_boxes(boxes: Boxes, crop: tuple[int, int, int, int], size: int) -> Boxes:
+def scale_boxes(boxes: Boxes, crop: Crop, size: int) -> Boxes:
     """Boxes in pixels of a crop -> in pixels of the view, `size` on both sides, that it is resized to."""
     return Boxes(boxes.corners / (crop[3], crop[2], crop[3], crop[2]) * size, boxes.ids)
 
@@ -121,7 +121,7 @@ def assign_levels(boxes: Boxes, level_sizes: Sequence[float]) -> np.ndarray:
     return np.where(levels < len(level_sizes), levels, -1)
 
 
-def relative_corners(boxes: Boxes, crop: tuple[int, int, int, int]) -> np.ndarray:
+def relative_corners(boxes: Boxes, crop: Crop) -> np.ndarray:
     """Boxes in pixels of a crop -> xyxy relative to it, 0 to 1, the far ends exclusive: float32 [n, 4]."""
     corners = boxes.corners + [0, 0, 1, 1]
     return (corners / (crop[3], crop[2], crop[3], crop[2])).astype(np.float32)
@@ -135,9 +135,7 @@ def flip_corners(corners: np.ndarray) -> np.ndarray:
 # ---- draws ----
 
 
-def draw_resized_crop(
-    height: int, width: int, rng: np.random.Generator, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
+def draw_resized_crop(height: int, width: int, rng: np.random.Generator, scale: tuple[float, float]) -> Crop:
     """
     Draws a crop (top, left, height, width) of `scale` times the image's area whose *own* aspect ratio lies between 3/4
     and 4/3, as torchvision's RandomResizedCrop: after ten draws that do not fit, the largest one in the middle.
@@ -164,7 +162,7 @@ def draw_shared_boxes(
     num_crops: int,
     scale: tuple[float, float],
     at_random: bool = True,
-) -> list[tuple[tuple[int, int, int, int], Boxes, Boxes]]:
+) -> list[tuple[Crop, Boxes, Boxes]]:
     """
     Draws crops and, for each, `count` boxes that it shares with the whole image.
 
@@ -239,7 +237,7 @@ def adjust_hue(image: np.ndarray, shift: float) -> np.ndarray:
 
 
 def make_soco_view(
-    image: np.ndarray, crop: tuple[int, int, int, int], size: int, rng: np.random.Generator, *, flip: bool, color: str
+    image: np.ndarray, crop: Crop, size: int, rng: np.random.Generator, *, flip: bool, color: str
 ) -> np.ndarray:
     """
     One view of an image [H, W, 3] uint8: cropped (top, left, height, width), resized to `size` on both sides, flipped

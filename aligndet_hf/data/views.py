@@ -8,6 +8,8 @@ import numpy as np
 
 from .masks import move_regions
 
+Crop = tuple[int, int, int, int]  # top, left, height, width in pixels of an image
+
 # The sizes that detectors are fine-tuned with on COCO, and the shorter side of half of COCO's images.
 PUBLISHED_SIZES, PUBLISHED_SIDE = list(range(480, 801, 32)), 480
 STRIDE, MIN_SIZE = 32, 64  # of the sizes that are chosen
@@ -120,9 +122,7 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return image
 
 
-def draw_crop(
-    height: int, width: int, rng: np.random.Generator, scale: tuple[float, float]
-) -> tuple[int, int, int, int]:
+def draw_crop(height: int, width: int, rng: np.random.Generator, scale: tuple[float, float]) -> Crop:
     """
     Draws a crop (top, left, height, width) in pixels: area `scale` times the image's, aspect ratio changed by at
     most 3/4 to 4/3.
@@ -136,7 +136,7 @@ def draw_crop(
     return int(top), int(left), crop_height, crop_width
 
 
-def boxes_in_crop(boxes: np.ndarray, crop: tuple[int, int, int, int]) -> np.ndarray:
+def boxes_in_crop(boxes: np.ndarray, crop: Crop) -> np.ndarray:
     """
     Which boxes a crop shows well enough to learn from: at least half of the area lies inside (and so does the centre).
 
@@ -156,7 +156,7 @@ def boxes_in_crop(boxes: np.ndarray, crop: tuple[int, int, int, int]) -> np.ndar
 
 def draw_two_crops(
     height: int, width: int, boxes: np.ndarray, rng: np.random.Generator, scale: tuple[float, float]
-) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int], np.ndarray]:
+) -> tuple[Crop, Crop, np.ndarray]:
     """
     Draws two crops that share boxes: of 5 pairs the one that shares most (the first of the best).
 
@@ -181,7 +181,7 @@ def make_view(
     rng: np.random.Generator,
     config: ViewConfig,
     size: int,
-    crop: tuple[int, int, int, int] | None = None,
+    crop: Crop | None = None,
     rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
