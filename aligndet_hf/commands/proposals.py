@@ -12,13 +12,15 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..data.bit_depth import parse_rule, pixel_window, record_pixel_window, settle_pixel_window, window_line
+from ..data.columns import require_columns
 from ..data.dataset_card import push_dataset
 from ..data.errors import DataError
+from ..data.formats import load_dataset_source, split_names
 from ..data.images import print_left_out
 from ..data.launch import Launch
 from ..data.proposal_arguments import ProposalsArguments
 from ..data.proposal_files import export_proposals
-from ..data.proposal_inputs import load_inputs, mapped_inputs, without_proposals, write_inputs
+from ..data.proposal_inputs import mapped_inputs, without_proposals, write_inputs
 from ..data.shard_search import number_of_cores, search_shard, work_on_shards
 from ..data.shards import (
     REPORT,
@@ -35,7 +37,7 @@ from ..data.shards import (
 from ..data.sources import SOURCES, Search, model_hash
 from ..data.splits import Splits
 from ..data.stream_shards import read_rows, read_streams
-from ..data.streaming import load_stream
+from ..data.streaming import load_stream, stream_splits
 from ..files import file_hash, is_sound
 from ..flags import local_paths
 from ..hub import open_repository
@@ -73,14 +75,7 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
     """
     with Launch() as launch, data_folder(arguments, "proposals", ["*.rows"], launch.on_main) as folder:
         repo_id = launch.on_main(open_repository, arguments, folder.path, "dataset")
-        sources = load_inputs(
-            arguments.dataset,
-            arguments.split,
-            streaming=arguments.streaming,
-            image_dir=arguments.image_dir,
-            column=arguments.column,
-            tell=launch.is_main,
-        )
+        sources = _load_inputs(arguments, launch)
         if not arguments.streaming:
             window = launch.on_main(settle_pixel_window, list(sources.values()), arguments.pixel_window)
             if window is not None:
@@ -104,6 +99,29 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
         if repo_id is not None:
             launch.on_main(push_dataset, result, read_report(folder.path), repo_id, arguments)
     return result
+
+
+def _load_inputs(arguments: ProposalsArguments, launch: Launch) -> Splits | dict[str, datasets.IterableDataset]:
+    """Opens the splits to search; an earlier column `proposals` stays only if it is the source."""
+    source, column, sources = arguments.dataset, arguments.column, {}
+    names = [arguments.split]
+    if arguments.split is None:
+        names = stream_splits(source) if arguments.streaming else split_names(source)
+    for name in names:
+        if arguments.streaming:
+            split, _ = load_stream(source, name)
+        else:
+            split = load_dataset_source(source, name, image_dir=arguments.image_dir)
+            if len(split) == 0:
+                raise DataError(f"{source}: the split '{name}' has no rows.")
+        if column is not None:
+            require_columns(split, [column], f"{source}, split '{name}'")
+        if "proposals" in split.column_names and column != "proposals":
+            if launch.is_main:
+                print(f"{source}: the column 'proposals' of the split '{name}' is replaced.")
+            split = without_proposals(split)
+        sources[name] = split
+    return sources
 
 
 def _settings(sources: Splits, arguments: ProposalsArguments) -> dict:
