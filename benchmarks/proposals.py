@@ -20,7 +20,7 @@ import cv2
 import datasets
 import numpy as np
 
-from aligndet_hf.commands.recall import proposal_recall
+from aligndet_hf.commands.recall import RecallMeter
 from aligndet_hf.data.formats import load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset
@@ -100,11 +100,19 @@ def measure(samples: list[tuple[np.ndarray, np.ndarray]], full_images: int) -> d
             "milliseconds": statistics.median(times[name]),
             "boxes": statistics.mean(map(len, boxes)),
             "images": len(boxes),
-            **proposal_recall(boxes, [truth for _, truth in samples[: len(boxes)]], limits=LIMITS)["all"],
+            **recall(boxes, [truth for _, truth in samples[: len(boxes)]]),
         }
         for name, boxes in found.items()
         if boxes
     }
+
+
+def recall(proposals: list, objects: list) -> dict:
+    """Of all objects of some images, see `RecallMeter`."""
+    meter = RecallMeter(LIMITS)
+    for boxes, truth in zip(proposals, objects, strict=True):
+        meter.update(boxes, truth)
+    return meter.compute()["all"]
 
 
 def images_per_second(seconds: float) -> float:

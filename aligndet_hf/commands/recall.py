@@ -119,40 +119,6 @@ def _measure(arguments: RecallArguments, folder: Path | None) -> dict:
     return results
 
 
-def proposal_recall(
-    proposals: Iterable[np.ndarray],
-    objects: Iterable[np.ndarray],
-    areas: Iterable[np.ndarray] | None = None,
-    image_sizes: Iterable[tuple[int, int]] | None = None,
-    limits: tuple[int, ...] = LIMITS,
-) -> dict:
-    """
-    Measures what share of the objects the first k proposals of their image find, whatever their class.
-
-    Images are read one after the other and not kept.
-
-    Args:
-        proposals (`Iterable[np.ndarray]`): Per image the boxes `[N, 4]`, absolute `xywh`, best first.
-        objects (`Iterable[np.ndarray]`): Per image the true boxes `[M, 4]`, absolute `xywh`.
-        areas (`Iterable[np.ndarray]`, *optional*): Per image the areas `[M]`, see [`RecallMeter.update`].
-        image_sizes (`Iterable[tuple[int, int]]`, *optional*):
-            Per image `(height, width)`; if given, results by the size relative to the image are added.
-        limits (`tuple[int, ...]`, *optional*, defaults to `(10, 50, 100, 300, 1000)`): The values of k, ascending.
-
-    Returns:
-        `dict`: See [`RecallMeter.compute`].
-
-    Raises:
-        `ValueError`: If there is no image, or not as many of one argument as of another.
-    """
-    meter = RecallMeter(limits)
-    given = {"areas": areas, "image_size": image_sizes}
-    given = {name: values for name, values in given.items() if values is not None}
-    for boxes, truth, *more in zip(proposals, objects, *given.values(), strict=True):
-        meter.update(boxes, truth, **dict(zip(given, more, strict=True)))
-    return meter.compute()
-
-
 class RecallMeter:
     """
     Recall and average recall of the first k boxes, fed image by image; it holds counts only.

@@ -313,6 +313,7 @@ def validate_objects(
     """
     _require_fields(dataset, "objects", ["bbox", "category"], source)
     image_ids(dataset, source)
+    crowds = 0
     for start, table in arrow_batches(dataset, ["objects"]):
         values, counts = _check_lengths(table["objects"], "objects", "category", start, source)
         wrong = np.flatnonzero(~((values >= 0) & (values < len(categories)) & (values == np.floor(values))))
@@ -322,11 +323,10 @@ def validate_objects(
                 f"{source}, row {row}, column 'objects', field 'category': {values[wrong[0]]} is not one of the "
                 f"{len(categories)} categories, expected 0 to {len(categories) - 1}."
             )
+        if "iscrowd" in dataset.features["objects"]:
+            crowds += int((_check_lengths(table["objects"], "objects", "iscrowd", start, source)[0] == 1).sum())
     report = _validate_boxes(dataset, "objects", source, images)
-    if "iscrowd" in dataset.features["objects"]:
-        for start, table in arrow_batches(dataset, ["objects"]):
-            crowds, _ = _check_lengths(table["objects"], "objects", "iscrowd", start, source)
-            report.crowds += int((crowds == 1).sum())
+    report.crowds = crowds
     if report.crowds == report.boxes:
         raise DataError(
             f"{source}: all {report.boxes} boxes in 'objects' are crowds (iscrowd is 1), which are never trained. "
