@@ -112,25 +112,14 @@ class MixedBatchSampler(EpochBatchSampler):
         num_labelled, num_pseudo (`int`): Rows of both kinds; the labelled ones come first in the data set.
         labelled_share (`float`): Share of labelled rows in a batch; there is at least one row of each kind.
         batch_size (`int`): Rows per batch and process.
-        seed, rank, world_size: See [`EpochBatchSampler`].
+        **share: `seed`, `rank` and `world_size`, see [`EpochBatchSampler`].
 
     Raises:
         `ValueError`: a batch over all processes has less than two rows.
     """
 
-    def __init__(
-        self,
-        num_labelled: int,
-        num_pseudo: int,
-        labelled_share: float,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        total = num_labelled + num_pseudo
-        super().__init__(total, batch_size, seed=seed, drop_last=True, rank=rank, world_size=world_size)
+    def __init__(self, num_labelled: int, num_pseudo: int, labelled_share: float, batch_size: int, **share):
+        super().__init__(num_labelled + num_pseudo, batch_size, drop_last=True, **share)
         if self.global_batch_size < 2:
             raise ValueError("a batch of labelled and pseudo-labelled images has at least 2 of them, got 1")
         of_labelled = min(max(1, round(labelled_share * self.global_batch_size)), self.global_batch_size - 1)
@@ -173,9 +162,9 @@ class StepBatches(ABC):
     global_batch_size: int
 
     @property
-    @abstractmethod
     def positions(self) -> dict:
         """What a checkpoint has to keep, besides the step, for the next batches; JSON can hold it."""
+        return {}
 
     @abstractmethod
     def __len__(self) -> int:
@@ -219,11 +208,6 @@ class EpochBatches(StepBatches):
         self.sampler = sampler
         self.loader = loader
         self.global_batch_size = sampler.global_batch_size
-
-    @property
-    def positions(self) -> dict:
-        """Nothing: the step is enough."""
-        return {}
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -23,11 +23,7 @@ Work = Callable[[Shard], None]
 
 
 def work_on_shards(
-    shards: Iterable[Shard],
-    open_work: Callable[[], Work],
-    num_workers: int,
-    done: Callable[[Shard], None],
-    preload: list[str],
+    shards: Iterable[Shard], open_work: Callable[[], Work], num_workers: int, done: Work, preload: list[str]
 ) -> None:
     """
     Does some work with each shard.

@@ -24,22 +24,16 @@ def read_streams(
     key = settings_hash(settings)
     for name, stream in streams.items():
         for part in range(stream.num_shards):
-            # A part of the stream is read by one process or, where there are not enough of them, by all.
-            is_shared = stream.num_shards < launch.size
-            if is_shared or part % launch.size == launch.rank:
-                yield from _read_part(stream, name, part, work, shard_size, key, launch, is_shared)
+            yield from _read_part(stream, name, part, work, shard_size, key, launch)
 
 
 def _read_part(
-    stream: datasets.IterableDataset,
-    name: str,
-    part: int,
-    work: Path,
-    shard_size: int,
-    key: str,
-    launch: Launch,
-    is_shared: bool,
+    stream: datasets.IterableDataset, name: str, part: int, work: Path, shard_size: int, key: str, launch: Launch
 ) -> Iterator[Shard]:
+    # A part of the stream is read by one process or, where there are not enough of them, by all.
+    is_shared = stream.num_shards < launch.size
+    if not is_shared and part % launch.size != launch.rank:
+        return
     number = next(number for number in itertools.count() if not _is_done(_shard_path(work, name, part, number, key)))
     end = work / f"{name}-{part:05d}-{key}.json"
     if end.is_file() and number >= json.loads(end.read_text())["shards"]:

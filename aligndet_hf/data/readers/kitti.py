@@ -2,7 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterator
 from glob import escape
 from itertools import chain
 from pathlib import Path
@@ -60,22 +59,18 @@ def _looks_like_kitti(file: Path) -> bool:
 
 def _entry(file: Path, split: str, regions: list) -> Entry:
     objects = []
-    for box, name in _objects(file):
-        if name.lower() == _REGION:
+    for row, line in enumerate(read_text(file).splitlines(), start=1):
+        where, values = f"{file}, line {row}", line.split()
+        if not values:
+            continue
+        if len(values) not in (15, 16):  # with a score
+            raise DataError(f"{where}: expected a class and 14 numbers, got {line.strip()[:80]!r}.")
+        left, top, right, bottom = (number(value, where, "a corner") for value in values[_CORNERS])
+        if values[0].lower() == _REGION:
             regions.append(split)
         else:
-            objects.append(Object(box, name))
+            objects.append(Object([left, top, right - left, bottom - top], values[0]))
     beside = file.parent.with_name(file.parent.name.replace("label", "image"))
     images = [path for path in sorted(beside.glob(f"{escape(file.stem)}.*")) if is_image_name(path)]
     name = f"../{beside.name}/{images[0].name}" if images else file.stem
     return Entry(str(file), split, name, file.parent, objects)
-
-
-def _objects(file: Path) -> Iterator[tuple[list[float], str]]:
-    for row, line in enumerate(read_text(file).splitlines(), start=1):
-        where, values = f"{file}, line {row}", line.split()
-        if values and len(values) not in (15, 16):  # with a score
-            raise DataError(f"{where}: expected a class and 14 numbers, got {line.strip()[:80]!r}.")
-        if values:
-            left, top, right, bottom = (number(value, where, "a corner") for value in values[_CORNERS])
-            yield [left, top, right - left, bottom - top], values[0]
