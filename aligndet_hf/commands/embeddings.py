@@ -35,7 +35,7 @@ from ..matching import match_queries
 from ..objects import name_objects
 from ..processes import device_of
 from ..ranges import check_values
-from ..reporting.pictures import PALETTE, new_figure, plain_axes, save_figure
+from ..reporting.pictures import PALETTE, legend_below, new_figure, plain_axes, save_figure
 from ..runs import measuring_folder
 from .knn import knn_accuracy
 
@@ -133,26 +133,16 @@ def _measure(arguments: EmbeddingsArguments, folder: Path) -> dict:
         if name == UNTRAINED:
             detector = untrained_copy(detector, arguments.seed)
         images = EvaluationImages(dataset, categories, open_image_processor(source))
-        found[name] = embed_objects(
-            detector.to(device),
-            images,
-            arguments.per_device_eval_batch_size,
-            arguments.dataloader_num_workers,
-            arguments.disable_tqdm,
-        )
+        loading = arguments.per_device_eval_batch_size, arguments.dataloader_num_workers, arguments.disable_tqdm
+        own = found[name] = embed_objects(detector.to(device), images, *loading)
         try:
             measured = knn_accuracy(
-                found[name].features,
-                found[name].labels,
-                k=arguments.num_neighbors,
-                seed=arguments.seed,
-                groups=found[name].rows,
+                own.features, own.labels, k=arguments.num_neighbors, seed=arguments.seed, groups=own.rows
             )
         except ValueError as error:
             raise DataError(f"{arguments.dataset}, split {arguments.split}: {error}") from error
-        iou = float(found[name].ious.mean())
-        counts = {"objects": len(found[name].labels), "missed": found[name].missed}
-        results[name] = measured | counts | {"iou": iou}
+        counts = {"objects": len(own.labels), "missed": own.missed}
+        results[name] = measured | counts | {"iou": float(own.ious.mean())}
 
     path = plot_embeddings(found, results, categories, folder / PICTURE, arguments.max_objects, arguments.seed)
     record = {
@@ -294,16 +284,8 @@ def plot_embeddings(
             x, y = points[labels == label].T
             color = PALETTE[label % len(PALETTE)]
             axes.scatter(x, y, s=14, color=color, alpha=0.75, linewidths=0, label=class_names[label])
-    handles = {n: h for axes in panels for h, n in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if len(handles) <= 40:  # more colours than that cannot be told apart, nor ten
-        figure.legend(
-            handles.values(),
-            handles,
-            loc="outside lower center",
-            ncols=min(len(handles), 8),
-            frameon=False,
-            fontsize=8,
-        )
+    if len({label for found in embeddings.values() for label in found.labels.tolist()}) <= 40:
+        legend_below(figure)  # more colours than that cannot be told apart, nor ten
     return save_figure(figure, path, "Decoder embeddings of labelled objects (t-SNE)")
 
 

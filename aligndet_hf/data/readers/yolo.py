@@ -32,13 +32,7 @@ NAME = "YOLO"
 
 _CONFIGS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.names", "predefined_classes.txt")
-_SPLIT_KEYS = {
-    "train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-}
+_SPLIT_KEYS = ("train", "val", "valid", "validation", "test")
 _SNIFFED_BYTES = 200
 _LINE = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")
 
@@ -56,13 +50,13 @@ def find(path: Path) -> dict[str, list[Path]]:
         is_labelled = has_texts and any(map(_has_labels, layout.values()))
         return {split: [place] for split, place in layout.items()} if is_labelled else {}
     splits = {}
-    for key, split in _SPLIT_KEYS.items():
+    for key in _SPLIT_KEYS:
         if not config.get(key):
             continue
         given = config[key] if isinstance(config[key], list) else [config[key]]
         places = [_place(root, config, str(place), key) for place in given]
         if there := [place for place in places if place.exists()]:
-            splits[split] = there
+            splits[split_of_folder(key)] = there
         elif key == "train":
             raise DataError(
                 f"{config['']}: '{key}' is {config[key]!r}, but there is no {places[0]}. Correct it, or put the file "
