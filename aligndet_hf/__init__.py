@@ -37,7 +37,7 @@ _FACE = {
     "models": [
         "AlignDetConfig", "AlignDetForPreTraining", "AlignDetOutput", "SoCoConfig", "SoCoForPreTraining", "SoCoOutput",
     ],
-    "proposals": ["selective_search"],
+    "proposals.selective_search": ["selective_search"],
     "training.detection_trainer": ["DetectionTrainer"],
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _FACE.items() for name in names}

@@ -48,7 +48,7 @@ from .models import AlignDetOutput as AlignDetOutput
 from .models import SoCoConfig as SoCoConfig
 from .models import SoCoForPreTraining as SoCoForPreTraining
 from .models import SoCoOutput as SoCoOutput
-from .proposals import selective_search as selective_search
+from .proposals.selective_search import selective_search as selective_search
 from .training.detection_trainer import DetectionTrainer as DetectionTrainer
 
 __version__: str

@@ -24,7 +24,9 @@ from aligndet_hf.commands.recall import RecallMeter
 from aligndet_hf.data.formats import load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.synthetic import make_synthetic_dataset
-from aligndet_hf.proposals import PRESETS, opencv_selective_search, random_boxes, selective_search
+from aligndet_hf.proposals.controls import random_boxes
+from aligndet_hf.proposals.opencv import opencv_selective_search
+from aligndet_hf.proposals.selective_search import PRESETS, selective_search
 
 LIMITS = (50, 100, 300)
 FULL = "OpenCV fast, full resolution"

@@ -32,7 +32,7 @@ from aligndet_hf.data.sampling import SampleKey
 from aligndet_hf.data.synthetic import make_synthetic_dataset
 from aligndet_hf.detectors.backbones import build_backbone_config
 from aligndet_hf.losses import box_similarity_loss
-from aligndet_hf.proposals import selective_search
+from aligndet_hf.proposals.selective_search import selective_search
 
 # Name of a row to variant, backbone, sizes of the views and further fields: small ones, and those of the paper.
 SMALL = {"fpn_channels": 128, "mlp_dim": 512, "projection_dim": 128, "level_sizes": [24, 48, 96, 128]}

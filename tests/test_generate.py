@@ -27,7 +27,7 @@ from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
 from aligndet_hf.data.proposal_arguments import KEPT
 from aligndet_hf.data.shards import content_hash, writing_to
-from aligndet_hf.proposals import opencv_selective_search
+from aligndet_hf.proposals.opencv import opencv_selective_search
 
 QUICK = {
     "source": "opencv",

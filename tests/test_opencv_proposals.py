@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 
-from aligndet_hf.proposals import opencv, opencv_selective_search
+from aligndet_hf.proposals import opencv
 from aligndet_hf.proposals.filters import box_iou, unique_boxes
-from aligndet_hf.proposals.opencv import agreement_scores
+from aligndet_hf.proposals.opencv import agreement_scores, opencv_selective_search
 
 OBJECTS = np.array([[30, 40, 60, 80], [150, 30, 90, 60], [120, 130, 70, 70]])
 

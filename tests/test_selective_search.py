@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligndet_hf.data.synthetic import render_scene
-from aligndet_hf.proposals import PRESETS, grid_boxes, random_boxes, selective_search
+from aligndet_hf.proposals.controls import grid_boxes, random_boxes
 from aligndet_hf.proposals.filters import box_iou
-from aligndet_hf.proposals.selective_search import Preset, rank_regions
+from aligndet_hf.proposals.selective_search import PRESETS, Preset, rank_regions, selective_search
 
 OBJECTS = np.array([[30, 40, 60, 80], [150, 30, 90, 60], [120, 130, 70, 70]])
 ROOT = Path(__file__).parents[1]
