@@ -1,7 +1,7 @@
 """`aligndet proposals`: looks for objects in the images of a dataset and adds the boxes as the column `proposals`."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..data.launch import Launch
 from ..data.proposal_arguments import ProposalsArguments
 from ..data.proposal_files import export_proposals
 from ..data.proposal_inputs import mapped_inputs, without_proposals, write_inputs
-from ..data.shard_search import number_of_cores, search_shard, work_on_shards
+from ..data.shard_search import Work, number_of_cores, search_shard, work_on_shards
 from ..data.shards import (
     REPORT,
     Shard,
@@ -81,15 +81,12 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
             if window is not None:
                 for source in sources.values():
                     record_pixel_window(source, window)
-                if launch.is_main:
-                    print(window_line(window))
+                launch.on_main(print, window_line(window))
         settings = launch.on_main(_settings, sources, arguments)
         folder.claim(places=local_paths(arguments), settings=settings)
         if folder.is_finished:
-            if launch.is_main:
-                print(
-                    f"{folder.path} is complete: these images have been searched with these settings. Nothing to do."
-                )
+            done = "these images have been searched with these settings. Nothing to do."
+            launch.on_main(print, f"{folder.path} is complete: {done}")
         else:
             with writing_to(folder.path):
                 _generate(sources, settings, folder, arguments, launch)
@@ -117,8 +114,7 @@ def _load_inputs(arguments: ProposalsArguments, launch: Launch) -> Splits | dict
         if column is not None:
             require_columns(split, [column], f"{source}, split '{name}'")
         if "proposals" in split.column_names and column != "proposals":
-            if launch.is_main:
-                print(f"{source}: the column 'proposals' of the split '{name}' is replaced.")
+            launch.on_main(print, f"{source}: the column 'proposals' of the split '{name}' is replaced.")
             split = without_proposals(split)
         sources[name] = split
     return sources
@@ -228,9 +224,7 @@ def _search_shards(
         work_on_shards(shards, open_work, workers, lambda shard: progress.update(shard.stop - shard.start), _PRELOADED)
 
 
-def _open_work(
-    inputs: Splits | None, with_clusters: bool, arguments: ProposalsArguments, in_worker: bool
-) -> Callable[[Shard], None]:
+def _open_work(inputs: Splits | None, with_clusters: bool, arguments: ProposalsArguments, in_worker: bool) -> Work:
     """What a process does with each shard."""
     if in_worker and arguments.rerank != "none":
         import torch
