@@ -37,8 +37,12 @@ def root(tmp_path, canary):
     return tmp_path / "data"
 
 
-def names(found, root):
-    return [os.path.relpath(path, root) for path in found.files]
+def walk(root):
+    """The images of a folder, and what is left out by reason."""
+    found = {}
+    for path, reason in door.visit(root):
+        found.setdefault(reason, []).append(os.path.relpath(path, root))
+    return found.pop(None, []), found
 
 
 # ---- names ----
@@ -129,7 +133,7 @@ def test_a_format_that_starts_another_program_is_not_opened(tmp_path):
 )
 def test_every_format_that_pillow_opens_is_taken(tmp_path, suffix):
     write_image(tmp_path / f"x{suffix}", 200)
-    assert names(door.walk(tmp_path), tmp_path) == [f"x{suffix}"]
+    assert walk(tmp_path) == ([f"x{suffix}"], {})
     assert decode_image(tmp_path / f"x{suffix}").shape == (6, 8, 3)
 
 
@@ -137,11 +141,11 @@ def test_what_does_not_open_is_named_with_its_fix(tmp_path, monkeypatch):
     monkeypatch.setattr(door, "image_suffixes", lambda: frozenset({".jpg"}))
     for name in ("a.HEIC", "b.dcm", "c.txt", "d.json"):
         (tmp_path / name).write_bytes(b"x")
-    found = door.walk(tmp_path)
-    assert found.files == [] and str(found) == (
-        "left out: 1 (HEIC needs a plug-in of Pillow: pip install pillow-heif): a.HEIC\n"
-        "left out: 1 (convert it to PNG or TIFF): b.dcm"
-    )
+    files, left_out = walk(tmp_path)
+    assert files == [] and left_out == {
+        "HEIC needs a plug-in of Pillow: pip install pillow-heif": ["a.HEIC"],
+        "convert it to PNG or TIFF": ["b.dcm"],
+    }
     with pytest.raises(ImageError, match="pillow-heif"):
         decode_image(tmp_path / "a.HEIC")
 
@@ -152,7 +156,7 @@ def test_what_does_not_open_is_named_with_its_fix(tmp_path, monkeypatch):
 def test_order_and_hidden_files(root):
     for name in ("b/2.png", "a/deep/3.png", ".hidden/4.png", "b/.5.png"):
         write_image(root / name)
-    assert names(door.walk(root), root) == ["0.png", "1.png", "a/deep/3.png", "b/2.png"]
+    assert walk(root) == (["0.png", "1.png", "a/deep/3.png", "b/2.png"], {})
     (root / "b" / "2.txt").write_text("x")
     assert list(door.visit(root, lambda name: name.endswith(".txt"))) == [(str(root / "b" / "2.txt"), None)]
 
@@ -163,9 +167,9 @@ def test_links(root, canary):
     os.symlink(canary, root / "x.png")
     os.symlink(canary.parent, root / "other")
     os.symlink("loop.png", root / "loop.png")
-    found = door.walk(root)
-    assert names(found, root) == ["0.png", "1.png", "same.png"]
-    assert found.skipped == {
+    files, left_out = walk(root)
+    assert files == ["0.png", "1.png", "same.png"]
+    assert left_out == {
         "a link to a folder outside: give that folder itself": ["other"],
         "a link to nothing": ["loop.png"],
         "a link to a file outside the folder": ["x.png"],
@@ -174,7 +178,7 @@ def test_links(root, canary):
 
 def test_the_folder_itself_may_be_a_link(root, tmp_path):
     os.symlink(root, tmp_path / "link")
-    assert names(door.walk(tmp_path / "link"), tmp_path / "link") == ["0.png", "1.png"]
+    assert walk(tmp_path / "link") == (["0.png", "1.png"], {})
     assert door.is_inside(tmp_path / "link" / "0.png", root) and door.is_inside(root / "0.png", tmp_path / "link")
 
 
@@ -186,8 +190,8 @@ def test_a_snapshot_of_the_hub_is_links_to_its_blobs(tmp_path, canary):
     os.symlink("../../../blobs/blob.png", snapshot / "train" / "x.png")
     os.symlink(canary, snapshot / "train" / "y.png")
     for folder in (snapshot, snapshot / "train"):
-        found = door.walk(folder)
-        assert [path.name for path in found.files] == ["x.png"] and len(found.skipped) == 1
+        files, left_out = walk(folder)
+        assert list(map(os.path.basename, files)) == ["x.png"] and len(left_out) == 1
 
 
 def test_odd_files_are_listed_and_the_rest_is_read(root):
@@ -196,10 +200,10 @@ def test_odd_files_are_listed_and_the_rest_is_read(root):
     write_image(root / "folder.png" / "inner.png")
     with open(os.fsencode(root) + b"/caf\xe9.png", "wb") as file:
         file.write((root / "0.png").read_bytes())
-    found = door.walk(root)
-    assert [door.printable(path.name) for path in found.files] == ["0.png", "1.png", "caf\\xe9.png", "inner.png"]
-    assert found.skipped == {"not a regular file but a pipe": ["pipe.png"]}
-    values = [door.image_value(path) for path in found.files]
+    files, left_out = walk(root)
+    assert list(map(door.printable, files)) == ["0.png", "1.png", "caf\\xe9.png", "folder.png/inner.png"]
+    assert left_out == {"not a regular file but a pipe": ["pipe.png"]}
+    values = [door.image_value(root / path) for path in files]
     pa.array(values, datasets.Image.pa_type)  # a data set can hold them all
     assert values[2]["bytes"] == (root / "0.png").read_bytes() and values[0]["bytes"] is None
     assert [decode_image(value).shape for value in values] == [(6, 8, 3)] * 4

@@ -84,7 +84,6 @@ def convert(arguments: ConvertArguments) -> Path:
             unknown one; with `to`, the other library has no such detector.
         OSError: there is no such file, or the output cannot be written.
     """
-    to_other = arguments.to != "transformers"
     folder = RunFolder(
         arguments.output_dir,
         "convert",
@@ -93,7 +92,7 @@ def convert(arguments: ConvertArguments) -> Path:
         overwrite=arguments.overwrite_output_dir,
     )
     with folder:
-        return (_write_for_other if to_other else _write_detector)(arguments, folder)
+        return (_write_detector if arguments.to == "transformers" else _write_for_other)(arguments, folder)
 
 
 def _write_detector(arguments: ConvertArguments, folder: RunFolder) -> Path:

@@ -36,13 +36,9 @@ def proposals_feature(with_clusters: bool) -> dict:
     `bbox` float32 [N, 4] absolute xywh, `score` float32 [N] (higher is better, already in that order) and, optionally,
     `cluster` int32 [N] (pseudo-class).
     """
-    feature = {
-        "bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4)),
-        "score": datasets.List(datasets.Value("float32")),
-    }
-    if with_clusters:
-        feature["cluster"] = datasets.List(datasets.Value("int32"))
-    return feature
+    types = {"score": "float32"} | ({"cluster": "int32"} if with_clusters else {})
+    feature = {"bbox": datasets.List(datasets.List(datasets.Value("float32"), length=4))}
+    return feature | {name: datasets.List(datasets.Value(type_)) for name, type_ in types.items()}
 
 
 def objects_feature(

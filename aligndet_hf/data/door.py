@@ -12,7 +12,6 @@ import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
@@ -274,46 +273,6 @@ def plain_parts(name: str) -> list[str]:
     return [part for part in parts if part not in ("", ".", "..") and not part.endswith(":")]
 
 
-@dataclass
-class Found:
-    """
-    The images of a folder.
-
-    Attributes:
-        files (`list[Path]`): In a fixed order: the files of a folder by name, then the files of its folders.
-        skipped (`dict[str, list[str]]`): What might be an image and is left out: names by reason.
-    """
-
-    files: list[Path] = field(default_factory=list)
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = (f"left out: {len(names)} ({reason}): {listed(names)}" for reason, names in self.skipped.items())
-        return "\n".join(lines)
-
-
-def walk(root: str | Path) -> Found:
-    """
-    Finds the images of a folder and its folders, without hidden ones (`.ipynb_checkpoints` and the like) and what
-    commands have written there.
-
-    Links to folders are not followed: those in `root` are met anyway, and what lies elsewhere is not read.
-
-    Args:
-        root (`str` or `Path`): The folder.
-
-    Returns:
-        [`Found`]
-    """
-    found = Found()
-    for path, reason in visit(root):
-        if reason is None:
-            found.files.append(Path(path))
-        else:
-            found.skipped.setdefault(reason, []).append(printable(os.path.relpath(path, root)))
-    return found
-
-
 def is_output(folder: str | Path) -> bool:
     """Whether a command of ours writes there, or has written: the pictures in it are none of the data around it."""
     return os.path.isfile(os.path.join(folder, RECORD))
@@ -321,7 +280,10 @@ def is_output(folder: str | Path) -> bool:
 
 def visit(root: str | Path, is_wanted: Callable[[str], bool] = is_image_name) -> Iterator[tuple[str, str | None]]:
     """
-    Goes through a folder as [`walk`] does, one file at a time.
+    Goes through the files of a folder, in a fixed order: its own by name, then those of its folders, without hidden
+    ones (`.ipynb_checkpoints` and the like) and what commands have written there.
+
+    Links to folders are not followed: those in `root` are met anyway, and what lies elsewhere is not read.
 
     Args:
         root (`str` or `Path`): The folder.

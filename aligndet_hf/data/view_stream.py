@@ -131,6 +131,7 @@ class ViewStream(IterableDataset):
         return divmod(int(chosen), self.num_stripes)
 
 
+@dataclass(eq=False)
 class StreamBatches(StepBatches):
     """
     The batches of a [`ViewStream`], which all count as one epoch.
@@ -141,11 +142,13 @@ class StreamBatches(StepBatches):
         num_batches (`int`): Of the run.
     """
 
-    def __init__(self, stream: ViewStream, loader: DataLoader, num_batches: int):
-        self.stream = stream
-        self.loader = loader
-        self.num_batches = num_batches
-        self.global_batch_size = stream.batch_size * stream.num_readers // stream.readers_here
+    stream: ViewStream
+    loader: DataLoader
+    num_batches: int
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.stream.batch_size * self.stream.num_readers // self.stream.readers_here
 
     def __len__(self) -> int:
         return self.num_batches

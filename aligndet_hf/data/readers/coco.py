@@ -266,12 +266,12 @@ def _add_annotations(path: Path, annotations: list[dict], images: dict, categori
     labels = {_key(category["id"]): label for label, category in enumerate(categories)}
     for number, annotation in enumerate(annotations):
         try:
-            _add_annotation(annotation, number, images, labels)
+            _add_annotation({"id": number} | annotation, images, labels)
         except DataError as error:
             raise DataError(f"{path}, annotation {annotation.get('id', f'number {number}')}: {error}") from None
 
 
-def _add_annotation(annotation: dict, number: int, images: dict, labels: dict) -> None:
+def _add_annotation(annotation: dict, images: dict, labels: dict) -> None:
     image = images.get(_key(annotation["image_id"]))
     if image is None:
         raise DataError(
@@ -281,20 +281,15 @@ def _add_annotation(annotation: dict, number: int, images: dict, labels: dict) -
     label = labels.get(_key(annotation.get("category_id")))
     if label is None:
         raise DataError(f"no category has the id {annotation.get('category_id')!r}; found {list(labels)}.")
-    segmentation = annotation.get("segmentation")
-    box, area, crowd = (
-        annotation.get("bbox") or _around(segmentation),
-        annotation.get("area"),
-        annotation.get("iscrowd") or 0,
-    )
+    segmentation, area, crowd = (annotation.get(name) for name in ("segmentation", "area", "iscrowd"))
+    box, crowd = annotation.get("bbox") or _around(segmentation), crowd or 0
     if not is_box(box):
         raise DataError(f"'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}.")
     if area is not None and type(area) not in (int, float):
         raise DataError(f"'area' must be a number or null, got {area!r}.")
     if crowd not in (0, 1):
         raise DataError(f"'iscrowd' must be 0 or 1, got {crowd!r}.")
-    own_id = annotation.get("id", number)
-    own_id = own_id if isinstance(own_id, str) else _key(own_id)
+    own_id = annotation["id"] if isinstance(annotation["id"], str) else _key(annotation["id"])
     image.add(box, label, area=area, iscrowd=int(crowd), segmentation=segmentation, id=own_id)
 
 

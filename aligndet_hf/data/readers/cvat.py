@@ -95,18 +95,12 @@ def _entry(element: ElementTree.Element, split: str, folder: Path, names: list[s
         place = f"{where}, {shape.tag} {position}"
         if shape.get("label") not in names:
             raise DataError(f"{place}: unknown label {shape.get('label')!r}, expected one of {', '.join(names[:10])}.")
-        objects.append(Object(_box(shape, place), shape.get("label"), _polygon(shape)))
+        box, outline = _box(shape, place)
+        objects.append(Object(box, shape.get("label"), outline))
     bases = (folder / "images" / subset, folder / subset, folder / "images")
     base = next((place for place in bases if place.is_dir()), folder)
     own_id, width, height = (_integer(element, name, where) for name in ("id", "width", "height"))
     return Entry(where, split, name, base, objects, (width, height), image_id=own_id)
-
-
-def _polygon(shape: ElementTree.Element) -> list[float] | None:
-    """The corners of a polygon; `None` of other shapes."""
-    if shape.tag != "polygon":
-        return None
-    return [float(part) for point in shape.get("points").split(";") if point for part in point.split(",")]
 
 
 def _integer(element: ElementTree.Element, name: str, where: str) -> int | None:
@@ -116,24 +110,26 @@ def _integer(element: ElementTree.Element, name: str, where: str) -> int | None:
     return None if text is None else int(text)
 
 
-def _box(shape: ElementTree.Element, where: str) -> list[float]:
+def _box(shape: ElementTree.Element, where: str) -> tuple[list[float], list[float] | None]:
+    """The box of a shape, and the outline of a polygon."""
+
     def attribute(name: str) -> float:
         return number(shape.get(name), where, f"'{name}'")
 
     if shape.tag == "mask":
-        return [attribute(name) for name in ("left", "top", "width", "height")]
+        return [attribute(name) for name in ("left", "top", "width", "height")], None
     if shape.tag == "ellipse":
         centre = attribute("cx"), attribute("cy")
         half = attribute("rx"), attribute("ry")
-        return [centre[0] - half[0], centre[1] - half[1], 2 * half[0], 2 * half[1]]
+        return [centre[0] - half[0], centre[1] - half[1], 2 * half[0], 2 * half[1]], None
     if shape.tag == "box":
         left, top, right, bottom = (attribute(name) for name in ("xtl", "ytl", "xbr", "ybr"))
-        return _around_turned(left, top, right, bottom, float(shape.get("rotation") or 0))
+        return _around_turned(left, top, right, bottom, float(shape.get("rotation") or 0)), None
     points = [point.split(",") for point in (shape.get("points") or "").split(";") if point]
     if not points or any(len(point) != 2 for point in points):
         raise DataError(f"{where}: 'points' must be pairs of numbers, got {(shape.get('points') or '')[:80]!r}.")
-    xs, ys = zip(*[[number(part, where, "each point") for part in point] for point in points], strict=True)
-    return box_around(xs, ys)
+    outline = [number(part, where, "each point") for point in points for part in point]
+    return box_around(outline[::2], outline[1::2]), outline if shape.tag == "polygon" else None
 
 
 def _around_turned(left: float, top: float, right: float, bottom: float, degrees: float) -> list[float]:

@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .files import (
     table_rows,
     tell_unlisted,
 )
+from .listed import grouped
 from .rows import Categories, LabelledImage, Labels, is_box
 from .spellings import COLUMNS, find_spelling, lists_of
 
@@ -97,12 +99,14 @@ def read_labels(folder: Path) -> list[str] | None:
 
 
 def _read_folder(folder: Path) -> list[LabelledImage]:
-    found = door.walk(folder)
-    if found.skipped:
-        logger.warning("%s: %s", folder, found)
+    found = grouped((reason, path) for path, reason in door.visit(folder))
+    files = found.pop(None, [])
+    for reason, paths in found.items():
+        names = door.listed(os.path.relpath(path, folder) for path in paths)
+        logger.warning("%s: left out: %d (%s): %s", folder, len(paths), reason, names)
     images = _read_metadata(folder)
     if not images:
-        return [LabelledImage(path=path, where=str(folder)) for path in found.files]
+        return [LabelledImage(path=Path(path), where=str(folder)) for path in files]
     tell_unlisted(folder, {image.path for image in images}, f"are not in {_metadata_files(folder)[0].name}")
     return images
 

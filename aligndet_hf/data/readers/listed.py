@@ -138,7 +138,7 @@ def label_files(folder: Path, ending: str, looks_right: Callable[[Path], bool]) 
             yield files
 
 
-def grouped(pairs: Iterable[tuple[str, Any]]) -> dict[str, list]:
+def grouped(pairs: Iterable[tuple[str | None, Any]]) -> dict[str | None, list]:
     """Pairs of a name and a value as the list of values of each name."""
     groups = {}
     for name, value in pairs:
