@@ -52,7 +52,7 @@ from ..training.detection_trainer import DetectionTrainer
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import TellForecast
-from ..training.start import start_hashes, training_folder
+from ..training.start import start_hashes, training_folder, training_view
 
 BATCH_SIZE = "batch_size.json"
 # What is written to `output_dir`, beside the results and what every training writes.
@@ -193,14 +193,7 @@ def _start(
     image_processor = build_image_processor(detector, arguments.eval_size, arguments.max_size)
     if window is not None:
         image_processor.pixel_window = list(window)
-    view = ViewConfig(
-        arguments.image_sizes,
-        arguments.max_size,
-        family_of(detector.config).resize,
-        arguments.flip_probability,
-        arguments.color,
-        tuple(arguments.crop_scale) if arguments.crop_scale else None,
-    )
+    view = training_view(arguments, family_of(detector.config).resize)
     images = _train_images(arguments, dataset, categories, view, family_of(detector.config).masks)
     if arguments.auto_find_batch_size:
         arguments = _with_fitting_batch(arguments, detector, images, image_processor, folder)

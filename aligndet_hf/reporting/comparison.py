@@ -52,7 +52,7 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
         *_class_tables(statistics, baseline),
         *_protocol(results),
         *_leakage(results["leakage"]),
-        *_failures(results["failures"]),
+        *(["## What failed", _table(["stage", "why"], list(results["failures"].items()))] if failed else []),
         *_how(results),
     ]
     path = output_dir / REPORT
@@ -301,12 +301,6 @@ def _leakage(leakage: Mapping) -> list[str]:
         if len(leakage["leaks"]) > 20:
             parts.append(f"and {len(leakage['leaks']) - 20} more, in `leakage.json`.")
     return parts
-
-
-def _failures(failures: Mapping) -> list[str]:
-    if not failures:
-        return []
-    return ["## What failed", _table(["stage", "why"], [[name, reason] for name, reason in failures.items()])]
 
 
 def environment() -> str:

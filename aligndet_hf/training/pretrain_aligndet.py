@@ -12,13 +12,13 @@ from ..data.arrow_boxes import read_values
 from ..data.collate import collate_views
 from ..data.dataset import ProposalViews
 from ..data.errors import DataError
-from ..data.views import ViewConfig
 from ..detectors.backbone_weights import BackboneReport
 from ..detectors.build import build_image_processor, is_new, load_detector, require_useful_backbone
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import TransferReport, transfer_detector
 from ..models import AlignDetConfig, AlignDetForPreTraining
 from .pretrain_arguments import PretrainArguments
+from .start import training_view
 
 logger = logging.get_logger(__name__)
 
@@ -96,14 +96,7 @@ def build_views(
         accelerator.print(f"The detector has {queries} queries: at most {queries} proposals per image are used.")
     views = ProposalViews(
         dataset,
-        ViewConfig(
-            sizes=arguments.image_sizes,
-            max_size=arguments.max_size,
-            resize=family.resize,
-            flip_probability=arguments.flip_probability,
-            color=arguments.color,
-            crop_scale=arguments.crop_scale and tuple(arguments.crop_scale),
-        ),
+        training_view(arguments, family.resize),
         seed=arguments.seed,
         max_proposals=min(arguments.max_proposals, queries),
         proposal_sampling=arguments.proposal_sampling,

@@ -1,10 +1,11 @@
-"""Where training writes to, and what it starts from, as files have it."""
+"""Where training writes to, what it starts from, as files have it, and how it sees images."""
 
 from pathlib import Path
 
-from ..arguments import TrainingRunArguments
+from ..arguments import AugmentationArguments, TrainingRunArguments
 from ..data.launch import Launch
 from ..data.sources import model_hash
+from ..data.views import ViewConfig
 from ..detectors.build import DetectorArguments, find_detector
 from ..files import file_hash
 from ..runs import RunFolder
@@ -28,6 +29,13 @@ def training_folder(arguments: TrainingRunArguments, command: str, written: list
     options = {"overwrite": arguments.overwrite_output_dir, "on_main": Launch().on_main}
     written = [*_WRITTEN, *written]
     return RunFolder(arguments.output_dir, command, written=written, kept=[CHECKPOINTS], result=result, **options)
+
+
+def training_view(arguments: AugmentationArguments, resize: str) -> ViewConfig:
+    """How a training sees images, for a family that resizes them in this way."""
+    options = {name: getattr(arguments, name) for name in ("max_size", "flip_probability", "color")}
+    crop_scale = tuple(arguments.crop_scale) if arguments.crop_scale else None
+    return ViewConfig(arguments.image_sizes, resize=resize, crop_scale=crop_scale, **options)
 
 
 def start_hashes(arguments: DetectorArguments) -> dict[str, str]:
