@@ -50,6 +50,7 @@ SYNONYMS = [
     {"score_threshold", "conf", "confidence", "threshold", "score_thr"},
     {"nms_threshold", "nms", "iou", "iou_threshold"},
     {"optim", "optimizer"},
+    {"weight_decay", "wd"},
     {"lr_scheduler_type", "scheduler", "lr_schedule", "lr_scheduler"},
     {"warmup_steps", "warmup", "warmup_ratio", "num_warmup_steps"},
     {"max_grad_norm", "grad_clip", "clip_grad", "clip_max_norm", "gradient_clipping"},
@@ -146,5 +147,6 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         names.setdefault(one.lstrip("-").replace("-", "_"), one)  # of two spellings the first
     plain = name.lstrip("-").replace("-", "_")
     meant = [names[one] for group in SYNONYMS if plain in group for one in sorted(group & set(names))]
-    close = [names[plain]] if plain in names else meant or difflib.get_close_matches(name, names.values(), 1, 0.6)
+    alike = [names[one] for one in difflib.get_close_matches(plain, names, 1, 0.6)]
+    close = [names[plain]] if plain in names else meant or alike
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -45,12 +45,19 @@ def as_source(source: Any) -> Any:
         return source
     if isinstance(source, Path):
         return str(source)
-    for name in ("detector_dir", "backbone_dir", "output_dir"):  # of `PretrainResult` and `FinetuneResult`
-        if isinstance(folder := getattr(source, name, None), Path):
-            return str(folder)
+    if (folder := folder_of(source)) is not source:
+        return folder
     name = Given(f"{type(source).__name__}-{_content_of(source)}")
     name.value = source
     return name
+
+
+def folder_of(source: Any) -> Any:
+    """The folder that a command wrote, as text, of what it returned; anything else as it is."""
+    for name in ("detector_dir", "backbone_dir", "output_dir"):  # of `PretrainResult` and `FinetuneResult`
+        if isinstance(folder := getattr(source, name, None), Path):
+            return str(folder)
+    return source
 
 
 def copy_of(source: Any) -> Any:

@@ -82,6 +82,8 @@ def check_values(arguments) -> None:
         allowed = field.metadata.get("range") or inherited.get(field.name, NOT_NEGATIVE)
         if isinstance(value, str) and not value.strip() and field.default != value:
             raise ValueError(f"{field.name} must not be empty" + (": leave it out" if field.default is None else ""))
+        if isinstance(value, str) and {list, str} <= kinds and "role" in field.metadata:  # one is enough
+            setattr(arguments, field.name, [value])
         if value is None or kinds.isdisjoint({int, float}) or (isinstance(value, str) and str in kinds):
             continue
         is_list = isinstance(value, list | tuple)
@@ -98,7 +100,7 @@ def _require_kind(field: dataclasses.Field, value: typing.Any, kinds: set) -> No
     """What the console cannot get wrong, and Python can."""
     choices, due = [kind for kind in kinds if isinstance(kind, str)], kinds - {type(None)}
     if value is None:
-        if due == kinds and field.default is field.default_factory:  # both are missing
+        if due == kinds:
             raise ValueError(f"{field.name} must be given")
     elif list in due and str not in due and isinstance(value, str | int | float):
         raise ValueError(f"{field.name} must be a list, such as [{value!r}], got {value!r}")

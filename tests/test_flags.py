@@ -70,6 +70,8 @@ def test_a_synonym_stands_for_one_thing():
     names = [name for group in SYNONYMS for name in group]
     assert len(names) == len(set(names))
     assert nearest("zzz", ["alpha"]) == ""
+    assert nearest("--wd", ["--seed", "--weight_decay"]) == "; did you mean '--weight_decay'?"
+    assert nearest("--wd", ["--seed"]) == nearest("--resume", ["--run_name"]) == ""  # dashes make nothing alike
 
 
 def test_required_flags_come_first(capsys):

@@ -138,6 +138,26 @@ def test_images_without_objects(tmp_path):
     assert category_names(dataset, tmp_path / "x") == ["0", "1"]  # no names anywhere
 
 
+def test_metadata_above_the_folders_of_the_splits(tmp_path):
+    """As `datasets` reads it: the folders are the splits, wherever their rows stand."""
+    for name in ("train/a.png", "val/b.png", "val/c.png"):
+        write_image(tmp_path / "x" / name)
+    rows = [{"file_name": name, "objects": OBJECTS} for name in ("val/b.png", "train/a.png")]
+    write_metadata(tmp_path / "x", rows)
+    assert split_names(tmp_path / "x") == ["train", "validation"]
+    for split, name in (("train", "a.png"), ("validation", "b.png")):
+        (row,) = load_dataset_source(tmp_path / "x", split, labels=True)
+        assert row["image"]["path"].endswith(name) and row["objects"]["bbox"] == OBJECTS["bbox"]
+
+
+@pytest.mark.parametrize("crowd", [[], "x", float("nan"), float("inf"), 2])
+def test_crowds_are_zero_or_one(tmp_path, crowd):
+    write_image(tmp_path / "x" / "a.png")
+    write_metadata(tmp_path / "x", [{"file_name": "a.png", "objects": OBJECTS | {"iscrowd": [crowd, 0]}}])
+    with pytest.raises(DataError, match="metadata.jsonl, line 1: 'iscrowd' must be 0 or 1, got "):
+        load_dataset_source(tmp_path / "x", labels=True)
+
+
 def test_images_that_the_metadata_do_not_list_are_reported(labelled_folder, caplog):
     write_image(labelled_folder / "train" / "extra.png")
     with caplog.at_level(logging.WARNING):

@@ -10,6 +10,7 @@ from tiny_detectors import tiny_detector
 from transformers import TrainingArguments
 
 import aligndet_hf
+from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.synthetic import make_synthetic_dataset
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.objects import Given, as_source
@@ -74,6 +75,12 @@ def test_each_function_takes_what_the_one_before_returned(labelled, detector, tm
     measured = {"dataset": labelled, "use_cpu": True, "disable_tqdm": True}
     metrics = aligndet_hf.evaluate(aligndet_hf.EvaluateArguments(detector=tuned, **measured))
     assert metrics["AP"] == pytest.approx(tuned.metrics["AP"])
+    splits = datasets.DatasetDict(a=images.select([0]), b=images.select([1, 2]))
+    for detector_given in (tuned, str(tuned.output_dir)):
+        found = aligndet_hf.predict(detector_given, splits, score_threshold=0.0, use_cpu=True, disable_tqdm=True)
+        assert len(found) == 3 and found[0]["width"] == 80
+    assert len(aligndet_hf.predict(tuned, splits, split="b", use_cpu=True, disable_tqdm=True)) == 2
+    assert aligndet_hf.ExportArguments(detector=tuned, output_dir="x").detector == str(tuned.output_dir)
 
 
 def test_a_stream_is_pre_trained_on(proposal_folder, detector, tmp_path):
@@ -94,6 +101,23 @@ def test_a_model_is_measured_with_an_image_processor(labelled, detector):
 def test_one_split_in_memory_leaves_nothing_to_measure_on(labelled, tmp_path):
     with pytest.raises(ValueError, match="give eval_dataset"):
         aligndet_hf.FinetuneArguments(dataset=labelled, output_dir=str(tmp_path))
+    arguments = aligndet_hf.FinetuneArguments(dataset=datasets.DatasetDict(train=labelled), output_dir=str(tmp_path))
+    with pytest.raises(DataError, match="no split 'validation'; found train.*--do_eval false leaves it out"):
+        aligndet_hf.finetune(arguments)
+
+
+def test_a_stream_is_no_labelled_data_set(labelled, tmp_path):
+    arguments = aligndet_hf.FinetuneArguments(dataset=labelled.to_iterable_dataset(), output_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"IterableDataset-\w+: a stream .* datasets.Dataset.from_list"):
+        aligndet_hf.finetune(arguments)
+
+
+def test_the_trainer_takes_categories_that_are_numbers(labelled, detector):
+    """Without names, as most data sets in memory have them."""
+    features = labelled.features.copy()
+    features["objects"]["category"] = datasets.List(datasets.Value("int64"))
+    trainer = aligndet_hf.DetectionTrainer(detector, train_dataset=labelled.cast(features))
+    assert len(trainer.train_dataset) == 4
 
 
 def test_the_trainer_takes_plain_data_sets(labelled, detector, tmp_path):

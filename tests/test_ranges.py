@@ -185,6 +185,7 @@ def test_an_unknown_class_is_refused_before_the_first_epoch():
         ({"method": "aligndetr"}, "method must be aligndet or soco, got 'aligndetr'"),
         ({"image_sizes": 64}, r"image_sizes must be a list, such as \[64\], got 64"),
         ({"dataset": None}, "dataset must be given"),
+        ({"detector": None}, "detector must be given"),
         ({"dataset": {"image": []}}, "dataset must be text, got a dict"),
         ({"dataset": ["a.jpg"]}, "a data set or a model is expected, got a list. A data set is made of images or"),
     ],
@@ -193,6 +194,12 @@ def test_values_of_another_kind_are_refused_in_python_too(values, message):
     cls = getattr(importlib.import_module(COMMANDS["pretrain"].module), COMMANDS["pretrain"].arguments)
     with pytest.raises(ValueError, match=message):
         cls(**{"dataset": "images", "output_dir": "out"} | values)
+
+
+def test_one_text_is_a_list_of_one():
+    cls = getattr(importlib.import_module(COMMANDS["pretrain"].module), COMMANDS["pretrain"].arguments)
+    assert cls(dataset="images", output_dir="out", report_to="none").report_to == ["none"]
+    assert PredictArguments(detector="d", images="a.jpg", output_dir="out", formats="coco").formats == ["coco"]
 
 
 def test_a_data_set_in_memory_is_taken_for_a_list_of_paths():

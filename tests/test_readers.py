@@ -530,6 +530,11 @@ def create_ml_entry(image, coordinates, label="cat"):
     return {"image": image, "annotations": [{"label": label, "coordinates": coordinates}]}
 
 
+def label_studio_entry(width):
+    shape = {"x": 1, "y": 2, "width": 3, "height": 4, "rectanglelabels": ["cat"]}
+    return [{"image": "a.png", "label": [shape | {"original_width": width, "original_height": 30}]}]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -540,6 +545,10 @@ def create_ml_entry(image, coordinates, label="cat"):
          "entry 0: expected 'filename' and 'regions'.*got {'filename': 'a.png'"),
         ([{"name": "a.png", "labels": [{"category": "cat", "box2d": None}, {"box2d": {}}]}], "entry 0: .*'category'"),
         ({"size": {}, "objects": [{"classTitle": "cat", "geometryType": "rectangle"}]}, "x.json: expected 'size' and"),
+        ([create_ml_entry("a.png", {"x": 10**400, "y": 2, "width": 3, "height": 4})], "entry 0: .* too large"),
+        (label_studio_entry("nan"), "entry 0: expected 'data' .*not supported between"),
+        (label_studio_entry(0), "entry 0: expected 'data' .*no sides of 0 and 30 pixels"),
+        (label_studio_entry(10**400), "entry 0: expected 'data' .*no sides of"),
     ],
 )  # fmt: skip
 def test_json_of_images_that_is_wrong(tmp_path, content, message):
@@ -697,6 +706,8 @@ def test_ids_of_every_type_are_kept(tmp_path, changes, image_ids, label_ids, own
         ({"annotations": annotation(category_id=None)}, "annotation 9: no category has the id None"),
         ({"annotations": annotation(area="big")}, "annotation 9: 'area' must be a number or null, got 'big'"),
         ({"annotations": annotation(iscrowd=2)}, "annotation 9: 'iscrowd' must be 0 or 1, got 2"),
+        ({"annotations": annotation(bbox=[])}, r"annotation 9: 'bbox' must be four numbers .*, got \[\]"),
+        ({"categories": []}, "annotation 9: no category has the id 2; the file has no list 'categories'"),
         ({"annotations": None}, r"'annotations' must be a list, got None \(NoneType\)"),
         ({"images": [{"id": [1], "file_name": "a.png"}]}, r"entry 0 of 'images': an id .* got \[1\] of the type list"),
         ({"images": [{"id": True, "file_name": "a.png"}]}, "got True of the type bool"),
@@ -727,6 +738,64 @@ def test_a_name_with_other_capitals_is_told(tmp_path):
     path = small_coco(tmp_path, images=[{"id": 1, "file_name": "b.png"}, {"id": 2, "file_name": "A.PNG"}])
     with pytest.raises(DataError, match="image 2: there is no file .*A.PNG; 'a.png' is there: capitals count."):
         load_dataset_source(path)
+
+
+def test_the_other_capitals_of_all_names_are_told(tmp_path):
+    path = small_coco(tmp_path, images=[{"id": 1, "file_name": "A.PNG"}, {"id": 2, "file_name": "B.PNG"}])
+    with pytest.raises(DataError, match="cannot find 'A.PNG' in .*; 'a.png' is there: capitals count. Give"):
+        load_dataset_source(path)
+
+
+def test_annotations_that_share_an_id_are_told(tmp_path, caplog):
+    load_dataset_source(small_coco(tmp_path, annotations=annotation() * 3), labels=True)
+    assert "labels.json: 2 annotations have the id of another one" in caplog.text
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "val")])
+def test_yolo_of_label_studio_with_its_notes(tmp_path, parts):
+    """`notes.json` has a list `categories`, and is no COCO file."""
+    for part in parts:
+        write_yolo(tmp_path / part / "images", tmp_path / part / "labels", "train")
+        write_text(tmp_path / part / "classes.txt", "\n".join(NAMES))
+        write_text(tmp_path / part / "notes.json", {"categories": [{"id": 0, "name": NAMES[0]}], "info": {}})
+    dataset = load_dataset_source(tmp_path, "train", labels=True)
+    assert category_names(dataset) == NAMES and len(dataset) == len(scenes("train"))
+
+
+def test_a_place_of_yolo_whose_name_is_too_long(tmp_path):
+    yolo_ultralytics(tmp_path)
+    write_text(tmp_path / "dataset.yaml", f"train: {'9' * 400}\nnames: {NAMES}\n")
+    with pytest.raises(DataError, match="dataset.yaml: 'train' is .*, but there is no"):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
+def test_labels_one_folder_further_down_are_told(tmp_path):
+    """As archives unpack: a folder in the folder, and `__MACOSX` beside it."""
+    coco_roboflow(tmp_path / "My data.v1i.coco")
+    write_text(tmp_path / "__MACOSX" / "notes.txt", "x")
+    with pytest.raises(DataError, match=r"there are labels in .*My data.v1i.coco \(COCO\). Give that folder."):
+        load_dataset_source(tmp_path, labels=True)
+
+
+def test_what_a_command_wrote_has_no_labels(tmp_path):
+    write_image(tmp_path / "predictions.png", (40, 30), 0)
+    write_text(tmp_path / "run.json", {"command": "pretrain"})
+    with pytest.raises(DataError, match="no column 'objects'; this is what a command wrote. Give the folder of the"):
+        load_dataset_source(tmp_path, labels=True)
+
+
+def test_a_long_value_does_not_make_a_long_message(tmp_path):
+    with pytest.raises(DataError, match=r"'width' must be an integer, got '9{10}.*9\.\.\.$") as error:
+        load_dataset_source(small_coco(tmp_path, images=[{"id": 1, "file_name": "a.png", "width": "9" * 5000}]))
+    assert len(str(error.value)) < 800
+
+
+def test_a_coco_file_whose_categories_are_long_and_come_first(tmp_path):
+    categories = [{"id": number, "name": str(number) * 500} for number in range(100, 190)]
+    content = {"categories": categories, **json.loads(small_coco(tmp_path).read_text())}
+    content["categories"] = categories + content["categories"]
+    write_text(tmp_path / "labels.json", content)
+    assert len(load_dataset_source(tmp_path, labels=True)[1]["objects"]["bbox"]) == 1
 
 
 def test_a_coco_file_without_annotations_has_no_labels(tmp_path):
@@ -858,6 +927,13 @@ def test_turned_boxes_and_other_shapes_of_cvat(tmp_path, caplog):
     np.testing.assert_allclose(dataset[0]["objects"]["bbox"], boxes, atol=1e-9)
     assert list(dataset["image_id"]) == [7] and category_names(dataset) == ["cat", "dog"]
     assert "left out, for they have no box: 1 points" in caplog.text
+    for rotation in ("x", "1e400"):
+        box = f'<box label="cat" xtl="10" ytl="12" xbr="20" ybr="16" rotation="{rotation}"/>'
+        write_text(
+            tmp_path / "annotations.xml", f'<annotations><image id="7" name="a.png">{box}</image></annotations>'
+        )
+        with pytest.raises(DataError, match=f"a.png.*'rotation' must be a number, got '{rotation}'"):
+            load_dataset_source(tmp_path, labels=True)
     write_text(tmp_path / "annotations.xml", '<annotations><track id="0" label="cat"/></annotations>')
     with pytest.raises(DataError, match="tracks of a video"):
         load_dataset_source(tmp_path, labels=True)
@@ -983,7 +1059,9 @@ def test_lists_beside_the_image_are_objects(tmp_path, kind, labels):
 def test_a_category_that_is_null_is_named(tmp_path):
     rows = [{"bbox": [[1, 2, 3, 4]], "category": [0]}, {"bbox": [[1, 2, 3, 4]] * 2, "category": [1, None]}]
     dataset = load_dataset_source(saved(tmp_path / "saved", train={"objects": rows}))
-    with pytest.raises(DataError, match="mine, row 1, column 'objects': a category is null, expected a number."):
+    with pytest.raises(
+        DataError, match="mine, row 1, column 'objects': a category is null or infinite, expected a number."
+    ):
         category_names(dataset, "mine")
 
 

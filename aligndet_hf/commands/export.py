@@ -19,6 +19,7 @@ from ..exporting.onnx_graph import describe, export_onnx
 from ..exporting.parity import BOX_TOLERANCE, SCORE_TOLERANCE, compare
 from ..files import write_json
 from ..flags import flag
+from ..objects import folder_of
 from ..ranges import COUNT, SHARE, check_values
 from ..runs import RunFolder
 
@@ -49,6 +50,7 @@ class ExportArguments(RunArguments, ReadyDetectorArguments):
     )
 
     def __post_init__(self):
+        self.detector = folder_of(self.detector)
         check_values(self)
 
 

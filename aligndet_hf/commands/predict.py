@@ -26,6 +26,7 @@ from ..evaluation.predicted_rows import join_predictions, write_coco, write_pred
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
 from ..flags import REQUIRED, flag, names_of
+from ..objects import folder_of
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
 from ..reporting.drawing import draw_boxes, jpeg_bytes, tint_masks
@@ -92,6 +93,7 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
     picture_size: int = flag(1600, "output", "longest side of a picture in pixels", range=COUNT)
 
     def __post_init__(self):
+        self.detector = folder_of(self.detector)
         check_values(self)
         if unknown := sorted(set(self.formats) - set(FORMATS)):
             raise ValueError(f"formats must be among {', '.join(FORMATS)}, got {', '.join(unknown)}")

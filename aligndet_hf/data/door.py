@@ -183,7 +183,7 @@ def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
     try:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{printable(path)}: not a text in UTF-8 ({error}).") from error
+        raise DataError(f"{printable(path)}: not a text in UTF-8 ({error}). Save it in UTF-8.") from error
 
 
 def image_value(path: str | Path) -> dict:

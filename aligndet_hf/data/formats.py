@@ -89,6 +89,12 @@ def load_dataset_source(
 def without_labels(folder: Path) -> str:
     """Why a folder of images has no labels, and what to do."""
     formats = ", ".join(reader.NAME for reader in READERS if reader not in (saved, image_folder))
+    if door.is_output(folder):
+        return f"{folder}: no column 'objects'; this is what a command wrote. Give the folder of the labelled images."
+    for part in sorted(folder.iterdir()):
+        reader = find_reader(part)[0] if part.is_dir() else None
+        if reader not in (None, saved, image_folder):
+            return f"{folder}: no column 'objects'; there are labels in {part} ({reader.NAME}). Give that folder."
     files = [str(file.relative_to(folder)) for file in list_files(folder, *_LABEL_ENDINGS)]
     if not files:
         return (
@@ -105,9 +111,14 @@ def without_labels(folder: Path) -> str:
 def _load_object(source: Given, split: str | None, split_flag: str) -> datasets.Dataset:
     """A data set in memory in the form that [`load_dataset_source`] gives all of them."""
     if isinstance(source.value, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise DataError("a stream can only be read once and in order, by `pretrain` and `generate_proposals`")
+        raise DataError(
+            f"{source}: a stream can only be read once and in order, which `pretrain` and `generate_proposals` do. "
+            "Make a data set of it: datasets.Dataset.from_list(list(stream), features=stream.features)"
+        )
     splits = dict(source.value) if isinstance(source.value, dict) else {"train": source.value}
-    return _joined(standard_objects(splits, str(source)), split if len(splits) > 1 else None, source, split_flag)
+    return _joined(
+        standard_objects(splits, str(source)), split if isinstance(source.value, dict) else None, source, split_flag
+    )
 
 
 def is_local_images(source: str | Path) -> bool:
@@ -154,10 +165,12 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
         largest = []
         for start, table in arrow_batches(dataset, ["objects"]):
             values, counts = read_values(table["objects"], "category")
-            is_null = np.isnan(values.astype(np.float64))
+            is_null = ~np.isfinite(values.astype(np.float64))
             if is_null.any():
                 row = start + np.repeat(np.arange(len(counts)), counts)[is_null][0]
-                raise DataError(f"{source}, row {row}, column 'objects': a category is null, expected a number.")
+                raise DataError(
+                    f"{source}, row {row}, column 'objects': a category is null or infinite, expected a number."
+                )
             largest += [int(values.max())] if len(values) else []
         if not largest:
             raise DataError(f"{source}: column 'objects', field 'category' is empty in all rows.")
@@ -169,6 +182,7 @@ def load_labelled(
     source: str | Path, split: str | None = None, image_dir: str | Path | None = None, split_flag: str = "--split"
 ) -> tuple[datasets.Dataset, list[str], BoxReport]:
     """A data set with labels as [`load_dataset_source`] reads it, the names of its categories, and its validation."""
+    source = as_source(source)
     dataset = load_dataset_source(source, split, labels=True, image_dir=image_dir, split_flag=split_flag)
     categories = category_names(dataset, source)
     return dataset, categories, validate_objects(dataset, categories, str(source))

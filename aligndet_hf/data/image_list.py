@@ -184,7 +184,7 @@ def list_images(sources, split: str | None = None) -> ImageList:
     Raises:
         [`DataError`]: a source does not exist or holds no image.
     """
-    is_one = isinstance(sources, (str, Path, np.ndarray, PIL.Image.Image, datasets.Dataset))
+    is_one = isinstance(sources, (str, Path, np.ndarray, PIL.Image.Image, datasets.Dataset, datasets.DatasetDict))
     parts, faults = [], []
     for source in [sources] if is_one else sources:
         parts += _parts_of(source, split, faults)
@@ -197,6 +197,8 @@ def list_images(sources, split: str | None = None) -> ImageList:
 def _parts_of(source, split: str | None, faults: list[dict]) -> list:
     if isinstance(source, datasets.Dataset):
         return [DatasetImages(source)]
+    if isinstance(source, datasets.DatasetDict):
+        return [DatasetImages(load_dataset_source(source, name)) for name in ([split] if split else source)]
     if isinstance(source, (np.ndarray, PIL.Image.Image)):
         return [MemoryImage(source)]
     if not isinstance(source, (str, Path)):

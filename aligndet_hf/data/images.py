@@ -112,8 +112,8 @@ def scale_pixels(pixels: np.ndarray, window: tuple[float, float]) -> np.ndarray:
 def _scale_by_own_range(pixels: np.ndarray) -> np.ndarray:
     logger.warning_once(
         "An image with more than 8 bits (16-bit or floating-point grey) is scaled by its own lowest and highest "
-        "level, so that equal levels of two images may look different. Say which levels become black and white, or "
-        "load it with a data set, for which this is decided once."
+        "level, so that equal levels of two images may look different. `--pixel_window` of `aligndet proposals` and "
+        "`finetune` decides once for a data set which levels become black and white."
     )
     finite = pixels[np.isfinite(pixels)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)

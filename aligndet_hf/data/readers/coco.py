@@ -21,7 +21,16 @@ from .files import (
     tails,
 )
 from .listed import require_own_splits
-from .rows import Categories, LabelledImage, Labels, box_around, is_box, require_unique_ids
+from .rows import (
+    Categories,
+    LabelledImage,
+    Labels,
+    box_around,
+    is_box,
+    names_in_lower_case,
+    require_unique_ids,
+    with_other_capitals,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +100,10 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
 
 
 def _looks_like_coco(path: Path) -> bool:
-    start = read_start(path, _SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return start.startswith(b"{") and bool(_LIST.search(start))
+    read = read_start(path, _SNIFFED_BYTES)
+    start, lists = read.removeprefix(b"\xef\xbb\xbf").lstrip(), set(_LIST.findall(read))
+    lists -= {b"categories"} if len(read) < _SNIFFED_BYTES else set()  # alone in `notes.json` of Label Studio's YOLO
+    return start.startswith(b"{") and bool(lists)
 
 
 def _split_of(path: Path) -> str:
@@ -246,6 +257,11 @@ def _read_images(
         for image in images.values():
             image.objects = {name: [] for name in ("bbox", "category", "area", "iscrowd", "segmentation", "id")}
         _add_annotations(path, content["annotations"], images, categories)
+        ids = [own for image in images.values() for own in image.objects["id"]]
+        if again := len(ids) - len(set(ids)):
+            logger.warning(
+                "%s: %d annotations have the id of another one, which pycocotools takes for both.", path, again
+            )
     return list(images.values())
 
 
@@ -280,11 +296,12 @@ def _add_annotation(annotation: dict, images: dict, labels: dict) -> None:
         )
     label = labels.get(_key(annotation.get("category_id")))
     if label is None:
-        raise DataError(f"no category has the id {annotation.get('category_id')!r}; found {list(labels)}.")
+        known = f"found {list(labels)}" if labels else "the file has no list 'categories'"
+        raise DataError(f"no category has the id {annotation.get('category_id')!r}; {known}.")
     segmentation, area, crowd = (annotation.get(name) for name in ("segmentation", "area", "iscrowd"))
     box, crowd = annotation.get("bbox") or _around(segmentation), crowd or 0
     if not is_box(box):
-        raise DataError(f"'bbox' must be four numbers [x, y, width, height], got {str(box)[:80]}.")
+        raise DataError(f"'bbox' must be four numbers [x, y, width, height], got {str(annotation.get('bbox'))[:80]}.")
     if area is not None and type(area) not in (int, float):
         raise DataError(f"'area' must be a number or null, got {area!r}.")
     if crowd not in (0, 1):
@@ -324,6 +341,7 @@ def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[s
     # A name that leads out is an error of its own; another one says where it was looked for.
     for name in names[:1]:
         inside(outer, name, f"{path}, entry 0 of 'images'", here)
+    hint = next(filter(None, (with_other_capitals(place / names[0], names_in_lower_case) for place in places)), "")
     raise DataError(
-        f"{path}: cannot find '{names[0]}' in {', '.join(map(str, places))}. Give the folder as image_dir."
+        f"{path}: cannot find '{names[0]}' in {', '.join(map(str, places))}{hint}. Give the folder as image_dir."
     )

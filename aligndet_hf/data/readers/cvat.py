@@ -124,7 +124,7 @@ def _box(shape: ElementTree.Element, where: str) -> tuple[list[float], list[floa
         return [centre[0] - half[0], centre[1] - half[1], 2 * half[0], 2 * half[1]], None
     if shape.tag == "box":
         left, top, right, bottom = (attribute(name) for name in ("xtl", "ytl", "xbr", "ybr"))
-        return _around_turned(left, top, right, bottom, float(shape.get("rotation") or 0)), None
+        return _around_turned(left, top, right, bottom, number(shape.get("rotation") or 0, where, "'rotation'")), None
     points = [point.split(",") for point in (shape.get("points") or "").split(";") if point]
     if not points or any(len(point) != 2 for point in points):
         raise DataError(f"{where}: 'points' must be pairs of numbers, got {(shape.get('points') or '')[:80]!r}.")

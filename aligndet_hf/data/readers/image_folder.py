@@ -41,7 +41,8 @@ def find(path: Path) -> dict[str, Path]:
     """
     if not path.is_dir() or not (has_metadata(path) or has_images(path)):
         return {}
-    splits = {} if find_file(path, *METADATA) else split_folders(path)
+    is_listed_here = find_file(path, *METADATA) and any(map(door.is_image_name, path.iterdir()))
+    splits = {} if is_listed_here else split_folders(path)
     splits = {name: part for name, part in splits.items() if has_images(part)}
     return splits or {split_of_folder(path.name) or "train": path}
 
@@ -67,12 +68,12 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
     Raises:
         [`DataError`]: for metadata that are not as they should be; it names file and line.
     """
-    images = {split: _read_folder(folder) for split, folder in found.items() if split in splits}
+    images = {split: _read_folder(folder, path) for split, folder in found.items() if split in splits}
     names = read_labels(path)
     everything = [image for split in splits for image in images[split]]
     if any(image.objects is not None for image in everything):
         others = [folder for split, folder in found.items() if split not in splits]
-        images_of_others = [image for folder in others for image in _read_metadata(folder)]
+        images_of_others = [image for folder in others for image in _read_metadata(folder, path)]
         names = _number_names(everything + images_of_others, names)
         labels = [label for image in everything + images_of_others for label in _labels_of(image)]
         if names is None and others and {type(label) for label in labels} == {int}:
@@ -98,32 +99,35 @@ def read_labels(folder: Path) -> list[str] | None:
     return [str(name) for name in names]
 
 
-def _read_folder(folder: Path) -> list[LabelledImage]:
+def _read_folder(folder: Path, root: Path) -> list[LabelledImage]:
     found = grouped((reason, path) for path, reason in door.visit(folder))
     files = found.pop(None, [])
     for reason, paths in found.items():
         names = door.listed(os.path.relpath(path, folder) for path in paths)
         logger.warning("%s: left out: %d (%s): %s", folder, len(paths), reason, names)
-    images = _read_metadata(folder)
+    images = _read_metadata(folder, root)
     if not images:
         return [LabelledImage(path=Path(path), where=str(folder)) for path in files]
-    tell_unlisted(folder, {image.path for image in images}, f"are not in {_metadata_files(folder)[0].name}")
+    tell_unlisted(folder, {image.path for image in images}, f"are not in {_metadata_files(folder, root)[0].name}")
     return images
 
 
-def _read_metadata(folder: Path) -> list[LabelledImage]:
-    """The images that the metadata of a folder and its sub-folders list; none if there are no metadata."""
+def _read_metadata(folder: Path, root: Path) -> list[LabelledImage]:
+    """The images of a folder that its metadata list; none if there are no metadata."""
     images, spelling = [], {}
-    files = _metadata_files(folder)
+    files = _metadata_files(folder, root)
     for path in files:
         images += [_read_row(path, where, row, spelling) for where, row in _rows(path)]
     if files and not images:
         raise DataError(f"{files[0]}: it lists no image.")
-    return images
+    return [image for image in images if image.path.is_relative_to(folder)]
 
 
-def _metadata_files(folder: Path) -> list[Path]:
-    return [path for path in list_files(folder, *METADATA) if path == find_file(path.parent, *METADATA)]
+def _metadata_files(folder: Path, root: Path) -> list[Path]:
+    """The files of metadata of a folder, of its sub-folders and, for a split, of the root of all splits."""
+    files = [path for path in list_files(folder, *METADATA) if path == find_file(path.parent, *METADATA)]
+    above = find_file(root, *METADATA)
+    return files if above is None or above in files else [above, *files]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:

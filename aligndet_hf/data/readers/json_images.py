@@ -273,7 +273,7 @@ def _dialect_of(file: Path) -> _Dialect | None:
 
 def _entries(file: Path, dialect: _Dialect, split: str, skipped: list) -> Iterator[Entry]:
     content = read_json(file)
-    faults = (LookupError, TypeError, ValueError, AttributeError, StopIteration)
+    faults = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
     try:
         items = list(dialect.items(content))
     except faults as error:
@@ -286,6 +286,8 @@ def _entries(file: Path, dialect: _Dialect, split: str, skipped: list) -> Iterat
             found = [_object(*one) for one in objects if one[0] is not None]
             if not isinstance(image, str):
                 raise ValueError("names must be texts")
+            if size and not all(0 < side < 1 << 31 for side in size):
+                raise ValueError(f"an image has no sides of {size[0]} and {size[1]} pixels")
         except faults as error:
             raise DataError(f"{where}: expected {dialect.expected}, got {str(item)[:120]} ({error}).") from error
         skipped += [None] * (len(objects) - len(found))

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..pixels import inspect_images
 logger = logging.getLogger(__name__)
 
 _NUMBERS = {int, float}
+_CROWDS = (None, 0, 1, "0", "1")
 
 
 class Categories(NamedTuple):
@@ -127,21 +128,24 @@ def _images(images: list[LabelledImage], source: str) -> pa.Array:
         return pa.array([door.image_value(image.path) for image in images], datasets.Image.pa_type)
     structs = [{"bytes": None, "path": door.printable(image.path.absolute())} for image in images]
     faults = inspect_images(lambda: [pa.array(structs, datasets.Image.pa_type)], len(images)).faults
-    lines, names_in = [], cache(_names_in_lower_case)
+    lines, names_in = [], cache(names_in_lower_case)
     for row, reason in faults.items():
-        path = images[row].path
-        if not os.path.lexists(path):
-            reason = f"there is no file {door.printable(path)}"
-            if near := names_in(path.parent).get(path.name.lower()):  # Windows and macOS would take it
-                reason += f"; '{door.printable(near)}' is there: capitals count"
-            reason += "."
+        if not os.path.lexists(images[row].path):
+            hint = with_other_capitals(images[row].path, names_in)
+            reason = f"there is no file {door.printable(images[row].path)}{hint}."
         lines.append(f"{images[row].where}: {reason}")
     if len(lines) == 1:
         raise DataError(lines[0])
     raise DataError(f"{source}: {len(lines)} of {len(images)} images cannot be read:\n  {door.first(lines)}")
 
 
-def _names_in_lower_case(folder: Path) -> dict[str, str]:
+def with_other_capitals(path: Path, names_in: Callable[[Path], dict[str, str]]) -> str:
+    """What to say of a file whose name differs in capitals only; file systems of Windows and macOS take it as well."""
+    near = names_in(path.parent).get(path.name.lower())
+    return f"; '{door.printable(near)}' is there: capitals count" if near else ""
+
+
+def names_in_lower_case(folder: Path) -> dict[str, str]:
     return {name.lower(): name for name in os.listdir(folder)} if folder.is_dir() else {}
 
 
@@ -173,6 +177,8 @@ def _complete_objects(images: list[LabelledImage], categories: Categories | None
     has_texts = any(isinstance(value, str) for image in images for value in image.objects["id"])
     for image in images:
         crowds = image.objects.get("iscrowd") or [0] * len(image.objects["bbox"])
+        if wrong := [crowd for crowd in crowds if crowd not in _CROWDS]:
+            raise DataError(f"{image.where}: 'iscrowd' must be 0 or 1, got {wrong[0]!r}.")
         image.objects["iscrowd"] = [int(crowd or 0) for crowd in crowds]
         if has_texts:
             image.objects["id"] = list(map(str, image.objects["id"]))

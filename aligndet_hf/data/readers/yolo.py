@@ -1,6 +1,7 @@
 """YOLO: a text file for an image, with classes and centres relative to its size, in the layouts of Ultralytics,
 Roboflow and Darknet."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -55,7 +56,7 @@ def find(path: Path) -> dict[str, list[Path]]:
             continue
         given = config[key] if isinstance(config[key], list) else [config[key]]
         places = [_place(root, config, str(place), key) for place in given]
-        if there := [place for place in places if place.exists()]:
+        if there := [place for place in places if os.path.exists(place)]:
             splits[split_of_folder(key)] = there
         elif key == "train":
             raise DataError(
@@ -153,7 +154,7 @@ def _place(root: Path, config: dict, name: str, key: str) -> Path:
     plain = name.replace("\\", "/")
     tries = [plain] if base in (".", "") else [str(PurePosixPath(base) / plain), plain]
     tries += [re.sub(r"^(\.\./)+", "", plain), *tails(plain)]
-    found = find_inside(root, tries, is_there=lambda place: place.exists() and place != root)
+    found = find_inside(root, tries, is_there=lambda place: os.path.exists(place) and place != root)
     return found or inside(root, re.sub(r"^(\.\./)+|^/+", "", plain), where)
 
 
