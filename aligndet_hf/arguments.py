@@ -5,10 +5,11 @@ A command's dataclass inherits what it has, and says with [`again`] what is diff
 fit the command better. Names are the ones of `transformers.TrainingArguments`, where it has one.
 """
 
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from .flags import REQUIRED, flag
+from .flags import REQUIRED, flag, same_value
 from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE
 
 
@@ -24,6 +25,25 @@ def again(mixin: type, name: str, **changes: Any) -> Any:
     known = mixin.__dataclass_fields__[name]
     default = known.default if known.default_factory is MISSING else known.default_factory()
     return flag(**{"default": default, **known.metadata, **changes})
+
+
+def is_cpu(device: Any) -> bool:
+    """What `use_cpu` is for a value of `device`, which it was called before."""
+    kind, _, index = str(device or "cuda").partition(":")
+    if index not in ("", "0"):
+        raise ValueError(f"device {device} is chosen by the variable CUDA_VISIBLE_DEVICES={index} now")
+    return kind == "cpu"
+
+
+def is_precision(name: str) -> Callable:
+    """What `bf16` or `fp16` is for a value of `mixed_precision`, which they were called before."""
+
+    def convert(value: Any) -> bool:
+        if value not in (None, False, "False", "no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {value!r}")
+        return value == name
+
+    return convert
 
 
 # ---- what is read ----
@@ -160,7 +180,13 @@ class NeighborArguments:
     help_groups = {"max_objects": "Neighbours"}
 
     max_objects: int = flag(5000, "result", "look at a random choice of at most this many objects", range=COUNT)
-    num_neighbors: int = flag(10, "result", "neighbours that vote for the class of an object", range=COUNT)
+    num_neighbors: int = flag(
+        10,
+        "result",
+        "neighbours that vote for the class of an object",
+        range=COUNT,
+        was={"neighbors": same_value, "k": same_value},
+    )
 
 
 # ---- how a command runs ----
@@ -181,7 +207,7 @@ class DeviceArguments(ProgressArguments):
 
     help_groups = {"use_cpu": "Run"}
 
-    use_cpu: bool = flag(False, "run", "use the CPU even if there is a GPU")
+    use_cpu: bool = flag(False, "run", "use the CPU even if there is a GPU", was={"device": is_cpu})
 
 
 @dataclass(kw_only=True)
@@ -190,7 +216,9 @@ class LoadingArguments(DeviceArguments):
 
     help_groups = {"dataloader_num_workers": "Run"}
 
-    dataloader_num_workers: int = flag(0, "run", "processes that load images, of each training process")
+    dataloader_num_workers: int = flag(
+        0, "run", "processes that load images, of each training process", was="num_workers"
+    )
 
 
 @dataclass(kw_only=True)
@@ -199,7 +227,7 @@ class InferenceArguments(LoadingArguments):
 
     help_groups = {"per_device_eval_batch_size": "Run"}
 
-    per_device_eval_batch_size: int = flag(8, "run", "images per forward pass", range=COUNT)
+    per_device_eval_batch_size: int = flag(8, "run", "images per forward pass", range=COUNT, was="batch_size")
 
 
 # ---- what a training is made of ----
@@ -225,8 +253,15 @@ class OptimisationArguments:
         [], "result", "fractions of the run (below 1) or epochs at which the rate falls to a tenth", range=POSITIVE
     )
     warmup_steps: float = flag(0, "result", "steps of linear warm-up, or below 1 a share of the run")
-    bf16: bool = flag(False, "result", "run forward passes in bfloat16 (autocast)")
-    fp16: bool = flag(False, "result", "run forward passes in float16 (autocast), with scaled losses")
+    bf16: bool = flag(
+        False, "result", "run forward passes in bfloat16 (autocast)", was={"mixed_precision": is_precision("bf16")}
+    )
+    fp16: bool = flag(
+        False,
+        "result",
+        "run forward passes in float16 (autocast), with scaled losses",
+        was={"mixed_precision": is_precision("fp16")},
+    )
     torch_compile: bool = flag(
         False,
         "result",
@@ -258,7 +293,7 @@ class RunArguments(OutputArguments):
     help_groups = {"overwrite_output_dir": "Output"}
 
     overwrite_output_dir: bool = flag(
-        False, "place", "start anew, and replace what another run of this command wrote to output_dir"
+        False, "place", "start anew, and replace what another run of this command wrote to output_dir", was="overwrite"
     )
 
 

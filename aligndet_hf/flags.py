@@ -2,12 +2,15 @@
 What is known of flags, without importing anything heavy.
 
 A fact about a flag stands at the flag, in the metadata of its field: `help`; `role`, one of [`ROLES`]; `range` (see
-`ranges`); and `is_path`, where the value may be a path (see [`local_paths`]).
+`ranges`); `is_path`, where the value may be a path (see [`local_paths`]); and `was`, what the last release called it
+(see [`takes_old_names`]).
 """
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,7 @@ def flag(default: Any, role: str, help: str, **more: Any) -> Any:
         default: Its value if it is not given; lists and mappings are copied. [`REQUIRED`] for one that must be given.
         role (`str`): One of [`ROLES`].
         help (`str`): Its help.
-        more: Further entries of the metadata, such as `range`.
+        more: Further entries of the metadata, such as `range` and `was`.
     """
     start = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
     return dataclasses.field(**start, metadata={"role": role, "help": help, **more})
@@ -117,6 +120,51 @@ def local_paths(arguments) -> set[str]:
         if item.metadata.get("is_path")
     }
     return {name for name, value in given.items() if isinstance(value, str) and Path(value).expanduser().exists()}
+
+
+def old_names(cls: type) -> dict[str, dict[str, Callable]]:
+    """
+    What the last release called the flags of a dataclass of arguments.
+
+    Returns:
+        `dict[str, dict[str, Callable]]`: for every old name the flags that it stands for, and what makes the value of
+        each from the value of the old one.
+    """
+    found: dict[str, dict[str, Callable]] = {}
+    for item in dataclasses.fields(cls):
+        was = item.metadata.get("was", {})
+        for name, convert in ({was: same_value} if isinstance(was, str) else was).items():
+            found.setdefault(name, {})[item.name] = convert
+    return found
+
+
+def takes_old_names(cls: type) -> type:
+    """Class decorator of a dataclass of arguments: it takes the names of the last release as well, with a notice."""
+    init, old = cls.__init__, old_names(cls)
+
+    @functools.wraps(init)
+    def with_old_names(self, *args, **given):
+        for name in sorted(set(given) & set(old)):
+            value = given.pop(name)
+            for now, convert in old[name].items():
+                if given.get(now, convert(value)) != convert(value):
+                    raise ValueError(f"{name}={value!r} is called {now} now, and {now}={given[now]!r}: give one")
+                given[now] = convert(value)
+            tell_new_names(name, old[name])
+        init(self, *args, **given)
+
+    cls.__init__ = with_old_names
+    return cls
+
+
+def tell_new_names(name: str, now: Iterable[str]) -> None:
+    """Says on stderr what an old name is called now."""
+    print(f"note: {name} is called {' or '.join(now)} now; the next release refuses {name}", file=sys.stderr)
+
+
+def same_value(value: Any) -> Any:
+    """What a flag that only got another name makes of its value."""
+    return value
 
 
 def given_flags(arguments) -> dict[str, Any]:

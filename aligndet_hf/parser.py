@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from .flags import nearest, roles
+from .flags import nearest, old_names, roles, same_value, tell_new_names
 from .recipes import find_recipe
 
 REQUIRED = "Required"
@@ -48,7 +48,8 @@ def parse_arguments(cls: type, argv: list[str], prog: str = "aligndet", descript
         parser.set_defaults_from(config)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = parser._option_string_actions
+        actions = [action for action in parser._actions if not isinstance(action, OldName)]
+        flags = [option for action in actions for option in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
     return cls(**vars(namespace))
 
@@ -77,6 +78,9 @@ class ArgumentParser(HfArgumentParser):
         common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML recipe of these flags")
         common.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="for a bug report")
         self._add_dataclass_arguments(cls)
+        self.old_names = old_names(cls)
+        for name, now in self.old_names.items():
+            self._add_old_name(name, now)
         if self.inherited._group_actions and not show_all:
             self.epilog = "Most flags of transformers.TrainingArguments are accepted as well; --help-all lists them."
 
@@ -98,6 +102,13 @@ class ArgumentParser(HfArgumentParser):
             if is_complement or not is_listed:
                 action.help = argparse.SUPPRESS
 
+    def _add_old_name(self, name: str, now: dict):
+        """Accept what the last release called a flag, without listing it."""
+        [action, *others] = [action for action in self._actions if action.dest in now]
+        like = {} if others or now[action.dest] is not same_value else {"type": action.type, "nargs": action.nargs}
+        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        self.add_argument(*names, action=OldName, now=now, const=action.const, default=argparse.SUPPRESS, **like)
+
     def set_defaults_from(self, config: str):
         """Make the values of a YAML file the defaults, as if they had been given as flags."""
         config = find_recipe(config)
@@ -113,16 +124,18 @@ class ArgumentParser(HfArgumentParser):
         for action in required:
             action.required = False  # While only the recipe is parsed.
         for key, value in values.items():
-            if key not in self.fields:
+            if key not in self.fields and key not in self.old_names:
                 raise ValueError(f"{config}: unknown key {key!r}{nearest(str(key), self.fields)} of {self.prog}")
             if value is not None and value != []:
                 try:
-                    value = getattr(self.parse_args(_as_flags(key, value)), key)
+                    parsed = self.parse_args(_as_flags(key, value))
                 except ValueError as error:
                     raise ValueError(f"{config}: {error}") from error
-            self.set_defaults(**{key: value})
+                self.set_defaults(**{name: getattr(parsed, name) for name in self.old_names.get(key, [key])})
+            else:
+                self.set_defaults(**dict.fromkeys(self.old_names.get(key, [key]), value))
         for action in required:
-            action.required = action.dest not in values
+            action.required = not any(action.dest in self.old_names.get(key, [key]) for key in values)
 
     def error(self, message: str):
         """One line, with the flag by the name that our messages have for it."""
@@ -131,6 +144,21 @@ class ArgumentParser(HfArgumentParser):
             what = {"int": "a whole number", "float": "a number"}.get(kind, f"of the type {kind}")
             message = f"{name}: {value} is not {what}" + "; give several with spaces between them" * ("," in value)
         raise ValueError(message)
+
+
+class OldName(argparse.Action):
+    """A flag by the name that the last release had for it."""
+
+    def __init__(self, option_strings, dest, now: dict, **kwargs):
+        super().__init__(option_strings, argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs)
+        self.now = now
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for name, convert in self.now.items():
+            setattr(namespace, name, convert(values))
+        for action in parser._actions:
+            action.required &= action.dest not in self.now
+        tell_new_names(option_string, [f"--{name}" for name in self.now])
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -72,7 +72,7 @@ def test_each_function_takes_what_the_one_before_returned(labelled, detector, tm
             **QUICK | QUICK_TUNING,
         )
     )
-    measured = {"dataset": labelled, "use_cpu": True, "disable_tqdm": True}
+    measured = {"dataset": labelled, "device": "cpu", "disable_tqdm": True}
     metrics = aligndet_hf.evaluate(aligndet_hf.EvaluateArguments(detector=tuned, **measured))
     assert metrics["AP"] == pytest.approx(tuned.metrics["AP"])
     splits = datasets.DatasetDict(a=images.select([0]), b=images.select([1, 2]))
@@ -90,7 +90,7 @@ def test_a_stream_is_pre_trained_on(proposal_folder, detector, tmp_path):
 
 
 def test_a_model_is_measured_with_an_image_processor(labelled, detector):
-    arguments = {"detector": detector, "dataset": labelled, "use_cpu": True, "disable_tqdm": True}
+    arguments = {"detector": detector, "dataset": labelled, "device": "cpu", "disable_tqdm": True}
     with pytest.raises(ValueError, match="give `image_processor`"):
         aligndet_hf.evaluate(aligndet_hf.EvaluateArguments(**arguments))
     processor = build_image_processor(detector, 64)

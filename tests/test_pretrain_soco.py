@@ -134,9 +134,9 @@ def stop_after(step, run, monkeypatch):
         pretrain(run)
 
 
-@pytest.mark.parametrize("optimizer, decay", [("adamw_torch_fused", 0.0), ("lars", 1e-4)])
+@pytest.mark.parametrize("optimizer, decay", [("adamw", 0.0), ("lars", 1e-4)])
 def test_an_interrupted_run_ends_with_the_same_weights(arguments, tmp_path, monkeypatch, optimizer, decay):
-    settings = {"optim": optimizer, "weight_decay": decay, "max_steps": 6, "save_steps": 2}
+    settings = {"optimizer": optimizer, "weight_decay": decay, "max_steps": 6, "save_steps": 2}
     whole = pretrain(arguments(**settings, output_dir=str(tmp_path / "whole")))
     stop_after(3, arguments(**settings), monkeypatch)
     resumed = pretrain(arguments(**settings))
@@ -212,7 +212,7 @@ def test_what_is_not_given_depends_on_the_method_and_its_variant():
         ({"soco_config": {"backbone_config": {}}}, "unknown .'backbone_config'"),
         ({"method": "aligndet"}, "soco_config is for --method soco, this is aligndet"),
         ({"aligndet_config": {"projection_dim": 8}}, "aligndet_config is for --method aligndet, this is soco"),
-        ({"optim": "lars", "weight_decay": 0.0}, "weight_decay must be positive"),
+        ({"optimizer": "lars", "weight_decay": 0.0}, "weight_decay must be positive"),
     ],
 )
 def test_arguments_are_checked_at_once(arguments, wrong, message):

@@ -13,7 +13,7 @@ from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
 from ..files import write_json
-from ..flags import REQUIRED, flag
+from ..flags import REQUIRED, flag, takes_old_names
 from ..hub import HubArguments
 from ..ranges import COUNT, check_values
 from ..runs import RunFolder
@@ -25,6 +25,7 @@ _TEMPLATE = Path(__file__).with_name("conversion_card_template.md")
 FILES = {"mmdet": "mmdet.pth", "torchvision": "torchvision.safetensors"}
 
 
+@takes_old_names
 @dataclass(kw_only=True)
 class ConvertArguments(RunArguments):
     """Arguments of [`convert`]: the flags of `aligndet convert` and the keys of its recipes."""
@@ -37,6 +38,7 @@ class ConvertArguments(RunArguments):
         "published file of a detector: .pth, .pkl or .safetensors; with --to, folder or Hub id. The flag can be "
         "written --from",
         aliases=["--from"],
+        was="source",
     )
     family: str | None = flag(
         None, "start", "the family that it becomes, where its tensors leave a choice; recognised if not given"
@@ -56,6 +58,7 @@ class ConvertArguments(RunArguments):
         "result",
         "size to measure and to deploy with: the shorter side in pixels to which the image processor resizes images",
         range=COUNT,
+        was="image_size",
     )
 
     output_dir: str = again(

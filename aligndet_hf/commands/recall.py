@@ -17,7 +17,7 @@ from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..data.splits import spread_rows
 from ..files import write_json
-from ..flags import flag
+from ..flags import flag, takes_old_names
 from ..objects import name_objects
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
@@ -37,6 +37,7 @@ RELATIVE_SIZES = {"below 0.1": (0, 0.1), "0.1 to 0.3": (0.1, 0.3), "above 0.3": 
 _NAMES = {name: f"{name} of the image's size" for name in RELATIVE_SIZES}
 
 
+@takes_old_names
 @dataclass(kw_only=True)
 class RecallArguments(MeasureArguments, ProgressArguments, DatasetArguments):
     """Arguments of [`measure_recall`]: the flags of `aligndet recall` and the keys of its recipes."""

@@ -13,7 +13,7 @@ import yaml
 from accelerate.utils import recursively_apply
 
 from ..cli import COMMANDS
-from ..flags import names_of, nearest
+from ..flags import names_of, nearest, old_names
 from ..parser import parse_arguments
 from ..recipes import find_recipe
 from .inputs import inputs_of
@@ -217,6 +217,7 @@ def _merged_settings(
     settings = merged(settings, {key: value for key, value in given.items() if key not in ("command", "config")})
     # The place of a stage is the pipeline's affair, and one stage done anew would leave those after it behind.
     place = names_of(arguments_class(command), "place")
+    place |= {name for name, now in old_names(arguments_class(command)).items() if place & set(now)}
     if reserved := sorted(place & set(settings)):
         raise ValueError(
             f"stage {name!r}: {reserved[0]} cannot be set. Stages write to folders of the pipeline's output_dir; to "
@@ -265,7 +266,8 @@ def arguments_class(command: str) -> type:
 
 def fields_of(command: str) -> set[str]:
     """The names of a command's flags."""
-    return {item.name for item in dataclasses.fields(arguments_class(command)) if item.init}
+    cls = arguments_class(command)
+    return {item.name for item in dataclasses.fields(cls) if item.init} | set(old_names(cls))
 
 
 def _substitute(value, look_up: Callable[[str], Any]):

@@ -21,12 +21,13 @@ from ..data.augmentations import AUGMENTATIONS
 from ..data.bit_depth import parse_rule
 from ..detectors.build import DetectorArguments, has_random_backbone
 from ..evaluation.coco_metrics import MASK_SUMMARY, SUMMARY
-from ..flags import flag, given_flags, names_of, nearest
+from ..flags import flag, given_flags, names_of, nearest, takes_old_names
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range, check_values
 
 
+@takes_old_names
 @dataclass(kw_only=True)
 class FinetuneArguments(
     HubModelArguments,
@@ -113,7 +114,7 @@ class FinetuneArguments(
         range=Range(0, 1, above=True, below=True),
     )
     dataloader_num_workers: int = again(LoadingArguments, "dataloader_num_workers", default=2)
-    per_device_eval_batch_size: int = again(InferenceArguments, "per_device_eval_batch_size")
+    per_device_eval_batch_size: int = again(InferenceArguments, "per_device_eval_batch_size", was={})
     dataloader_persistent_workers: bool = flag(True, "run", "keep these processes from one epoch to the next")
     dataloader_drop_last: bool = flag(
         True, "result", "leave out the images of an epoch that do not fill a batch, others each time"

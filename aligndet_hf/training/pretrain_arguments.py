@@ -14,7 +14,7 @@ from ..arguments import (
     again,
 )
 from ..detectors.build import DetectorArguments
-from ..flags import flag, given_flags
+from ..flags import flag, given_flags, takes_old_names
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import COUNT, POSITIVE, check_values
@@ -38,6 +38,7 @@ DEFAULTS = {
 }
 
 
+@takes_old_names
 @dataclass(kw_only=True)
 class PretrainArguments(
     HubModelArguments,
@@ -114,7 +115,10 @@ class PretrainArguments(
 
     per_device_train_batch_size: int = again(OptimisationArguments, "per_device_train_batch_size", default=2)
     optim: Literal["adamw_torch_fused", "lars"] = flag(
-        "adamw_torch_fused", "result", "optimizer; `lars` is for large batches: SGD with a rate for each layer"
+        "adamw_torch_fused",
+        "result",
+        "optimizer; `lars` is for large batches: SGD with a rate for each layer",
+        was={"optimizer": lambda value: {"adamw": "adamw_torch_fused"}.get(value, value)},
     )
     learning_rate: float = again(OptimisationArguments, "learning_rate", default=2e-4, range=POSITIVE)
     decay_norms_and_biases: bool = flag(True, "result", "decay one-dimensional parameters too")
