@@ -146,9 +146,8 @@ class StreamBatches(StepBatches):
     loader: DataLoader
     num_batches: int
 
-    @property
-    def global_batch_size(self) -> int:
-        return self.stream.batch_size * self.stream.num_readers // self.stream.readers_here
+    def __post_init__(self):
+        self.global_batch_size = self.stream.batch_size * self.stream.num_readers // self.stream.readers_here
 
     def __len__(self) -> int:
         return self.num_batches
