@@ -61,7 +61,7 @@ class EmbeddingsArguments(
         True, "result", "add the first detector as it was before pre-training: random but for its backbone"
     )
     output_dir: str = again(OutputArguments, "output_dir", help=f"folder for {PICTURE} and {RESULTS}")
-    split: str = again(LabelledArguments, "split", default="validation", help="split of the dataset")
+    split: str | None = again(LabelledArguments, "split", default="validation", help="split of the dataset")
     max_objects: int = again(NeighborArguments, "max_objects", default=2000)
     seed: int = again(
         OptimisationArguments, "seed", help="seed of the choice, of t-SNE, and of the untrained detector"

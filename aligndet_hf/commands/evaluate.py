@@ -35,7 +35,7 @@ class EvaluateArguments(MeasureArguments, InferenceArguments, LabelledArguments,
     image_processor: str | None = flag(
         None, "start", "folder or Hub id of another image processor; needed for a detector that is given as an object"
     )
-    split: str = again(LabelledArguments, "split", default="validation", help="split of the dataset")
+    split: str | None = again(LabelledArguments, "split", default="validation", help="split of the dataset")
 
     output_dir: str | None = again(
         MeasureArguments, "output_dir", help="folder for results.json, diagnosis.json, report.html and what follows"

@@ -72,7 +72,7 @@ class PseudolabelArguments(
     dataset: str = again(
         LabelledArguments, "dataset", help="unlabelled images: folder, label file or Hub id; labels are not used"
     )
-    split: str = again(LabelledArguments, "split", default="train", help="split of the dataset")
+    split: str | None = again(LabelledArguments, "split", default="train", help="split of the dataset")
     labelled_dataset: str | None = flag(None, "data", "what the teacher learned from; `dataset` if not given")
     labelled_split: str = flag("train", "data", "its split")
     label_fraction: float = again(

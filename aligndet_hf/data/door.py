@@ -280,8 +280,8 @@ def is_output(folder: str | Path) -> bool:
 
 def visit(root: str | Path, is_wanted: Callable[[str], bool] = is_image_name) -> Iterator[tuple[str, str | None]]:
     """
-    Goes through the files of a folder, in a fixed order: its own by name, then those of its folders, without hidden
-    ones (`.ipynb_checkpoints` and the like) and what commands have written there.
+    Goes through the files of a folder, in a fixed order: its own by name, then the files of its folders, without
+    hidden ones (`.ipynb_checkpoints` and the like) and what commands have written there.
 
     Links to folders are not followed: those in `root` are met anyway, and what lies elsewhere is not read.
 

@@ -99,7 +99,7 @@ class FinetuneArguments(
         "output",
     ) | {"hub_token": "secret"}  # fmt: skip
 
-    split: str = again(LabelledArguments, "split", default="train", help="split of the dataset")
+    split: str | None = again(LabelledArguments, "split", default="train", help="split of the dataset")
     pseudo_dataset: str | None = flag(
         None,
         "data",

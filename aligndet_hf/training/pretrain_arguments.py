@@ -54,7 +54,7 @@ class PretrainArguments(
 
     help_groups = {"streaming": "Data", "preset": "Method", "optim": "Optimisation", "report_to": "Output"}
 
-    split: str = again(DatasetArguments, "split", default="train", help="split of the dataset")
+    split: str | None = again(DatasetArguments, "split", default="train", help="split of the dataset")
     streaming: bool = flag(False, "data", "read the dataset as a stream instead of downloading it; needs max_steps")
     stream_buffer: int = flag(
         256, "data", "streaming: shuffle this many images together, in each data loading process", range=COUNT

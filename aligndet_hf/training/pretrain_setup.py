@@ -55,7 +55,7 @@ def compared_configuration(arguments: PretrainArguments, accelerator: Accelerato
 
 def open_stream(arguments: PretrainArguments) -> tuple[datasets.IterableDataset, BoxReport, dict]:
     """The dataset as a stream, a validation of its first rows, and what tells it from another one."""
-    stream, version = load_stream(arguments.dataset, arguments.split)
+    stream, version = load_stream(arguments.dataset, arguments.split or "train")
     require_columns(stream, ["proposals"], arguments.dataset)
     source = f"{arguments.dataset}, its first rows"
     report = validate_proposals(first_rows(stream, CHECKED_ROWS), source, with_clusters=arguments.use_clusters)

@@ -5,7 +5,7 @@ Every reader has the same three names:
 
 - `NAME` (`str`): what to call the format.
 - `find(path)` -> `dict`: the splits of a file or folder in the format, as `train`, `validation`, `test` where their
-  names say so, and what each is read from; empty for other files and folders, of which it reads as little as it can.
+  names say so, and what each is read from; empty for other files and folders. It reads as little of them as it can.
 - `read(path, found, splits, image_dir)` -> [`~aligndet_hf.data.readers.rows.Labels`]: of what `find` has found, the
   images of these splits with their objects, and the categories of the whole data set. `saved` has no need of it.
 
