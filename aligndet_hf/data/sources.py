@@ -76,10 +76,8 @@ def _open_column(column: str, selection: dict) -> Search:
         height, width = image.shape[:2]
         fields = row[column] or {"bbox": []}
         boxes, kept = clean_boxes(fields["bbox"], width, height)
-        proposals = {
-            "bbox": boxes,
-            "score": _in_order(boxes),
-        }  # boxes without scores, labels for one, keep their order
+        # Boxes without scores, labels for one, keep their order.
+        proposals = {"bbox": boxes, "score": _in_order(boxes)}
         for name, dtype in {"score": np.float32, "cluster": np.int32}.items():
             if name in fields:
                 proposals[name] = np.asarray(fields[name], dtype=dtype)[kept]

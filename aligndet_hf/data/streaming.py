@@ -34,11 +34,12 @@ def load_stream(source: str | Path, split: str) -> tuple[datasets.IterableDatase
     Raises:
         [`DataError`]: if there is no such source, split or column.
     """
+    is_remote = not isinstance(source, Given) and not is_local_images(source)
     if isinstance(source, Given):
         value = source.value[split] if isinstance(source.value, dict) else source.value
         stream = value if isinstance(value, datasets.IterableDataset) else value.to_iterable_dataset(_LOCAL_SHARDS)
         version = str(source)
-    elif is_local_images(source):
+    elif not is_remote:
         dataset = load_dataset_source(source, split)
         stream, version = dataset.to_iterable_dataset(min(len(dataset), _LOCAL_SHARDS)), dataset._fingerprint
     else:
@@ -54,7 +55,7 @@ def load_stream(source: str | Path, split: str) -> tuple[datasets.IterableDatase
     require_columns(stream, ["image"], str(source))
     digest = hashlib.blake2b(version.encode(), digest_size=16).hexdigest()
     stream = stream.cast_column("image", datasets.Image(decode=False))
-    if not isinstance(source, Given) and not is_local_images(source):
+    if is_remote:
         own = partial(_own_images, roots=hub_roots(source), source=str(source))
         stream = stream.with_format("arrow").map(own, batched=True, batch_size=_ROWS_AT_ONCE, features=stream.features)
     return stream, digest
