@@ -32,6 +32,8 @@ def is_cpu(device: Any) -> bool:
     kind, _, index = str(device or "cuda").partition(":")
     if index not in ("", "0"):
         raise ValueError(f"device {device} is chosen by the variable CUDA_VISIBLE_DEVICES={index} now")
+    if kind not in ("cpu", "cuda", "gpu", "mps", "auto"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
     return kind == "cpu"
 
 

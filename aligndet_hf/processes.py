@@ -1,5 +1,7 @@
 """What processes that train together tell each other: means of numbers, and each other's rows; whom they obey."""
 
+import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,12 +11,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 
 def device_of(use_cpu: bool) -> str:
     """What a network runs on: a GPU if there is one, each process of this machine on its own; or else the CPU."""
+    if not use_cpu:
+        _tell_without_gpu()
     if not use_cpu and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     return "mps" if not use_cpu and torch.backends.mps.is_available() else "cpu"
+
+
+@functools.cache
+def _tell_without_gpu() -> None:
+    """Warns, once a process, where a GPU would be used if there were one."""
+    if not torch.accelerator.is_available() and os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "There is no GPU that torch %s can use: this runs on the CPU. Give --use_cpu if that is meant; if there "
+            "is a GPU, install torch for it (https://pytorch.org/get-started).",
+            torch.__version__,
+        )
 
 
 def require_one_gpu(visible: int, command: str) -> None:

@@ -26,6 +26,7 @@ except ImportError:  # Windows, where nothing keeps a second process out
     fcntl = None
 
 RECORD, LOCK = "run.json", ".lock"
+_BESIDE = (".log", ".txt", ".out", ".err", ".yaml", ".yml", ".sh")  # consoles and recipes, which may be there before
 _AGAIN_SECONDS = 0.1  # after which a signal comes again that met a finalizer
 
 
@@ -43,11 +44,11 @@ class RunFolder:
     The folder of a run, for as long as a command writes there: a context manager that keeps other processes out.
 
     Inside it, [`claim`] says whose run it is; before that nothing is written. A folder is
-    - new without a record, and without anything that the command would write. Other files may lie there; they stay;
+    - new without a record, and with nothing but hidden files, texts and recipes, folders of runs and empty ones;
     - resumable with the record of the same run, and finished if `result` is there too;
     - another run's with another record: refused, or cleared with `overwrite`. A run that has left nothing to go on
       from is no run yet, and gives way;
-    - foreign without a record, but with files of names that the command writes: refused, whatever is asked for.
+    - foreign without a record, but with anything else, such as photographs: refused, whatever is asked for.
 
     Args:
         output_dir (`str` or `Path`): The folder.
@@ -188,6 +189,8 @@ class RunFolder:
     def _enter(self) -> None:
         self._is_main = True
         try:
+            if self.written and not (self.path / RECORD).exists():  # before any work
+                self._refuse_foreign(self.path)
             self.work.mkdir(parents=True, exist_ok=True)
             self._descriptor = _acquire(self.work / LOCK)
         except OSError as error:
@@ -218,7 +221,7 @@ class RunFolder:
             raise OSError(f"cannot write to the output folder {self.path}: {reason}") from self._hindrance
         record, changes = self._read(self.work), {}
         if record is None:
-            self._refuse_foreign(self.work, self._found() if not self.aside else self._content(self.work))
+            self._refuse_foreign(self.work)
         else:
             changes = _differences(record, parts, self._places)
             refused = changes.keys() - may_change
@@ -256,7 +259,7 @@ class RunFolder:
                 raise ValueError(f"{self.path} is a file: choose another output_dir")
             if os.path.ismount(self.path):
                 raise ValueError(f"nothing can take the place of {self.path}, a mount point: choose a folder in it")
-            self._refuse_foreign(self.path, self._content(self.path))
+            self._refuse_foreign(self.path)
         elif _differences(record, parts, self._places):
             if not self.overwrite:
                 raise ValueError(self._refusal(self.path, _differences(record, parts)))
@@ -312,13 +315,17 @@ class RunFolder:
             remove(path)
         (self.work / RECORD).unlink(missing_ok=True)
 
-    def _refuse_foreign(self, folder: Path, found: list[Path]) -> None:
+    def _refuse_foreign(self, folder: Path) -> None:
+        found = self._content(folder)
+        if not self.aside:  # what the command would write, and what is nobody's run
+            own = set(self._found())
+            found = [path for path in found if path in own or not _is_harmless(path)]
         found = [path for path in found if path.name != UNFINISHED + RECORD]  # of a run that ended as it began
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise ValueError(
                 f"{folder} holds {found[0].name}{more}, but no {RECORD}: it was not written by `aligndet "
-                f"{self.command}`. Choose another output_dir, or empty this one."
+                f"{self.command}`. Choose a new output_dir: another folder, or one in this folder."
             )
 
     def _refusal(self, folder: Path, changes: dict[str, tuple], may_change: set[str] = frozenset()) -> str:
@@ -350,6 +357,13 @@ def measuring_folder(output_dir: str | Path | None, command: str, written: Itera
         yield Path(output_dir)
         for path, *_ in before & folder.state_of(written):
             remove(path)
+
+
+def _is_harmless(path: Path) -> bool:
+    """Whether a file or folder may lie where a run begins, which no command needs to have written."""
+    if path.is_dir() and not path.is_symlink():
+        return (path / RECORD).is_file() or all(map(_is_harmless, path.iterdir()))
+    return path.name.startswith(".") or path.name.endswith(_BESIDE)
 
 
 def _is_in_finalizer(frame: FrameType | None) -> bool:

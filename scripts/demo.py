@@ -76,9 +76,8 @@ def main(output: Path) -> None:
     )
 
     if has_matplotlib():
-        measure_recall(
-            RecallArguments(dataset=str(output / "proposals"), output_dir=str(output), num_pictures=8, num_boxes=8)
-        )
+        arguments = {"output_dir": str(output / "recall"), "num_pictures": 8, "num_boxes": 8}
+        measure_recall(RecallArguments(dataset=str(output / "proposals"), **arguments))
 
     banner("2. pre-training of the whole detector")
     pretrained = pretrain(

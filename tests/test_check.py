@@ -13,7 +13,6 @@ from aligndet_hf.commands.check import CheckArguments, check
 from aligndet_hf.commands.finetune import finetune
 from aligndet_hf.data.checks import leak_note, metric_note, objects_per_image, query_note, same_images
 from aligndet_hf.data.formats import load_dataset_source
-from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
 
 
@@ -119,14 +118,6 @@ def test_a_split_that_cannot_be_read_hides_no_other_one(tmp_path):
     (tmp_path / "x" / "train" / "metadata.jsonl").write_text("{")
     report = run(tmp_path / "x", find_copies=False)
     assert len(report.splits["train"].problems) == 1 and "line 1" in report.splits["train"].problems[0]
-
-
-def test_label_files_of_an_unknown_format_are_noted(tmp_path, capsys):
-    write_synthetic_folder(tmp_path / "data", {"train": 1}, seed=0, image_size=(32, 32))
-    (tmp_path / "data" / "train" / "metadata.jsonl").unlink()
-    (tmp_path / "data" / "train" / "labels.txt").write_text("cat here")
-    assert check(CheckArguments(dataset=str(tmp_path / "data"), disable_tqdm=True)).exit_code == 0
-    assert "note: " in (said := capsys.readouterr().out) and "labels in a format that is known" in said
 
 
 def test_nothing_there(tmp_path, capsys, monkeypatch):
@@ -239,3 +230,18 @@ def test_finetune_tells_it_before_it_starts(tmp_path, capsys):
     start = text[: text.index("Fine-tuning on 2 images")]
     assert "note: 2 of 2 images have more objects, up to 4, than the detector has queries (3)" in start
     assert "note: 2 of the 2 images to measure on" in start and "ids 0, 1" in start
+
+
+@pytest.mark.parametrize("name, exit_code", [("labels.csv", 1), ("0.txt", 1), ("README.txt", 0)])
+def test_labels_in_no_known_format_are_a_problem(tmp_path, name, exit_code):
+    write_image(tmp_path / "x" / "0.png", 0)
+    (tmp_path / "x" / name).write_text("a,b\nc,d\n")
+    report = run(tmp_path / "x")
+    assert report.exit_code == exit_code
+    assert not exit_code or f"its files {name} are no labels in a format that is known" in report.all_problems[0]
+
+
+def test_a_folder_without_images_is_not_sound(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("no labels")
+    assert main(["check", "--dataset", str(tmp_path), "--disable_tqdm", "true"]) == 1
+    assert "nothing was recognised in it. Give a folder of images, or labels as JSON of" in capsys.readouterr().out

@@ -113,6 +113,9 @@ def test_texts(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DataError, match=r"b\.txt: not a text in UTF-8"):
         door.read_text(tmp_path / "b.txt")
+    (tmp_path / "c.xml").write_bytes(b'<?xml version="1.0" encoding="klingon"?>')
+    with pytest.raises(DataError, match=r"c\.xml: not a text in KLINGON"):
+        door.read_text(tmp_path / "c.xml")
 
 
 def test_addresses_are_not_fetched():
@@ -172,7 +175,7 @@ def test_links(root, canary):
     assert left_out == {
         "a link to a folder outside: give that folder itself": ["other"],
         "a link to nothing": ["loop.png"],
-        "a link to a file outside the folder": ["x.png"],
+        "a link to a file outside the folder: give the folder of that file": ["x.png"],
     }
 
 
@@ -309,7 +312,7 @@ def test_an_image_folder_tells_what_it_leaves_out(root, canary, caplog):
     assert len(load_dataset_source(root)) == 2
     if ".heic" not in door.image_suffixes():
         assert "left out: 1 (HEIC needs a plug-in of Pillow: pip install pillow-heif): y.heic" in caplog.text
-    assert "left out: 1 (a link to a file outside the folder): x.png" in caplog.text
+    assert "left out: 1 (a link to a file outside the folder: give the folder of that file): x.png" in caplog.text
 
 
 def test_missing_and_damaged_files_of_a_label_file_are_listed_together(root):

@@ -159,6 +159,8 @@ def test_an_old_name_beside_the_new_one_is_an_error():
         CLASSES["pretrain"](**given("pretrain"), mixed_precision="int8")
     with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1"):
         CLASSES["evaluate"](**values, device="cuda:1")
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got 'cdua'"):
+        CLASSES["evaluate"](**values, device="cdua")
     with pytest.raises(TypeError, match="unexpected keyword argument 'num_worker'"):
         CLASSES["evaluate"](**values, num_worker=1)
 

@@ -1,5 +1,6 @@
 """One list of images from files, folders, patterns, videos, data sets and memory."""
 
+import os
 import pickle
 
 import cv2
@@ -120,3 +121,14 @@ def test_names_of_a_data_set_stay_inside_the_output():
     rows = {"image": [PIL.Image.new("RGB", (8, 8))] * len(names), "file_name": names}
     found = list_images(datasets.Dataset.from_dict(rows)).names
     assert found == ["etc/a.png", "b.png", "mine/c.png", "12:30.png", "000004.jpg", "000005.jpg"]
+
+
+def test_a_folder_of_links_to_elsewhere_says_what_to_give(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "links").mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.jpg")
+    os.symlink(tmp_path / "photos" / "a.jpg", tmp_path / "links" / "a.jpg")
+    with pytest.raises(
+        DataError, match=r"no image to look at. .*links/a.jpg: a link to a file outside .*: give the fol"
+    ):
+        list_images(tmp_path / "links")

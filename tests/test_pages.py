@@ -126,27 +126,36 @@ def results_of(aps: dict[str, dict[float, list[float]]], **protocol) -> dict:
          "(a hint: 3 seeds of equal arms agree by chance in 25 % of all comparisons)"),
         ([0.2] * 6, [0.1] * 6, "is below plain in every seed, by 10.0 points of AP, with 10 % of the labels"),
         ([0.2, 0.2], [0.3, 0.1], "cannot be told from plain with 10 % of the labels, where the seeds disagree"),
-        ([0.2], [0.3], "differs from plain by +10.0 with 10 % of the labels, where one seed decides nothing"),
+        ([0.2], [0.3], "differs from plain by +10.0 in one seed, with 10 % of the labels. One seed decides nothing"),
         ([0.01] * 3, [0.04] * 3,
          "cannot be compared with plain with 10 % of the labels: the AP of both is below 5, so that nothing can be "
          "concluded"),
     ],
 )  # fmt: skip
 def test_the_verdict_says_what_was_shown_and_no_more(plain, ours, told):
-    assert verdict(results_of({"plain": {0.1: plain}, "ours": {0.1: ours}})) == [f"ours {told}."]
+    assert " ".join(verdict(results_of({"plain": {0.1: plain}, "ours": {0.1: ours}}))) == f"ours {told}."
+
+
+def test_one_seed_is_said_once_for_all_arms():
+    told = verdict(results_of({"plain": {0.1: [0.2]}, "ours": {0.1: [0.3]}, "other": {0.1: [0.1]}}))
+    assert told == [
+        "ours differs from plain by +10.0 in one seed, with 10 % of the labels.",
+        "other differs from plain by -10.0 in one seed, with 10 % of the labels.",
+        "One seed decides nothing.",
+    ]
 
 
 def test_a_verdict_on_several_shares_and_arms():
     plain = {0.01: [0.01, 0.02], 0.1: [0.2, 0.2], 0.5: [0.3, 0.3], 1.0: [0.4, 0.4]}
     ours = {0.01: [0.02, 0.03], 0.1: [0.21, 0.22], 0.5: [0.34, 0.34], 1.0: [0.4, 0.41]}
-    first, second = verdict(results_of({"plain": plain, "ours": ours, "other": {1.0: [0.5]}}, max_steps=9))
+    first, second, _ = verdict(results_of({"plain": plain, "ours": ours, "other": {1.0: [0.5]}}, max_steps=9))
     assert first == (
         "ours, not under the same protocol, is above plain in every seed, by 1.5 to 4.0 points of AP, with 10 % and "
         "50 % of the labels; it cannot be told from plain with 100 % of the labels, where the seeds disagree; it "
         "cannot be compared with plain with 1 % of the labels: the AP of both is below 5, so that nothing can be "
         "concluded (a hint: 2 seeds of equal arms agree by chance in 50 % of all comparisons)."
     )
-    assert second.startswith("other, not under the same protocol, differs from plain by +10.0 with 100 %")
+    assert second.startswith("other, not under the same protocol, differs from plain by +10.0 in one seed, with 100 %")
     results = results_of({"plain": {0.1: [0.2, 0.2]}, "ours": {0.1: [0.3, 0.3]}})
     results["statistics"]["0.1"]["ours"]["gain"]["image_interval"] = [-0.01, 0.2]
     assert "; with 10 % of the labels, other evaluation images could say the opposite (a hint" in verdict(results)[0]

@@ -849,6 +849,62 @@ def test_key_points_of_yolo_follow_the_box(tmp_path):
     assert load_dataset_source(tmp_path, "train")[0]["objects"]["bbox"] == [[10, 12, 20, 6]]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "iso-8859-1"])
+@pytest.mark.parametrize("name", ["labels.json", "labels.xml", "labels.csv", "classes.txt", "metadata.jsonl"])
+def test_label_files_in_other_encodings(tmp_path, name, encoding):
+    write_image(tmp_path / "a.png", (64, 48), 0)
+    coco = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "café"}]}
+    coco["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>4</xmax><ymax>6</ymax></bndbox>"
+    text = {
+        "labels.json": json.dumps(coco, ensure_ascii=False),
+        "labels.xml": f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>\n<annotation><filename>a.png'
+        f"</filename><object><name>café</name>{box}</object></annotation>",
+        "labels.csv": "image,class,xmin,ymin,xmax,ymax\na.png,café,1,2,4,6\n",
+        "classes.txt": "café\n",
+        "metadata.jsonl": '{"file_name": "a.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": ["café"]}}\n',
+    }[name]
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    if name == "classes.txt":
+        (tmp_path / "a.txt").write_bytes(f"0 {2.5 / 64} {4 / 48} {3 / 64} {4 / 48}\n".encode(encoding))
+    if encoding == "iso-8859-1" and name != "labels.xml":  # nothing says what it is
+        with pytest.raises(DataError, match=f"{name}: not a text in UTF-8 .* Save it in UTF-8"):
+            load_dataset_source(tmp_path)
+        return
+    dataset = load_dataset_source(tmp_path)
+    assert np.allclose(dataset[0]["objects"]["bbox"], [[1, 2, 3, 4]])
+    assert category_names(dataset) == ["café"]
+
+
+@pytest.mark.parametrize(
+    "image, labels", [("Images/Train/a.JPG", "Labels/Train/a.TXT"), ("Train/Images/a.JPG", "Train/Labels/a.TXT"),
+    ("images/Train/a.Jpeg", "Labels/train/a.txt"), ("TRAIN/a.PNG", "TRAIN/a.xml"),
+    ("Train/a.JPG", "Train_labels.csv"), ("Images/Train/a.JPG", "Annotations/Train.json")],
+)  # fmt: skip
+def test_folders_of_splits_in_capitals(tmp_path, image, labels):
+    texts = {
+        ".txt": f"0 {2.5 / 64} {4 / 48} {3 / 64} {4 / 48}\n",
+        ".xml": "<annotation><object><name>0</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>4</xmax><ymax>6</ymax>"
+        "</bndbox></object></annotation>",
+        ".csv": f"filename,class,xmin,ymin,xmax,ymax\n{image.rpartition('/')[2]},0,1,2,4,6\n",
+        ".json": json.dumps({"images": [{"id": 1, "file_name": "a.JPG"}], "categories": [{"id": 1, "name": "0"}]
+        , "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]}),
+    }  # fmt: skip
+    for split in ("train", "test"):
+        names = [
+            name.replace("Train", split.title()).replace("TRAIN", split.upper()).replace("train", split)
+            for name in (image, labels)
+        ]
+        (tmp_path / names[0]).parent.mkdir(parents=True, exist_ok=True)
+        write_image(tmp_path / names[0], (64, 48), 0)
+        write_text(tmp_path / names[1], texts[os.path.splitext(labels)[1].lower()])
+    assert split_names(tmp_path) == ["test", "train"]
+    for split in ("train", "test"):
+        (row,) = load_dataset_source(tmp_path, split)
+        assert f"/{split}" in row["image"]["path"].lower()
+        assert np.allclose(row["objects"]["bbox"], [[1, 2, 3, 4]])
+
+
 def test_labels_of_yolo_in_capitals(tmp_path):
     yolo_ultralytics(tmp_path)
     file = tmp_path / "labels" / "train" / "t0.txt"

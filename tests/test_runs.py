@@ -63,6 +63,22 @@ def test_a_new_folder_gets_a_record_and_keeps_what_others_left(tmp_path):
     assert record_of(folder) == {"command": "pretrain", "settings": SETTINGS}
 
 
+@pytest.mark.parametrize("make", [training, data_set])
+def test_a_folder_of_photographs_is_refused_before_any_work_and_a_folder_of_runs_is_not(tmp_path, make):
+    photos = tmp_path / "photos" / "holidays"
+    photos.mkdir(parents=True)
+    (photos / "1.JPG").write_bytes(b"a picture")
+    before = state_of(tmp_path)
+    with pytest.raises(ValueError, match="photos holds holidays, but no run.json: .* Choose a new output_dir"):
+        make(photos.parent).__enter__()
+    assert state_of(tmp_path) == before
+    begin(tmp_path / "outputs" / "one", "checkpoint-2")
+    (tmp_path / "outputs" / "empty").mkdir()
+    (tmp_path / "outputs" / ".DS_Store").touch()
+    begin(tmp_path / "outputs")
+    assert names(tmp_path / "outputs") == [".DS_Store", "empty", "one", RECORD]
+
+
 def test_the_same_run_goes_on_until_its_result_is_there(tmp_path):
     begin(tmp_path, "checkpoint-2", "unfinished-checkpoint-3")
     with training(tmp_path) as run:

@@ -14,7 +14,14 @@ from ..data.columns import BoxReport, arrow_batches, image_batches, validate_obj
 from ..data.dataset import LabelledImages
 from ..data.door import listed
 from ..data.errors import DataError
-from ..data.formats import category_names, load_dataset_source, recognised, split_names, without_labels
+from ..data.formats import (
+    category_names,
+    has_unread_labels,
+    load_dataset_source,
+    recognised,
+    split_names,
+    without_labels,
+)
 from ..data.label_export import LAYOUTS, export_labels
 from ..data.leakage import Fingerprints, find_leaks, fingerprints
 from ..data.pixels import ImageFacts, inspect_images
@@ -183,7 +190,9 @@ def _check(arguments: CheckArguments, folder: Path | None) -> CheckReport:
         if split.classes:
             labelled[name] = dataset
         elif "objects" not in dataset.column_names and report.recognised == image_folder.NAME:
-            split.notes.append(without_labels(Path(source).expanduser()))
+            images = Path(source).expanduser()
+            if not image_folder.has_metadata(images):
+                (split.problems if has_unread_labels(images) else split.notes).append(without_labels(images))
         print(_describe(name, split))
         if folder is not None and arguments.num_pictures and split.classes and not split.problems:
             _draw(dataset, split, arguments, folder / f"check-{name}.jpg")

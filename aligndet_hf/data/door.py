@@ -7,6 +7,7 @@ in the folder of the data set. Nothing is fetched from an address, and no pipe o
 
 import functools
 import hashlib
+import json
 import os
 import re
 import stat
@@ -33,6 +34,7 @@ OUTPUT = "written by a command: give that folder itself"  # why a folder in a fo
 _LISTED = 5
 # Not pictures, formats without a decoder in Pillow, and one (EPS) that would start another program.
 _NOT_OPENED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+_XML_ENCODING = re.compile(rb"""\s*<\?xml[^>]*?\sencoding\s*=\s*["']([A-Za-z][\w.-]*)["']""")
 # What people have among their pictures, and what makes it readable.
 _FIXES = {
     **dict.fromkeys((".heic", ".heif", ".hif"), "HEIC needs a plug-in of Pillow: pip install pillow-heif"),
@@ -175,15 +177,28 @@ def image_digest(value: dict) -> str:
 
 def read_text(path: str | Path, limit: int = MAX_TEXT_BYTES) -> str:
     """
-    The text of a label file, with or without the mark that some editors write at its head.
+    The text of a label file: in UTF-8 or UTF-16, with or without the mark that some editors write at its head, or in
+    the encoding that an XML file declares.
 
     Raises:
-        [`DataError`]: if it cannot be opened (see [`open_file`]), or is not in UTF-8. It names the file.
+        [`DataError`]: if it cannot be opened (see [`open_file`]), or is in another encoding. It names the file.
     """
+    content = read_bytes(path, limit)
+    encoding = encoding_of(content)
     try:
-        return read_bytes(path, limit).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{printable(path)}: not a text in UTF-8 ({error}). Save it in UTF-8.") from error
+        return content.decode(encoding)
+    except (UnicodeError, LookupError) as error:
+        name = encoding.removesuffix("-sig").upper()
+        raise DataError(f"{printable(path)}: not a text in {name} ({error}). Save it in UTF-8.") from error
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding of a text that begins so: by its mark, its zero bytes or, in XML, its declaration; else UTF-8."""
+    encoding = json.detect_encoding(start)
+    declared = _XML_ENCODING.match(start) if encoding == "utf-8" else None
+    if declared is None or declared[1].lower().startswith(b"utf"):  # "utf-16" in front of UTF-8 is a fault of .NET
+        return encoding
+    return declared[1].decode()
 
 
 def image_value(path: str | Path) -> dict:
@@ -306,7 +321,7 @@ def visit(root: str | Path, is_wanted: Callable[[str], bool] = is_image_name) ->
             if is_wanted(name):
                 reason = problem(path)
                 if reason is None and os.path.islink(path) and not is_inside(path, root):
-                    reason = "a link to a file outside the folder"
+                    reason = "a link to a file outside the folder: give the folder of that file"
                 yield path, reason
             elif is_wanted is is_image_name and (fix := _FIXES.get(os.path.splitext(name)[1].lower())):
                 yield path, fix
@@ -349,8 +364,8 @@ def require_inside(images: pa.ChunkedArray, roots: list[str | Path], source: str
         rows = "; ".join(f"row {row}: '{printable(path)}'" for row, path in strangers[:_LISTED])
         raise DataError(
             f"{source}: {len(strangers)} images are not in the data set but name files outside its folder or "
-            f"addresses ({rows}{' ...' if len(strangers) > _LISTED else ''}), which are not read. Use a data set that "
-            "holds its images, or put the files into its folder."
+            f"addresses ({rows}{' ...' if len(strangers) > _LISTED else ''}), which are not read. Put the files "
+            "into its folder; where they are links, give the folder that they lead to."
         )
 
 

@@ -14,7 +14,7 @@ from .arrow_boxes import read_values
 from .columns import BoxReport, arrow_batches, require_columns, validate_objects
 from .errors import DataError
 from .readers import READERS, find_reader, image_folder, saved
-from .readers.files import list_files, split_of_folder
+from .readers.files import list_files, list_images, split_of_folder
 from .readers.image_folder import has_metadata, read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
@@ -77,6 +77,10 @@ def load_dataset_source(
         dataset = build_dataset(reader.read(path, found, chosen, Path(image_dir) if image_dir else None), str(path))
     else:
         dataset, roots = _load_hub(str(source), split), door.hub_roots(source)
+        if path.exists() and not any(isinstance(one, datasets.Image) for one in dataset.features.values()):
+            raise DataError(
+                f"{path}: nothing was recognised in it. Give a folder of images, or labels as {_formats()}."
+            )
     if labels and reader is image_folder and "objects" not in dataset.column_names and not has_metadata(path):
         raise DataError(without_labels(path))
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
@@ -86,9 +90,13 @@ def load_dataset_source(
     return dataset
 
 
+def _formats() -> str:
+    return ", ".join(reader.NAME for reader in READERS if reader not in (saved, image_folder))
+
+
 def without_labels(folder: Path) -> str:
     """Why a folder of images has no labels, and what to do."""
-    formats = ", ".join(reader.NAME for reader in READERS if reader not in (saved, image_folder))
+    formats = _formats()
     if door.is_output(folder):
         return f"{folder}: no column 'objects'; this is what a command wrote. Give the folder of the labelled images."
     for part in sorted(folder.iterdir()):
@@ -106,6 +114,13 @@ def without_labels(folder: Path) -> str:
         f"{folder}: no column 'objects'; its files {files[0]}{more} are no labels in a format that is known ({formats}"
         "; docs/labels.md has the layouts). Convert them, or correct what makes them unlike these."
     )
+
+
+def has_unread_labels(folder: Path) -> bool:
+    """Whether files in a folder of images look like labels in no known format; texts, if they are called as images."""
+    stems = {image.stem for image in list_images(folder)}
+    files = list_files(folder, *_LABEL_ENDINGS)
+    return any(file.suffix.lower() != ".txt" or file.stem in stems for file in files)
 
 
 def _load_object(source: Given, split: str | None, split_flag: str) -> datasets.Dataset:
@@ -129,6 +144,8 @@ def is_local_images(source: str | Path) -> bool:
 def recognised(source: str | Path) -> str:
     """What a source is taken for, in words."""
     reader, _ = find_reader(source)
+    if reader is None and not isinstance(source, Given) and Path(source).expanduser().exists():
+        return "no format of labels that is known, nor a folder of images: read as `datasets` reads it"
     return "a data set of the Hub" if reader is None else reader.NAME
 
 

@@ -212,7 +212,7 @@ def _parts_of(source, split: str | None, faults: list[dict]) -> list:
             for name, reason in found
             if reason is not None
         ]
-        return list(_file_parts(files, path, faults)) if files else _dataset_parts(path, split)
+        return list(_file_parts(files, path, faults)) if found else _dataset_parts(path, split)
     if os.path.isfile(path):
         if path.lower().endswith(".json"):
             return _dataset_parts(path, split)

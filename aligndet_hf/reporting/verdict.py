@@ -10,7 +10,7 @@ ENOUGH_SEEDS = 6  # six agree by chance in 3 % of comparisons
 
 def verdict(results: Mapping) -> list[str]:
     """
-    A sentence for each arm beside the baseline.
+    A sentence for each arm beside the baseline, and one for all arms with a single seed.
 
     An arm is above or below the baseline where it is so in every seed that both have; where the bootstrap over images
     includes 0, that is said. Nothing is decided where the AP of both is near 0, or with one seed.
@@ -29,6 +29,8 @@ def verdict(results: Mapping) -> list[str]:
             if arm in longer:
                 unequal = f", which is {baseline} with longer fine-tuning,"
             sentences.append(f"{arm}{unequal} {_of_arm(arm, baseline, found)}.")
+    if any("in one seed, with" in sentence for sentence in sentences):
+        sentences.append("One seed decides nothing.")
     return sentences or [f"There is nothing yet to compare {baseline} with."]
 
 
@@ -50,7 +52,7 @@ def _of_arm(arm: str, baseline: str, found: Mapping) -> str:
         clauses.append(f"cannot be told from {baseline} with {_labels(fractions)}, where the seeds disagree")
     if fractions := groups.get("one seed"):
         gains = ", ".join(f"{100 * found[fraction][arm]['gain']['mean']:+.1f}" for fraction in fractions)
-        clauses.append(f"differs from {baseline} by {gains} with {_labels(fractions)}, where one seed decides nothing")
+        clauses.append(f"differs from {baseline} by {gains} in one seed, with {_labels(fractions)}")
     if fractions := groups.get("nothing learnt"):
         clauses.append(
             f"cannot be compared with {baseline} with {_labels(fractions)}: the AP of both is below {100 * LEARNT:g}, "

@@ -197,7 +197,7 @@ def _header(path: Path) -> list[str]:
         except (pa.ArrowException, OSError):
             return []
         return [field.name for field in schema if not pa.types.is_nested(field.type) or pa.types.is_list(field.type)]
-    text = read_start(path, _SNIFFED_BYTES).decode("utf-8-sig", errors="replace").partition("\n")[0].rstrip("\r")
+    text = read_start(path, _SNIFFED_BYTES).decode("utf-8", errors="replace").partition("\n")[0].rstrip("\r")
     try:
         return next(csv.reader([text], delimiter=delimiter_of(text, _DELIMITERS)), [])
     except csv.Error:

@@ -9,6 +9,7 @@ from ..door import is_inside, spelt_as_there
 from ..errors import DataError
 from ..masks import segmentation_text
 from .files import (
+    called,
     find_inside,
     inside,
     is_file,
@@ -101,7 +102,7 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
 
 def _looks_like_coco(path: Path) -> bool:
     read = read_start(path, _SNIFFED_BYTES)
-    start, lists = read.removeprefix(b"\xef\xbb\xbf").lstrip(), set(_LIST.findall(read))
+    start, lists = read.lstrip(), set(_LIST.findall(read))
     lists -= {b"categories"} if len(read) < _SNIFFED_BYTES else set()  # alone in `notes.json` of Label Studio's YOLO
     return start.startswith(b"{") and bool(lists)
 
@@ -329,8 +330,10 @@ def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[s
         return image_dir, image_dir
     here, above = path.parent, path.parent.parent
     word = path.stem.split("_")[-1]
-    places = [here, here / "images", here / "data", here / word]
-    places += [above / word, above / "images" / word, above / "images", above / "data" / word, above / "data", above]
+    places = [here, *(called(here, name) for name in ("images", "data", word)), called(above, word)]
+    for folder in (called(above, "images"), called(above, "data")):
+        places += [called(folder, word), folder]
+    places.append(above)
     looked_at = [name.replace("\\", "/") for name in names[:_LOOKED_AT]]
     ends = [tail for name in names[:_LOOKED_AT] if _ELSEWHERE.match(name) for tail in tails(name)]
     for place in places:

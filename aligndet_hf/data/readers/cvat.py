@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from ..errors import DataError
-from .files import list_files, number, read_start, read_xml, split_of_folder
+from .files import called, list_files, number, read_start, read_xml, split_of_folder
 from .listed import Entry, Object, collect
 from .rows import Labels, box_around, require_unique_ids
 
@@ -22,7 +22,7 @@ _OTHER_SHAPES = ("points", "cuboid", "skeleton", "tag")
 def find(path: Path) -> dict[str, dict[Path, ElementTree.Element]]:
     """The subsets of the images of an XML file of CVAT, or of those at the top of a folder; each with all files."""
     files = [path] if path.is_file() else list_files(path, ".xml")
-    files = [file for file in files if file == path or file.parent in (path, path / "annotations")]
+    files = [file for file in files if file == path or file.parent in (path, called(path, "annotations"))]
     roots = {file: _read_root(file) for file in filter(_looks_like_cvat, files)}
     return dict.fromkeys((_subset(path, image) for root in roots.values() for image in root.iter("image")), roots)
 

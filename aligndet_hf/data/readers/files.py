@@ -64,6 +64,14 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return splits
 
 
+def called(folder: Path, name: str) -> Path:
+    """What a folder has under a name, with other capitals if need be: `Images` for `images`."""
+    path = folder / name
+    if path.exists() or not folder.is_dir():
+        return path
+    return next((folder / other for other in sorted(os.listdir(folder)) if other.lower() == name.lower()), path)
+
+
 def is_folder(path: Path, root: Path) -> bool:
     """Whether there is a folder, and in `root`: of a link that leads elsewhere a warning tells."""
     if not path.is_dir():
@@ -158,7 +166,7 @@ def read_text(path: Path, root: Path | None = None) -> str:
         root (`Path`, *optional*): The folder that it must be in, with all links resolved.
 
     Raises:
-        [`DataError`]: if it is no regular file, elsewhere, too large or no text in UTF-8.
+        [`DataError`]: if it is no regular file, elsewhere, too large, or in no known encoding.
     """
     if root is not None and not door.is_inside(path, root):
         raise DataError(f"{door.printable(path)}: a link that leads out of {door.printable(root)}, which is not read.")
@@ -167,8 +175,8 @@ def read_text(path: Path, root: Path | None = None) -> str:
 
 def read_start(path: Path, count: int, with_end: bool = False) -> bytes:
     """
-    The first bytes of a file, to recognise it by; none if it cannot be opened. With as many of its last bytes if asked
-    for: some tools store an image before the labels.
+    The first bytes of a file, in UTF-8, to recognise it by; none if it cannot be opened. With as many of its last
+    bytes if asked for: some tools store an image before the labels.
     """
     try:
         with door.open_file(path, door.MAX_TEXT_BYTES) as file:
@@ -176,7 +184,10 @@ def read_start(path: Path, count: int, with_end: bool = False) -> bytes:
             if with_end:
                 file.seek(max(count, file.seek(0, os.SEEK_END) - count))
                 start += file.read(count)
-            return start
+            encoding = door.encoding_of(start)
+            return start if encoding == "utf-8" else start.decode(encoding, "replace").encode()
+    except LookupError:  # an encoding that nobody knows, which reading the file tells
+        return start
     except OSError:
         return b""
 

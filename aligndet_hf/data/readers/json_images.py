@@ -264,7 +264,7 @@ def _object(shape: Shape, label: str) -> Object:
 
 
 def _dialect_of(file: Path) -> _Dialect | None:
-    ends = read_start(file, _SNIFFED_BYTES, with_end=True).removeprefix(b"\xef\xbb\xbf").lstrip()
+    ends = read_start(file, _SNIFFED_BYTES, with_end=True).lstrip()
     for dialect in _DIALECTS.values():
         if ends[:1] and ends[:1] in dialect.opens and all(mark in ends for mark in dialect.marks):
             return dialect

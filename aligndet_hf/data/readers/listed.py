@@ -162,19 +162,19 @@ class _Finder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.found: dict[tuple[str, Path, str], Path] = {}
+        self.found: dict[tuple[str, Path, str, str], Path] = {}
 
     @cached_property
     def by_name(self) -> dict[str, list[Path]]:
         return grouped((name, path) for path in list_images(self.folder) for name in (path.name, path.stem))
 
     def find(self, entry: Entry) -> Path:
-        key = entry.image, entry.base, entry.also
+        key = entry.image, entry.base, entry.also, entry.split
         if key not in self.found:
             self.found[key] = self._find(*key, entry.where)
         return self.found[key]
 
-    def _find(self, name: str, base: Path, also: str, where: str) -> Path:
+    def _find(self, name: str, base: Path, also: str, split: str, where: str) -> Path:
         plain = PureWindowsPath(name).name
         path = find_inside(self.folder, [name], base) or find_inside(self.folder, [name])
         if path := path or find_inside(self.folder, [plain], base):
@@ -182,6 +182,7 @@ class _Finder:
         found = self.by_name.get(plain) or self.by_name.get(also, [])
         near = [len({base, *base.parents} & set(path.parents)) for path in found]  # how far their ways go together
         found = [path for path, way in zip(found, near, strict=True) if way == max(near)]
+        found = [path for path in found if split_above(path, self.folder) == split] or found
         if len(found) > 1:
             raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
         if not found:

@@ -1,6 +1,7 @@
 """YOLO: a text file for an image, with classes and centres relative to its size, in the layouts of Ultralytics,
 Roboflow and Darknet."""
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from ..door import is_inside
 from ..errors import DataError
 from ..images import image_size
 from .files import (
+    called,
     find_file,
     find_inside,
     inside,
@@ -129,13 +131,14 @@ def _config(path: Path) -> dict:
 
 def _layout(folder: Path) -> dict[str, Path]:
     """The folders of images by split, without a `data.yaml`: `images/train`, `train/images`, or one folder."""
-    images = folder / "images"
+    images = called(folder, "images")
     has_images = is_folder(images, folder)
     if has_images and split_folders(images):
         return split_folders(images)
     parts = split_folders(folder)
     if parts:
-        return {name: part / "images" if is_folder(part / "images", part) else part for name, part in parts.items()}
+        places = {name: called(part, "images") for name, part in parts.items()}
+        return {name: place if is_folder(place, parts[name]) else parts[name] for name, place in places.items()}
     return {split_of_folder(folder.name) or "train": images if has_images else folder}
 
 
@@ -174,10 +177,10 @@ def _pairs(root: Path, places: list[Path]) -> Iterator[tuple[Path, Path]]:
 
 def _label_file(image: Path) -> Path:
     """`images/train/1.jpg` -> `labels/train/1.txt`; without a folder `images` the file beside the image."""
-    parts, folders = list(image.parent.parts), [image.parent]
-    if "images" in parts:
-        parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-        folders.insert(0, Path(*parts))
+    parts, folders = image.parent.parts, [image.parent]
+    if images := [position for position, part in enumerate(parts) if part.lower() == "images"]:
+        names = ["labels", *parts[images[-1] + 1 :]]
+        folders.insert(0, functools.reduce(called, names, Path(*parts[: images[-1]])))
     files = [folder / f"{image.stem}{ending}" for folder in folders for ending in (".txt", ".TXT")]
     return next(filter(is_file, files), files[0])
 
