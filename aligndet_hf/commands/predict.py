@@ -19,7 +19,7 @@ from ..data.image_list import ImageList, list_images
 from ..data.images import print_left_out
 from ..data.label_export import export_labels
 from ..data.launch import Launch
-from ..data.shards import save_split
+from ..data.shards import data_folder, save_split
 from ..data.sources import model_hash
 from ..detectors.build import find_detector
 from ..evaluation.predicted_rows import join_predictions, write_coco, write_predictions, write_results
@@ -213,27 +213,15 @@ def _run(arguments: PredictArguments, detector, image_processor, images: ImageLi
 
 def _predict_to_folder(arguments: PredictArguments, images: ImageList, image_processor) -> datasets.Dataset:
     """Shards of predictions in a folder beside the output, then the output at once."""
-    with Launch() as launch:
-        folder = RunFolder(
-            arguments.output_dir,
-            "predict",
-            kept=["shard-*.arrow"],
-            aside=True,
-            overwrite=arguments.overwrite_output_dir,
-            on_main=launch.on_main,
-        )
-        with folder:
-            given = (
-                {} if image_processor is None else {"image_processor": json.loads(image_processor.to_json_string())}
-            )
-            folder.claim(settings=_settings(arguments) | given, data={"images": images.identity()})
-            if folder.is_finished:
-                if launch.is_main:
-                    print(f"{folder.path} is complete: nothing to do.")
-            else:
-                classes = _predict_shards(arguments, images, image_processor, folder.work, launch)
-                launch.wait()
-                launch.on_main(_finish, arguments, images, classes, folder)
+    with Launch() as launch, data_folder(arguments, "predict", on_main=launch.on_main) as folder:
+        given = {} if image_processor is None else {"image_processor": json.loads(image_processor.to_json_string())}
+        folder.claim(settings=_settings(arguments) | given, data={"images": images.identity()})
+        if folder.is_finished:
+            launch.on_main(print, f"{folder.path} is complete: nothing to do.")
+        else:
+            classes = _predict_shards(arguments, images, image_processor, folder.work, launch)
+            launch.wait()
+            launch.on_main(_finish, arguments, images, classes, folder)
     return datasets.Dataset.from_file(str(folder.path / _TABLE))
 
 

@@ -27,7 +27,7 @@ from ..data.door import image_digest
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, load_labelled
 from ..data.images import decode_image
-from ..data.shards import content_hash, save_split
+from ..data.shards import content_hash, data_folder, save_split
 from ..data.splits import nested_subsets
 from ..detectors.build import build_detector, open_detector
 from ..evaluation.box_features import BoxFeatures
@@ -149,14 +149,7 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     images = load_dataset_source(arguments.dataset, arguments.split, image_dir=arguments.image_dir)
     unseen = _unseen(images, labelled, rows, arguments)
-    folder = RunFolder(
-        arguments.output_dir,
-        "pseudolabel",
-        kept=["predictions*/*.arrow"],
-        aside=True,
-        overwrite=arguments.overwrite_output_dir,
-    )
-    with folder:
+    with data_folder(arguments, "pseudolabel", ["predictions*/*.arrow"]) as folder:
         deciding = {"backbone", "backbone_weights", "label_seed"} | names_of(PseudolabelArguments, "result")
         settings = {name: getattr(arguments, name) for name in sorted(deciding)}
         settings |= {"detector": _identity(arguments.detector), "num_pictures": arguments.num_pictures}

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..arguments import DatasetArguments, MeasureArguments, OptimisationArguments, ProgressArguments, again
-from ..data.arrow_boxes import find_faults, read_boxes, read_crowds, read_values
+from ..data.arrow_boxes import find_faults, read_boxes, read_crowds, read_values, usable_boxes
 from ..data.bit_depth import pixel_window
 from ..data.columns import arrow_batches, validate_proposals
 from ..data.errors import DataError, ImageError
@@ -22,7 +22,8 @@ from ..objects import name_objects
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
 from ..ranges import COUNT, check_values
-from ..reporting.pictures import new_figure, plot_proposals, plot_recall
+from ..reporting.drawing import contact_sheet, draw_boxes, enlarged
+from ..reporting.pictures import new_figure, plot_recall
 from ..runs import measuring_folder
 
 # pycocotools' thresholds: .50:.05:.95
@@ -34,6 +35,7 @@ RANKS = (1, 4, 10)  # pre-training takes no more than the first few boxes of an 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 # Bounds of sqrt(area of the box / area of the image), the lower one inclusive.
 RELATIVE_SIZES = {"below 0.1": (0, 0.1), "0.1 to 0.3": (0.1, 0.3), "above 0.3": (0.3, np.inf)}
+_SHEET_SIDE = 480  # of a picture in pixels
 _NAMES = {name: f"{name} of the image's size" for name in RELATIVE_SIZES}
 
 
@@ -88,7 +90,7 @@ def _measure(arguments: RecallArguments, folder: Path | None) -> dict:
     """Does the work of [`measure_recall`]."""
     dataset = load_dataset_source(arguments.dataset, arguments.split)
     print(validate_proposals(dataset, arguments.dataset))
-    if folder is not None and (arguments.plot or arguments.num_pictures):
+    if folder is not None and arguments.plot:
         new_figure(1, 1)  # says now that matplotlib is missing
     labelled = "objects" in dataset.column_names
     statistics = BoxStatistics()
@@ -308,16 +310,20 @@ def _rows(dataset: datasets.Dataset, source: str):
 
 
 def _draw(dataset: datasets.Dataset, path: Path, num_pictures: int, num_boxes: int) -> None:
-    """Draws the first boxes of evenly spaced rows, over the objects where there are any."""
-    rows = spread_rows(len(dataset), num_pictures)
-    images = [decode_image(value, pixel_window(dataset)) for value in dataset.select(rows)["image"]]
-    columns = [name for name in ("proposals", "objects") if name in dataset.column_names]
-    drawn = {name: [] for name in columns}
-    for row in rows:
-        table = dataset.select([row]).select_columns(columns).with_format("arrow")[:]
-        for name in columns:
-            drawn[name].append(read_boxes(table[name])[0])
-    plot_proposals(images, [boxes[:num_boxes] for boxes in drawn["proposals"]], path, drawn.get("objects"))
+    """Draws the first boxes of evenly spaced rows, numbered, over the objects (white) where there are any."""
+    pictures, rows, note = [], spread_rows(len(dataset), num_pictures), f"the first {num_boxes} boxes, in their order"
+    if labelled := "objects" in dataset.column_names:
+        note += "; white: the objects"
+    for table in dataset.select(rows).with_format("arrow").iter(1):
+        image = decode_image(table["image"][0].as_py(), pixel_window(dataset))
+        height, width = image.shape[:2]
+        boxes, ranks = (values[:num_boxes] for values in usable_boxes(table["proposals"], width, height))
+        objects = usable_boxes(table["objects"], width, height)[0] if labelled else boxes[:0]
+        image, drawn = enlarged(image, np.concatenate([boxes, objects]), _SHEET_SIDE)
+        labels = [*ranks.tolist(), *[None] * len(objects)]
+        tags = ["" if rank is None else str(rank + 1) for rank in labels]
+        pictures.append(draw_boxes(image, drawn, labels, tags, _SHEET_SIDE))
+    contact_sheet(pictures, [f"row {row}" for row in rows], side=_SHEET_SIDE, note=note).save(path)
 
 
 def _size_groups(boxes: np.ndarray, areas: np.ndarray | None, image_size: tuple[int, int] | None) -> dict:

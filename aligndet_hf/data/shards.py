@@ -11,7 +11,7 @@ import os
 import pickle
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -246,9 +246,7 @@ def _merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 # ---- the folders ----
 
 
-def data_folder(
-    arguments, command: str, kept: Iterable[str] = (), on_main: Callable = lambda function, *args: function(*args)
-) -> RunFolder:
+def data_folder(arguments, command: str, kept: Iterable[str] = (), **options) -> RunFolder:
     """
     The folder of a command that makes a data set: the work is done in `<output_dir>.partial`.
 
@@ -256,7 +254,7 @@ def data_folder(
         arguments: With `output_dir` and `overwrite_output_dir`.
         command (`str`): The command.
         kept (`Iterable[str]`, *optional*): What it goes on from, beside shards.
-        on_main (`Callable`, *optional*): See [`RunFolder`].
+        options: `on_main`, see [`RunFolder`].
     """
     return RunFolder(
         arguments.output_dir,
@@ -264,7 +262,7 @@ def data_folder(
         kept=["*-[0-9]*.arrow", *kept],
         overwrite=arguments.overwrite_output_dir,
         aside=True,
-        on_main=on_main,
+        **options,
     )
 
 

@@ -11,6 +11,7 @@ U. = Uijlings et al., Selective Search for Object Recognition, IJCV 2013.
 import functools
 import math
 
+import cv2
 import numba
 import numpy as np
 
@@ -23,6 +24,7 @@ MAGNITUDES = 5
 TEXTURE_BINS = ORIENTATIONS * MAGNITUDES
 
 NO_EDGE = 8191  # the weight of what is no edge; others are at most 16 * 255 * sqrt(3)
+_BINOMIAL = np.array([1, 2, 1], np.float32)
 _TINY = np.finfo(np.float64).tiny
 
 
@@ -127,26 +129,15 @@ def lab_tables():
     return tuple(np.rint(table).astype(np.int32) for table in tables)
 
 
-@_jit
 def smooth(image):
     """
     Filters uint8 `[H, W, C]` by 1-2-1 along both axes, much like a Gaussian of sigma 0.7.
 
     Returns int32 `[C, H, W]`, 16 times the value.
     """
-    height, width, channels = image.shape
-    result = np.empty((channels, height, width), np.int32)
-    column = np.empty(width, np.int32)
-    for c in range(channels):
-        for y in range(height):
-            above, below = max(y - 1, 0), min(y + 1, height - 1)
-            for x in range(width):
-                column[x] = np.int32(image[above, x, c]) + 2 * np.int32(image[y, x, c]) + np.int32(image[below, x, c])
-            result[c, y, 0] = 3 * column[0] + column[min(1, width - 1)]
-            for x in range(1, width - 1):
-                result[c, y, x] = column[x - 1] + 2 * column[x] + column[x + 1]
-            result[c, y, width - 1] = column[max(width - 2, 0)] + 3 * column[width - 1]
-    return result
+    # Whole numbers throughout, as in the kernels.
+    filtered = cv2.sepFilter2D(image, cv2.CV_16S, _BINOMIAL, _BINOMIAL, borderType=cv2.BORDER_REPLICATE)
+    return np.ascontiguousarray(filtered.transpose(2, 0, 1), np.int32)
 
 
 @_jit
@@ -210,32 +201,29 @@ def prune_edges(weights):
     Its ends are connected by lighter edges, so it is in no minimum spanning tree, which is all that F. algorithm 1
     follows but for rare cases. More than half of the edges go, and with them most of the time.
     """
-    height, width = weights.shape[1:]
+    height = weights.shape[1]
     kept = weights.copy()
     for y in range(height - 1):
-        top, bottom, sides = weights[0, y], weights[0, y + 1], weights[1, y]
-        falling, rising = weights[2, y], weights[3, y]
-        # The square of pixels at x has the sides top[x], bottom[x], sides[x] and sides[x + 1], and the diagonals
-        # falling[x] and rising[x + 1]. Of equal edges the diagonal goes; of two equal sides, none.
-        for x in range(width - 1):
-            heaviest = (falling[x] >= max(top[x], sides[x + 1])) | (falling[x] >= max(sides[x], bottom[x]))
-            kept[2, y, x] = NO_EDGE if heaviest else falling[x]
-        for x in range(width - 1):
-            heaviest = (rising[x + 1] >= max(top[x], sides[x])) | (rising[x + 1] >= max(sides[x + 1], bottom[x]))
-            kept[3, y, x + 1] = NO_EDGE if heaviest else rising[x + 1]
-        for x in range(width - 1):
-            heaviest = (top[x] > max(sides[x + 1], falling[x])) | (top[x] > max(sides[x], rising[x + 1]))
-            kept[0, y, x] = NO_EDGE if heaviest else kept[0, y, x]
-        for x in range(width - 1):
-            heaviest = (bottom[x] > max(sides[x], falling[x])) | (bottom[x] > max(sides[x + 1], rising[x + 1]))
-            kept[0, y + 1, x] = NO_EDGE if heaviest else kept[0, y + 1, x]
-        for x in range(width - 1):
-            heaviest = (sides[x] > max(bottom[x], falling[x])) | (sides[x] > max(top[x], rising[x + 1]))
-            kept[1, y, x] = NO_EDGE if heaviest else kept[1, y, x]
-        for x in range(1, width):
-            heaviest = (sides[x] > max(top[x - 1], falling[x - 1])) | (sides[x] > max(bottom[x - 1], rising[x]))
-            kept[1, y, x] = NO_EDGE if heaviest else kept[1, y, x]
+        # The squares of pixels between two rows have these sides and diagonals.
+        top, bottom = weights[0, y, :-1], weights[0, y + 1, :-1]
+        left, right = weights[1, y, :-1], weights[1, y, 1:]
+        falling, rising = weights[2, y, :-1], weights[3, y, 1:]
+        # Of equal edges the diagonal goes; of two equal sides, none.
+        _drop_heaviest(kept[2, y, :-1], falling, top, right, left, bottom, 0)
+        _drop_heaviest(kept[3, y, 1:], rising, top, left, right, bottom, 0)
+        _drop_heaviest(kept[0, y, :-1], top, right, falling, left, rising, 1)
+        _drop_heaviest(kept[0, y + 1, :-1], bottom, left, falling, right, rising, 1)
+        _drop_heaviest(kept[1, y, :-1], left, bottom, falling, top, rising, 1)
+        _drop_heaviest(kept[1, y, 1:], right, top, falling, bottom, rising, 1)
     return kept
+
+
+@_jit
+def _drop_heaviest(kept, edges, a, b, c, d, margin):
+    """Removes edges that are heavier, by `margin` at least, than both other sides of a triangle: a, b or c, d."""
+    for x in range(len(edges)):
+        lightest = min(max(a[x], b[x]), max(c[x], d[x]))
+        kept[x] = NO_EDGE if edges[x] >= lightest + margin else kept[x]
 
 
 @_jit

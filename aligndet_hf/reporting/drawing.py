@@ -20,7 +20,7 @@ _TINT = 0.45  # how much of the colour of its class covers a mask
 def draw_boxes(
     image: np.ndarray,
     boxes: np.ndarray,
-    labels: Sequence[int],
+    labels: Sequence[int | None],
     tags: Sequence[str],
     max_side: int | None = None,
     dashed: Sequence[bool] | None = None,
@@ -34,7 +34,7 @@ def draw_boxes(
     Args:
         image (`np.ndarray`): RGB uint8 `[H, W, 3]`.
         boxes (`np.ndarray`): `[n, 4]`, absolute xywh in pixels of the image, the most important first.
-        labels (`Sequence[int]`): The class of each, which gives it its colour.
+        labels (`Sequence[int | None]`): The class of each, which gives it its colour; white without one.
         tags (`Sequence[str]`): A short text for each; empty: none.
         max_side (`int`, *optional*): The image is made smaller to fit, before it is drawn into.
         dashed (`Sequence[bool]`, *optional*): The boxes to draw in dashes.

@@ -1,11 +1,11 @@
-"""Figures of boxes without classes and of recall, and the look that all figures of this package share.
+"""Figures of recall, and the look that all figures of this package share.
 
 matplotlib is an extra (`pip install "aligndet-hf[plots]"`) and is imported on first use; the figures never touch
 `pyplot`, so they need no display and leave no global state.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +14,6 @@ import numpy as np
 PALETTE = "#e8601c #1f9ede #22a45d #d6338a #f2c40f #7b4fd1 #10b5a8 #8c564b #8fbf26 #5f6b7a".split()
 INK = "#22262b"
 GRID = "#dfe3e8"
-
-
-def plot_proposals(
-    images: Sequence[np.ndarray],
-    proposals: Sequence[np.ndarray],
-    path,
-    objects: Sequence[np.ndarray] | None = None,
-    columns: int = 4,
-) -> Path:
-    """
-    Draws boxes on images, numbered in their order, over the objects (white) if they are known.
-
-    Args:
-        images (`Sequence[np.ndarray]`): RGB images, uint8 `[height, width, 3]`.
-        proposals (`Sequence[np.ndarray]`): Per image the boxes `[n, 4]` to draw, absolute `xywh`, best first.
-        path (`str` or `Path`): The PNG to write.
-        objects (`Sequence[np.ndarray]`, *optional*): Per image the true boxes `[m, 4]`, absolute `xywh`.
-        columns (`int`, *optional*, defaults to 4): Images in a row.
-
-    Returns:
-        `Path`: `path`.
-    """
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    height = 3.4 * float(np.median([image.shape[0] / image.shape[1] for image in images]))
-    figure = new_figure(3.4 * columns, height * rows + 0.4)
-    from matplotlib.patches import Rectangle  # after `new_figure`, which says what to install
-
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for number, axes in enumerate(grid):
-        axes.set_axis_off()
-        if number >= len(images):
-            continue
-        axes.imshow(images[number], interpolation="lanczos")
-        for box in objects[number] if objects is not None else ():
-            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=INK, linewidth=3.4))
-            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor="white", linewidth=1.8))
-        for rank, box in reversed(list(enumerate(proposals[number]))):
-            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=color_of(rank), linewidth=1.2))
-            place = {"x": box[0], "y": box[1], "verticalalignment": "top", "clip_on": True}
-            tag = {"facecolor": color_of(rank), "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
-            axes.text(s=str(rank + 1), fontsize=5.5, color="white", bbox=tag, **place)
-        axes.set_xlim(-0.5, images[number].shape[1] - 0.5)
-        axes.set_ylim(images[number].shape[0] - 0.5, -0.5)
-    known = "; white: the objects" if objects is not None else ""
-    return save_figure(figure, path, f"the first {max(map(len, proposals))} boxes, in their order{known}", 9)
 
 
 def plot_recall(results: Mapping[str, Mapping], path) -> Path:
@@ -101,8 +55,10 @@ def plot_recall(results: Mapping[str, Mapping], path) -> Path:
     return save_figure(figure, path)
 
 
-def color_of(label: int) -> str:
-    """A colour for a class. Where the palette begins anew, its colours are darker, three rounds long."""
+def color_of(label: int | None) -> str:
+    """A colour for a class, white for none. Where the palette begins anew, it is darker, three rounds long."""
+    if label is None:
+        return "#ffffff"
     turn, place = divmod(label, len(PALETTE))
     red, green, blue = (int(PALETTE[place][i : i + 2], 16) * 0.62 ** (turn % 3) for i in (1, 3, 5))
     return f"#{round(red):02x}{round(green):02x}{round(blue):02x}"
