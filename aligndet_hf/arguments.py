@@ -5,11 +5,11 @@ A command's dataclass inherits what it has, and says with [`again`] what is diff
 fit the command better. Names are the ones of `transformers.TrainingArguments`, where it has one.
 """
 
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from functools import partial
 from typing import Any
 
-from .flags import REQUIRED, flag, same_value
+from .flags import REQUIRED, TakesOldNames, flag
 from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE
 
 
@@ -37,15 +37,11 @@ def is_cpu(device: Any) -> bool:
     return kind == "cpu"
 
 
-def is_precision(name: str) -> Callable:
+def is_precision(name: str, value: Any) -> bool:
     """What `bf16` or `fp16` is for a value of `mixed_precision`, which they were called before."""
-
-    def convert(value: Any) -> bool:
-        if value not in (None, False, "False", "no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {value!r}")
-        return value == name
-
-    return convert
+    if value not in (None, False, "False", "no", "bf16", "fp16"):
+        raise ValueError(f"mixed_precision must be no, bf16 or fp16, got {value!r}")
+    return value == name
 
 
 # ---- what is read ----
@@ -69,8 +65,6 @@ class DatasetArguments:
 @dataclass(kw_only=True)
 class LabelledArguments(DatasetArguments):
     """Images with their labels, which may come from a label file."""
-
-    help_groups = {"dataset": "Data"}
 
     dataset: str = again(DatasetArguments, "dataset", help="labelled images: folder, label file or Hub id")
     image_dir: str | None = flag(
@@ -144,8 +138,6 @@ class ViewArguments:
 class AugmentationArguments(ViewArguments):
     """How images are changed at random in training."""
 
-    help_groups = {"flip_probability": "Views"}
-
     flip_probability: float = flag(0.5, "result", "probability of a horizontal flip", range=SHARE)
     color: bool | None = flag(False, "result", "apply one random colour operation to each image")
     crop_scale: list[float] | None = flag(
@@ -176,7 +168,7 @@ class FeatureArguments:
 
 
 @dataclass(kw_only=True)
-class NeighborArguments:
+class NeighborArguments(metaclass=TakesOldNames):
     """Objects that are told apart by their neighbours."""
 
     help_groups = {"max_objects": "Neighbours"}
@@ -187,7 +179,7 @@ class NeighborArguments:
         "result",
         "neighbours that vote for the class of an object",
         range=COUNT,
-        was={"neighbors": same_value, "k": same_value},
+        was={"neighbors": None, "k": None},
     )
 
 
@@ -204,10 +196,8 @@ class ProgressArguments:
 
 
 @dataclass(kw_only=True)
-class DeviceArguments(ProgressArguments):
+class DeviceArguments(ProgressArguments, metaclass=TakesOldNames):
     """What a network runs on."""
-
-    help_groups = {"use_cpu": "Run"}
 
     use_cpu: bool = flag(False, "run", "use the CPU even if there is a GPU", was={"device": is_cpu})
 
@@ -215,8 +205,6 @@ class DeviceArguments(ProgressArguments):
 @dataclass(kw_only=True)
 class LoadingArguments(DeviceArguments):
     """How a network gets its images."""
-
-    help_groups = {"dataloader_num_workers": "Run"}
 
     dataloader_num_workers: int = flag(
         0, "run", "processes that load images, of each training process", was="num_workers"
@@ -227,8 +215,6 @@ class LoadingArguments(DeviceArguments):
 class InferenceArguments(LoadingArguments):
     """How a network sees images without learning from them."""
 
-    help_groups = {"per_device_eval_batch_size": "Run"}
-
     per_device_eval_batch_size: int = flag(8, "run", "images per forward pass", range=COUNT, was="batch_size")
 
 
@@ -236,10 +222,8 @@ class InferenceArguments(LoadingArguments):
 
 
 @dataclass(kw_only=True)
-class OptimisationArguments:
+class OptimisationArguments(metaclass=TakesOldNames):
     """How a network learns."""
-
-    help_groups = {"num_train_epochs": "Optimisation"}
 
     num_train_epochs: float = flag(50, "result", "epochs", range=POSITIVE)
     max_steps: int = flag(-1, "result", "optimizer steps; if positive, overrides the epochs", range=LIMIT)
@@ -256,13 +240,16 @@ class OptimisationArguments:
     )
     warmup_steps: float = flag(0, "result", "steps of linear warm-up, or below 1 a share of the run")
     bf16: bool = flag(
-        False, "result", "run forward passes in bfloat16 (autocast)", was={"mixed_precision": is_precision("bf16")}
+        False,
+        "result",
+        "run forward passes in bfloat16 (autocast)",
+        was={"mixed_precision": partial(is_precision, "bf16")},
     )
     fp16: bool = flag(
         False,
         "result",
         "run forward passes in float16 (autocast), with scaled losses",
-        was={"mixed_precision": is_precision("fp16")},
+        was={"mixed_precision": partial(is_precision, "fp16")},
     )
     torch_compile: bool = flag(
         False,
@@ -283,16 +270,12 @@ class OptimisationArguments:
 class OutputArguments:
     """Where a command writes to."""
 
-    help_groups = {"output_dir": "Output"}
-
     output_dir: str = flag(REQUIRED, "place", "folder of the run; the same command again resumes it")
 
 
 @dataclass(kw_only=True)
-class RunArguments(OutputArguments):
+class RunArguments(OutputArguments, metaclass=TakesOldNames):
     """A folder that belongs to one run of a command."""
-
-    help_groups = {"overwrite_output_dir": "Output"}
 
     overwrite_output_dir: bool = flag(
         False, "place", "start anew, and replace what another run of this command wrote to output_dir", was="overwrite"
@@ -300,10 +283,8 @@ class RunArguments(OutputArguments):
 
 
 @dataclass(kw_only=True)
-class MeasureArguments:
+class MeasureArguments(OutputArguments):
     """A folder that a measuring command writes to if it is given one."""
-
-    help_groups = {"output_dir": "Output"}
 
     output_dir: str | None = again(OutputArguments, "output_dir", default=None)
 
@@ -311,8 +292,6 @@ class MeasureArguments:
 @dataclass(kw_only=True)
 class TrainingRunArguments(RunArguments):
     """What a training leaves in its folder."""
-
-    help_groups = {"save_total_limit": "Output"}
 
     save_steps: float = flag(500, "run", "steps between checkpoints", range=POSITIVE)
     save_total_limit: int | None = flag(2, "output", "keep this many checkpoints, besides the best", range=COUNT)

@@ -2,15 +2,14 @@
 What is known of flags, without importing anything heavy.
 
 A fact about a flag stands at the flag, in the metadata of its field: `help`; `role`, one of [`ROLES`]; `range` (see
-`ranges`); `is_path`, where the value may be a path (see [`local_paths`]); and `was`, what the last release called it
-(see [`takes_old_names`]).
+`ranges`); `is_path`, where the value may be a path (see [`local_paths`]); and `was`, what the last release called it:
+its old name, or several, each with what makes a value of the old one, or `None` (see [`with_new_names`]).
 """
 
 import dataclasses
 import difflib
-import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,49 +121,46 @@ def local_paths(arguments) -> set[str]:
     return {name for name, value in given.items() if isinstance(value, str) and Path(value).expanduser().exists()}
 
 
-def old_names(cls: type) -> dict[str, dict[str, Callable]]:
+def old_names(cls: type) -> dict[str, dict[str, Callable | None]]:
     """
     What the last release called the flags of a dataclass of arguments.
 
     Returns:
-        `dict[str, dict[str, Callable]]`: for every old name the flags that it stands for, and what makes the value of
-        each from the value of the old one.
+        `dict[str, dict[str, Callable | None]]`: for every old name the flags that it stands for, and what makes the
+        value of each from the value of the old one, `None` where it is the same.
     """
-    found: dict[str, dict[str, Callable]] = {}
+    found: dict[str, dict[str, Callable | None]] = {}
     for item in dataclasses.fields(cls):
         was = item.metadata.get("was", {})
-        for name, convert in ({was: same_value} if isinstance(was, str) else was).items():
+        for name, convert in ({was: None} if isinstance(was, str) else was).items():
             found.setdefault(name, {})[item.name] = convert
     return found
 
 
-def takes_old_names(cls: type) -> type:
-    """Class decorator of a dataclass of arguments: it takes the names of the last release as well, with a notice."""
-    init, old = cls.__init__, old_names(cls)
+def with_new_names(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Values by the names that the flags of a dataclass have now; on stderr it says which are not called so any more.
 
-    @functools.wraps(init)
-    def with_old_names(self, *args, **given):
-        for name in sorted(set(given) & set(old)):
-            value = given.pop(name)
-            for now, convert in old[name].items():
-                if given.get(now, convert(value)) != convert(value):
-                    raise ValueError(f"{name}={value!r} is called {now} now, and {now}={given[now]!r}: give one")
-                given[now] = convert(value)
-            tell_new_names(name, old[name])
-        init(self, *args, **given)
-
-    cls.__init__ = with_old_names
-    return cls
-
-
-def tell_new_names(name: str, now: Iterable[str]) -> None:
-    """Says on stderr what an old name is called now."""
-    print(f"note: {name} is called {' or '.join(now)} now; the next release refuses {name}", file=sys.stderr)
+    Raises:
+        ValueError: an old name and a new one have different values.
+    """
+    given, old = dict(given), old_names(cls)
+    for name in sorted(given.keys() & old.keys()):
+        value = given.pop(name)
+        for now, convert in old[name].items():
+            new = convert(value) if convert else value
+            if given.setdefault(now, new) != new:
+                raise ValueError(f"{name}={value!r} is called {now} now, and {now}={given[now]!r}: give one")
+        now = " or ".join(old[name])
+        print(f"note: {name} is called {now} now; the next release refuses {name}", file=sys.stderr)
+    return given
 
 
-def same_value(value: Any) -> Any:
-    """What a flag that only got another name makes of its value."""
-    return value
+class TakesOldNames(type):
+    """The class of the dataclasses of arguments that take the names of the last release as well, with a notice."""
+
+    def __call__(cls, *args, **given):
+        return super().__call__(*args, **with_new_names(cls, given))
 
 
 def given_flags(arguments) -> dict[str, Any]:

@@ -18,8 +18,6 @@ from .flags import flag
 class HubArguments:
     """What commands that upload a result have in common; they inherit it."""
 
-    help_groups = {"push_to_hub": "Hub"}
-
     push_to_hub: bool = flag(False, "output", "upload the result to the Hub")
     hub_private_repo: bool | None = flag(
         None,
@@ -37,16 +35,12 @@ class HubArguments:
 class HubModelArguments(HubArguments):
     """Of commands that upload a model."""
 
-    help_groups = {"hub_model_id": "Hub"}
-
     hub_model_id: str | None = flag(None, "output", "Hub repository, `user/name`; the name of output_dir if not given")
 
 
 @dataclass(kw_only=True)
 class HubDatasetArguments(HubArguments):
     """Of commands that upload a data set."""
-
-    help_groups = {"hub_dataset_id": "Hub"}
 
     hub_dataset_id: str | None = again(HubModelArguments, "hub_model_id")
 

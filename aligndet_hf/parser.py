@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from .flags import nearest, old_names, roles, same_value, tell_new_names
+from .flags import nearest, old_names, roles, with_new_names
 from .recipes import find_recipe
 
 REQUIRED = "Required"
@@ -43,13 +43,12 @@ def parse_arguments(cls: type, argv: list[str], prog: str = "aligndet", descript
     """
     parser = ArgumentParser(cls, show_all="--help-all" in argv, prog=prog, description=description)
     argv = ["--help" if arg == "--help-all" else arg for arg in argv]
-    config, argv = _split_config(argv)
+    config, argv = _split(cls, argv)
     if config is not None:
         parser.set_defaults_from(config)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        actions = [action for action in parser._actions if not isinstance(action, OldName)]
-        flags = [option for action in actions for option in action.option_strings]
+        flags = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
     return cls(**vars(namespace))
 
@@ -67,6 +66,7 @@ class ArgumentParser(HfArgumentParser):
 
     def __init__(self, cls: type, show_all: bool = False, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, usage=self.usage_line, **kwargs)
+        self.cls = cls
         self.fields = {field.name for field in dataclasses.fields(cls) if field.init}
         self.titles = _help_titles(cls)
         titles = sorted(dict.fromkeys(self.titles.values()), key=lambda title: SECTIONS.get(title, 0))
@@ -78,9 +78,6 @@ class ArgumentParser(HfArgumentParser):
         common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML recipe of these flags")
         common.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help="for a bug report")
         self._add_dataclass_arguments(cls)
-        self.old_names = old_names(cls)
-        for name, now in self.old_names.items():
-            self._add_old_name(name, now)
         if self.inherited._group_actions and not show_all:
             self.epilog = "Most flags of transformers.TrainingArguments are accepted as well; --help-all lists them."
 
@@ -102,13 +99,6 @@ class ArgumentParser(HfArgumentParser):
             if is_complement or not is_listed:
                 action.help = argparse.SUPPRESS
 
-    def _add_old_name(self, name: str, now: dict):
-        """Accept what the last release called a flag, without listing it."""
-        [action, *others] = [action for action in self._actions if action.dest in now]
-        like = {} if others or now[action.dest] is not same_value else {"type": action.type, "nargs": action.nargs}
-        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        self.add_argument(*names, action=OldName, now=now, const=action.const, default=argparse.SUPPRESS, **like)
-
     def set_defaults_from(self, config: str):
         """Make the values of a YAML file the defaults, as if they had been given as flags."""
         config = find_recipe(config)
@@ -119,23 +109,21 @@ class ArgumentParser(HfArgumentParser):
                 raise ValueError(f"{config} is not valid YAML: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{config} must be a mapping of `flag: value` lines, not a {type(values).__name__}")
-        values = _beside(values, config.parent)
+        values = with_new_names(self.cls, _beside(values, config.parent))
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False  # While only the recipe is parsed.
         for key, value in values.items():
-            if key not in self.fields and key not in self.old_names:
+            if key not in self.fields:
                 raise ValueError(f"{config}: unknown key {key!r}{nearest(str(key), self.fields)} of {self.prog}")
             if value is not None and value != []:
                 try:
-                    parsed = self.parse_args(_as_flags(key, value))
+                    value = getattr(self.parse_args(_as_flags(key, value)), key)
                 except ValueError as error:
                     raise ValueError(f"{config}: {error}") from error
-                self.set_defaults(**{name: getattr(parsed, name) for name in self.old_names.get(key, [key])})
-            else:
-                self.set_defaults(**dict.fromkeys(self.old_names.get(key, [key]), value))
+            self.set_defaults(**{key: value})
         for action in required:
-            action.required = not any(action.dest in self.old_names.get(key, [key]) for key in values)
+            action.required = action.dest not in values
 
     def error(self, message: str):
         """One line, with the flag by the name that our messages have for it."""
@@ -144,21 +132,6 @@ class ArgumentParser(HfArgumentParser):
             what = {"int": "a whole number", "float": "a number"}.get(kind, f"of the type {kind}")
             message = f"{name}: {value} is not {what}" + "; give several with spaces between them" * ("," in value)
         raise ValueError(message)
-
-
-class OldName(argparse.Action):
-    """A flag by the name that the last release had for it."""
-
-    def __init__(self, option_strings, dest, now: dict, **kwargs):
-        super().__init__(option_strings, argparse.SUPPRESS, help=argparse.SUPPRESS, **kwargs)
-        self.now = now
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for name, convert in self.now.items():
-            setattr(namespace, name, convert(values))
-        for action in parser._actions:
-            action.required &= action.dest not in self.now
-        tell_new_names(option_string, [f"--{name}" for name in self.now])
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -186,14 +159,16 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def _help_titles(cls: type) -> dict[str, str]:
     """The section title of every field that one of our classes declares, in the order in which help lists them."""
-    titles = {}
+    titles, last = {}, {}
     for base in reversed(cls.__mro__):
         if not base.__module__.startswith("transformers"):
-            title, groups = base.__name__.removesuffix("Arguments"), vars(base).get("help_groups", {})
+            groups = vars(base).get("help_groups", {})
+            title = last.get(base.__bases__) or base.__name__.removesuffix("Arguments")
             for name in vars(base).get("__annotations__", ()):
                 title = groups.get(name, title)
                 if name in groups or name not in titles:  # what is changed for one command stays where it is
                     titles[name] = title
+                last[(base,)] = title  # a class that extends one other goes on in its last section
     return titles
 
 
@@ -219,14 +194,20 @@ def _as_flags(key: str, value) -> list[str]:
     return [f"--{key}={value}"]
 
 
-def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+def _split(cls: type, argv: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe, and the flags by the names that they have now."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
+    for name in old_names(cls):
+        names = {f"--{name}", f"--{name.replace('_', '-')}"}
+        parser.add_argument(*names, dest=name, nargs="?", const=True, default=argparse.SUPPRESS)
     try:
         found, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    return found.config, rest
+    given = vars(found)
+    config = given.pop("config")
+    return config, [word for item in with_new_names(cls, given).items() for word in _as_flags(*item)] + rest
 
 
 def _json_mapping(text: str) -> dict:

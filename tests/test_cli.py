@@ -139,9 +139,9 @@ def help_of(cls, capsys, *argv):
 def test_help_has_sections_defaults_and_one_spelling(capsys):
     text = help_of(DemoArguments, capsys)
     sections = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert sections == ["options", "Required", "Demo", "Optimisation", "Common"]
+    assert sections == ["options", "Required", "Box", "Optimisation", "Common"]
     assert "--rate FLOAT" in text and "how fast (default: 0.0001)" in text
-    assert text.index("Required:") < text.index("where the boxes are") < text.index("Demo:")
+    assert text.index("Required:") < text.index("where the boxes are") < text.index("Box:")
     assert "--settings JSON" in text and "{top,random}" in text
     assert "--no_flip" not in text and "None" not in text
 

@@ -30,7 +30,7 @@ from ..data.sampling import SampleKey
 from ..data.splits import Splits, spread_rows
 from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes, view_shape
 from ..files import write_json
-from ..flags import flag, takes_old_names
+from ..flags import flag
 from ..ranges import COUNT, check_values
 from ..reporting.drawing import contact_sheet, draw_boxes
 from ..runs import measuring_folder
@@ -39,7 +39,6 @@ _SIDES = (8, 16, 32)  # pixels of a view; the finest feature map of most detecto
 _LISTED = 10
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class CheckArguments(MeasureArguments, ProgressArguments, ViewArguments, LabelledArguments):
     """Arguments of [`check`]: the flags of `aligndet check` and the keys of its recipes."""

@@ -46,7 +46,7 @@ from ..detectors.build import open_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
 from ..files import is_sound, seal_file
-from ..flags import flag, names_of, takes_old_names
+from ..flags import flag, names_of
 from ..hub import HubDatasetArguments, open_repository
 from ..objects import name_objects
 from ..processes import device_of, init_worker
@@ -59,7 +59,6 @@ PICTURE = "clusters.png"
 _SHARD_SIZE = 64  # images between two saves
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, FeatureArguments, DatasetArguments):
     """Arguments of [`cluster_proposals`]: the flags of `aligndet clusters` and the keys of its recipes."""

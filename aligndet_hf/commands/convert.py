@@ -13,7 +13,7 @@ from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
 from ..files import write_json
-from ..flags import REQUIRED, flag, takes_old_names
+from ..flags import REQUIRED, flag
 from ..hub import HubArguments
 from ..ranges import COUNT, check_values
 from ..runs import RunFolder
@@ -25,7 +25,6 @@ _TEMPLATE = Path(__file__).with_name("conversion_card_template.md")
 FILES = {"mmdet": "mmdet.pth", "torchvision": "torchvision.safetensors"}
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class ConvertArguments(RunArguments):
     """Arguments of [`convert`]: the flags of `aligndet convert` and the keys of its recipes."""

@@ -30,7 +30,7 @@ from ..detectors.build import detector_from_config, find_detector, open_detector
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
-from ..flags import flag, takes_old_names
+from ..flags import flag
 from ..matching import match_queries
 from ..objects import name_objects
 from ..processes import device_of
@@ -43,7 +43,6 @@ PICTURE, RESULTS = "embeddings.png", "embeddings.json"
 UNTRAINED = "before: random but for the backbone"
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class EmbeddingsArguments(
     OutputArguments, InferenceArguments, NeighborArguments, LabelledArguments, ReadyDetectorArguments

@@ -13,7 +13,7 @@ from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
 from ..evaluation.diagnosis import format_diagnosis
 from ..files import write_json, write_text
-from ..flags import flag, takes_old_names
+from ..flags import flag
 from ..objects import name_objects
 from ..processes import device_of
 from ..ranges import SHARE, check_values
@@ -25,7 +25,6 @@ from ..runs import measuring_folder
 WRITTEN = ["results.json", "predictions.json", DIAGNOSIS, PREDICTIONS, WORST, REPORT]
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class EvaluateArguments(MeasureArguments, InferenceArguments, LabelledArguments, ReadyDetectorArguments):
     """Arguments of [`evaluate`]: the flags of `aligndet evaluate` and the keys of its recipes."""

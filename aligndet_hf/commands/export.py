@@ -18,7 +18,7 @@ from ..exporting import run_onnx
 from ..exporting.onnx_graph import describe, export_onnx
 from ..exporting.parity import BOX_TOLERANCE, SCORE_TOLERANCE, compare
 from ..files import write_json
-from ..flags import flag, takes_old_names
+from ..flags import flag
 from ..objects import folder_of
 from ..ranges import COUNT, SHARE, check_values
 from ..runs import RunFolder
@@ -26,7 +26,6 @@ from ..runs import RunFolder
 _COMPLETE = "complete"
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class ExportArguments(RunArguments, ReadyDetectorArguments):
     """Arguments of [`export`]: the flags of `aligndet export` and the keys of its recipes."""

@@ -21,7 +21,7 @@ from ..data.errors import ImageError
 from ..data.formats import load_labelled
 from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..files import write_json
-from ..flags import REQUIRED, flag, takes_old_names, told_of
+from ..flags import REQUIRED, flag, told_of
 from ..objects import name_objects
 from ..processes import device_of
 from ..ranges import check_values
@@ -76,7 +76,6 @@ def knn_accuracy(
     }
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class KnnArguments(MeasureArguments, DeviceArguments, NeighborArguments, FeatureArguments, LabelledArguments):
     """Arguments of [`measure_knn`]: the flags of `aligndet knn` and the keys of its recipes."""

@@ -25,7 +25,7 @@ from ..detectors.build import find_detector
 from ..evaluation.predicted_rows import join_predictions, write_coco, write_predictions, write_results
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
-from ..flags import REQUIRED, flag, names_of, takes_old_names
+from ..flags import REQUIRED, flag, names_of
 from ..objects import folder_of
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
@@ -39,7 +39,6 @@ _COMPLETE, _TABLE = "complete", "predictions.arrow"
 _SHARD_SIZE = 64  # images between two saves; a killed run loses no more
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments):
     """Arguments of [`predict`]: the flags of `aligndet predict` and the keys of its recipes."""

@@ -34,7 +34,7 @@ from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import check_classes, crop_features, suppress
 from ..files import write_json
-from ..flags import flag, local_paths, names_of, takes_old_names
+from ..flags import flag, local_paths, names_of
 from ..processes import device_of
 from ..proposals.clusters import match_labels
 from ..ranges import COUNT, SHARE, check_values
@@ -50,7 +50,6 @@ _SHEET_NOTE = (
 )
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class PseudolabelArguments(
     RunArguments, InferenceArguments, LabelShareArguments, LabelledArguments, ReadyDetectorArguments

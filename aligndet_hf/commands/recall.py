@@ -17,7 +17,7 @@ from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..data.splits import spread_rows
 from ..files import write_json
-from ..flags import flag, takes_old_names
+from ..flags import flag
 from ..objects import name_objects
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
@@ -39,7 +39,6 @@ _SHEET_SIDE = 480  # of a picture in pixels
 _NAMES = {name: f"{name} of the image's size" for name in RELATIVE_SIZES}
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class RecallArguments(MeasureArguments, ProgressArguments, DatasetArguments):
     """Arguments of [`measure_recall`]: the flags of `aligndet recall` and the keys of its recipes."""

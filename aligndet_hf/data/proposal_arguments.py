@@ -13,7 +13,7 @@ from ..arguments import (
     RunArguments,
     again,
 )
-from ..flags import flag, takes_old_names
+from ..flags import flag
 from ..hub import HubDatasetArguments
 from ..objects import name_objects
 from ..proposals.filters import parse_strategy
@@ -35,7 +35,6 @@ KEPT = {
 }
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class ProposalsArguments(
     HubDatasetArguments, RunArguments, ProgressArguments, PixelWindowArguments, LabelledArguments

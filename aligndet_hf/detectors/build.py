@@ -40,8 +40,6 @@ CLASS_PRIOR = 0.01
 class DetectorArguments:
     """The detector that a training starts from."""
 
-    help_groups = {"detector": "Detector"}
-
     detector: str = flag(
         "rt_detr",
         "start",

@@ -21,13 +21,12 @@ from ..data.augmentations import AUGMENTATIONS
 from ..data.bit_depth import parse_rule
 from ..detectors.build import DetectorArguments, has_random_backbone
 from ..evaluation.coco_metrics import MASK_SUMMARY, SUMMARY
-from ..flags import flag, given_flags, names_of, nearest, takes_old_names
+from ..flags import flag, given_flags, names_of, nearest
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range, check_values
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class FinetuneArguments(
     HubModelArguments,

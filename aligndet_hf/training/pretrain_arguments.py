@@ -14,7 +14,7 @@ from ..arguments import (
     again,
 )
 from ..detectors.build import DetectorArguments
-from ..flags import flag, given_flags, takes_old_names
+from ..flags import flag, given_flags
 from ..hub import HubModelArguments
 from ..objects import name_objects
 from ..ranges import COUNT, POSITIVE, check_values
@@ -38,7 +38,6 @@ DEFAULTS = {
 }
 
 
-@takes_old_names
 @dataclass(kw_only=True)
 class PretrainArguments(
     HubModelArguments,
