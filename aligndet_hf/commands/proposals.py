@@ -73,7 +73,7 @@ def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | data
         Interrupted: SIGTERM or SIGINT; what is finished is kept.
         OSError: the output cannot be written or uploaded, or there is no such detector.
     """
-    with Launch() as launch, data_folder(arguments, "proposals", ["*.rows"], launch.on_main) as folder:
+    with Launch() as launch, data_folder(arguments, "proposals", ["*.rows"], on_main=launch.on_main) as folder:
         repo_id = launch.on_main(open_repository, arguments, folder.path, "dataset")
         sources = _load_inputs(arguments, launch)
         if not arguments.streaming:
