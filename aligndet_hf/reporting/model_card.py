@@ -20,7 +20,6 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # The numbers a leaderboard reads; the card's table has all twelve.
 INDEXED = {"AP": "AP (IoU 0.50:0.95)", "AP50": "AP50", "AP75": "AP75", "AR100": "AR (100 detections)"}
-CODE_NOTE = " The model's code lies beside its weights."
 COCO_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -37,127 +36,10 @@ def model_card(record: RunRecord, name: str, subfolder: str | None = None, pictu
     Returns:
         `str`: the card, metadata first.
     """
-    if record.kind == "finetune":
-        return _finetuning_card(record, name, picture)
-    return (_soco_card if record.method == "soco" else _pretraining_card)(record, name, subfolder, picture)
-
-
-def _pretraining_card(record: RunRecord, name: str, subfolder: str | None, picture: str | None) -> str:
-    place = f'path, subfolder="{subfolder}"' if subfolder else "path"
-    has_code = _has_code(record)
-    trust = ", trust_remote_code=True" if has_code else ""
-    return _card(
-        record,
-        picture=picture,
-        summary=(
-            "The whole detector, not only its backbone, was pre-trained on unlabelled images: it learnt to find the "
-            "boxes that an unsupervised proposal algorithm draws and to tell their contents apart. **It is a start "
-            "for fine-tuning, not a detector**: its classes are proposals, not categories."
-        ),
-        usage=(
-            "from transformers import AutoImageProcessor, AutoModelForObjectDetection\n\n"
-            f'path = "{name}"\n'
-            'id2label = {0: "cat", 1: "dog"}  # yours\n'
-            "label2id = {name: index for index, name in id2label.items()}\n"
-            f"processor = AutoImageProcessor.from_pretrained({place})\n"
-            f"# A new class layer; everything else is kept.{CODE_NOTE if has_code else ''}\n"
-            "detector = AutoModelForObjectDetection.from_pretrained(\n"
-            f"    {place}, id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True{trust}\n"
-            ")"
-        ),
-        limits=[
-            "The class scores mean nothing before fine-tuning.",
-            "What it takes for an object is what the proposal algorithm took for one: things with a closed, "
-            "contrasting outline. Parts, crowds and textures are among them.",
-            *_unmeasured(record),
-        ],
-        tags=["aligndet", "self-supervised-learning", "pretraining"],
-    )
-
-
-def _soco_card(record: RunRecord, name: str, subfolder: str | None, picture: str | None) -> str:
-    has_head = record.config.variant != "c4"
-    path = f"{name}/{subfolder}" if subfolder else name
-    usage = (
-        "from aligndet_hf.detectors.build import build_detector\n\n"
-        f'detector = build_detector("rt_detr", backbone="{path}", num_labels=3)  # any family'
-    )
-    if has_head:
-        usage += (
-            "\n\n# Backbone, pyramid and box head, in a detector of torchvision with the same trunk:\n"
-            "from aligndet_hf.detectors.torchvision_weights import load_torchvision_weights\n\n"
-        )
-        weights = f'"{name}/torchvision.safetensors"'
-        if not subfolder:
-            usage += "from huggingface_hub import hf_hub_download\n\n"
-            weights = f'hf_hub_download("{name}", "torchvision.safetensors")'
-        usage += f"print(load_torchvision_weights(faster_rcnn, {weights}))"
-    return _card(
-        record,
-        picture=picture,
-        summary=(
-            f"A backbone{', its feature pyramid and a box head were' if has_head else ' was'} pre-trained on "
-            "unlabelled images: boxes that an unsupervised proposal algorithm draws are to be recognised in other "
-            "crops, sizes and colours. **It is a start for training detectors, and detects nothing by itself.**"
-        ),
-        usage=usage,
-        limits=["What it takes for an object is what the proposal algorithm took for one.", *_unmeasured(record)],
-        tags=["soco", "self-supervised-learning", "pretraining"],
-    )
-
-
-def _unmeasured(record: RunRecord) -> list[str]:
-    return [] if record.comparison else ["Nothing was measured on labelled data for this card."]
-
-
-def _finetuning_card(record: RunRecord, name: str, picture: str | None) -> str:
-    names = [inert(record.config.id2label[index]) for index in sorted(record.config.id2label)]
-    limits = [
-        "One run with one seed: differences of a point or two of AP can be chance.",
-        "It knows the classes and the kind of images it was trained on, and was tested on no others.",
-    ]
-    if not record.metrics:
-        limits.insert(0, "Nothing was measured for this card: the run had no evaluation data.")
-    return _card(
-        record,
-        picture=picture,
-        summary=f"Detects {len(names)} {'class' if len(names) == 1 else 'classes'}: {_some(names)}.",
-        usage=_pipeline_usage(record, name),
-        limits=limits,
-    )
-
-
-def _has_code(record: RunRecord) -> bool:
-    """Whether transformers lacks the model, whose code then lies beside its weights."""
-    return bool(getattr(record.config, "auto_map", None))
-
-
-def _pipeline_usage(record: RunRecord, name: str) -> str:
-    """How to detect objects in a file; one with more than 8 bits becomes the picture that training has seen."""
-    file, note, trust = "image.jpg", "", ""
-    if _has_code(record):
-        note = f"#{CODE_NOTE}\n"
-    if record.pixel_window is not None:
-        low, high = record.pixel_window
-        file = "image.png"
-        note = (
-            f"# The grey levels {low:g} to {high:g} become 0 to 255, as in training: deep_images.py, beside the\n"
-            "# weights, does it. Without it all levels above 255 would be white.\n"
-        )
-    if note:
-        trust = ", trust_remote_code=True"
-    return (
-        f'from transformers import pipeline\n\n{note}detect = pipeline("object-detection", model="{name}"{trust})\n'
-        f'detect("{file}", threshold={record.threshold or 0.3:.2g})'
-    )
-
-
-def _card(record: RunRecord, *, summary, usage, limits, picture, tags=()) -> str:
-    """Fills the template; the functions above say what with."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    title, is_detector = run_title(record), record.method == "aligndet"
-    measured = record.metrics if record.kind == "finetune" else {}
+    title, is_finetuned = run_title(record), record.kind == "finetune"
+    measured = record.metrics if is_finetuned else {}
     dataset, split = record.evaluation.get("dataset") or record.dataset, record.evaluation.get("split")
     entries = [
         EvalResult(
@@ -172,9 +54,10 @@ def _card(record: RunRecord, *, summary, usage, limits, picture, tags=()) -> str
         for key, name in INDEXED.items()
         if exists(measured.get(key))
     ]
+    tags = [] if is_finetuned else [record.method, "self-supervised-learning", "pretraining"]
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="object-detection" if is_detector else "image-feature-extraction",
+        pipeline_tag="object-detection" if record.method == "aligndet" else "image-feature-extraction",
         tags=["object-detection", "aligndet-hf", *tags],
         license=record.license,
         datasets=hub_ids(record.dataset) or None,
@@ -187,26 +70,24 @@ def _card(record: RunRecord, *, summary, usage, limits, picture, tags=()) -> str
         template_path=str(TEMPLATE),
         begin=BEGIN,
         end=END,
+        record=record,
         title=inert(title),
         inert=inert,
-        plain=is_detector,
-        has_code=_has_code(record),
-        summary=summary,
+        name=name,
+        subfolder=subfolder,
+        # The code of a model that transformers lacks lies beside its weights.
+        has_code=bool(getattr(record.config, "auto_map", None)),
+        classes=[inert(name) for _, name in sorted(record.config.id2label.items())] if is_finetuned else [],
         picture=picture,
         facts=_facts(record),
-        usage=usage,
         training=describe_training(record, inert),
         proposals=describe_proposals(record.proposals),
         settings=yaml.safe_dump(_recipe(record), sort_keys=False, allow_unicode=True, width=100).strip(),
-        command=record.command,
-        versions=", ".join(f"{name} {version}" for name, version in record.versions.items()),
-        limits=limits,
         citations=papers(record),
         protocol=describe_protocol(record, inert),
         results=percentages(measured, COCO_KEYS),
         per_class=_per_class(record, measured),
         pretrained=_describe_pretraining(record),
-        comparison=record.comparison,
         transfer=_transfer_table(record),
         backbone=inert(describe_backbone(record.backbone)) if record.backbone else None,
     )
@@ -354,11 +235,6 @@ def percentages(values: Mapping, keys: Sequence[str] | None = None) -> list[tupl
     """Names and values as a table shows them, of numbers from 0 to 1."""
     keys = [key for key in (values if keys is None else keys) if key in values]
     return [(key, f"{100 * values[key]:.1f}" if exists(values[key]) else "no such object") for key in keys]
-
-
-def _some(names: Sequence[str], limit: int = 40) -> str:
-    listed = ", ".join(names[:limit])
-    return listed if len(names) <= limit else f"{listed} and {len(names) - limit} more"
 
 
 def _transfer_table(record: RunRecord) -> str | None:
