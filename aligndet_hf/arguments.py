@@ -9,8 +9,24 @@ from dataclasses import MISSING, dataclass
 from functools import partial
 from typing import Any
 
-from .flags import REQUIRED, TakesOldNames, flag
-from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE
+from .flags import REQUIRED, TakesOldNames, flag, given_flags
+from .objects import name_objects
+from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, check_values
+
+
+@dataclass(kw_only=True)
+class Arguments(metaclass=TakesOldNames):
+    """
+    What the arguments of all commands do first: objects get names, and values of another kind or range are refused.
+
+    Attributes:
+        given (`dict`): What was given, see [`~aligndet_hf.flags.given_flags`].
+    """
+
+    def __post_init__(self):
+        name_objects(self)
+        self.given = given_flags(self)
+        check_values(self)
 
 
 def again(mixin: type, name: str, **changes: Any) -> Any:
@@ -48,7 +64,7 @@ def is_precision(name: str, value: Any) -> bool:
 
 
 @dataclass(kw_only=True)
-class DatasetArguments:
+class DatasetArguments(Arguments):
     """The images that a command reads."""
 
     help_groups = {"dataset": "Data"}
@@ -73,7 +89,7 @@ class LabelledArguments(DatasetArguments):
 
 
 @dataclass(kw_only=True)
-class LabelShareArguments:
+class LabelShareArguments(Arguments):
     """A part of the labels."""
 
     help_groups = {"label_fraction": "Data"}
@@ -85,7 +101,7 @@ class LabelShareArguments:
 
 
 @dataclass(kw_only=True)
-class PixelWindowArguments:
+class PixelWindowArguments(Arguments):
     """How grey levels become pixels."""
 
     help_groups = {"pixel_window": "Data"}
@@ -100,7 +116,7 @@ class PixelWindowArguments:
 
 
 @dataclass(kw_only=True)
-class ReadyDetectorArguments:
+class ReadyDetectorArguments(Arguments):
     """A detector that is used as it is."""
 
     help_groups = {"detector": "Detector"}
@@ -117,7 +133,7 @@ class ReadyDetectorArguments:
 
 
 @dataclass(kw_only=True)
-class ViewArguments:
+class ViewArguments(Arguments):
     """The size of the images that a detector sees in training."""
 
     help_groups = {"image_sizes": "Views"}
@@ -154,7 +170,7 @@ class AugmentationArguments(ViewArguments):
 
 
 @dataclass(kw_only=True)
-class FeatureArguments:
+class FeatureArguments(Arguments):
     """What a frozen backbone says of boxes."""
 
     help_groups = {"strides": "Features"}
@@ -168,7 +184,7 @@ class FeatureArguments:
 
 
 @dataclass(kw_only=True)
-class NeighborArguments(metaclass=TakesOldNames):
+class NeighborArguments(Arguments):
     """Objects that are told apart by their neighbours."""
 
     help_groups = {"max_objects": "Neighbours"}
@@ -187,7 +203,7 @@ class NeighborArguments(metaclass=TakesOldNames):
 
 
 @dataclass(kw_only=True)
-class ProgressArguments:
+class ProgressArguments(Arguments):
     """Whether a command tells how far it is."""
 
     help_groups = {"disable_tqdm": "Run"}
@@ -196,7 +212,7 @@ class ProgressArguments:
 
 
 @dataclass(kw_only=True)
-class DeviceArguments(ProgressArguments, metaclass=TakesOldNames):
+class DeviceArguments(ProgressArguments):
     """What a network runs on."""
 
     use_cpu: bool = flag(False, "run", "use the CPU even if there is a GPU", was={"device": is_cpu})
@@ -222,7 +238,7 @@ class InferenceArguments(LoadingArguments):
 
 
 @dataclass(kw_only=True)
-class OptimisationArguments(metaclass=TakesOldNames):
+class OptimisationArguments(Arguments):
     """How a network learns."""
 
     num_train_epochs: float = flag(50, "result", "epochs", range=POSITIVE)
@@ -267,14 +283,14 @@ class OptimisationArguments(metaclass=TakesOldNames):
 
 
 @dataclass(kw_only=True)
-class OutputArguments:
+class OutputArguments(Arguments):
     """Where a command writes to."""
 
     output_dir: str = flag(REQUIRED, "place", "folder of the run; the same command again resumes it")
 
 
 @dataclass(kw_only=True)
-class RunArguments(OutputArguments, metaclass=TakesOldNames):
+class RunArguments(OutputArguments):
     """A folder that belongs to one run of a command."""
 
     overwrite_output_dir: bool = flag(

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arguments import again
+from .arguments import Arguments, again
 from .cards import merge_card
 from .flags import flag
 
 
 @dataclass(kw_only=True)
-class HubArguments:
+class HubArguments(Arguments):
     """What commands that upload a result have in common; they inherit it."""
 
     push_to_hub: bool = flag(False, "output", "upload the result to the Hub")

@@ -12,7 +12,6 @@ from ..flags import flag, nearest
 from ..pipelines.inputs import require_weights
 from ..pipelines.runner import is_finished, run_stages
 from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
-from ..ranges import check_values
 from ..runs import RECORD, RunFolder
 
 
@@ -44,7 +43,7 @@ class PipelineArguments(OutputArguments):
     )
 
     def __post_init__(self):
-        check_values(self)
+        super().__post_init__()
         if not self.stages:
             raise ValueError("there are no stages: give a file with `stages:` by --config")
         for assignment in self.set:

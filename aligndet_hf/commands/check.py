@@ -31,7 +31,7 @@ from ..data.splits import Splits, spread_rows
 from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes, view_shape
 from ..files import write_json
 from ..flags import flag
-from ..ranges import COUNT, check_values
+from ..ranges import COUNT
 from ..reporting.drawing import contact_sheet, draw_boxes
 from ..runs import measuring_folder
 
@@ -72,7 +72,7 @@ class CheckArguments(MeasureArguments, ProgressArguments, ViewArguments, Labelle
     )
 
     def __post_init__(self):
-        check_values(self)
+        super().__post_init__()
         if self.export is not None and self.export not in LAYOUTS:
             raise ValueError(f"export must be one of {', '.join(LAYOUTS)}, got {self.export!r}")
         if self.export is not None and self.output_dir is None:

@@ -48,10 +48,9 @@ from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
 from ..files import is_sound, seal_file
 from ..flags import flag, names_of
 from ..hub import HubDatasetArguments, open_repository
-from ..objects import name_objects
 from ..processes import device_of, init_worker
 from ..proposals.clusters import Clustering, choose_num_clusters, fit_clusters
-from ..ranges import COUNT, check_values
+from ..ranges import COUNT
 from ..reporting.pseudo_classes import cluster_report, draw_clusters, print_cluster_report
 from ..runs import RunFolder
 
@@ -108,8 +107,7 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
     )
 
     def __post_init__(self):
-        name_objects(self)
-        check_values(self)
+        super().__post_init__()
         if self.fit_boxes < (self.num_clusters or 1):
             raise ValueError(
                 f"{self.num_clusters} clusters cannot be fitted to {self.fit_boxes} boxes: raise fit_boxes"

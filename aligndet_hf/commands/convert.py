@@ -15,7 +15,7 @@ from ..detectors.converters.layout import ConversionReport
 from ..files import write_json
 from ..flags import REQUIRED, flag
 from ..hub import HubArguments
-from ..ranges import COUNT, check_values
+from ..ranges import COUNT
 from ..runs import RunFolder
 from ..training.checkpointing import clear_write_errors
 
@@ -66,7 +66,7 @@ class ConvertArguments(RunArguments):
     card_license: str | None = again(HubArguments, "card_license")
 
     def __post_init__(self):
-        check_values(self)
+        super().__post_init__()
         if self.to != "transformers" and (self.family or self.detector_config or self.partial):
             raise ValueError(f"family, detector_config and partial are for reading a file, not for --to {self.to}")
 

@@ -32,9 +32,7 @@ from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
 from ..flags import flag
 from ..matching import match_queries
-from ..objects import name_objects
 from ..processes import device_of
-from ..ranges import check_values
 from ..reporting.pictures import PALETTE, legend_below, new_figure, plain_axes, save_figure
 from ..runs import measuring_folder
 from .knn import knn_accuracy
@@ -65,10 +63,6 @@ class EmbeddingsArguments(
     seed: int = again(
         OptimisationArguments, "seed", help="seed of the choice, of t-SNE, and of the untrained detector"
     )
-
-    def __post_init__(self):
-        name_objects(self)
-        check_values(self)
 
 
 @dataclass(frozen=True)

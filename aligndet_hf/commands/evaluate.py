@@ -14,9 +14,8 @@ from ..evaluation.detections import EvaluationImages, coco_detections, match_cat
 from ..evaluation.diagnosis import format_diagnosis
 from ..files import write_json, write_text
 from ..flags import flag
-from ..objects import name_objects
 from ..processes import device_of
-from ..ranges import SHARE, check_values
+from ..ranges import SHARE
 from ..reporting.html_report import REPORT, write_report
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS
@@ -51,8 +50,7 @@ class EvaluateArguments(MeasureArguments, InferenceArguments, LabelledArguments,
     score_threshold: float = flag(0.3, "output", "draw boxes with at least this score; no effect on AP", range=SHARE)
 
     def __post_init__(self):
-        name_objects(self)
-        check_values(self)
+        super().__post_init__()
         if self.output_dir is None and (self.save_predictions or self.num_pictures):
             raise ValueError("save_predictions and num_pictures need an output_dir to write to")
 

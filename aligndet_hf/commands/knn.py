@@ -22,9 +22,7 @@ from ..data.formats import load_labelled
 from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..files import write_json
 from ..flags import REQUIRED, flag, told_of
-from ..objects import name_objects
 from ..processes import device_of
-from ..ranges import check_values
 from ..runs import measuring_folder
 
 
@@ -91,10 +89,6 @@ class KnnArguments(MeasureArguments, DeviceArguments, NeighborArguments, Feature
         OptimisationArguments, "seed", help="seed of the choice, of the five parts, and of random weights"
     )
     output_dir: str | None = again(MeasureArguments, "output_dir", help="folder for knn.json")
-
-    def __post_init__(self):
-        name_objects(self)
-        check_values(self)
 
 
 def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:

@@ -37,7 +37,7 @@ from ..files import write_json
 from ..flags import flag, local_paths, names_of
 from ..processes import device_of
 from ..proposals.clusters import match_labels
-from ..ranges import COUNT, SHARE, check_values
+from ..ranges import COUNT, SHARE
 from ..reporting.predictions import write_sheet
 from ..runs import RunFolder
 from ..training.start import start_hashes
@@ -110,7 +110,7 @@ class PseudolabelArguments(
     num_pictures: int = flag(24, "output", "put this many images on the sheet of pictures", range=COUNT)
 
     def __post_init__(self):
-        check_values(self)
+        super().__post_init__()
         if self.ignore_threshold > self.score_threshold:
             raise ValueError(
                 f"ignore_threshold must be at most score_threshold, got {self.ignore_threshold} and "

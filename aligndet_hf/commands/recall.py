@@ -18,10 +18,9 @@ from ..data.images import decode_image, image_size
 from ..data.splits import spread_rows
 from ..files import write_json
 from ..flags import flag
-from ..objects import name_objects
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
-from ..ranges import COUNT, check_values
+from ..ranges import COUNT
 from ..reporting.drawing import contact_sheet, draw_boxes, enlarged
 from ..reporting.pictures import new_figure, plot_recall
 from ..runs import measuring_folder
@@ -61,8 +60,7 @@ class RecallArguments(MeasureArguments, ProgressArguments, DatasetArguments):
     num_boxes: int = flag(10, "output", "draw this many boxes of an image, the best ones", range=COUNT)
 
     def __post_init__(self):
-        name_objects(self)
-        check_values(self)
+        super().__post_init__()
         if self.num_pictures and self.output_dir is None:
             raise ValueError("num_pictures needs an output_dir to write to")
 

@@ -4,21 +4,18 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..arguments import Arguments
 from ..flags import REQUIRED, flag
-from ..ranges import check_values
 from ..reporting.html_report import REPORT, write_report
 from ..runs import RunFolder
 
 
 @dataclass(kw_only=True)
-class ReportArguments:
+class ReportArguments(Arguments):
     """Arguments of [`report`]: the flags of `aligndet report` and the keys of its recipes."""
 
     run: str = flag(REQUIRED, "data", "folder that an aligndet command has written")
     output: str | None = flag(None, "place", f"the HTML file; {REPORT} in the folder if not given")
-
-    def __post_init__(self):
-        check_values(self)
 
 
 def report(arguments: ReportArguments) -> Path:

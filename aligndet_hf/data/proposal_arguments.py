@@ -15,11 +15,10 @@ from ..arguments import (
 )
 from ..flags import flag
 from ..hub import HubDatasetArguments
-from ..objects import name_objects
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
 from ..proposals.selective_search import PRESETS
-from ..ranges import COUNT, POSITIVE, SHARE, Range, check_values
+from ..ranges import COUNT, POSITIVE, SHARE, Range
 from .bit_depth import parse_rule
 from .sources import SOURCES
 
@@ -159,8 +158,7 @@ class ProposalsArguments(
     export_json: str | None = flag(None, "output", "also write the proposals to this file, in AlignDet's COCO format")
 
     def __post_init__(self):
-        name_objects(self)
-        check_values(self)
+        super().__post_init__()
         is_paper = self.preset == "paper"
         self.preset = None if is_paper else self.preset
         if self.source is None:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 from transformers.utils import cached_file
 
+from ..arguments import Arguments
 from ..convnets.modeling_torchvision import TorchvisionDetector
 from ..files import similar_path, write_json
 from ..flags import flag, nearest
@@ -37,7 +38,7 @@ CLASS_PRIOR = 0.01
 
 
 @dataclass(kw_only=True)
-class DetectorArguments:
+class DetectorArguments(Arguments):
     """The detector that a training starts from."""
 
     detector: str = flag(

@@ -21,10 +21,9 @@ from ..data.augmentations import AUGMENTATIONS
 from ..data.bit_depth import parse_rule
 from ..detectors.build import DetectorArguments, has_random_backbone
 from ..evaluation.coco_metrics import MASK_SUMMARY, SUMMARY
-from ..flags import flag, given_flags, names_of, nearest
+from ..flags import flag, names_of, nearest
 from ..hub import HubModelArguments
-from ..objects import name_objects
-from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range, check_values
+from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range
 
 
 @dataclass(kw_only=True)
@@ -206,9 +205,7 @@ class FinetuneArguments(
     hub_strategy: str = flag("end", "output", "when to upload: end; or what transformers does during training as well")
 
     def __post_init__(self):
-        name_objects(self)
-        self.given = given_flags(self)
-        check_values(self)
+        super().__post_init__()
         parse_rule(self.pixel_window)
         require_metric(self.metric_for_best_model)
         if not self.do_eval:
@@ -242,7 +239,7 @@ class FinetuneArguments(
                 "save_strategy to best; or load_best_model_at_end to false, to end with the last weights"
             )
         self._refuse_what_has_no_effect()
-        super().__post_init__()
+        TrainingArguments.__post_init__(self)
 
     @property
     def is_led_by_measurements(self) -> bool:

@@ -14,10 +14,9 @@ from ..arguments import (
     again,
 )
 from ..detectors.build import DetectorArguments
-from ..flags import flag, given_flags
+from ..flags import flag
 from ..hub import HubModelArguments
-from ..objects import name_objects
-from ..ranges import COUNT, POSITIVE, check_values
+from ..ranges import COUNT, POSITIVE
 from .method_arguments import MethodArguments, join_config
 
 # What is not given depends on the method.
@@ -143,9 +142,7 @@ class PretrainArguments(
     report_to: list[str] = flag([], "output", "trackers of Accelerate: tensorboard, wandb, ... (or none)")
 
     def __post_init__(self):
-        name_objects(self)
-        self.given = given_flags(self)
-        check_values(self)
+        super().__post_init__()
         join_config(self)
         self.streaming |= isinstance(getattr(self.dataset, "value", None), IterableDataset)
         defaults = DEFAULTS[self.method] | ({"color": True} if self.preset == "paper" else {})
