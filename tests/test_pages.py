@@ -10,7 +10,7 @@ import pytest
 from test_report import EVIL, Page
 
 from aligndet_hf.evaluation.diagnosis import Diagnosis
-from aligndet_hf.reporting.comparison_page import _blocks
+from aligndet_hf.reporting.comparison import _markdown
 from aligndet_hf.reporting.diagnosis_page import diagnosis_section
 from aligndet_hf.reporting.drawing import contact_sheet, draw_boxes
 from aligndet_hf.reporting.html_report import write_report
@@ -165,26 +165,34 @@ def test_a_verdict_on_several_shares_and_arms():
     assert verdict({"statistics": {}, "baseline": "plain"}) == ["Nothing is finished yet."]
 
 
-def test_markdown_of_a_comparison_becomes_blocks(tmp_path):
-    table = "| arm | why |\n| --- | --- |\n| `a\\|b` | <b> |"
-    words, code = "- Some - words.\n- More.", "```yaml\na: 1\n\nb: 2\n```"
-    text = f"# Title\n\n**Told.**\n\n## Part\n\n{words}\n\n{table}\n\n{code}\n\n![x](curve.png)\n"
-    assert list(_blocks(text)) == [
-        ("title", "Title"), ("text", ["Told."]), ("heading", "Part"), ("text", ["Some - words.", "More."]),
-        ("tables", [("arm", "why"), ("a|b", "<b>")]), ("code", "a: 1\n\nb: 2"), ("picture", ["x", "curve.png"]),
+def test_the_sections_of_a_comparison_in_markdown():
+    section = Section(
+        "Part", text=["First.", "Some - words.", "More."], code="a: 1", tables=[[("arm", "why"), ("a|b", "c\nd")]],
+        pictures=[("x", "curve.png")], more=[Section(text=["Last."])],
+    )  # fmt: skip
+    assert list(_markdown(section)) == [
+        "## Part", "First.", "- Some - words.\n- More.", "```yaml\na: 1\n```",
+        "| arm | why |\n| --- | --- |\n| a\\|b | c d |", "![x](curve.png)", "Last.",
     ]  # fmt: skip
 
 
 def test_the_page_of_a_comparison(tmp_path):
-    results = results_of({"plain": {0.1: [0.2, 0.2]}, "ours": {0.1: [0.3, 0.1]}}) | {"config": {"seeds": [0, 1]}}
+    results = results_of({"plain": {0.1: [0.2, 0.2]}, "ours": {0.1: [0.3, 0.1]}}) | {
+        "config": {"seeds": [0, 1]}, "evaluation": {"dataset": "cells", "split": "test", "images": 3},
+        "images": {"0.1": 2}, "runs": [], "planned": 4, "failures": {"ours/finetune": EVIL}, "environment": "here",
+        "stages": [{"folder": "plain/finetune", "command": "finetune", "seconds": 60}],
+        "seconds": dict.fromkeys(("plain", "ours"), {"before": None, "measured": 60}),
+        "leakage": {"sources": {"training": []}, "training_images": [], "images": 3, "unreadable": 0, "leaks": []},
+    }  # fmt: skip
     (tmp_path / "results.json").write_text(json.dumps(results))
-    (tmp_path / "report.md").write_text(
-        f"# plain · ours\n\n**{' '.join(verdict(results))}**\n\nAbout.\n\n## Results\n\n| a |\n| --- |\n| {EVIL} |\n"
-    )
-    PIL.Image.new("RGB", (50, 40)).save(tmp_path / "arms-0.1.jpg")
+    for name in ("learning_curves.png", "arms-0.1.jpg"):
+        PIL.Image.new("RGB", (50, 40)).save(tmp_path / name)
     page = Page(write_report(tmp_path).read_text())
-    assert "script" not in page.tags and EVIL in page.words and page.tags.count("img") == 1
+    assert "script" not in page.tags and EVIL in page.words and page.tags.count("img") == 2
     assert page.words.count("ours cannot be told from plain with 10 % of the labels, where the seeds disagree.") == 1
     words = [word for word in page.words if word]
-    assert words.index("About.") < words.index(EVIL) < words.index("10 % of the labels")
+    parts = ["What was compared", "Results", "Pictures", "Protocol", "Leakage", "What failed", "How it was run"]
+    assert sorted(parts, key=lambda part: len(words) - words[::-1].index(part)) == parts
+    assert "aligndet finetune --config FOLDER/plain/finetune.yaml" in words and "By class" in words
+    assert words.index(next(word for word in words if word.startswith("Fine-tuning from 2"))) < words.index(EVIL)
     assert "Pictures" not in Page(write_report(tmp_path, with_pictures=False).read_text()).words

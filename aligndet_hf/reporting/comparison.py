@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +12,12 @@ from accelerate.utils import recursively_apply
 from ..cards import describe_versions, told
 from ..files import write_text
 from .fairness import cautions, longer_arms
+from .page import Section
 from .plots import plot_arms, plot_bands
 from .verdict import verdict
 
 REPORT = "report.md"
+Part = str | Section  # of a section: a paragraph or something else
 CURVES, LABELS, CLASSES = "learning_curves.png", "labels.png", "ap-{fraction}.png"
 
 
@@ -31,33 +33,58 @@ def write_report(output_dir: str | Path, results: Mapping, with_plots: bool = Tr
     Returns:
         `Path`: the report.
     """
-    output_dir, statistics = Path(output_dir), results["statistics"]
-    pictures = _plot(output_dir, results) if with_plots and statistics else {}
-    arms, baseline = list(results["arms"]), results["baseline"]
-    steps = _steps_table(statistics, baseline)
-    evaluation = results["evaluation"]
-    failed = f", {len(results['failures'])} stages failed or could not run" if results["failures"] else ""
-    parts = [
-        f"# {' · '.join(arms)}",
-        f"**{' '.join(verdict(results))}**",
+    output_dir = Path(output_dir)
+    pictures = pictures_of(results) if with_plots else {}
+    if pictures:
+        _plot(output_dir, results)
+    first, *others = sections_of(results, pictures)
+    title, verdicts = " · ".join(results["arms"]), " ".join(verdict(results))
+    blocks = [f"# {title}", f"**{verdicts}**", *_markdown(Section(more=first.more))]
+    path = output_dir / REPORT
+    write_text(path, "\n\n".join(blocks + [block for section in others for block in _markdown(section)]) + "\n")
+    return path
+
+
+def pictures_of(results: Mapping) -> dict[str, str]:
+    """The title of each plot of a comparison, by the name of its file."""
+    fractions = list(results["statistics"])
+    found = {CURVES: "Average precision in the course of fine-tuning"} if fractions else {}
+    if len(fractions) > 1:
+        found[LABELS] = "Average precision by number of labels"
+    title = "All metrics, and average precision of each class, with"
+    return found | {CLASSES.format(fraction=share): f"{title} {_percent_of_labels(share)}" for share in fractions}
+
+
+def sections_of(results: Mapping, pictures: Mapping[str, str]) -> list[Section]:
+    """
+    What came of a comparison, and how it was run, for its report and its page.
+
+    Args:
+        results (`Mapping`): As for [`write_report`].
+        pictures (`Mapping[str, str]`): The plots to show, see [`pictures_of`]; a section names their files.
+    """
+    statistics, baseline, evaluation = results["statistics"], results["baseline"], results["evaluation"]
+    arms, failures = list(results["arms"]), results["failures"]
+    failed = f", {len(failures)} stages failed or could not run" if failures else ""
+    about = (
         f"Fine-tuning from {len(arms)} starting points, measured on {evaluation['images']} images "
         f"({_split(evaluation['dataset'], evaluation['split'])}). Every number is COCO average precision, IoU "
         "0.50:0.95, in percent, at the last step of fine-tuning unless it says otherwise. "
-        f"{len(results['runs'])} of {results['planned']} runs are finished{failed}.",
-        *(["Before the numbers:", "\n".join(f"- {caution}" for caution in cautions(results))] if statistics else []),
-        "## Results",
-        *_result_tables(statistics, results["images"], arms, baseline),
-        *(f"![{title}]({name})" for name, title in pictures.items()),
-        *(["## Steps to reach an average precision", *steps] if steps else []),
-        *_class_tables(statistics, baseline),
-        *_protocol(results),
-        *_leakage(results["leakage"]),
-        *(["## What failed", _table(["stage", "why"], list(results["failures"].items()))] if failed else []),
-        *_how(results),
+        f"{len(results['runs'])} of {results['planned']} runs are finished{failed}."
+    )
+    before = [Section(text=["Before the numbers:", *cautions(results)])] if statistics else []
+    shown = [Section(pictures=[(title, name)]) for name, title in pictures.items()]
+    sections = [
+        _section("What was compared", about, *before),
+        _section("Results", *_result_tables(statistics, results["images"], arms, baseline), *shown),
+        _section("Steps to reach an average precision", *_steps_table(statistics, baseline)),
+        _section("By class", *_class_table(statistics, baseline)),
+        _section("Protocol", *_protocol(results)),
+        _section("Leakage", *_leakage(results["leakage"])),
+        _section("What failed", *[_table(["stage", "why"], list(failures.items()))] * bool(failures)),
+        _section("How it was run", *_how(results)),
     ]
-    path = output_dir / REPORT
-    write_text(path, "\n\n".join(parts) + "\n")
-    return path
+    return [section for section in sections if section]
 
 
 def summary(results: Mapping) -> str:
@@ -77,7 +104,7 @@ def summary(results: Mapping) -> str:
         *_result_tables(statistics, results["images"], list(results["arms"]), baseline),
         *_steps_table(statistics, baseline),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(_markdown(_section("", *parts)))
 
 
 def told_results(results: Mapping) -> dict:
@@ -97,8 +124,8 @@ def _is_place(value) -> bool:
     return isinstance(value, str) and value.startswith(("/", "./", "../", "~"))
 
 
-def _plot(output_dir: Path, results: Mapping) -> dict[str, str]:
-    """Draws the plots; returns the title of each file."""
+def _plot(output_dir: Path, results: Mapping) -> None:
+    """Draws the plots."""
     statistics = results["statistics"]
     curves = {
         _percent_of_labels(fraction): {
@@ -110,7 +137,6 @@ def _plot(output_dir: Path, results: Mapping) -> dict[str, str]:
     plot_bands(
         curves, output_dir / CURVES, "step", f"mean and range of {num_seeds} seeds" if num_seeds > 1 else "one seed"
     )
-    pictures = {CURVES: "Average precision in the course of fine-tuning"}
     if len(statistics) > 1:
         lines = {arm: {key: [] for key in ("x", "mean", "min", "max")} for arm in results["arms"]}
         for fraction, arms in statistics.items():
@@ -120,7 +146,6 @@ def _plot(output_dir: Path, results: Mapping) -> dict[str, str]:
                     lines[arm][key].append(found["metrics"]["AP"][key])
         lines = {arm: line for arm, line in lines.items() if line["x"]}
         plot_bands({"at the last step": lines}, output_dir / LABELS, "labels, %", log_x=True)
-        pictures[LABELS] = "Average precision by number of labels"
     for fraction, arms in statistics.items():
         means = {
             arm: {name: value["mean"] for name, value in found["metrics"].items()}
@@ -129,11 +154,9 @@ def _plot(output_dir: Path, results: Mapping) -> dict[str, str]:
         }
         name = CLASSES.format(fraction=fraction)
         plot_arms(means, output_dir / name, f"{_percent_of_labels(fraction)}, mean over seeds")
-        pictures[name] = f"All metrics, and average precision of each class, with {_percent_of_labels(fraction)}"
-    return pictures
 
 
-def _result_tables(statistics: Mapping, images: Mapping, arms: Sequence[str], baseline: str) -> list[str]:
+def _result_tables(statistics: Mapping, images: Mapping, arms: Sequence[str], baseline: str) -> list[Part]:
     if not statistics:
         return ["Nothing is finished yet."]
     rows, gains = [], []
@@ -192,7 +215,7 @@ def _has_image_intervals(statistics: Mapping) -> bool:
     return any(gain.get("image_interval") for gain in gains)
 
 
-def _steps_table(statistics: Mapping, baseline: str) -> list[str]:
+def _steps_table(statistics: Mapping, baseline: str) -> list[Part]:
     rows = []
     for fraction, arms in statistics.items():
         for arm, found in arms.items():
@@ -212,7 +235,7 @@ def _steps_table(statistics: Mapping, baseline: str) -> list[str]:
     ]
 
 
-def _class_tables(statistics: Mapping, baseline: str) -> list[str]:
+def _class_table(statistics: Mapping, baseline: str) -> list[Part]:
     rows = []
     for fraction, arms in statistics.items():
         for arm, found in arms.items():
@@ -224,20 +247,17 @@ def _class_tables(statistics: Mapping, baseline: str) -> list[str]:
                         + [f"{100 * found['per_class'][name]['mean']:.1f}", _signed(gain["mean"])]
                         + [_interval(gain["interval"]), f"{gain['wins']} of {len(gain['differences'])}"]
                     )
-    if not rows:
-        return []
     header = ["labels", "arm", "class", baseline, "arm's AP", "difference", "bootstrap interval", "better in"]
-    return ["## By class", _table(header, rows)]
+    return [_table(header, rows)] if rows else []
 
 
-def _protocol(results: Mapping) -> list[str]:
-    parts = ["## Protocol"]
+def _protocol(results: Mapping) -> list[Part]:
     rows = []
     for arm, changes in results["arms"].items():
         start = _settings(changes["start"]) or ("the baseline" if arm == results["baseline"] else "as the baseline")
         minutes = [results["seconds"][arm][part] for part in ("before", "measured")]
         rows.append([arm, start, *("–" if part is None else f"{part / 60:.1f}" for part in minutes)])
-    parts += [
+    parts = [
         "Where the arms start from, in what they differ from the baseline, and the minutes that a run takes: the "
         "stages before fine-tuning, of which several runs may share one (what a given checkpoint took is not known), "
         "and fine-tuning.",
@@ -264,7 +284,7 @@ def _protocol(results: Mapping) -> list[str]:
     return parts
 
 
-def _costs(results: Mapping) -> list[str]:
+def _costs(results: Mapping) -> list[Part]:
     """What a run of each arm cost, all stages that lead to it included."""
     rows = []
     for arm, cost in results.get("costs", {}).items():
@@ -281,13 +301,12 @@ def _costs(results: Mapping) -> list[str]:
     ]
 
 
-def _leakage(leakage: Mapping) -> list[str]:
+def _leakage(leakage: Mapping) -> list[Part]:
     sources = "; ".join(_split(source[0], source[1]) for source in leakage["sources"]["training"])
     counts = f"{sum(leakage['training_images'])} training images ({sources})"
     copies = sum(leak["same_file"] for leak in leakage["leaks"])
     alike = len(leakage["leaks"]) - copies
     parts = [
-        "## Leakage",
         f"Of {leakage['images']} evaluation images {copies} are, byte for byte, among the {counts} of all stages "
         f"run here, and {alike} more look like one of them (difference hash). {leakage['unreadable']} images could "
         "not be read. What a given checkpoint was trained on was not looked at.",
@@ -309,14 +328,13 @@ def environment() -> str:
     return f"{describe_versions()}. {platform.machine()}, {os.cpu_count()} CPU cores, {device}"
 
 
-def _how(results: Mapping) -> list[str]:
+def _how(results: Mapping) -> list[Part]:
     minutes = sum(stage["seconds"] for stage in results["stages"]) / 60
     rows = [
         [f"{stage['seconds']:.0f}", f"`aligndet {stage['command']} --config FOLDER/{stage['folder']}.yaml`"]
         for stage in results["stages"]
     ]
     return [
-        "## How it was run",
         f"{results['environment']}; {minutes:.0f} minutes in all.",
         "`aligndet compare --config FILE --output_dir FOLDER` with this file runs it again, where what it names is:",
         _yaml(results["config"]),
@@ -325,14 +343,35 @@ def _how(results: Mapping) -> list[str]:
     ]
 
 
-def _table(header: Sequence, rows: Sequence[Sequence]) -> str:
-    lines = [list(map(str, header)), ["---"] * len(header)]
-    lines += [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _section(title: str, *parts: Part) -> Section:
+    return Section(title, more=[Section(text=[part]) if isinstance(part, str) else part for part in parts])
 
 
-def _yaml(content: Mapping) -> str:
-    return f"```yaml\n{yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100).strip()}\n```"
+def _table(header: Sequence, rows: Sequence[Sequence]) -> Section:
+    return Section(tables=[[tuple(row) for row in (header, *rows)]])
+
+
+def _yaml(content: Mapping) -> Section:
+    return Section(code=yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=100).strip())
+
+
+def _markdown(section: Section) -> Iterator[str]:
+    """The blocks of a section; what follows the first of several paragraphs is a list."""
+    if section.title:
+        yield f"## {section.title}"
+    yield from section.text[:1]
+    if section.text[1:]:
+        yield "\n".join(f"- {paragraph}" for paragraph in section.text[1:])
+    if section.code:
+        yield f"```yaml\n{section.code}\n```"
+    for header, *rows in section.tables:
+        lines = [list(map(str, header)), ["---"] * len(header)]
+        lines += [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+        yield "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    for title, name in section.pictures:
+        yield f"![{title}]({name})"
+    for part in section.more:
+        yield from _markdown(part)
 
 
 def _settings(settings: Mapping) -> str:
