@@ -14,15 +14,20 @@ from .flags import nearest
 
 class Command(NamedTuple):
     """
-    One row of the command table: its name, its function, and one line for `--help`.
+    One row of the command table: its name, one line for `--help`, and what its function is called, if not by its name.
 
     `is_launched` says whether `accelerate launch` can run it in several processes.
     """
 
     name: str
-    function: str
     summary: str
+    called: str | None = None
     is_launched: bool = False
+
+    @property
+    def function(self) -> str:
+        """The name of its function."""
+        return self.called or self.name
 
     @property
     def module(self) -> str:
@@ -36,66 +41,50 @@ class Command(NamedTuple):
 
 
 _ROWS = [
-    Command(
-        "check", "check", "look at a data set before a training: what is in it, and everything that is wrong with it"
-    ),
+    Command("check", "look at a data set before a training: what is in it, and everything that is wrong with it"),
     Command(
         "proposals",
-        "generate_proposals",
         "find object-like boxes in unlabelled images and store them as a `proposals` column",
+        "generate_proposals",
         is_launched=True,
     ),
     Command(
         "clusters",
-        "cluster_proposals",
         "sort the proposals into pseudo-classes: k-means over features of a frozen backbone",
+        "cluster_proposals",
     ),
     Command(
         "recall",
-        "measure_recall",
         "say how many objects the proposals find, beside random boxes and a grid; draw them",
+        "measure_recall",
     ),
     Command(
-        "pretrain",
         "pretrain",
         "pre-train a whole detector (or, with SoCo, a backbone) on images with proposals, and export it",
         is_launched=True,
     ),
     Command(
-        "knn", "measure_knn", "say what a backbone knows of labelled objects: nearest neighbours of their features"
+        "knn", "say what a backbone knows of labelled objects: nearest neighbours of their features", "measure_knn"
     ),
-    Command("finetune", "finetune", "fine-tune a pre-trained (or any) detector on labelled images", is_launched=True),
-    Command("evaluate", "evaluate", "print the COCO table of a detector, with the AP of every class"),
-    Command("predict", "predict", "find objects in new images and videos: pictures, COCO and YOLO labels, a data set"),
+    Command("finetune", "fine-tune a pre-trained (or any) detector on labelled images", is_launched=True),
+    Command("evaluate", "print the COCO table of a detector, with the AP of every class"),
+    Command("predict", "find objects in new images and videos: pictures, COCO and YOLO labels, a data set"),
+    Command("export", "write a detector as ONNX, with all that is needed to run it, and compare it with the detector"),
+    Command("pseudolabel", "label unlabelled images with the boxes of a fine-tuned detector, and check their classes"),
     Command(
-        "export",
-        "export",
-        "write a detector as ONNX, with all that is needed to run it, and compare it with the detector",
-    ),
-    Command(
-        "pseudolabel",
-        "pseudolabel",
-        "label unlabelled images with the boxes of a fine-tuned detector, and check their classes",
-    ),
-    Command(
-        "convert",
         "convert",
         "read a published checkpoint as a detector of transformers; write a detector for mmdet or torchvision",
     ),
     Command(
-        "chain", "run_chain", "run several of these commands, each on the output of those before it, from one file"
+        "chain", "run several of these commands, each on the output of those before it, from one file", "run_chain"
     ),
-    Command(
-        "compare",
-        "compare",
-        "say whether pre-training helps on your data: arms x label fractions x seeds, and a report",
-    ),
+    Command("compare", "say whether pre-training helps on your data: arms x label fractions x seeds, and a report"),
     Command(
         "embeddings",
-        "compare_embeddings",
         "draw what detectors make of labelled objects (t-SNE), and say how well neighbours share a class (kNN)",
+        "compare_embeddings",
     ),
-    Command("report", "report", "write one HTML file on a run, with its curves, pictures, numbers and settings"),
+    Command("report", "write one HTML file on a run, with its curves, pictures, numbers and settings"),
 ]
 COMMANDS = {row.name: row for row in _ROWS}
 

@@ -38,6 +38,28 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal_number
 
 
+class NotedSignals:
+    """
+    Context in which SIGTERM and SIGINT (Ctrl-C) are noted in `number` instead of ending the process; not outside the
+    main thread, where Python cannot handle signals.
+    """
+
+    number = 0
+
+    def __enter__(self):
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGTERM, signal.SIGINT) if is_main_thread else ()
+        self._previous = {number: signal.signal(number, self.note) for number in numbers}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        self.number = self.number or number
+
+
 @dataclass(eq=False)
 class RunFolder:
     """

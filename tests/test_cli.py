@@ -197,7 +197,7 @@ def command(monkeypatch):
 
         module = SimpleNamespace(DemoArguments=DemoArguments, work=work)
         monkeypatch.setitem(sys.modules, "aligndet_hf.commands.demo", module)
-        monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command("demo", "work", "a demo"))
+        monkeypatch.setitem(cli.COMMANDS, "demo", cli.Command("demo", "a demo", "work"))
         return seen
 
     return install

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ from ..training.detection_trainer import DetectionTrainer
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import TellForecast
-from ..training.start import start_hashes, training_folder, training_view
+from ..training.start import start_hashes, tell_weights, training_folder, training_view
 
 BATCH_SIZE = "batch_size.json"
 # What is written to `output_dir`, beside the results and what every training writes.
@@ -214,10 +214,7 @@ def _start(
     if family_of(detector.config).masks:
         processes.print(mask_note(dataset))
     processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
-    if report is not None:
-        processes.print(report)
-        if processes.is_main_process:
-            write_json(folder.path / report.file_name, asdict(report))
+    tell_weights(report, folder.path)
     evaluation = {"dataset": told(arguments.eval_dataset), "split": arguments.eval_split, "images": len(truth or ())}
     return trainer, {"images": len(dataset), "evaluation": evaluation}
 

@@ -1,7 +1,7 @@
 """`aligndet pretrain`: pre-train a detector, or with SoCo a backbone, on images with proposals."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -14,7 +14,6 @@ from ..data.formats import load_dataset_source
 from ..data.launch import Launch
 from ..data.shards import content_hash
 from ..data.views import choose_sizes
-from ..files import write_json
 from ..flags import local_paths
 from ..hub import open_repository
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
@@ -35,7 +34,7 @@ from ..training.pretrain_setup import (
 from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import length_note
 from ..training.schedules import Schedules
-from ..training.start import start_hashes, training_folder
+from ..training.start import start_hashes, tell_weights, training_folder
 
 # What is written to `output_dir`, beside the summary and what every training writes.
 WRITTEN = ["log.jsonl", "model.safetensors", "detector", "backbone", BOXES, "torchvision.safetensors"]
@@ -154,10 +153,7 @@ def _start(
     """The run, from its last checkpoint if it has one; and what its detector finds before, if that is to be drawn."""
     _, method = METHODS[arguments.method]
     model, image_processor, loaded = method.build_model(arguments, dataset)
-    if loaded is not None:
-        accelerator.print(loaded)
-        if accelerator.is_main_process:
-            write_json(folder.path / loaded.file_name, asdict(loaded))
+    tell_weights(loaded, folder.path)
     if (window := pixel_window(dataset)) is not None:
         image_processor.pixel_window = list(window)
     best_boxes = None

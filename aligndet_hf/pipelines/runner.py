@@ -7,16 +7,16 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 
 import torch
 
 from .. import cli
 from ..files import write_json
-from ..runs import Interrupted
+from ..runs import Interrupted, NotedSignals
 from .stages import Stage
 
 _INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
@@ -68,7 +68,8 @@ def run_stages(
                 )
     running: dict[Stage, tuple[Callable[[], int | None], float, int]] = {}
     read = {}
-    with _Signals(active=num_parallel > 0) as signals:
+    signals = _Signals()
+    with signals if num_parallel else contextlib.nullcontext():
         while waiting or running:
             for stage in list(waiting) if not signals.number else ():
                 if reason := _hindrance(stage, failures):
@@ -130,33 +131,21 @@ def record_of(stage: Stage) -> dict:
     return json.loads(stage.beside(".json").read_text())
 
 
-class _Signals:
+class _Signals(NotedSignals):
     """Context in which SIGINT and SIGTERM are passed on to the running processes, and noted in `number`."""
 
-    def __init__(self, active: bool):
-        self.active = active and threading.current_thread() is threading.main_thread()
-        self.number = 0
+    def __init__(self):
         self.processes: list[subprocess.Popen] = []
 
-    def __enter__(self):
-        self.previous = {}
-        if self.active:
-            self.previous = {
-                number: signal.signal(number, lambda number, frame: self.note(number))
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
     def __exit__(self, *error):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        super().__exit__()
         for process in self.processes:  # only after an error of ours is any of them still there
             if process.poll() is None:
                 process.terminate()
                 process.wait()
 
-    def note(self, number: int) -> None:
-        self.number = self.number or number
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        super().note(number)
         for process in self.processes:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):

@@ -71,23 +71,16 @@ def _points(history: Sequence[Mapping], key: str) -> list[tuple[int, float]]:
     return list(points.items())
 
 
-def plot_curves(
-    runs: Mapping[str, object],
-    path,
-    keys: Sequence[str] = ("loss",),
-    smoothing: float = 0.05,
-    title: str | None = None,
-) -> Path:
+def plot_curves(runs: Mapping[str, object], path, keys: Sequence[str] = ("loss",), title: str | None = None) -> Path:
     """
-    Draws logged values over the steps: one panel per key, one line per run, raw values faint behind the smoothed ones.
+    Draws logged values over the steps: one panel per key, one line per run, raw values faint behind the smoothed ones
+    (the moving average of a twentieth of the series). Fewer than 20 values, as of evaluations, are not smoothed.
 
     Args:
         runs (`Mapping[str, Any]`): Name of each run to its log, see [`read_history`].
         path (`str` or `Path`): The PNG to write.
         keys (`Sequence[str]`, *optional*, defaults to `("loss",)`):
             What to draw, such as `loss`, `loss_contrastive` or `eval_AP`. A run may lack a key.
-        smoothing (`float`, *optional*, defaults to 0.05):
-            Width of the moving average as a share of the series. Fewer than 20 values (evaluations) are not smoothed.
         title (`str`, *optional*): Title over the panels.
 
     Returns:
@@ -117,9 +110,7 @@ def plot_curves(
                 axes.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=3.5, label=name)
             else:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-                axes.plot(
-                    steps, smooth(values, round(smoothing * len(values) / 2)), color=color, linewidth=1.8, label=name
-                )
+                axes.plot(steps, smooth(values, round(len(values) / 40)), color=color, linewidth=1.8, label=name)
         if len(runs) > 1:
             axes.legend(frameon=False, fontsize=9)
     return save_figure(figure, path, title)

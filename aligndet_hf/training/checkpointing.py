@@ -115,6 +115,15 @@ def damage_of(checkpoint: str | Path) -> str:
     return ""
 
 
+def require_within(checkpoint: str | Path, step: int, total_steps: int) -> None:
+    """Raises a `ValueError` if the step of a checkpoint is beyond the last one of a run."""
+    if step > total_steps:
+        raise ValueError(
+            f"{checkpoint} is beyond the {total_steps} steps that are asked for: give at least --max_steps {step}, "
+            "which ends the run there"
+        )
+
+
 def rotate(newest: Path, keep: int | None, protected: str | Path | None = None) -> None:
     """
     Removes old checkpoints.

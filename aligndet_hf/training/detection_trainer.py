@@ -22,7 +22,7 @@ from ..detectors.build import build_image_processor, save_image_processor
 from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
 from ..files import UNFINISHED
 from ..processes import init_worker, require_one_gpu
-from .checkpointing import STATE, clear_write_errors, damage_of, rotate, seal
+from .checkpointing import STATE, clear_write_errors, damage_of, require_within, rotate, seal
 from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
 from .plain_datasets import DEFAULT_SIZE, evaluation_images, require_items, training_images
@@ -226,12 +226,8 @@ class DetectionTrainer(Trainer):
         """
         if checkpoint is None:
             return None
-        state, total = TrainerState.load_from_json(str(Path(checkpoint) / STATE)), self.total_steps()
-        if state.global_step > total:
-            raise ValueError(
-                f"{checkpoint} is beyond the {total} steps that are asked for: give at least "
-                f"--max_steps {state.global_step}, which ends the run there"
-            )
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE))
+        require_within(checkpoint, state.global_step, self.total_steps())
         return state
 
     def fit(self, checkpoint: str | Path | None = None) -> None:

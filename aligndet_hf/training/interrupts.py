@@ -1,16 +1,16 @@
 """A clean end on SIGTERM and SIGINT: the signal is noted, and the loop ends itself at the next step boundary."""
 
 import signal
-import threading
+from types import FrameType
 
 import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback
 
-from ..runs import Interrupted
+from ..runs import Interrupted, NotedSignals
 
 
-class StopSignals:
+class StopSignals(NotedSignals):
     """
     Context in which SIGTERM and the first SIGINT (Ctrl-C) are noted instead of ending the process.
 
@@ -21,22 +21,14 @@ class StopSignals:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.number = 0
-
-    def __enter__(self):
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
 
     def __exit__(self, kind: type | None = None, *error):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        super().__exit__()
         if self.number and not issubclass(kind or Exception, KeyboardInterrupt):
             signal.raise_signal(self.number)
 
-    def _note(self, number: int, frame) -> None:
-        self.number = self.number or number
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        super().note(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 

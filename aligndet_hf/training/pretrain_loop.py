@@ -29,7 +29,7 @@ from ..models import MomentumModel
 from ..reporting.run_record import SUMMARY
 from ..runs import Interrupted
 from . import sharding
-from .checkpointing import clear_write_errors, find_last_checkpoint, save_checkpoint
+from .checkpointing import clear_write_errors, find_last_checkpoint, require_within, save_checkpoint
 from .interrupts import StopSignals, stopped
 from .pretrain_arguments import PretrainArguments
 from .pretrain_setup import to_device
@@ -97,11 +97,7 @@ class Run:
         output_dir, totals, total_steps = Path(self.arguments.output_dir), {}, self.schedules.total_steps
         if checkpoint := on_main(find_last_checkpoint, output_dir):
             state = checkpoint.state
-            if state["step"] > total_steps:
-                raise ValueError(
-                    f"{checkpoint.path} is beyond the {total_steps} steps that are asked for: give at least "
-                    f"--max_steps {state['step']}, which ends the run there"
-                )
+            require_within(checkpoint.path, state["step"], total_steps)
             saved = sharding.load_checkpoint(self.accelerator, checkpoint, self.model, self.optimizer)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])

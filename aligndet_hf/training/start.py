@@ -1,13 +1,16 @@
 """Where training writes to, what it starts from, as files have it, and how it sees images."""
 
+from dataclasses import asdict
 from pathlib import Path
+
+from accelerate import PartialState
 
 from ..arguments import AugmentationArguments, TrainingRunArguments
 from ..data.launch import Launch
 from ..data.sources import model_hash
 from ..data.views import ViewConfig
 from ..detectors.build import DetectorArguments, find_detector
-from ..files import file_hash
+from ..files import file_hash, write_json
 from ..runs import RunFolder
 from .checkpointing import CHECKPOINTS, DAMAGED
 
@@ -29,6 +32,13 @@ def training_folder(arguments: TrainingRunArguments, command: str, written: list
     options = {"overwrite": arguments.overwrite_output_dir, "on_main": Launch().on_main}
     written = [*_WRITTEN, *written]
     return RunFolder(arguments.output_dir, command, written=written, kept=[CHECKPOINTS], result=result, **options)
+
+
+def tell_weights(report, folder: Path) -> None:
+    """Says what a detector got from a checkpoint, or its backbone from weights, and writes it; nothing without."""
+    if report is not None:
+        PartialState().print(report)
+        Launch().on_main(write_json, folder / report.file_name, asdict(report))
 
 
 def training_view(arguments: AugmentationArguments, resize: str) -> ViewConfig:
