@@ -359,7 +359,8 @@ ANNOTATION = {"id": 5, "image_id": 3, "category_id": 90, "bbox": [1, 2, 3, 4]}
     [
         ("{", "not valid JSON"),
         ("[]", "no list 'images'"),
-        (coco(images=[]), "no list 'images'"),
+        (coco(images=[]), "its list 'images' is empty"),
+        (coco(categories=[{"id": 2, "name": None}]), "the category 2 must have a name, got None"),
         (coco(images=[{"id": 3}]), "entry 0 of 'images' must have file_name, id"),
         (coco(images=[{"id": 3, "file_name": "a.png"}] * 2), "image 3: this id occurs twice"),
         (coco(annotations=[ANNOTATION | {"image_id": 99}]), "annotation 5: no image has the id 99"),

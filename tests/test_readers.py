@@ -770,11 +770,63 @@ def test_a_place_of_yolo_whose_name_is_too_long(tmp_path):
 
 
 def test_labels_one_folder_further_down_are_told(tmp_path):
-    """As archives unpack: a folder in the folder, and `__MACOSX` beside it."""
     coco_roboflow(tmp_path / "My data.v1i.coco")
-    write_text(tmp_path / "__MACOSX" / "notes.txt", "x")
+    write_text(tmp_path / "other" / "notes.txt", "x")
     with pytest.raises(DataError, match=r"there are labels in .*My data.v1i.coco \(COCO\). Give that folder."):
         load_dataset_source(tmp_path, labels=True)
+
+
+@pytest.mark.parametrize("layout", [yolo_roboflow, coco_roboflow, table_in_each_split, voc_labelimg])
+def test_the_only_folder_of_a_folder_is_read(tmp_path, layout):
+    """As archives unpack: a folder in the folder, and `__MACOSX` beside it."""
+    layout(tmp_path / "down" / "My data.v1i")
+    write_text(tmp_path / "down" / "__MACOSX" / "notes.txt", "x")
+    splits = split_names(tmp_path / "down" / "My data.v1i")
+    assert split_names(tmp_path / "down") == splits
+    for split in splits:
+        outer, inner = (
+            load_dataset_source(path, split) for path in (tmp_path / "down", tmp_path / "down/My data.v1i")
+        )
+        assert outer.to_list() == inner.to_list() and len(inner) > 0
+
+
+def test_the_lists_of_darknet_are_splits(tmp_path):
+    for split, name in (("train", "a"), ("valid", "b")):
+        write_image(tmp_path / f"obj_{split}_data" / f"{name}.png", (40, 30), 0)
+        write_text(tmp_path / f"obj_{split}_data" / f"{name}.txt", "1 0.5 0.5 0.5 0.5\n")
+        write_text(tmp_path / f"{split}.txt", f"data/obj_{split}_data/{name}.png\n")
+    write_text(tmp_path / "obj.names", "cat\ndog\n")
+    lists = "train = data/train.txt\nvalid = data/valid.txt\n"
+    write_text(tmp_path / "obj.data", f"classes = 2\n{lists}names = data/obj.names\nbackup = backup/\n")
+    assert split_names(tmp_path) == ["train", "validation"]
+    (row,) = load_dataset_source(tmp_path, "validation")
+    assert row["image"]["path"].endswith("b.png") and row["objects"]["bbox"] == [[10, 7.5, 20, 15]]
+    assert category_names(load_dataset_source(tmp_path, "train")) == ["cat", "dog"]
+
+
+def test_what_a_yaml_file_of_yolo_names_and_is_not_there(tmp_path, caplog):
+    write_image(tmp_path / "images" / "train" / "a.png", (40, 30), 0)
+    write_text(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [no, 12]\n")
+    dataset = load_dataset_source(tmp_path, "train")
+    assert category_names(dataset) == ["no", "12"] and dataset[0]["objects"]["bbox"] == []
+    assert "'val' is 'images/val', which is not there: left out." in caplog.text
+    assert f"no image has a label file; {tmp_path / 'labels/train/a.txt'} is where" in caplog.text
+
+
+def test_names_that_label_studio_gives_to_uploads(tmp_path):
+    write_image(tmp_path / "0a1b2c3d-a.png", (40, 30), 0)
+    value = {"x": 10, "y": 20, "width": 30, "height": 40, "rectanglelabels": ["cat"]}
+    result = {"type": "rectanglelabels", "original_width": 40, "original_height": 30, "value": value}
+    task = {"data": {"image": "/data/upload/1/0a1b2c3d-a.png"}, "annotations": [{"result": [result]}]}
+    write_text(tmp_path / "project.json", [task])
+    (row,) = load_dataset_source(tmp_path)
+    assert row["objects"]["bbox"] == [[4, 6, 12, 12]]
+    (tmp_path / "project.json").unlink()
+    name = "../../label-studio/data/media/upload/1/0a1b2c3d-a.png"  # as its COCO has it
+    content = {"images": [{"id": 0, "file_name": name}], "categories": [{"id": 0, "name": "cat"}]}
+    annotation = {"id": 0, "image_id": 0, "category_id": 0, "bbox": [4, 6, 12, 12]}
+    write_text(tmp_path / "result.json", content | {"annotations": [annotation]})
+    assert load_dataset_source(tmp_path).to_list()[0]["objects"]["bbox"] == [[4, 6, 12, 12]]
 
 
 def test_what_a_command_wrote_has_no_labels(tmp_path):

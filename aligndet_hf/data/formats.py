@@ -14,7 +14,7 @@ from .arrow_boxes import read_values
 from .columns import BoxReport, arrow_batches, require_columns, validate_objects
 from .errors import DataError
 from .readers import READERS, find_reader, image_folder, saved
-from .readers.files import list_files, list_images, split_of_folder
+from .readers.files import list_files, list_images, split_of_folder, unwrapped
 from .readers.image_folder import has_metadata, read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
@@ -62,7 +62,7 @@ def load_dataset_source(
             line.
     """
     source = as_source(source)
-    path = Path(source).expanduser()
+    path = Path(source) if isinstance(source, Given) else unwrapped(source)
     reader, found = (None, {}) if isinstance(source, Given) else find_reader(path)
     roots = None  # the readers of files have looked themselves
     if isinstance(source, Given):

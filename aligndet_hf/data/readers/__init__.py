@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from . import box_table, coco, cvat, image_folder, json_images, kitti, saved, voc, yolo
+from .files import unwrapped
 
 # In this order: the first that finds splits in a file or folder reads it. The last one takes any folder of images.
 READERS: list[ModuleType] = [saved, json_images, coco, cvat, yolo, voc, kitti, box_table, image_folder]
@@ -24,7 +25,7 @@ READERS: list[ModuleType] = [saved, json_images, coco, cvat, yolo, voc, kitti, b
 
 def find_reader(source: str | Path) -> tuple[ModuleType | None, dict[str, Any]]:
     """The reader of a file or folder, and the splits that it finds; `None` if there is none, or in no known format."""
-    path, readers = Path(source).expanduser(), READERS
+    path, readers = unwrapped(source), READERS
     if not path.exists():
         return None, {}
     if path.is_dir() and image_folder.has_metadata(path):

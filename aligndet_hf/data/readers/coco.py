@@ -39,7 +39,7 @@ NAME = "COCO"
 
 # Folders of nothing but label files: the images may then be beside the folder.
 _LABEL_FOLDER = re.compile(r"(coco[-_]?)?(annotations?|ann|anns|labels?|json)", re.IGNORECASE)
-_ELSEWHERE = re.compile(r"[/\\]|[A-Za-z]:[/\\]|\w+://")  # how paths of a machine, and addresses, begin
+_ELSEWHERE = re.compile(r"(\.\.)?[/\\]|[A-Za-z]:[/\\]|\w+://")  # how paths of a machine, and addresses, begin
 _LIST = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
 _SNIFFED_BYTES = 1 << 16
 _LOOKED_AT = 20  # images to find the folder of all by
@@ -113,8 +113,10 @@ def _split_of(path: Path) -> str:
 
 def _read_content(path: Path) -> dict:
     content = parse_json(read_text(path), str(path))
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list) or not content["images"]:
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(f"{path}: not a COCO file, it has no list 'images'.")
+    if not content["images"]:
+        raise DataError(f"{path}: its list 'images' is empty.")
     for key, needed in (
         ("images", {"id", "file_name"}),
         ("categories", {"id", "name"}),
@@ -192,6 +194,8 @@ def _merge_categories(listed: dict[Path, list[dict]]) -> list[dict]:
     for path, categories in listed.items():
         keys = [_key(category["id"]) for category in categories]
         for category in categories:
+            if category["name"] in (None, ""):
+                raise DataError(f"{path}: the category {category['id']!r} must have a name, got {category['name']!r}.")
             _check_id(category["id"], f"{path}, category {category['name']!r}")
         if len(set(keys)) != len(keys) or len({str(category["name"]) for category in categories}) != len(keys):
             raise DataError(f"{path}: ids and names of 'categories' must be unique, got {_told(categories)}.")
@@ -268,6 +272,8 @@ def _read_images(
 
 def _find_image(root: Path, name: str, where: str, base: Path) -> Path:
     """The file of an image: of a path of another machine, or an address, as much of its end as is there."""
+    if path := find_inside(root, [name], base):
+        return path
     is_elsewhere = _ELSEWHERE.match(name) and not is_inside(name, root)
     return is_elsewhere and find_inside(root, tails(name), base) or inside(root, name, where, base)
 

@@ -30,6 +30,7 @@ _SPLITS = {
     "test": "test",
     "testing": "test",
 }
+_PARTS = ("images", "labels", "annotations")  # folders of a data set, which is around them
 _SPLIT_FOLDER = re.compile(rf"({'|'.join(_SPLITS)})[-_]?\d*", re.IGNORECASE)
 
 
@@ -62,6 +63,19 @@ def split_folders(folder: Path) -> dict[str, Path]:
         name = split_of_folder(part.name) or part.name
         splits[part.name if name in splits else name] = part
     return splits
+
+
+def unwrapped(source: str | Path) -> Path:
+    """What a source is a path of: of a folder with nothing but another one, as archives unpack to, the inner one."""
+    path = Path(source).expanduser()
+    while path.is_dir():
+        inside = [part for part in path.iterdir() if not part.name.startswith((".", "__MACOSX"))]
+        if len(inside) != 1 or not inside[0].is_dir() or inside[0].is_symlink() or door.is_output(inside[0]):
+            break
+        if split_of_folder(inside[0].name) or inside[0].name.lower() in _PARTS:
+            break
+        path = inside[0]
+    return path
 
 
 def called(folder: Path, name: str) -> Path:

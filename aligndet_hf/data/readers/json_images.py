@@ -153,7 +153,7 @@ def _label_studio(item: dict) -> Found:
         objects += [(_label_studio_shape(shape, size), name) for name in classes]
     image = image.partition("?d=")[2] or image
     if "/upload/" in image:
-        image = _UPLOAD.sub("", image.replace("\\", "/").rpartition("/")[2])
+        image = image.replace("\\", "/").rpartition("/")[2]
     return image, objects, size
 
 
@@ -291,4 +291,5 @@ def _entries(file: Path, dialect: _Dialect, split: str, skipped: list) -> Iterat
         except faults as error:
             raise DataError(f"{where}: expected {dialect.expected}, got {str(item)[:120]} ({error}).") from error
         skipped += [None] * (len(objects) - len(found))
-        yield Entry(where, split, image, file.parent, found, size, dialect.parts, file.stem * dialect.is_of_one_image)
+        also = file.stem if dialect.is_of_one_image else _UPLOAD.sub("", image)
+        yield Entry(where, split, image, file.parent, found, size, dialect.parts, also)

@@ -2,6 +2,7 @@
 Roboflow and Darknet."""
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from .files import (
 )
 from .listed import Entry, Object, collect
 from .rows import Labels, box_around
+
+logger = logging.getLogger(__name__)
 
 NAME = "YOLO"
 
@@ -65,6 +68,8 @@ def find(path: Path) -> dict[str, list[Path]]:
                 f"{config['']}: '{key}' is {config[key]!r}, but there is no {places[0]}. Correct it, or put the file "
                 "into the folder of the data."
             )
+        else:
+            logger.warning("%s: '%s' is %r, which is not there: left out.", config[""], key, config[key])
     return splits or (config and {split: [place] for split, place in _layout(root).items()})
 
 
@@ -92,7 +97,9 @@ def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir:
         labels = [label for file in files for _, label, _ in _lines(file, root)]
         names = [str(label) for label in range(max(labels, default=0) + 1)]
     keypoints = bool(config.get("kpt_shape"))
-    pairs = ((split, *pair) for split in splits for pair in dict(_pairs(root, found[split])).items())
+    pairs = [(split, *pair) for split in splits for pair in dict(_pairs(root, found[split])).items()]
+    if pairs and not any(file.exists() for *_, file in pairs):
+        logger.warning("%s: no image has a label file; %s is where the first was looked for.", path, pairs[0][2])
     entries = (_entry(*pair, root, names, keypoints) for pair in pairs)
     return collect(root, entries, splits, missing=None, categories=names)
 
@@ -105,23 +112,35 @@ def _root(path: Path) -> Path:
 
 
 def _find_config(folder: Path) -> Path | None:
-    """The `data.yaml` of a folder: the only YAML file with splits or names."""
+    """The `data.yaml` of a folder: the only YAML file with splits and names, or Darknet's `obj.data`."""
     files = [folder / name for name in _CONFIGS] + sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+    files += sorted(folder.glob("*.data"))
     files = (file for file in files if is_file(file) and is_inside(file, folder))
     return next((file for file in files if _read_config(file)), None)
 
 
 def _read_config(path: Path) -> dict | None:
-    """What a YAML file says of a data set; `None` if it is about something else."""
+    """What a YAML file, or one of Darknet, says of a data set; `None` if it is about something else."""
+    text = read_text(path)
+    if path.suffix == ".data":
+        return _read_darknet(path, dict(re.findall(r"^\s*(\w+)\s*=\s*(\S.*?)\s*$", text, re.MULTILINE)))
     try:
-        content = yaml.safe_load(read_text(path))
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
         if path.name in _CONFIGS:
             raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
         return None
     if not isinstance(content, dict) or "names" not in content or not set(_SPLIT_KEYS) & set(content):
         return None
-    return content | {"": path}
+    texts = yaml.load(text, yaml.BaseLoader)["names"]  # a class may be called `no`, which is not False
+    return content | {"": path} | ({"names": texts} if content["names"] else {})
+
+
+def _read_darknet(path: Path, content: dict[str, str]) -> dict | None:
+    places = {key: find_inside(path.parent, tails(value)) for key, value in content.items()}
+    if places.get("names") is None or not any(places.get(key) for key in _SPLIT_KEYS):
+        return None
+    return content | {"names": _lines_of(places["names"], path.parent), "": path}
 
 
 def _config(path: Path) -> dict:
@@ -201,7 +220,11 @@ def _names(root: Path, config: dict) -> list[str] | None:
         return [str(name) for name in names]
     places = [root, root / "labels", *split_folders(root).values()]
     file = next((found for place in places if (found := find_file(place, *_NAME_FILES))), None)
-    return [line.strip() for line in read_text(file, root).splitlines() if line.strip()] if file else None
+    return _lines_of(file, root) if file else None
+
+
+def _lines_of(file: Path, root: Path) -> list[str]:
+    return [line.strip() for line in read_text(file, root).splitlines() if line.strip()]
 
 
 def _lines(file: Path, root: Path) -> Iterator[tuple[str, int, list[float]]]:
