@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import os
@@ -495,3 +496,44 @@ def test_category_names_without_categories():
     empty = datasets.Dataset.from_dict({"objects": [{"bbox": [], "category": []}]})
     with pytest.raises(DataError, match="empty in all rows"):
         category_names(empty)
+
+
+def small_dataset(objects, **columns):
+    image = {"bytes": image_bytes(), "path": None}
+    columns = {"image": [image], "objects": [objects]} | {name: [value] for name, value in columns.items()}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def image_bytes():
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (40, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("field", ["class_labels", "category_name", "name", "class_id"])
+def test_more_spellings_of_the_category(field):
+    labels = ["dog", "cat"] if "name" in field else [1, 0]
+    dataset = load_dataset_source(small_dataset({"bbox": [[1, 2, 3, 4], [5, 6, 7, 8]], field: labels}))
+    assert dataset[0]["objects"]["category"] == [1, 0]
+    assert category_names(dataset) == (["cat", "dog"] if "name" in field else ["0", "1"])
+
+
+def test_a_column_that_says_the_format_of_boxes():
+    objects = {"bbox": [[1, 2, 30, 20]], "category": [0]}
+    for said in ("xywh", "COCO", None):
+        assert load_dataset_source(small_dataset(objects, bbox_format=said)).num_rows == 1
+    for dataset in (
+        small_dataset(objects, bbox_format="pascal_voc"),
+        small_dataset(objects | {"bbox_format": "pascal_voc"}),
+    ):
+        with pytest.raises(
+            DataError, match="by 'bbox_format' the boxes are 'pascal_voc', expected .x, y, width, heig"
+        ):
+            load_dataset_source(dataset)
+
+
+@pytest.mark.parametrize("split", [None, "validation"])
+def test_a_parquet_file_with_images_is_a_data_set(tmp_path, split):
+    small_dataset({"bbox": [[1, 2, 3, 4]], "category": [0]}).to_parquet(tmp_path / "x.parquet")
+    (row,) = load_dataset_source(tmp_path / "x.parquet", split)
+    assert row["objects"]["bbox"] == [[1, 2, 3, 4]] and row["image"]["bytes"] == image_bytes()

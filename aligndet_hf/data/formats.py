@@ -174,7 +174,11 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
     feature = dataset.features["objects"]
     category = feature.get("category") if isinstance(feature, dict) else None
     if not isinstance(category, (datasets.List, datasets.LargeList)):
-        raise DataError(f"{source}: column 'objects' must be a struct of lists with the field 'category'.")
+        fields = ", ".join(feature) if isinstance(feature, dict) else feature
+        raise DataError(
+            f"{source}: column 'objects' must be a struct of lists with the fields 'bbox' and 'category', found "
+            f"{fields}."
+        )
     if isinstance(category.feature, datasets.ClassLabel):
         return category.feature.names
     names = read_labels(Path(source))
@@ -216,7 +220,8 @@ def _choose_splits(available: list[str], split: str | None, source: str | Path, 
     if not chosen or not set(chosen) <= set(available):
         wrong = f"no split '{split}'" if split else "several splits"
         usual = split_of_folder(split or "train")  # as folders are read: `val` is `validation`
-        near = [usual] if usual in available else difflib.get_close_matches(split or "train", available, 1)
+        same = [name for name in available if split_of_folder(name) == usual]
+        near = same or difflib.get_close_matches(split or "train", available, 1)
         raise DataError(
             f"{source}: {wrong}; found {', '.join(sorted(available))}. "
             f"Give {' '.join([flag, *near])}, or several joined by '+'."
@@ -225,17 +230,20 @@ def _choose_splits(available: list[str], split: str | None, source: str | Path, 
 
 
 def _load_from_hub(source: str, split: str | None) -> datasets.Dataset | datasets.DatasetDict:
-    """What `load_dataset` makes of a Hub id, or of a local folder of the files of a data repository."""
-    if Path(source).expanduser().is_file():
+    """What `load_dataset` makes of a Hub id, a local folder of the files of a data repository, or one of its files."""
+    path, name, options = Path(source).expanduser(), source, {}
+    if path.is_file() and path.suffix.lower() in (".parquet", ".arrow"):
+        name, options = path.suffix.lower()[1:], {"data_files": {split or "train": str(path)}}
+    elif path.is_file():
         raise DataError(
             f"{source}: expected a folder, a COCO file ending in .json, or a table of boxes (.csv, .parquet). Give "
             "the folder of the images, of an archive the folder that it unpacks to."
         )
     try:
-        return datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(name, split=split, **options)
     except (OSError, ValueError) as error:  # includes everything that datasets and the Hub raise for a missing one
         here = "it holds no images and no label files"
-        if not Path(source).expanduser().exists():
+        if not path.exists():
             here = f"there is no such file or folder here{similar_path(source)}"
         raise DataError(
             f"Cannot load '{source}' (split {split or 'not given'}): {here}, and as a data set of the Hub: {error}"

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def find(path: Path) -> dict[str, list["_Table"]]:
     The splits of a table, or of the tables at the top of a folder and in its folders, that a column names, or else the
     names of the files or of their folders; each with all tables.
     """
-    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+    if path.is_file() and (path.suffix.lower() not in SUFFIXES or _holds_images(path)):
         return {}
     tables = _tables(path)
     return dict.fromkeys((table.split_of(row) for table in tables for _, row in table.rows()), tables)
@@ -192,15 +192,26 @@ def find_files(folder: Path) -> list[Path]:
 def _header(path: Path) -> list[str]:
     """The names of the columns; none of a file that cannot be read, or whose images are not named but in it."""
     if path.suffix.lower() == ".parquet":
-        try:
-            schema = pq.read_schema(path)
-        except (pa.ArrowException, OSError):
-            return []
-        return [field.name for field in schema if not pa.types.is_nested(field.type) or pa.types.is_list(field.type)]
+        return [
+            field.name for field in _schema(path) if not pa.types.is_nested(field.type) or pa.types.is_list(field.type)
+        ]
     text = read_start(path, _SNIFFED_BYTES).decode("utf-8", errors="replace").partition("\n")[0].rstrip("\r")
     try:
         return next(csv.reader([text], delimiter=delimiter_of(text, _DELIMITERS)), [])
     except csv.Error:
+        return []
+
+
+def _holds_images(path: Path) -> bool:
+    """Whether a Parquet file has images in it, as `datasets` writes them."""
+    types = (field.type for field in _schema(path)) if path.suffix.lower() == ".parquet" else ()
+    return any(pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0 for type_ in types)
+
+
+def _schema(path: Path) -> Iterable[pa.Field]:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError):
         return []
 
 

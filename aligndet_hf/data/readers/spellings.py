@@ -12,10 +12,15 @@ from ..masks import FIELD, has_regions, segmentation_text
 from ..splits import Splits
 
 _LISTS = (datasets.List, datasets.LargeList)
+_FORMATS, _OURS = ("bbox_format", "box_format", "bbox_mode"), ("xywh", "coco")  # columns that say what boxes are
 COLUMNS = ("objects", "annotations", "annotation")
 FIELDS = {
     "bbox": ("bbox", "bboxes", "boxes", "box"),
-    "category": ("category", "categories", "label", "labels", "category_id", "category_ids", "class", "classes"),
+    "category": (
+        *("category", "categories", "label", "labels", "category_id", "category_ids", "class", "classes"),
+        *("class_label", "class_labels", "class_id", "class_ids", "label_id", "label_ids", "category_name"),
+        *("category_names", "class_name", "class_names", "name", "names"),
+    ),
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd"),
     "segmentation": ("segmentation", "segmentations"),
@@ -63,7 +68,12 @@ def standard_objects(splits: Splits, source: str) -> Splits:
     Args:
         splits (`dict[str, datasets.Dataset]`): All splits of the data set.
         source (`str`): How to call it in messages.
+
+    Raises:
+        [`DataError`]: a category is null, or a column says that boxes are in another format.
     """
+    for split in splits.values():
+        _refuse_other_formats(split, source)
     splits = {name: _with_texts_of_masks(_with_our_names(split)) for name, split in splits.items()}
     labelled = [name for name, split in splits.items() if _category_feature(split) is not None]
     features = [_category_feature(splits[name]) for name in labelled]
@@ -82,6 +92,22 @@ def standard_objects(splits: Splits, source: str) -> Splits:
             for name in labelled:
                 splits[name] = _with_names(splits[name], names)
     return splits
+
+
+def _refuse_other_formats(dataset: datasets.Dataset, source: str) -> None:
+    """Refuses boxes of which a column, or a field of the objects, says that they are no xywh."""
+    for column in dataset.column_names:
+        feature = dataset.features[column]
+        fields = [column] if isinstance(feature, datasets.Value) else feature if column in COLUMNS else ()
+        if said := next((name for name in _FORMATS if name in fields), None):
+            values = _column_of(dataset, column)
+            values = values if said == column else values.field(said)
+            texts = pa.compute.unique(values.flatten() if pa.types.is_list(values.type) else values).to_pylist()
+            if wrong := [text for text in texts if text is not None and str(text).lower() not in _OURS]:
+                raise DataError(
+                    f"{source}: by '{said}' the boxes are {wrong[0]!r}, expected [x, y, width, height] in pixels "
+                    f"(xywh). Convert them with dataset.map and remove '{said}'."
+                )
 
 
 def has_numbers_only(dataset: datasets.Dataset) -> bool:
