@@ -525,6 +525,7 @@ def test_a_column_that_says_the_format_of_boxes():
     for dataset in (
         small_dataset(objects, bbox_format="pascal_voc"),
         small_dataset(objects | {"bbox_format": "pascal_voc"}),
+        small_dataset([{"bbox": [1, 2, 30, 20], "category": 0, "bbox_format": "pascal_voc"}]),
     ):
         with pytest.raises(
             DataError, match="by 'bbox_format' the boxes are 'pascal_voc', expected .x, y, width, heig"

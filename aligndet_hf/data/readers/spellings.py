@@ -72,9 +72,9 @@ def standard_objects(splits: Splits, source: str) -> Splits:
     Raises:
         [`DataError`]: a category is null, or a column says that boxes are in another format.
     """
+    splits = {name: _with_texts_of_masks(_with_our_names(split)) for name, split in splits.items()}
     for split in splits.values():
         _refuse_other_formats(split, source)
-    splits = {name: _with_texts_of_masks(_with_our_names(split)) for name, split in splits.items()}
     labelled = [name for name, split in splits.items() if _category_feature(split) is not None]
     features = [_category_feature(splits[name]) for name in labelled]
     if not labelled or all(isinstance(feature, datasets.ClassLabel) for feature in features):
@@ -98,11 +98,12 @@ def _refuse_other_formats(dataset: datasets.Dataset, source: str) -> None:
     """Refuses boxes of which a column, or a field of the objects, says that they are no xywh."""
     for column in dataset.column_names:
         feature = dataset.features[column]
-        fields = [column] if isinstance(feature, datasets.Value) else feature if column in COLUMNS else ()
+        fields = feature if column == "objects" and isinstance(feature, dict) else [column]
         if said := next((name for name in _FORMATS if name in fields), None):
             values = _column_of(dataset, column)
             values = values if said == column else values.field(said)
-            texts = pa.compute.unique(values.flatten() if pa.types.is_list(values.type) else values).to_pylist()
+            values = values.flatten() if pa.types.is_list(values.type) else values
+            texts = pa.compute.unique(values).to_pylist()
             if wrong := [text for text in texts if text is not None and str(text).lower() not in _OURS]:
                 raise DataError(
                     f"{source}: by '{said}' the boxes are {wrong[0]!r}, expected [x, y, width, height] in pixels "
