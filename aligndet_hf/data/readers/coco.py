@@ -41,6 +41,7 @@ NAME = "COCO"
 _LABEL_FOLDER = re.compile(r"(coco[-_]?)?(annotations?|ann|anns|labels?|json)", re.IGNORECASE)
 _ELSEWHERE = re.compile(r"(\.\.)?[/\\]|[A-Za-z]:[/\\]|\w+://")  # how paths of a machine, and addresses, begin
 _LIST = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
+_NEEDED = {"images": {"id", "file_name"}, "categories": {"id", "name"}, "annotations": {"image_id"}}
 _SNIFFED_BYTES = 1 << 16
 _LOOKED_AT = 20  # images to find the folder of all by
 
@@ -117,18 +118,17 @@ def _read_content(path: Path) -> dict:
         raise DataError(f"{path}: not a COCO file, it has no list 'images'.")
     if not content["images"]:
         raise DataError(f"{path}: its list 'images' is empty.")
-    for key, needed in (
-        ("images", {"id", "file_name"}),
-        ("categories", {"id", "name"}),
-        ("annotations", {"image_id"}),
-    ):
-        entries = content.get(key, [])
-        if not isinstance(entries, list):
-            raise DataError(f"{path}: '{key}' must be a list, got {str(entries)[:40]} ({type(entries).__name__}).")
-        for number, entry in enumerate(entries):
-            if not isinstance(entry, dict) or not needed <= set(entry):
-                raise DataError(f"{path}: entry {number} of '{key}' must have {', '.join(sorted(needed))}.")
+    for key in _NEEDED:
+        _require_entries(path, key, content.get(key, []))
     return content
+
+
+def _require_entries(path: Path, key: str, entries) -> None:
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: '{key}' must be a list, got {str(entries)[:40]} ({type(entries).__name__}).")
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not _NEEDED[key] <= set(entry):
+            raise DataError(f"{path}: entry {number} of '{key}' must have {', '.join(sorted(_NEEDED[key]))}.")
 
 
 def _read_categories(path: Path, text: str) -> list[dict]:
@@ -138,10 +138,7 @@ def _read_categories(path: Path, text: str) -> list[dict]:
         found = json.JSONDecoder().raw_decode(text, match.end())[0] if match else []
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(found, list) or not all(
-        isinstance(entry, dict) and {"id", "name"} <= set(entry) for entry in found
-    ):
-        raise DataError(f"{path}: 'categories' must be a list of entries with id, name.")
+    _require_entries(path, "categories", found)
     return found
 
 
