@@ -14,7 +14,7 @@ from .augmentations import AUGMENTATIONS, Augmentation, Sample, apply_transform
 from .bit_depth import pixel_window
 from .columns import require_columns
 from .errors import ImageError
-from .images import Window, decode_image
+from .images import decode_image
 from .masks import draw_regions, read_regions
 from .sampling import SampleKey
 from .soco_views import (
@@ -40,13 +40,6 @@ def _draw_sizes(count: int, view: ViewConfig, seed: int, key: SampleKey, rng: np
     return [view.sizes[i] for i in rng.integers(len(view.sizes), size=count)]
 
 
-def _read_image(table: pa.Table, index: int, window: Window | None) -> np.ndarray:
-    try:
-        return decode_image(table["image"][0].as_py(), window)
-    except ImageError as error:
-        raise ImageError(f"Row {index}, column 'image': {error}") from error
-
-
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
     """[h, w, 3] -> [3, h, w] without a copy: the collator's copy into the batch lays it out."""
     return torch.from_numpy(image).permute(2, 0, 1)
@@ -59,8 +52,28 @@ def _normalized_cxcywh(boxes: np.ndarray, image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy((centred / (width, height, width, height)).astype(np.float32))
 
 
+class _Rows(Dataset):
+    """Rows of a data set as Arrow tables, their images not decoded."""
+
+    def open_rows(self, dataset: datasets.Dataset | datasets.IterableDataset, *needed: str, also: str = "") -> None:
+        require_columns(dataset, list(needed))
+        columns = [*needed, also] if also in dataset.column_names else list(needed)
+        self.rows = dataset.select_columns(columns).with_format("arrow")
+        self.window = pixel_window(dataset)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read_image(self, row: pa.Table, index: int) -> np.ndarray:
+        """The image of a row (a table of one row), whose number is told if it cannot be read."""
+        try:
+            return decode_image(row["image"][0].as_py(), self.window)
+        except ImageError as error:
+            raise ImageError(f"Row {index}, column 'image': {error}") from error
+
+
 @dataclass(eq=False)
-class ProposalViews(Dataset):
+class ProposalViews(_Rows):
     """
     Two random views of an image with the same proposals, for pre-training.
 
@@ -97,16 +110,11 @@ class ProposalViews(Dataset):
     use_clusters: bool = False
 
     def __post_init__(self, dataset):
-        require_columns(dataset, ["image", "proposals"])
+        self.open_rows(dataset, "image", "proposals")
         if self.proposal_sampling not in ("top", "random"):
             raise ValueError(f"proposal_sampling must be 'top' or 'random', got '{self.proposal_sampling}'.")
         if self.max_proposals < 1:
             raise ValueError(f"max_proposals must be at least 1, got {self.max_proposals}.")
-        self.rows = dataset.select_columns(["image", "proposals"]).with_format("arrow")
-        self.window = pixel_window(dataset)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def _choose(self, count: int, rng: np.random.Generator) -> np.ndarray:
         if count <= self.max_proposals or self.proposal_sampling == "top":
@@ -119,7 +127,7 @@ class ProposalViews(Dataset):
     def make_views(self, row: pa.Table, key: SampleKey) -> dict:
         """The item of a row (a table of one row, with the columns `image` and `proposals`)."""
         rng = _sample_rng(self.seed, key)
-        image = _read_image(row, key.index, self.window)
+        image = self.read_image(row, key.index)
         height, width = image.shape[:2]
         boxes, ids = clean_boxes(read_boxes(row["proposals"])[0], width, height)
         chosen = self._choose(len(boxes), rng)
@@ -147,7 +155,7 @@ class ProposalViews(Dataset):
 
 
 @dataclass(eq=False)
-class SoCoViews(Dataset):
+class SoCoViews(_Rows):
     """
     The views of an image that SoCo compares: all of it, and crops of it, each with the boxes that the two share.
 
@@ -196,22 +204,17 @@ class SoCoViews(Dataset):
     color: bool = True
 
     def __post_init__(self, dataset):
-        require_columns(dataset, ["image", "proposals"])
+        self.open_rows(dataset, "image", "proposals")
         if len(self.sizes) != len(self.box_sets) + 1:
             raise ValueError(
                 f"expected one size for each of the {len(self.box_sets) + 1} views, the first for the whole image, "
                 f"got {list(self.sizes)}."
             )
-        self.rows = dataset.select_columns(["image", "proposals"]).with_format("arrow")
-        self.window = pixel_window(dataset)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, key: SampleKey) -> dict:
         rng = _sample_rng(self.seed, key)
         row = self.rows[key.index]
-        image = _read_image(row, key.index, self.window)
+        image = self.read_image(row, key.index)
         height, width = image.shape[:2]
         proposals, _ = clean_boxes(read_boxes(row["proposals"])[0], width, height)
         sets = draw_shared_boxes(
@@ -248,7 +251,7 @@ _OBJECT_WITH_REGION = np.dtype([*_OBJECT.descr, ("region", object)])
 
 
 @dataclass(eq=False)
-class LabelledImages(Dataset):
+class LabelledImages(_Rows):
     """
     Images with their objects, for fine-tuning and evaluation.
 
@@ -294,20 +297,14 @@ class LabelledImages(Dataset):
     masks: bool = False
 
     def __post_init__(self, dataset):
-        require_columns(dataset, ["image", "objects"])
-        columns = [name for name in ("image", "objects", "image_id") if name in dataset.column_names]
+        self.open_rows(dataset, "image", "objects", also="image_id")
         if unknown := [name for name in self.augmentations if isinstance(name, str) and name not in AUGMENTATIONS]:
             raise ValueError(f"there is no augmentation {unknown[0]!r}: choose from {', '.join(AUGMENTATIONS)}")
-        self.rows = dataset.select_columns(columns).with_format("arrow")
-        self.window = pixel_window(dataset)
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def read(self, index: int) -> Sample:
         """The image of a row and its objects, as they are stored; what cannot be used of the boxes is left out."""
         row = self.rows[index]
-        image = _read_image(row, index, self.window)
+        image = self.read_image(row, index)
         height, width = image.shape[:2]
         boxes, kept = usable_boxes(row["objects"], width, height)
         what = np.zeros(len(kept), _OBJECT_WITH_REGION if self.masks else _OBJECT)
