@@ -174,9 +174,7 @@ class RecallMeter:
 
     def _count_right(self, boxes: np.ndarray, objects: np.ndarray) -> None:
         """Adds the first boxes of an image to the counts of precision."""
-        is_right = np.zeros(len(boxes), dtype=bool)
-        for truth in objects:
-            is_right |= box_iou(truth, boxes) >= IOU_THRESHOLDS[0]
+        is_right = (box_iou(boxes, objects) >= IOU_THRESHOLDS[0]).any(axis=1)
         self.images_with_objects += len(objects) > 0
         for place, rank in enumerate(RANKS):
             self.first[place] += len(boxes[:rank])
@@ -287,23 +285,18 @@ def _lines(results: Mapping[str, Mapping], group: str, kinds: list[str], ranks: 
 def _rows(dataset: datasets.Dataset, source: str):
     """Yields the boxes, the objects, their areas, and the size of the image of each row."""
     labelled = "objects" in dataset.column_names
-    for start, table in arrow_batches(dataset, ["image", "proposals"] + ["objects"] * labelled, batch_size=100):
-        boxes, counts = read_boxes(table["proposals"])
-        lists = [np.split(boxes, np.cumsum(counts)[:-1])]
+    truth = areas = None
+    for row, table in arrow_batches(dataset, ["image", "proposals"] + ["objects"] * labelled, batch_size=1):
         if labelled:
-            truth, counts = read_boxes(table["objects"])
-            names = table["objects"].type.names
-            areas = read_values(table["objects"], "area")[0] if "area" in names else truth[:, 2] * truth[:, 3]
+            truth = read_boxes(table["objects"])[0]
             sound = (find_faults(truth) == 0) & ~read_crowds(table["objects"])
-            counts = [int(part.sum()) for part in np.split(sound, np.cumsum(counts)[:-1])]
-            lists += [np.split(values[sound], np.cumsum(counts)[:-1]) for values in (truth, areas)]
-        else:
-            lists += [[None] * len(table)] * 2
-        for row, (image, *values) in enumerate(zip(table["image"], *lists, strict=True), start):
-            try:
-                yield *values, image_size(image.as_py())
-            except ImageError as error:
-                raise DataError(f"{source}, row {row}, column 'image': {error}") from error
+            has_areas = "area" in table["objects"].type.names
+            areas = read_values(table["objects"], "area")[0] if has_areas else truth[:, 2] * truth[:, 3]
+            truth, areas = truth[sound], areas[sound]
+        try:
+            yield read_boxes(table["proposals"])[0], truth, areas, image_size(table["image"][0].as_py())
+        except ImageError as error:
+            raise DataError(f"{source}, row {row}, column 'image': {error}") from error
 
 
 def _draw(dataset: datasets.Dataset, path: Path, num_pictures: int, num_boxes: int) -> None:
@@ -346,7 +339,7 @@ def _ranks_of_finders(boxes: np.ndarray, truth: np.ndarray, member: np.ndarray) 
     if not len(truth) or not len(boxes):
         return ranks
     # The last of equal overlaps wins in pycocotools: reversed, it is the first, which `argmax` finds.
-    overlaps = np.stack([box_iou(box, boxes) for box in truth[::-1]], axis=1)  # [N, M]
+    overlaps = box_iou(boxes, truth[::-1])
     free = np.repeat(member[:, None, ::-1], len(IOU_THRESHOLDS), axis=1)
     for rank in np.flatnonzero(overlaps.max(axis=1) >= IOU_THRESHOLDS[0]):
         candidates = np.where(free & (overlaps[rank] >= IOU_THRESHOLDS[:, None]), overlaps[rank], 0)

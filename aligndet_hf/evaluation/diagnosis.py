@@ -79,14 +79,13 @@ class Diagnosis:
             hinted = ((iou >= NEAR_IOU) & (owner < 0)[:, None]).any(axis=0)
             _count_confusions(confusion, iou, labels, true_labels)
             for kind, size in zip(kinds, _sizes(boxes), strict=True):
-                if kind is not None:
+                if kind:
                     errors_by_size[size][kind] += 1
             for number, size in enumerate(_sizes(true_boxes)):
                 by_size[size]["objects"] += 1
                 by_size[size]["found"] += int(taken[number])
                 errors_by_size[size]["missed"] += int(not taken[number] and not hinted[number])
-            wrong = sum(kind is not None for kind in kinds)
-            images.append({"image_id": image_id, "false": wrong, "missed": int((~taken).sum())})
+            images.append({"image_id": image_id, "false": sum(map(bool, kinds)), "missed": int((~taken).sum())})
         images = [image for image in images if image["false"] + image["missed"]]
         images.sort(key=lambda image: -(image["false"] + image["missed"]))
         return {
@@ -176,26 +175,18 @@ def _claims(iou: np.ndarray, allowed: np.ndarray, threshold: float) -> np.ndarra
     return claims
 
 
-def _kinds(iou: np.ndarray, labels: np.ndarray, true_labels: np.ndarray, owner: np.ndarray) -> list[str | None]:
-    """The kind of error of each detection, `None` for one that has found its object."""
-    kinds = []
-    for overlaps, label, object_ in zip(iou, labels, owner, strict=True):
-        same = true_labels == label
-        own = overlaps[same].max(initial=0)
-        other = overlaps[~same].max(initial=0)
-        if object_ >= 0:
-            kinds.append(None)
-        elif own >= FOUND_IOU:
-            kinds.append("double")
-        elif other >= FOUND_IOU:
-            kinds.append("wrong class")
-        elif own >= NEAR_IOU:
-            kinds.append("wrong place")
-        elif other >= NEAR_IOU:
-            kinds.append("wrong class and place")
-        else:
-            kinds.append("background")
-    return kinds
+def _kinds(iou: np.ndarray, labels: np.ndarray, true_labels: np.ndarray, owner: np.ndarray) -> list[str]:
+    """The kind of error of each detection, empty for one that has found its object."""
+    same = labels[:, None] == true_labels[None]
+    own, other = (np.where(where, iou, 0).max(axis=1, initial=0) for where in (same, ~same))
+    kinds = {
+        "": owner >= 0,
+        "double": own >= FOUND_IOU,
+        "wrong class": other >= FOUND_IOU,
+        "wrong place": own >= NEAR_IOU,
+        "wrong class and place": other >= NEAR_IOU,
+    }
+    return np.select(list(kinds.values()), list(kinds), "background").tolist()
 
 
 def _count_confusions(confusion: np.ndarray, iou: np.ndarray, labels: np.ndarray, true_labels: np.ndarray) -> None:

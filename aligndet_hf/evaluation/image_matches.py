@@ -129,9 +129,14 @@ def _match_image(boxes: np.ndarray, truth: list[dict]) -> np.ndarray:
     result = np.zeros((2, len(boxes), len(THRESHOLDS)), dtype=bool)
     if not truth or not len(boxes):
         return result
+    from faster_coco_eval.core import mask  # which loads OpenCV
+
     truth = sorted(truth, key=lambda annotation: annotation["iscrowd"])
-    overlaps = _overlaps(boxes.astype(np.float64), truth)
     crowd = np.array([bool(annotation["iscrowd"]) for annotation in truth])
+    boxes = boxes.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    # With a crowd the share of the box that lies in it.
+    overlaps = mask.iou(boxes, np.array([annotation["bbox"] for annotation in truth]), crowd.tolist())
     for place, threshold in enumerate(THRESHOLDS):
         free = np.ones(len(truth), dtype=bool)
         for row in np.flatnonzero(overlaps.max(axis=1) >= threshold - 1e-10):
@@ -143,16 +148,3 @@ def _match_image(boxes: np.ndarray, truth: list[dict]) -> np.ndarray:
             best = len(truth) - 1 - int(candidates[::-1].argmax())
             result[0, row, place], free[best] = True, False
     return result
-
-
-def _overlaps(boxes: np.ndarray, truth: list[dict]) -> np.ndarray:
-    """IoU of boxes `[n, 4]` (xyxy) with annotations; with a crowd the share of the box that lies in it."""
-    sides = boxes[:, None, 2:] - boxes[:, None, :2]
-    other = np.array([annotation["bbox"] for annotation in truth])[None]
-    crowd = np.array([bool(annotation["iscrowd"]) for annotation in truth])
-    starts = np.maximum(boxes[:, None, :2], other[..., :2])
-    ends = np.minimum(boxes[:, None, :2] + sides, other[..., :2] + other[..., 2:])
-    shared = (ends - starts).clip(min=0).prod(-1)
-    area, other_area = sides.prod(-1), other[..., 2:].prod(-1)
-    union = np.where(crowd, area, area + other_area - shared)
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)

@@ -76,9 +76,8 @@ def fit_clusters(features: np.ndarray, num_clusters: int, num_components: int, s
     from sklearn.cluster import MiniBatchKMeans
 
     mean, components, explained_variance = _principal_components(features, min(num_components, *features.shape))
-    projections = np.empty((len(features), len(components)), dtype=np.float32)
-    for start in range(0, len(features), _CHUNK):
-        projections[start : start + _CHUNK] = _project(features[start : start + _CHUNK], mean, components)
+    chunks = (features[start : start + _CHUNK] for start in range(0, len(features), _CHUNK))
+    projections = np.concatenate([_project(chunk, mean, components) for chunk in chunks])
     # Not `KMeans`: its sums depend on which thread is done first.
     kmeans = MiniBatchKMeans(num_clusters, random_state=seed, batch_size=4096, n_init=3).fit(projections)
     return Clustering(
@@ -127,7 +126,7 @@ def match_labels(boxes: np.ndarray, objects: np.ndarray, labels: np.ndarray, min
     """
     if len(boxes) == 0 or len(objects) == 0:
         return np.full(len(boxes), -1, dtype=np.int64)
-    iou = np.stack([box_iou(one, boxes) for one in np.asarray(objects, dtype=np.float64)])
+    iou = box_iou(np.asarray(objects, dtype=np.float64), boxes)
     return np.where(iou.max(axis=0) >= min_iou, np.asarray(labels)[iou.argmax(axis=0)], -1).astype(np.int64)
 
 
@@ -146,11 +145,9 @@ def cluster_agreement(clusters: np.ndarray, labels: np.ndarray) -> dict[str, flo
         0 for random clusters of these sizes).
     """
     from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
 
-    _, rows = np.unique(labels, return_inverse=True)
-    _, columns = np.unique(clusters, return_inverse=True)
-    table = np.zeros((rows.max() + 1, columns.max() + 1))
-    np.add.at(table, (rows, columns), 1)
+    table = contingency_matrix(labels, clusters)
     balanced = table / table.sum(axis=1, keepdims=True)
     return {
         "purity": float(table.max(axis=0).sum() / table.sum()),

@@ -120,21 +120,22 @@ def unique_boxes(boxes: np.ndarray) -> np.ndarray:
     return np.unique(np.asarray(boxes).reshape(-1, 4), axis=0)
 
 
-def box_iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """
-    Intersection over union of one box with many.
+    Intersection over union of one box or several with others.
 
     Args:
-        box (`np.ndarray` of shape `[4]`): Box, absolute `xywh`.
-        boxes (`np.ndarray` of shape `[N, 4]`): Boxes, absolute `xywh`.
+        boxes (`np.ndarray` of shape `[4]` or `[N, 4]`): Boxes, absolute `xywh`.
+        others (`np.ndarray` of shape `[M, 4]`): Boxes, absolute `xywh`.
 
     Returns:
-        `np.ndarray` of shape `[N]`: IoU, 0 where neither box has an area.
+        `np.ndarray` of shape `[M]` or `[N, M]`: IoU, 0 where neither box has an area.
     """
-    left_top = np.maximum(box[:2], boxes[:, :2])
-    right_bottom = np.minimum(box[:2] + box[2:], boxes[:, :2] + boxes[:, 2:])
-    intersection = (right_bottom - left_top).clip(min=0).prod(axis=1)
-    union = box[2] * box[3] + boxes[:, 2] * boxes[:, 3] - intersection
+    boxes = boxes[..., None, :]
+    left_top = np.maximum(boxes[..., :2], others[:, :2])
+    right_bottom = np.minimum(boxes[..., :2] + boxes[..., 2:], others[:, :2] + others[:, 2:])
+    intersection = (right_bottom - left_top).clip(min=0).prod(axis=-1)
+    union = boxes[..., 2] * boxes[..., 3] + others[:, 2] * others[:, 3] - intersection
     return intersection / np.maximum(union, np.finfo(np.float64).tiny)
 
 

@@ -131,7 +131,9 @@ def rank_regions(
     holders, rank = np.zeros(len(boxes), np.int64), np.zeros(len(boxes))
     hierarchy = np.repeat(np.arange(len(hierarchies)), [len(boxes) for boxes, _ in hierarchies])
     np.bitwise_or.at(holders, index, 1 << hierarchy)
-    np.maximum.at(rank, index, np.concatenate([_ranks(persistence) for _, persistence in hierarchies]))
+    # Of the persistence in its hierarchy, from 0 to (N - 1) / N; of equal ones, the first has the lowest.
+    ranks = [values.argsort(kind="stable").argsort() / len(values) for _, values in hierarchies]
+    np.maximum.at(rank, index, np.concatenate(ranks))
 
     by_area = np.argsort((boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable")
     boxes, holders, rank = boxes[by_area], holders[by_area], rank[by_area]
@@ -140,13 +142,6 @@ def rank_regions(
     scores = collect_votes(boxes, holders) / len(hierarchies) + 0.12 * rank - 0.05 * edges
     best_first = np.argsort(-scores, kind="stable")
     return boxes[best_first], scores[best_first]
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each of N values from 0 to (N - 1) / N; of equal ones, the first has the lowest."""
-    ranks = np.empty(len(values))
-    ranks[np.argsort(values, kind="stable")] = np.arange(len(values)) / len(values)
-    return ranks
 
 
 def _shrink(image: np.ndarray, pixels: float) -> np.ndarray:
