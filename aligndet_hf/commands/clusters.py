@@ -182,11 +182,13 @@ def _new_report(arguments: ClustersArguments, sources: Splits, features: BoxFeat
         **{name: getattr(arguments, name) for name in sorted(names_of(ClustersArguments, "result"))},
         **{f"input_{name}": content_hash(source, arguments.disable_tqdm) for name, source in sources.items()},
     }
+    packages = ("torch", "torchvision", "timm", "scikit-learn", "numpy", "datasets")
+    versions = {"aligndet_hf": __version__} | {name: version(name) for name in packages}
     before = read_report(Path(arguments.dataset).expanduser())
     return {
         "dataset": before.get("dataset", arguments.dataset),
         "settings": before.get("settings", {}) | {"clusters": own},
-        "versions": before.get("versions", {}) | {"clusters": _versions()},
+        "versions": before.get("versions", {}) | {"clusters": versions},
         "statistics": {},
         "skipped": list(before.get("skipped", [])),
     }
@@ -206,11 +208,6 @@ def load_features(arguments: ClustersArguments) -> BoxFeatures:
     else:
         detector = around_backbone(arguments.backbone, arguments.backbone_weights, arguments.strides)
     return BoxFeatures(detector, arguments.strides, arguments.normalize, device_of(arguments.use_cpu))
-
-
-def _versions() -> dict:
-    packages = ("torch", "torchvision", "timm", "scikit-learn", "numpy", "datasets")
-    return {"aligndet_hf": __version__} | {name: version(name) for name in packages}
 
 
 def _load_sources(arguments: ClustersArguments) -> Splits:

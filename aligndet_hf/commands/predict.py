@@ -19,7 +19,7 @@ from ..data.image_list import ImageList, list_images
 from ..data.images import print_left_out
 from ..data.label_export import export_labels
 from ..data.launch import Launch
-from ..data.shards import data_folder, save_split
+from ..data.shards import data_folder, require_all, save_split
 from ..data.sources import model_hash
 from ..detectors.build import find_detector
 from ..evaluation.predicted_rows import join_predictions, write_coco, write_predictions, write_results
@@ -158,17 +158,10 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
     results, best_score = [None] * len(listed), 0.0
     for found in _run(arguments, model, image_processor, listed, range(len(listed))):
         best_score = max(best_score, found.best_score)
-        results[found.index] = {
-            "boxes": found.boxes,
-            "scores": found.scores,
-            "labels": found.labels,
-            "masks": found.masks,
-            "names": [model.config.id2label[label] for label in found.labels.tolist()],
-            "file_name": listed.names[found.index],
-            "height": found.size[0],
-            "width": found.size[1],
-            "error": found.error,
-        }
+        own = {name: getattr(found, name) for name in ("boxes", "scores", "labels", "masks", "error")}
+        names = [model.config.id2label[label] for label in found.labels.tolist()]
+        size = dict(zip(("height", "width"), found.size, strict=True))
+        results[found.index] = own | size | {"names": names, "file_name": listed.names[found.index]}
     if not any(len(found["scores"]) for found in results):
         _tell_nothing_found(arguments.score_threshold, best_score)
     return results
@@ -290,11 +283,7 @@ def _write_picture(found: Prediction, images: ImageList, classes: list[str], fol
 def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], folder: RunFolder) -> None:
     """Makes the output of the shards, and puts it in place."""
     shards = [_shard_path(folder.work, number) for number in range(len(_shards(images)))]
-    if missing := [path for path in shards if not path.exists()]:
-        raise DataError(
-            f"{len(missing)} of {len(shards)} shards are not there, such as {missing[0]}: all machines must "
-            "see the same output_dir."
-        )
+    require_all(shards)
     complete, formats = folder.work / _COMPLETE, set(arguments.formats)
     complete.mkdir(exist_ok=True)
     category_ids = images.category_ids(classes)

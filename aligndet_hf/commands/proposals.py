@@ -1,6 +1,5 @@
 """`aligndet proposals`: looks for objects in the images of a dataset and adds the boxes as the column `proposals`."""
 
-import os
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
@@ -31,6 +30,7 @@ from ..data.shards import (
     make_shards,
     put_in_place,
     read_report,
+    require_all,
     telling_progress,
     writing_to,
 )
@@ -176,12 +176,7 @@ def _generate(
         nonlocal sources, shards
         if arguments.streaming:
             sources, shards = read_rows(sources, work, state)
-        missing = [shard.path for shard in shards if not os.path.exists(shard.path)]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of {len(shards)} shards are not there, such as {missing[0]}: all machines must see "
-                "the same output_dir."
-            )
+        require_all([Path(shard.path) for shard in shards])
         told = settings | arguments.source_settings()
         report = {"dataset": arguments.dataset, "settings": told, "versions": versions}
         report |= {"statistics": {}, "skipped": []}

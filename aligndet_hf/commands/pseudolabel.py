@@ -21,7 +21,7 @@ from ..arguments import (
     RunArguments,
     again,
 )
-from ..data.arrow_boxes import clean_boxes, read_boxes, read_crowds, read_values
+from ..data.arrow_boxes import read_boxes, read_values, usable_boxes
 from ..data.bit_depth import pixel_window
 from ..data.door import image_digest
 from ..data.errors import DataError
@@ -247,10 +247,9 @@ def _check(arguments: PseudolabelArguments, teacher, found, boxes, labelled) -> 
     vectors, classes = [], []
     for row, value in enumerate(tqdm(_values(labelled), "labelled", len(labelled), disable=arguments.disable_tqdm)):
         image, column = decode_image(value, pixel_window(labelled)), objects[row]["objects"]
-        usable = np.flatnonzero(~read_crowds(column))
-        true_boxes, rows_kept = clean_boxes(read_boxes(column)[0][usable], image.shape[1], image.shape[0])
+        true_boxes, kept = usable_boxes(column, image.shape[1], image.shape[0])
         vectors.append(crop_features(features, image, true_boxes))
-        classes.append(read_values(column, "category")[0].astype(int)[usable[rows_kept]])
+        classes.append(read_values(column, "category")[0].astype(int)[kept])
     unlabelled = [np.zeros((0, features.size), np.float32)]
     for value, row in zip(
         tqdm(_values(found), "boxes", len(found), disable=arguments.disable_tqdm), boxes, strict=True

@@ -161,13 +161,14 @@ class ProposalsArguments(
         super().__post_init__()
         is_paper = self.preset == "paper"
         self.preset = None if is_paper else self.preset
+        for name, known in (("source", SOURCES), ("preset", PRESETS), ("mode", MODES)):
+            if getattr(self, name) not in (None, *known):
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.source is None:
             owners = (
                 name for name, row in SOURCES.items() if any(getattr(self, key) is not None for key in row.settings)
             )
             self.source = next(owners, "selective_search")
-        if self.source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         for source, (_, settings, _) in SOURCES.items():
             for name, default in settings.items():
                 given = getattr(self, name)
@@ -181,9 +182,6 @@ class ProposalsArguments(
         for name, default in kept.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        for name, known in (("preset", PRESETS), ("mode", MODES)):
-            if getattr(self, name) not in (None, *known):
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if self.streaming and (self.source == "json" or self.image_dir):
             raise ValueError("streaming does not go with --source json and image_dir: leave it out")
         if self.min_relative_size > self.max_relative_size:

@@ -57,7 +57,8 @@ def import_proposals(path: str | Path, sources: Splits) -> Splits:
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a COCO file of proposals: {type(error).__name__} {error}.") from error
     order = np.lexsort((-scores, owners))
-    owners = owners[order]
+    # The boxes of each image, best first, and the boxes of none.
+    groups = np.split(order, np.searchsorted(owners[order], np.arange(len(numbers_of_images)) + 1))
 
     columns = {}
     for split, source in sources.items():
@@ -72,14 +73,9 @@ def import_proposals(path: str | Path, sources: Splits) -> Splits:
             )
         if missing:
             print(f"{path}: {missing} of {len(keys)} images of the split '{split}' are not in this file.")
-        starts, stops = (
-            np.searchsorted(owners, [-1 if key is None else key for key in keys], side) for side in ("left", "right")
-        )
-        stops = np.where([key is None for key in keys], starts, stops)
-        taken = order[_ranges(starts, stops)]
-        offsets = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
-        places = np.arange(len(taken)) - np.repeat(offsets[:-1], np.diff(offsets))
-        values = scores[taken] if scored else 1 - places / np.repeat(np.diff(offsets), np.diff(offsets))
+        found = [order[:0] if key is None else groups[key] for key in keys]
+        taken, offsets = np.concatenate(found), np.cumsum([0, *map(len, found)])
+        values = scores[taken] if scored else np.concatenate([1 - np.arange(len(own)) / len(own) for own in found])
         columns[split] = _column(boxes[taken], values, clusters[taken] if with_clusters else None, offsets)
     return columns
 
@@ -157,13 +153,6 @@ def _find(name: str, names: dict[str, int]) -> int | None:
     parts = PurePosixPath(name.replace("\\", "/")).parts
     found = (names.get("/".join(parts[start:])) for start in range(len(parts)))
     return next((image for image in found if image is not None), None)
-
-
-def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """`[*range(starts[0], stops[0]), *range(starts[1], stops[1]), ...]`"""
-    lengths = stops - starts
-    before = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 def _column(boxes, scores, clusters, offsets) -> datasets.Dataset:

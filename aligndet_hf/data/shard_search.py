@@ -128,16 +128,15 @@ def search_shard(
     else:
         rows = reopened(inputs[shard.split], range(shard.start, shard.stop))
     window, results = pixel_window(rows) or window, []
-    for start in range(shard.start, shard.stop, batch_size):
-        searched, images, faults = [], [], {}
-        for place in range(start, min(start + batch_size, shard.stop)):
-            row = rows[place - shard.start]
+    for start in range(0, len(rows), batch_size):
+        searched, images, faults = [], [], []
+        for row in (rows[place] for place in range(start, min(start + batch_size, len(rows)))):
             try:
                 images.append(decode_image(row["image"], window))
                 searched.append(row)
+                faults.append(None)
             except ImageError as error:
-                faults[place] = {"file": image_name(row["image"]), "reason": str(error)}
+                faults.append({"file": image_name(row["image"]), "reason": str(error)})
         found = iter(search(images, searched) if images else [])
-        for place in range(start, min(start + batch_size, shard.stop)):
-            results.append(faults.get(place) or {"proposals": {k: v.tolist() for k, v in next(found).items()}})
+        results += [fault or {"proposals": {k: v.tolist() for k, v in next(found).items()}} for fault in faults]
     write_shard(shard, results, with_clusters)

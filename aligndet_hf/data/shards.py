@@ -306,6 +306,20 @@ def _is_of_writing(error: OSError, folder: str) -> bool:
     return name.startswith(folder) or bool(name and folder.startswith(name)) or (not name and folder in str(error))
 
 
+def require_all(paths: list[Path]) -> None:
+    """
+    Checks that the files of all shards are there.
+
+    Raises:
+        [`DataError`]: another machine has not written its shards here.
+    """
+    if missing := [path for path in paths if not path.exists()]:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} shards are not there, such as {missing[0]}: all machines must see the "
+            "same output_dir."
+        )
+
+
 def read_report(folder: Path) -> dict:
     """The content of `proposals.json`; nothing if there is none."""
     path = folder / REPORT
