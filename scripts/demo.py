@@ -52,6 +52,16 @@ DETECTOR = {
     },
 }
 
+TRAINING = {
+    "image_sizes": [96, 128],
+    "per_device_train_batch_size": 8,
+    "learning_rate": 5e-4,
+    "warmup_steps": 50,
+    "logging_steps": 20,
+    "dataloader_num_workers": 1,
+    "use_cpu": True,
+}
+
 
 def main(output: Path) -> None:
     start = time.monotonic()
@@ -83,19 +93,13 @@ def main(output: Path) -> None:
     pretrained = pretrain(
         PretrainArguments(
             **DETECTOR,
+            **TRAINING,
             dataset=str(output / "proposals"),
             output_dir=str(output / "pretrained"),
-            image_sizes=[96, 128],
             max_proposals=5,
             aligndet_config={"freeze_backbone": False, "base_momentum": 0.95, "contrastive_temperature": 0.2},
             max_steps=600,
-            per_device_train_batch_size=8,
-            learning_rate=5e-4,
             lr_scheduler_type="cosine",
-            warmup_steps=50,
-            logging_steps=20,
-            dataloader_num_workers=1,
-            use_cpu=True,
         )
     )
 
@@ -106,21 +110,15 @@ def main(output: Path) -> None:
         arms[name] = finetune(
             FinetuneArguments(
                 **detector,
+                **TRAINING,
                 dataset=str(data),
                 output_dir=str(output / f"finetuned-{name}"),
-                image_sizes=[96, 128],
                 max_steps=1000,
-                per_device_train_batch_size=8,
-                learning_rate=5e-4,
                 backbone_learning_rate=5e-4,
-                warmup_steps=50,
-                logging_steps=20,
                 eval_strategy="steps",
                 eval_steps=250,
                 save_strategy="steps",
                 save_steps=250,
-                dataloader_num_workers=1,
-                use_cpu=True,
                 report_to="none",
             )
         )

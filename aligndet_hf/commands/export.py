@@ -11,6 +11,7 @@ from ..arguments import DatasetArguments, ReadyDetectorArguments, RunArguments, 
 from ..data.bit_depth import window_of
 from ..data.image_list import list_images
 from ..data.sources import model_hash
+from ..data.splits import spread_rows
 from ..data.synthetic import render_scene
 from ..detectors.build import find_detector, open_detector, open_image_processor
 from ..detectors.families import family_of
@@ -114,7 +115,7 @@ def export(arguments: ExportArguments) -> dict:
                 ) from error
 
         model["opset"] = _opset(complete / "model.onnx")
-        chosen = images.spread(arguments.num_images)
+        chosen = spread_rows(len(images), arguments.num_images)
         model["parity"] = compare(detector, image_processor, run, model, images, chosen, arguments.score_threshold)
         write_json(complete / "model.json", model)
         shutil.copyfile(run_onnx.__file__, complete / "run.py")

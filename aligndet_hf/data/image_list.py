@@ -20,16 +20,23 @@ from .errors import DataError, ImageError
 from .formats import category_names, load_dataset_source, split_names
 from .images import Window, decode_image
 from .shards import content_hash
-from .splits import spread_rows
 
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 _MAGIC = "*?["  # what makes a path a pattern
 
 
-class ImageFiles:
-    """Image files: their paths, and what to call them in the output."""
+class Images:
+    """Some images of a list, of one kind: `names`, `read` and `identity`, and what they need not have."""
 
     ids, categories = None, {}
+
+    def value(self, index: int) -> dict | None:
+        """The undecoded image as a data set stores it; `None` for one that is in no file of its own."""
+        return None
+
+
+class ImageFiles(Images):
+    """Image files: their paths, and what to call them in the output."""
 
     def __init__(self, paths: list[str], names: list[str]):
         self.paths, self.names = paths, names
@@ -53,16 +60,13 @@ def _hash(path: str) -> str | None:
         return None
 
 
-class MemoryImage:
+class MemoryImage(Images):
     """An image in memory: an RGB array uint8 `[H, W, 3]` (or greyscale `[H, W]`) or a PIL image."""
 
-    ids, categories, names = None, {}, ["image.png"]
+    names = ["image.png"]
 
     def __init__(self, image):
         self.image = image
-
-    def value(self, index: int) -> None:
-        return None
 
     def read(self, index: int, window: Window | None = None) -> np.ndarray:
         return decode_image(self.image, window)
@@ -71,7 +75,7 @@ class MemoryImage:
         return hashlib.blake2b(self.read(0).tobytes()).hexdigest()
 
 
-class DatasetImages:
+class DatasetImages(Images):
     """The column `image` of a data set, and the ids of its images and categories if it has some."""
 
     def __init__(self, dataset: datasets.Dataset, source: str = "the data set"):
@@ -156,10 +160,6 @@ class ImageList:
         """
         part, place = self._place(index)
         return part.read(place, self.window)
-
-    def spread(self, number: int) -> list[int]:
-        """The places of at most this many images, evenly spaced."""
-        return spread_rows(len(self), number)
 
     def identity(self) -> str:
         """A hash that tells whether another list has the same images."""

@@ -5,9 +5,10 @@ import numpy as np
 
 from ..files import file_hash
 from .errors import ImageError
+from .image_list import Images
 
 
-class VideoFrames:
+class VideoFrames(Images):
     """
     The frames of a video, in their order, through OpenCV.
 
@@ -21,8 +22,6 @@ class VideoFrames:
     Raises:
         [`ImageError`]: the video cannot be read, or ends before the number of frames that its header tells.
     """
-
-    ids, categories = None, {}
 
     def __init__(self, path: str, name: str):
         self.path, self.title = path, name
@@ -43,9 +42,6 @@ class VideoFrames:
 
     def __getstate__(self) -> dict:  # an open video does not travel to another process
         return self.__dict__ | {"capture": None, "position": 0}
-
-    def value(self, index: int) -> None:
-        return None
 
     def read(self, index: int, window: tuple[float, float] | None = None) -> np.ndarray:
         if self.capture is None or index < self.position:

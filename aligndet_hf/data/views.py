@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 
 from .masks import move_regions
 
@@ -252,15 +254,11 @@ def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, table if table.ndim == 1 else table[:, None])
 
 
-def _histograms(image: np.ndarray) -> list[np.ndarray]:
-    return [cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel() for channel in range(3)]
-
-
 def autocontrast(image: np.ndarray) -> np.ndarray:
     """Stretches every channel to 0..255."""
     table = np.empty((256, 3))
-    for channel, histogram in enumerate(_histograms(image)):
-        used = np.flatnonzero(histogram)
+    for channel in range(3):
+        used = np.flatnonzero(cv2.calcHist([image], [channel], None, [256], [0, 256]))
         low, high = used[0], used[-1]
         table[:, channel] = (_LEVELS - low) * (255 / (high - low)) if high > low else _LEVELS
     return _look_up(image, table)
@@ -268,12 +266,7 @@ def autocontrast(image: np.ndarray) -> np.ndarray:
 
 def equalize(image: np.ndarray) -> np.ndarray:
     """Equalises the histogram of every channel."""
-    table = np.empty((256, 3))
-    for channel, histogram in enumerate(_histograms(image)):
-        step = (histogram.sum() - histogram[np.flatnonzero(histogram)[-1]]) // 255
-        before = np.concatenate([[0], np.cumsum(histogram)[:-1]])
-        table[:, channel] = (before + step // 2) // step if step else _LEVELS
-    return _look_up(image, table)
+    return np.array(PIL.ImageOps.equalize(PIL.Image.fromarray(image)))
 
 
 def solarize(image: np.ndarray, threshold: float) -> np.ndarray:

@@ -104,16 +104,10 @@ class CocoMetrics:
 
     def _most_objects(self) -> np.ndarray:
         """The objects of the commonest category of each image, without crowds."""
-        counts = Counter(
-            (category, annotation["image_id"])
-            for category, annotations in self.truth.items()
-            for annotation in annotations
-            if not annotation["iscrowd"]
-        )
-        most = dict.fromkeys(self._numbers.values(), 0)
-        for (_, image_id), count in counts.items():
-            most[image_id] = max(most[image_id], count)
-        return np.array(list(most.values()), dtype=np.int64)
+        most: Counter[int] = Counter()
+        for annotations in self.truth.values():
+            most |= Counter(annotation["image_id"] for annotation in annotations if not annotation["iscrowd"])
+        return np.array([most[number] for number in self._numbers.values()], dtype=np.int64)
 
     @classmethod
     def from_dataset(cls, dataset: datasets.Dataset, categories: list[str]) -> "CocoMetrics":
@@ -255,12 +249,11 @@ class CocoMetrics:
 
     def _with_masks(self, category: int, sizes: dict[int, tuple[int, int]]) -> list[dict]:
         """The truth of a category, with masks in images of the sizes of those that were found."""
-        truth = []
-        for annotation in self.truth[category]:
-            size = sizes[annotation["image_id"]]
-            own = coco_run_lengths(annotation[FIELD], *size) or run_lengths(np.zeros(size))
-            truth.append(annotation | {FIELD: own})
-        return truth
+        pairs = ((annotation, sizes[annotation["image_id"]]) for annotation in self.truth[category])
+        return [
+            annotation | {FIELD: coco_run_lengths(annotation[FIELD], *size) or run_lengths(np.zeros(size))}
+            for annotation, size in pairs
+        ]
 
     def _sizes(self) -> dict[int, tuple[int, int]]:
         """Height and width of the images, from their masks; of those in which nothing was found none is needed."""

@@ -14,10 +14,10 @@ from ..data.arrow_boxes import read_values, usable_boxes
 from ..data.bit_depth import pixel_window, window_of
 from ..data.collate import collate_labelled, normalize_images
 from ..data.columns import image_numbers
+from ..data.door import listed
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image
 from ..data.masks import FIELD, run_lengths
-from ..data.splits import spread_rows
 from ..processes import init_worker
 from ..proposals.trained import with_both_sides
 from .coco_metrics import CocoMetrics
@@ -77,10 +77,6 @@ class EvaluationImages(Dataset):
             return self.dataset.select_columns(["file_name"])[index]["file_name"]
         path = self.images[index]["image"]["path"]
         return os.path.basename(path) if path else f"{self.image_ids[index]}"
-
-    def spread(self, number: int) -> list[int]:
-        """This many rows, or all, evenly spaced."""
-        return spread_rows(len(self), number)
 
     def objects(self, row: int, height: int, width: int) -> dict[str, np.ndarray]:
         """The truth of a row, whose image has this size: `boxes` (float [n, 4], pixels, xyxy), `labels` (int [n])."""
@@ -212,8 +208,9 @@ def match_categories(id2label: dict[int, str], categories: list[str]) -> list[in
     missing = [name for name in categories if name not in names]
     if missing:
         raise DataError(
-            f"the detector has no class for {_some(missing)}: the dataset has the categories {_some(categories)}, the "
-            f"detector the classes {_some(names)}. Rename the categories, or fine-tune first."
+            f"the detector has no class for {listed(missing, 8)}: the dataset has the categories "
+            f"{listed(categories, 8)}, the detector the classes {listed(names, 8)}. Rename the categories, or "
+            "fine-tune first."
         )
     return [categories.index(name) if name in categories else -1 for name in names]
 
@@ -237,7 +234,3 @@ def _relabelled(prediction: dict, classes: np.ndarray) -> dict:
     labels = classes[prediction["labels"]]
     kept = labels >= 0
     return {name: value[kept] for name, value in (prediction | {"labels": labels}).items()}
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (" ..." if len(names) > limit else "")

@@ -57,7 +57,7 @@ def tell_predictions(
     best = [of_class["best_threshold"] for of_class in told["per_class"].values()]
     worst = [rows[image["image_id"]] for image in told["worst_images"][:num_pictures]]
     lowest = best if threshold is None else threshold
-    for name, shown, scores in ((PREDICTIONS, images.spread(num_pictures), lowest), (WORST, worst, best)):
+    for name, shown, scores in ((PREDICTIONS, spread_rows(len(images), num_pictures), lowest), (WORST, worst, best)):
         (folder / name).unlink(missing_ok=True)
         if num_pictures and shown:
             plot_predictions(
@@ -179,7 +179,7 @@ def plot_detectors(
     for arm, folder in detectors.items():
         detector, image_processor = open_detector(str(folder)), open_image_processor(str(folder))
         images = EvaluationImages(dataset, categories, image_processor)
-        rows = images.spread(num_images)
+        rows = spread_rows(len(images), num_images)
         classes = match_categories(detector.config.id2label, categories)
         batches = predict_batches(detector, images.batches(4, rows=rows), image_processor, classes)
         best = (read_json(folder / DIAGNOSIS) or {"per_class": {}})["per_class"]  # runs of earlier versions have none

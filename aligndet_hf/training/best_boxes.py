@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 
 from ..data.arrow_boxes import read_boxes
+from ..data.splits import spread_rows
 from ..detectors.build import open_detector
 from ..evaluation.detections import EvaluationImages, predict_batches
 from ..reporting.drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged
@@ -26,7 +27,7 @@ class BestBoxes:
 
     def __init__(self, model, dataset: datasets.Dataset, image_processor):
         self.images = EvaluationImages(dataset, [], image_processor)
-        self.rows = self.images.spread(NUM_IMAGES)
+        self.rows = spread_rows(len(self.images), NUM_IMAGES)
         self.before = self._find(model.online_detector)
         model.train()
 
