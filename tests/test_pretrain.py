@@ -38,6 +38,7 @@ def arguments(proposal_folder, detector_folders, tmp_path):
             "image_sizes": [64],
             "max_steps": 2,
             "max_proposals": 4,
+            "use_clusters": False,
             "logging_steps": 1,
             "write_report": False,
             "use_cpu": True,
@@ -370,8 +371,10 @@ def test_half_precision_trains_float32_weights(arguments):
     assert summary["configuration"]["mixed_precision"] == "bf16"
 
 
-def test_clusters_are_classes(arguments):
-    result = pretrain(arguments("rt_detr", use_clusters=True))
+@pytest.mark.parametrize("use_clusters", [True, None])
+def test_clusters_are_classes(arguments, use_clusters):
+    """Where the proposals have clusters and nothing else is said, too."""
+    result = pretrain(arguments("rt_detr", use_clusters=use_clusters))
     detector = AutoModelForObjectDetection.from_pretrained(result.detector_dir)
     assert detector.config.id2label == {0: "cluster_0", 1: "cluster_1", 2: "cluster_2"}
 

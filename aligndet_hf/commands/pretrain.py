@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ..cards import versions
 from ..data.bit_depth import pixel_window, settle_pixel_window, window_line
-from ..data.columns import proposal_record, validate_proposals
+from ..data.columns import has_clusters, proposal_record, validate_proposals
 from ..data.formats import load_dataset_source
 from ..data.launch import Launch
 from ..data.shards import content_hash
@@ -38,6 +38,9 @@ from ..training.start import start_hashes, tell_weights, training_folder
 
 # What is written to `output_dir`, beside the summary and what every training writes.
 WRITTEN = ["log.jsonl", "model.safetensors", "detector", "backbone", BOXES, "torchvision.safetensors"]
+
+# What the data decide where it is not given.
+CHOSEN = {"image_sizes", "use_clusters"}
 
 # Of each method the model, and the module that builds the model and its views.
 METHODS = {"aligndet": (AlignDetForPreTraining, pretrain_aligndet), "soco": (SoCoForPreTraining, pretrain_soco)}
@@ -96,9 +99,9 @@ def pretrain(arguments: PretrainArguments) -> PretrainResult:
         dataset, data = _load_data(arguments, accelerator, folder)
         if folder.is_finished and not changes:
             return _result(arguments, folder.path, finished_metrics(folder.path, SUMMARY, arguments, repo_id))
-        if arguments.image_sizes is None:
-            arguments = copy.copy(arguments)
-            arguments.image_sizes = data["image_sizes"]
+        arguments = copy.copy(arguments)
+        for name in CHOSEN & data.keys():
+            setattr(arguments, name, data[name])
         run, best_boxes = _start(arguments, accelerator, configuration, dataset, data, folder)
         if changes:
             run.tell_changes(changes)
@@ -128,8 +131,14 @@ def _load_data(arguments: PretrainArguments, accelerator: Accelerator, folder: R
     else:
         with accelerator.main_process_first():
             dataset = load_dataset_source(arguments.dataset, arguments.split)
-        report = validate_proposals(dataset, arguments.dataset, with_clusters=arguments.use_clusters)
+        if (use_clusters := arguments.use_clusters) is None:
+            use_clusters = has_clusters(dataset)
+        report = validate_proposals(dataset, arguments.dataset, with_clusters=use_clusters)
         data = {"images": report.rows, "proposals": report.boxes}
+        if arguments.use_clusters is None:
+            data["use_clusters"] = use_clusters
+            if use_clusters:
+                accelerator.print("The clusters of the proposals are the classes; --use_clusters false for one class.")
         if arguments.image_sizes is None:
             data["image_sizes"], line = choose_sizes(DEFAULTS["aligndet"]["image_sizes"], report.images.sizes)
             accelerator.print(line)

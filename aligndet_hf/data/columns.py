@@ -249,6 +249,12 @@ def _declared_sizes(dataset: datasets.Dataset) -> np.ndarray:
     return sizes
 
 
+def has_clusters(dataset: datasets.Dataset) -> bool:
+    """Whether the proposals have clusters, as `aligndet clusters` writes them."""
+    feature = dataset.features.get("proposals")
+    return isinstance(feature, dict) and "cluster" in feature
+
+
 def validate_proposals(
     dataset: datasets.Dataset,
     source: str = "the data set",

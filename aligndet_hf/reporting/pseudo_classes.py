@@ -111,7 +111,7 @@ def print_cluster_report(report: dict, known: int, output: Path) -> None:
             print(f"{name.replace('_', ' '):<14}{purity:>8.1f}{balanced:>10.1f}{nmi:>8.1f}{ami:>8.1f}")
     if skipped := report["skipped"][known:]:
         print(f"Left out, for they cannot be read: {len(skipped)} images, e.g. {skipped[0]['reason']}")
-    print(f"Saved to {output}; pre-train with --use_clusters true.")
+    print(f"Saved to {output}; pre-training takes the clusters for classes.")
 
 
 def draw_clusters(splits: dict[str, datasets.Dataset], path: Path, num_clusters: int, seed: int) -> Path:

@@ -71,7 +71,11 @@ class PretrainArguments(
         "data",
         "`top`: always the best by score; `random`: drawn anew each epoch; `top`, for SoCo `random`, if not given",
     )
-    use_clusters: bool = flag(False, "data", "use the proposals' clusters as classes instead of one class `object`")
+    use_clusters: bool | None = flag(
+        None,
+        "data",
+        "use the proposals' clusters as classes instead of one class `object`; where they have clusters, if not given",
+    )
 
     image_sizes: list[int] | None = again(
         AugmentationArguments,
@@ -157,6 +161,8 @@ class PretrainArguments(
                 raise ValueError(f"{name} is for --method aligndet, this is {self.method}")
         if self.streaming and self.max_steps <= 0:
             raise ValueError("streaming needs max_steps: the length of a stream is not known")
+        if self.use_clusters is None and (self.streaming or self.method != "aligndet"):
+            self.use_clusters = self.num_clusters is not None  # a stream's clusters are not looked for
         if self.streaming and self.use_clusters and self.num_clusters is None:
             raise ValueError("streaming with use_clusters needs num_clusters: a stream is not read to count them")
         self.check_crop_scale()
