@@ -689,7 +689,7 @@ def test_bad_arguments(arguments, change, message):
 
 
 def test_from_images_to_a_detector_of_pseudo_classes(tmp_path, detector_folders, capsys):
-    """`aligndet proposals`, `clusters` and `pretrain`; without the second, `--use_clusters true` is one clear error."""
+    """`aligndet proposals`, `clusters` and `pretrain`; without clusters, `--use_clusters true` is one clear error."""
     write_synthetic_folder(tmp_path / "images", {"train": 6}, seed=0, image_size=(64, 80))
     paths = {name: str(tmp_path / name) for name in ("images", "proposals", "clusters", "pretrained")}
     detector, quiet = str(detector_folders("detr")), ["--disable_tqdm", "true"]

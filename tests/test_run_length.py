@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from transformers import TrainerState
 
 from aligndet_hf.training import run_length
-from aligndet_hf.training.run_length import Forecast, length_note
+from aligndet_hf.training.run_length import Forecast, finetuning_note, length_note
 
 
 def test_a_short_run_is_told_how_long_it_should_be():
@@ -16,6 +16,11 @@ def test_a_short_run_is_told_how_long_it_should_be():
     assert "--max_steps 4000" in length_note(600, 1.2)
     assert "--max_steps 14000" in length_note(6000, 3.0)  # many steps, but of many more images
     assert "--max_steps 4000" in length_note(1000, 40.0)  # many epochs of few images
+
+
+def test_a_short_finetuning_is_told_how_long_others_took():
+    assert finetuning_note(1000) is None
+    assert "525 steps are few" in finetuning_note(525) and "--max_steps 1200" in finetuning_note(525)
 
 
 def test_the_end_is_told_once_after_the_first_minute():

@@ -51,7 +51,7 @@ from ..training.checkpointing import clear_write_errors, find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run
-from ..training.run_length import TellForecast
+from ..training.run_length import TellForecast, finetuning_note
 from ..training.start import start_hashes, tell_weights, training_folder, training_view
 
 BATCH_SIZE = "batch_size.json"
@@ -214,6 +214,9 @@ def _start(
     if family_of(detector.config).masks:
         processes.print(mask_note(dataset))
     processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
+    is_detr = not family_of(detector.config).own_loss
+    if is_detr and (note := finetuning_note(trainer.total_steps())):
+        processes.print(f"note: {note}")
     tell_weights(report, folder.path)
     evaluation = {"dataset": told(arguments.eval_dataset), "split": arguments.eval_split, "images": len(truth or ())}
     return trainer, {"images": len(dataset), "evaluation": evaluation}
