@@ -32,6 +32,7 @@ def recipe(proposal_folder, detector_folders, tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     path.write_text(
         f"dataset: {proposal_folder}\ndetector: {detector_folders('detr')}\nimage_sizes: [48, 64]\nmax_steps: 6\n"
+        "use_clusters: false\n"
         "logging_steps: 4\nsave_steps: 3\nlearning_rate: 1e-3\nuse_cpu: true\ndisable_tqdm: true\n"
         "write_report: false\n"
     )
