@@ -245,3 +245,20 @@ def test_a_folder_without_images_is_not_sound(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no labels")
     assert main(["check", "--dataset", str(tmp_path), "--disable_tqdm", "true"]) == 1
     assert "nothing was recognised in it. Give a folder of images, or labels as JSON of" in capsys.readouterr().out
+
+
+def test_an_empty_split_is_a_problem(tmp_path):
+    write_coco(tmp_path / "train", 2)
+    content = {"images": [], "annotations": [], "categories": []}
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "valid" / "labels.json").write_text(json.dumps(content))
+    report = run(tmp_path)
+    assert report.exit_code == 1 and report.all_problems == [
+        f"{tmp_path}/valid/labels.json: its list 'images' is empty."
+    ]
+    dataset = load_dataset_source(tmp_path, "train")
+    assert run_on(dataset.select([])).all_problems[0].endswith("there is no image in it.")
+
+
+def run_on(dataset):
+    return check(CheckArguments(dataset=dataset, disable_tqdm=True))

@@ -538,3 +538,18 @@ def test_a_parquet_file_with_images_is_a_data_set(tmp_path, split):
     small_dataset({"bbox": [[1, 2, 3, 4]], "category": [0]}).to_parquet(tmp_path / "x.parquet")
     (row,) = load_dataset_source(tmp_path / "x.parquet", split)
     assert row["objects"]["bbox"] == [[1, 2, 3, 4]] and row["image"]["bytes"] == image_bytes()
+
+
+def test_a_transform_is_not_applied_and_told(caplog):
+    dataset = small_dataset({"bbox": [[1, 2, 3, 4]], "category": [0]}).with_transform(lambda batch: {"image": [None]})
+    (row,) = load_dataset_source(dataset)
+    assert row["image"]["bytes"] == image_bytes() and row["objects"]["bbox"] == [[1, 2, 3, 4]]
+    assert "its transform is not applied" in caplog.text
+
+
+def test_the_split_of_another_name_is_shown():
+    dataset = small_dataset({"bbox": [[1, 2, 3, 4]], "category": [0]})
+    with pytest.raises(DataError, match="no split 'validation'; found train, val. Give --split val, or several"):
+        load_dataset_source(datasets.DatasetDict(train=dataset, val=dataset), "validation")
+    with pytest.raises(DataError, match="no split 'validation'; found test, train. Give one of them as --split, or"):
+        load_dataset_source(datasets.DatasetDict(train=dataset, test=dataset), "validation")

@@ -132,3 +132,11 @@ def test_a_folder_of_links_to_elsewhere_says_what_to_give(tmp_path):
         DataError, match=r"no image to look at. .*links/a.jpg: a link to a file outside .*: give the fol"
     ):
         list_images(tmp_path / "links")
+
+
+def test_a_transform_of_a_data_set_is_not_applied():
+    dataset = make_synthetic_dataset(1, seed=0, image_size=(32, 40))
+    images = list_images(dataset.with_transform(lambda batch: {"image": [None] * len(batch["image"])}))
+    assert np.array_equal(images.read(0), list_images(dataset).read(0))
+    with pytest.raises(DataError, match="expected images as paths, .*IterableDataset"):
+        list_images(dataset.to_iterable_dataset())

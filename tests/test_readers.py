@@ -1306,3 +1306,39 @@ def test_label_files_elsewhere_are_not_read(tmp_path, write_layout, name):
     except DataError as error:
         text = str(error)
     assert "top secret" not in text
+
+
+def test_metadata_of_another_box_format_or_with_an_image_twice(tmp_path, caplog):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    row = {"image": "a.png", "objects": {"bbox": [[1, 2, 30, 20]], "category": [0]}}
+    write_text(tmp_path / "metadata.jsonl", json.dumps(row) + "\n" + json.dumps(row))
+    assert len(load_dataset_source(tmp_path)) == 2
+    assert "1 images are listed more than once" in caplog.text
+    write_text(tmp_path / "metadata.jsonl", json.dumps(row | {"bbox_format": "xyxy"}))
+    with pytest.raises(DataError, match="metadata.jsonl, line 1: by 'bbox_format' the boxes are 'xyxy', expected"):
+        load_dataset_source(tmp_path)
+
+
+def test_images_of_a_coco_file_whose_first_word_is_the_split(tmp_path):
+    for split in ("train", "val"):
+        write_image(tmp_path / split / "a.png", (40, 30), 0)
+        content = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "cat"}]}
+        content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]
+        write_text(tmp_path / "annotations" / f"{split}_annotations.json", content)
+    (row,) = load_dataset_source(tmp_path, "validation")
+    assert row["image"]["path"] == str(tmp_path / "val" / "a.png")
+
+
+def test_cells_without_a_number(tmp_path):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    write_text(tmp_path / "labels.csv", "image,label,xmin,ymin,xmax,ymax\na.png,,nan,NaN,nan,nan\na.png,cat,1,2,4,6\n")
+    assert load_dataset_source(tmp_path)[0]["objects"]["bbox"] == [[1, 2, 3, 4]]
+
+
+def test_a_split_without_images(tmp_path):
+    write_image(tmp_path / "images" / "train" / "a.png", (40, 30), 0)
+    write_text(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "images" / "val").mkdir()
+    write_text(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [cat]\n")
+    with pytest.raises(DataError, match="there is no image in it, split 'validation'"):
+        load_dataset_source(tmp_path, "validation", labels=True)

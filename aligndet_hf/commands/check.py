@@ -190,8 +190,8 @@ def _check(arguments: CheckArguments, folder: Path | None) -> CheckReport:
             labelled[name] = dataset
         elif "objects" not in dataset.column_names and report.recognised == image_folder.NAME:
             images = Path(source).expanduser()
-            if not image_folder.has_metadata(images):
-                (split.problems if has_unread_labels(images) else split.notes).append(without_labels(images))
+            is_problem = has_unread_labels(images) and not image_folder.has_metadata(images)
+            (split.problems if is_problem else split.notes).append(without_labels(images))
         print(_describe(name, split))
         if folder is not None and arguments.num_pictures and split.classes and not split.problems:
             _draw(dataset, split, arguments, folder / f"check-{name}.jpg")
@@ -241,6 +241,9 @@ def _export(labelled: Splits, report: CheckReport, arguments: CheckArguments) ->
 def _check_split(dataset: datasets.Dataset, source: str, arguments: CheckArguments, split: SplitReport) -> None:
     """Fills in what there is to say of a split."""
     split.images = len(dataset)
+    if not split.images:
+        split.problems.append(f"{source}: there is no image in it.")
+        return
     facts = inspect_images(lambda: image_batches(dataset), len(dataset))
     split.kinds = facts.kinds
     split.problems += [f"{source}, row {row}: {reason}" for row, reason in facts.faults.items()]

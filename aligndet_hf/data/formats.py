@@ -1,6 +1,7 @@
 """Reading data sets, from wherever they are: files and folders in any format of `readers`, and the Hub."""
 
 import difflib
+import logging
 import os
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from .readers.image_folder import has_metadata, read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
 from .splits import Splits
+
+logger = logging.getLogger(__name__)
 
 # What files of labels end with, in formats that are known and others.
 _LABEL_ENDINGS = (".json", ".jsonl", ".ndjson", ".manifest", ".csv", ".tsv", ".txt", ".xml", ".mat", ".tfrecord")
@@ -81,10 +84,14 @@ def load_dataset_source(
             raise DataError(
                 f"{path}: nothing was recognised in it. Give a folder of images, or labels as {_formats()}."
             )
+    if labels and not len(dataset):
+        raise DataError(f"{source}: there is no image in it{f', split {split!r}' if split else ''}.")
     if labels and reader is image_folder and "objects" not in dataset.column_names and not has_metadata(path):
         raise DataError(without_labels(path))
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
-    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    if dataset.format["type"] == "custom":
+        logger.warning("%s: its transform is not applied: the flags of views say how images are augmented.", source)
+    dataset = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
     if roots is not None:
         door.require_inside(dataset.data.column("image"), roots, str(source))  # those that are not selected as well
     return dataset
@@ -224,7 +231,7 @@ def _choose_splits(available: list[str], split: str | None, source: str | Path, 
         near = same or difflib.get_close_matches(split or "train", available, 1)
         raise DataError(
             f"{source}: {wrong}; found {', '.join(sorted(available))}. "
-            f"Give {' '.join([flag, *near])}, or several joined by '+'."
+            f"Give {' '.join([flag, *near[:1]]) if near else f'one of them as {flag}'}, or several joined by '+'."
         )
     return chosen
 

@@ -21,6 +21,7 @@ from .formats import category_names, load_dataset_source, split_names
 from .images import Window, decode_image
 from .shards import content_hash
 
+_DATASETS = (datasets.Dataset, datasets.DatasetDict, datasets.IterableDataset, datasets.IterableDatasetDict)
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 _MAGIC = "*?["  # what makes a path a pattern
 
@@ -84,7 +85,9 @@ class DatasetImages(Images):
         if "objects" in dataset.column_names:
             names = category_names(dataset, source)
             self.categories = dict(zip(names, category_ids(dataset, names), strict=True))
-        self.dataset = dataset.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        self.dataset = (
+            dataset.with_format(None).select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
+        )
         given = dataset["file_name"] if "file_name" in dataset.column_names else [None] * len(dataset)
         paths = []
         for _, table in arrow_batches(self.dataset, ["image"]):
@@ -184,7 +187,7 @@ def list_images(sources, split: str | None = None) -> ImageList:
     Raises:
         [`DataError`]: a source does not exist or holds no image.
     """
-    is_one = isinstance(sources, (str, Path, np.ndarray, PIL.Image.Image, datasets.Dataset, datasets.DatasetDict))
+    is_one = isinstance(sources, (str, bytes, Path, np.ndarray, PIL.Image.Image, *_DATASETS))
     parts, faults = [], []
     for source in [sources] if is_one else sources:
         parts += _parts_of(source, split, faults)

@@ -244,6 +244,6 @@ def _is_row(cells: list[str]) -> bool:
 
 
 def _as_text(value) -> str:
-    if value is None or value != value:  # not a number
+    if value is None or value != value or str(value).strip().lower() == "nan":  # not a number
         return ""
     return json.dumps(value) if isinstance(value, list) else str(value).strip()

@@ -332,10 +332,12 @@ def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[s
     if image_dir is not None:
         return image_dir, image_dir
     here, above = path.parent, path.parent.parent
-    word = path.stem.split("_")[-1]
-    places = [here, *(called(here, name) for name in ("images", "data", word)), called(above, word)]
+    words = re.split(r"[-_. ]", path.stem)
+    words = list(dict.fromkeys([words[-1], *filter(split_of_folder, words)]))  # `train_annotations`, images in `train`
+    places = [here, *(called(here, name) for name in ("images", "data", *words))]
+    places += [called(above, word) for word in words]
     for folder in (called(above, "images"), called(above, "data")):
-        places += [called(folder, word), folder]
+        places += [*(called(folder, word) for word in words), folder]
     places.append(above)
     looked_at = [name.replace("\\", "/") for name in names[:_LOOKED_AT]]
     ends = [tail for name in names[:_LOOKED_AT] if _ELSEWHERE.match(name) for tail in tails(name)]

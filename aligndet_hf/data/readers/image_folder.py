@@ -24,7 +24,7 @@ from .files import (
 )
 from .listed import grouped
 from .rows import Categories, LabelledImage, Labels, is_box
-from .spellings import COLUMNS, find_spelling, lists_of
+from .spellings import COLUMNS, FORMATS, find_spelling, lists_of, require_our_format
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +162,12 @@ def _cell(name: str, value: str, where: str):
 
 def _read_row(path: Path, where: str, row, spelling: dict[str, str]) -> LabelledImage:
     """One image; `spelling` is filled by the first row with objects, and holds for all rows."""
-    name = (row.get("file_name") or row.get("file")) if isinstance(row, dict) else None
+    name = (row.get("file_name") or row.get("file") or row.get("image")) if isinstance(row, dict) else None
     if not isinstance(name, str):
         raise DataError(f"{where}: expected an object with the key 'file_name'.")
     image = LabelledImage(path=inside(path.parent, name, where), where=where, image_id=row.get("image_id"))
+    for column in FORMATS:
+        require_our_format(column, row.get(column), where)
     if type(row.get("width")) is int and type(row.get("height")) is int:
         image.width, image.height = row["width"], row["height"]
     column = next((column for column in COLUMNS if column in row), None)

@@ -99,6 +99,11 @@ def build_dataset(labels: Labels, source: str) -> datasets.Dataset:
         [`DataError`]: for what does not fit; it names the place in the label file.
     """
     images, categories = labels
+    repeated = len(images) - len({image.path for image in images})
+    if repeated:
+        logger.warning(
+            "%s: %d images are listed more than once; each time is a row with its own objects.", source, repeated
+        )
     features = {"image": datasets.Image(decode=False)}
     columns = {"image": _images(images, source)}
     is_labelled = any(image.objects is not None for image in images)

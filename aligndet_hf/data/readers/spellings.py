@@ -12,7 +12,7 @@ from ..masks import FIELD, has_regions, segmentation_text
 from ..splits import Splits
 
 _LISTS = (datasets.List, datasets.LargeList)
-_FORMATS, _OURS = ("bbox_format", "box_format", "bbox_mode"), ("xywh", "coco")  # columns that say what boxes are
+FORMATS, _OURS = ("bbox_format", "box_format", "bbox_mode"), ("xywh", "coco")  # columns that say what boxes are
 COLUMNS = ("objects", "annotations", "annotation")
 FIELDS = {
     "bbox": ("bbox", "bboxes", "boxes", "box"),
@@ -99,16 +99,21 @@ def _refuse_other_formats(dataset: datasets.Dataset, source: str) -> None:
     for column in dataset.column_names:
         feature = dataset.features[column]
         fields = feature if column == "objects" and isinstance(feature, dict) else [column]
-        if said := next((name for name in _FORMATS if name in fields), None):
+        if said := next((name for name in FORMATS if name in fields), None):
             values = _column_of(dataset, column)
             values = values if said == column else values.field(said)
             values = values.flatten() if pa.types.is_list(values.type) else values
-            texts = pa.compute.unique(values).to_pylist()
-            if wrong := [text for text in texts if text is not None and str(text).lower() not in _OURS]:
-                raise DataError(
-                    f"{source}: by '{said}' the boxes are {wrong[0]!r}, expected [x, y, width, height] in pixels "
-                    f"(xywh). Convert them with dataset.map and remove '{said}'."
-                )
+            for value in pa.compute.unique(values).to_pylist():
+                require_our_format(said, value, source)
+
+
+def require_our_format(column: str, said, where: str) -> None:
+    """Refuses boxes of which a column says that they are no xywh."""
+    if said is not None and str(said).lower() not in _OURS:
+        raise DataError(
+            f"{where}: by '{column}' the boxes are {said!r}, expected [x, y, width, height] in pixels (xywh). Convert "
+            f"them, and remove '{column}'."
+        )
 
 
 def has_numbers_only(dataset: datasets.Dataset) -> bool:
