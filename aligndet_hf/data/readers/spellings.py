@@ -95,7 +95,7 @@ def standard_objects(splits: Splits, source: str) -> Splits:
 
 
 def _refuse_other_formats(dataset: datasets.Dataset, source: str) -> None:
-    """Refuses boxes of which a column, or a field of the objects, says that they are no xywh."""
+    """Refuses a data set where a column, or a field of the objects, says that boxes are no xywh."""
     for column in dataset.column_names:
         feature = dataset.features[column]
         fields = feature if column == "objects" and isinstance(feature, dict) else [column]
@@ -108,7 +108,7 @@ def _refuse_other_formats(dataset: datasets.Dataset, source: str) -> None:
 
 
 def require_our_format(column: str, said, where: str) -> None:
-    """Refuses boxes of which a column says that they are no xywh."""
+    """Refuses labels where a column says that boxes are no xywh."""
     if said is not None and str(said).lower() not in _OURS:
         raise DataError(
             f"{where}: by '{column}' the boxes are {said!r}, expected [x, y, width, height] in pixels (xywh). Convert "
