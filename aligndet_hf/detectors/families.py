@@ -49,9 +49,9 @@ class LossSettings:
     bbox_cost: float
     giou_cost: float
     class_activation: Literal["softmax", "sigmoid", "focal"]
-    class_weight: float
-    bbox_weight: float
-    giou_weight: float
+    class_weight: float = 1.0
+    bbox_weight: float = 1.0
+    giou_weight: float = 1.0
     alpha: float | None = 0.25
     gamma: float = 2.0
     match_alpha: float = 0.25
@@ -140,10 +140,10 @@ class Family:
     last_box_layers: str
     object_rows: Callable[[PreTrainedModel, ModelOutput, list[dict[str, Tensor]] | None], ObjectRows]
     losses: Callable[[PreTrainedConfig], LossSettings]
-    strides: tuple[int, ...]
-    backbone_fields: Callable[[list[int], list[int], int], dict[str, Any]]
     image_processor: str
     resize: Literal["shortest_edge", "square"]
+    strides: tuple[int, ...] = ()
+    backbone_fields: Callable[[list[int], list[int], int], dict[str, Any]] = lambda channels, strides, width: {}
     layer_dim: int = 0
     own_loss: bool = False
     contrasts: Literal["all", "last"] = "all"
@@ -249,7 +249,6 @@ def _weighted_as_detr(config: PreTrainedConfig, class_loss: Literal["softmax", "
         class_cost=config.class_cost,
         bbox_cost=config.bbox_cost,
         giou_cost=config.giou_cost,
-        class_weight=1,
         bbox_weight=config.bbox_loss_coefficient,
         giou_weight=config.giou_loss_coefficient,
         **own,
@@ -317,17 +316,10 @@ def _convnet_losses(config: PreTrainedConfig, class_loss: str = "focal") -> Loss
         class_cost=2.0,
         bbox_cost=5.0,
         giou_cost=2.0,
-        class_weight=1.0,
-        bbox_weight=1.0,
-        giou_weight=1.0,
     )
 
 
 # --- backbones -------------------------------------------------------------------------------------------------------
-
-
-def _no_fields(channels: list[int], strides: list[int], hidden_size: int) -> dict[str, Any]:
-    return {}
 
 
 def _pyramid_fields(channels: list[int], strides: list[int], hidden_size: int) -> dict[str, Any]:
@@ -357,11 +349,9 @@ _DETR = Family(
     class_heads=r"class_labels_classifier\.",
     last_box_layers=r"bbox_predictor\.layers\.2\.",
     query_embeddings=("query_position_embeddings",),
-    layer_dim=0,
     object_rows=_query_rows(_normed_hidden_states),
     losses=_detr_losses,
     strides=(32,),
-    backbone_fields=_no_fields,
     image_processor="DetrImageProcessor",
     resize="shortest_edge",
     starts_small=True,
@@ -383,17 +373,24 @@ _RT_DETR = Family(
     size_multiple=lambda config: max(config.feat_strides),
 )
 
+_D_FINE = replace(
+    _RT_DETR,
+    title="D-FINE",
+    last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
+    object_rows=_query_rows(_last_hidden_state),
+    losses=_d_fine_losses,
+    contrasts="last",
+    constants=("model.decoder.reg_scale", "model.decoder.up"),
+)
+
 _LW_DETR = Family(
     title="LW-DETR",
     backbones=("model.backbone.backbone",),
     class_heads=r"class_embed\.|model\.enc_out_class_embed\.",
     last_box_layers=r"bbox_embed\.layers\.2\.|model\.enc_out_bbox_embed\.\d+\.layers\.2\.",
     query_embeddings=("reference_point_embed", "query_feat"),
-    layer_dim=0,
     object_rows=_query_rows(_layers_first),
     losses=_lw_detr_losses,
-    strides=(),
-    backbone_fields=_no_fields,
     image_processor="DeformableDetrImageProcessor",
     resize="square",
     width=attrgetter("d_model"),
@@ -409,7 +406,6 @@ _DENSE = Family(
     object_rows=_sampled_rows,
     losses=_convnet_losses,
     strides=(8, 16, 32),
-    backbone_fields=_no_fields,
     image_processor="DeformableDetrImageProcessor",
     resize="shortest_edge",
     own_loss=True,
@@ -469,24 +465,12 @@ _ALL: dict[str, Family] = {
     ),
     "rt_detr": _RT_DETR,
     "rt_detr_v2": replace(_RT_DETR, title="RT-DETRv2"),
-    "d_fine": replace(
-        _RT_DETR,
-        title="D-FINE",
-        last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
-        object_rows=_query_rows(_last_hidden_state),
-        losses=_d_fine_losses,
-        contrasts="last",
-        constants=("model.decoder.reg_scale", "model.decoder.up"),
-    ),
+    "d_fine": _D_FINE,
     "deimv2": replace(
-        _RT_DETR,
+        _D_FINE,
         title="DEIMv2",
         backbones=("model.conv_encoder.model", "model.conv_encoder.backbone"),
-        last_box_layers=_RT_DETR.last_box_layers + r"|model\.decoder\.pre_bbox_head\.layers\.2\.",
-        object_rows=_query_rows(_last_hidden_state),
         losses=_deimv2_losses,
-        contrasts="last",
-        constants=("model.decoder.reg_scale", "model.decoder.up"),
     ),
     # transformers' own default has no feature map at all; this is the one of LW-DETR tiny to medium.
     "lw_detr": replace(_LW_DETR, defaults=(("projector_scale_factors", [1.0]),)),

@@ -79,17 +79,15 @@ def model_card(record: RunRecord, name: str, subfolder: str | None = None, pictu
         has_code=bool(getattr(record.config, "auto_map", None)),
         classes=[inert(name) for _, name in sorted(record.config.id2label.items())] if is_finetuned else [],
         picture=picture,
-        facts=_facts(record),
-        training=describe_training(record, inert),
-        proposals=describe_proposals(record.proposals),
+        told=told,
+        describe_training=describe_training,
+        describe_proposals=describe_proposals,
+        describe_backbone=describe_backbone,
         settings=yaml.safe_dump(_recipe(record), sort_keys=False, allow_unicode=True, width=100).strip(),
         citations=papers(record),
         protocol=describe_protocol(record, inert),
         results=percentages(measured, COCO_KEYS),
         per_class=_per_class(record, measured),
-        pretrained=_describe_pretraining(record),
-        transfer=_transfer_table(record),
-        backbone=inert(describe_backbone(record.backbone)) if record.backbone else None,
     )
     return str(card)
 
@@ -122,49 +120,11 @@ def _base_model(record: RunRecord) -> str | None:
     return next((source for source in sources if hub_ids(source)), None)
 
 
-def _facts(record: RunRecord) -> list[tuple[str, str]]:
-    """What one wants to know before a download: rows of name and value."""
-    facts = []
-    if record.parameters:
-        facts.append(("parameters", f"{record.parameters / 1e6:.1f} million"))
-    if size := record.input_size:
-        if "height" in size:
-            facts.append(("input", f"{size['height']} × {size['width']} pixels"))
-        elif "shortest_edge" in size:
-            facts.append(
-                ("input", f"shorter side {size['shortest_edge']} pixels, longer at most {size.get('longest_edge')}")
-            )
-    if record.threshold:
-        facts.append(("threshold", f"{record.threshold:.2f}, where F1 was highest on the evaluation images"))
-    if speed := record.speed:
-        threads = f", {speed['threads']} thread{'s' * (speed['threads'] > 1)}" if "threads" in speed else ""
-        facts.append(
-            (
-                "latency",
-                f"{speed['milliseconds']:.1f} ms: forward pass of one image ({speed['height']} × {speed['width']}, "
-                f"{speed['dtype']}) on {speed['device']}{threads}, the device of this run, measured at its end",
-            )
-        )
-    return facts
-
-
 def _per_class(record: RunRecord, measured: Mapping) -> list[tuple[str, str, str]]:
     """Name, AP and best threshold of each class."""
     best = (record.diagnosis or {}).get("per_class", {})
     rows = percentages(measured.get("per_class", {}))
     return [(name, ap, f"{best[name]['best_threshold']:.2f}" if name in best else "–") for name, ap in rows]
-
-
-def _describe_pretraining(record: RunRecord) -> str | None:
-    if record.pretrained is None:
-        return None
-    before = record.pretrained
-    told = (
-        f"Before fine-tuning: {describe_training(before, inert)} {describe_proposals(before.proposals) or ''}".strip()
-    )
-    if before.backbone:
-        told += f" {inert(describe_backbone(before.backbone))}"
-    return told
 
 
 def _recipe(record: RunRecord) -> dict:
@@ -235,14 +195,3 @@ def percentages(values: Mapping, keys: Sequence[str] | None = None) -> list[tupl
     """Names and values as a table shows them, of numbers from 0 to 1."""
     keys = [key for key in (values if keys is None else keys) if key in values]
     return [(key, f"{100 * values[key]:.1f}" if exists(values[key]) else "no such object") for key in keys]
-
-
-def _transfer_table(record: RunRecord) -> str | None:
-    if record.transfer is None:
-        return None
-    lines = [f"From {inert(told(record.base_model))}, by tensor:" if record.base_model else "By tensor:", ""]
-    lines += ["| what became of it | tensors | such as |", "|---|---|---|"]
-    for kind in ("kept", "reset", "mismatched", "frozen"):
-        names = list(record.transfer.get(kind, ()))
-        lines.append(f"| {kind} | {len(names)} | {', '.join(f'`{name}`' for name in names[:3])} |")
-    return "\n".join(lines)
