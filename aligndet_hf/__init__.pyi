@@ -1,4 +1,4 @@
-"""The names of `aligndet_hf`, for type checkers and editors; `__init__.py` imports each when it is used."""
+"""The names of `aligndet_hf`, a line each: for type checkers and editors, and for `__init__.py`, which reads this."""
 
 from .commands.chain import ChainArguments as ChainArguments
 from .commands.chain import run_chain as run_chain

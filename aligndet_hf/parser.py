@@ -9,11 +9,10 @@ import shutil
 import typing
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser
 
 from .flags import nearest, old_names, roles, with_new_names
-from .recipes import find_recipe
+from .recipes import find_recipe, read_recipe
 
 REQUIRED = "Required"
 # Where a section stands in the help, if not in the middle.
@@ -102,14 +101,7 @@ class ArgumentParser(HfArgumentParser):
     def set_defaults_from(self, config: str):
         """Make the values of a YAML file the defaults, as if they had been given as flags."""
         config = find_recipe(config)
-        with open(config, encoding="utf-8") as file:
-            try:
-                values = yaml.safe_load(file) or {}
-            except yaml.YAMLError as error:
-                raise ValueError(f"{config} is not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{config} must be a mapping of `flag: value` lines, not a {type(values).__name__}")
-        values = with_new_names(self.cls, _beside(values, config.parent))
+        values = with_new_names(self.cls, _beside(read_recipe(config), config.parent))
         required = [action for action in self._actions if action.required]
         for action in required:
             action.required = False  # While only the recipe is parsed.

@@ -21,7 +21,7 @@ def test_type_checkers_are_told_the_same():
     told = {
         (node.module, alias.name) for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert told == {(module, name) for module, names in aligndet_hf._FACE.items() for name in names}
+    assert told == {(module.removeprefix("."), name) for name, module in aligndet_hf._MODULE_OF.items()}
     assert Path(aligndet_hf.__file__).with_name("py.typed").exists()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .transfer import TransferReport
+from .transfer import TransferReport, take_over
 from .weight_files import read_tensors
 
 _PARTS = ("backbone.body.", "backbone.fpn.", "roi_heads.box_head.")  # of SoCo's encoder
@@ -62,25 +62,16 @@ def load_torchvision_weights(detector: nn.Module, weights: str | Path) -> Transf
         name.removeprefix("detector.").replace("body._backbone.", "body."): name for name in detector.state_dict()
     }
     tensors, report = _fitted(read_tensors(weights), own_names), TransferReport("soco")
-    target = detector.state_dict(keep_vars=True)
     if unknown := [name for name in tensors if name not in own_names and not name.endswith("num_batches_tracked")]:
         raise ValueError(
             f"{weights} has {len(unknown)} of {len(tensors)} tensors that this {type(detector).__name__} does not "
             f"have, such as {unknown[0]}: it takes the same trunk, and four convolutions in the box head, which "
             "`box_head: conv` in the detector's config gives"
         )
-    chosen = {}
-    for plain, name in own_names.items():
-        if plain not in tensors:
-            report.reset.append(name)
-        elif tensors[plain].shape != target[name].shape:
-            report.mismatched.append(name)
-        else:
-            chosen[name] = tensors[plain]
-            report.kept.append(name)
-            if isinstance(target[name], nn.Parameter) and not target[name].requires_grad:
-                report.frozen.append(name)
-    detector.load_state_dict(chosen, strict=False)
+    report.reset += [name for plain, name in own_names.items() if plain not in tensors]
+    take_over(detector, {name: tensors[plain] for plain, name in own_names.items() if plain in tensors}, report)
+    frozen = {name for name, parameter in detector.named_parameters() if not parameter.requires_grad}
+    report.frozen += [name for name in report.kept if name in frozen]
     return report
 
 

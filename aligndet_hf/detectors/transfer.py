@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -17,7 +17,7 @@ from .build import detector_from_config, open_detector
 from .families import Family, family_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Preset = Literal["everything", "keep-boxes", "paper", "encoder-only"]
 
@@ -91,20 +91,22 @@ def transfer_detector(
         config.label2id = {name: index for index, name in id2label.items()}
     detector = detector_from_config(config).train()
 
-    report, weights, target = TransferReport(preset), source.state_dict(), detector.state_dict(keep_vars=True)
+    report, target = TransferReport(preset), detector.state_dict(keep_vars=True)
     # Tied tensors have several names, and a pattern may know only one of them.
     reset = {id(tensor) for name, tensor in target.items() if is_reset(name)}
-    chosen: dict[str, Tensor] = {}
-    for name, tensor in target.items():
-        if id(tensor) in reset:
-            report.reset.append(name)
-        elif name not in weights or weights[name].shape != tensor.shape:
-            report.mismatched.append(name)
-        else:
-            chosen[name] = weights[name]
-            report.kept.append(name)
-    detector.load_state_dict(chosen, strict=False)
+    report.reset += [name for name, tensor in target.items() if id(tensor) in reset]
+    take_over(detector, source.state_dict(), report)
     return detector, report
+
+
+def take_over(detector: nn.Module, weights: Mapping[str, Tensor], report: TransferReport) -> None:
+    """Loads what fits of weights with a detector's names, but for what the report calls `reset`, and completes it."""
+    reset = set(report.reset)
+    for name, tensor in detector.state_dict().items():
+        if name not in reset:
+            fits = name in weights and weights[name].shape == tensor.shape
+            (report.kept if fits else report.mismatched).append(name)
+    detector.load_state_dict({name: weights[name] for name in report.kept}, strict=False)
 
 
 def _reset_rule(family: Family, preset: Preset) -> Callable[[str], bool]:

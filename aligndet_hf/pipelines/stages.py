@@ -15,7 +15,7 @@ from accelerate.utils import recursively_apply
 from ..cli import COMMANDS
 from ..flags import names_of, nearest, old_names
 from ..parser import parse_arguments
-from ..recipes import find_recipe
+from ..recipes import read_recipe
 from .inputs import inputs_of
 
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
@@ -202,14 +202,11 @@ def _merged_settings(
     recipe = {}
     if given.get("config") is not None:
         try:
-            path = _substitute(given["config"], look_up)  # at once: what is in the recipe hangs on it
-            recipe = yaml.safe_load(find_recipe(path).read_text(encoding="utf-8")) or {}
+            recipe = read_recipe(_substitute(given["config"], look_up))  # at once: what is in it hangs on it
         except _LeftOut as error:
             raise ValueError(f"stage {name!r}, config: the stage {error} is left out") from error
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"stage {name!r}, config: {error}") from error
-        if not isinstance(recipe, Mapping):
-            raise ValueError(f"stage {name!r}, config: {path} must be a mapping of `flag: value` lines")
     known = fields_of(command)
     settings = recipe
     for more in (injected, common):
@@ -283,8 +280,8 @@ def _substitute(value, look_up: Callable[[str], Any]):
 
 def read_chain(file: str) -> dict:
     """The file of a chain, with what is `common` in it made part of its stages."""
-    content = yaml.safe_load(find_recipe(file).read_text(encoding="utf-8"))
-    if not isinstance(content, Mapping) or not isinstance(content.get("stages"), Mapping) or not content["stages"]:
+    content = read_recipe(file)
+    if not isinstance(content.get("stages"), Mapping) or not content["stages"]:
         raise ValueError(f"{file} is no chain: there is no mapping `stages`")
     common = content.get("common") or {}
     stages = {}

@@ -2,12 +2,31 @@
 
 from pathlib import Path
 
+import yaml
+
 FOLDER = Path(__file__).parent
 
 
 def recipe_names() -> list[str]:
     """The names that [`find_recipe`] knows, in order."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read_recipe(name: str | Path) -> dict:
+    """
+    The content of a recipe, see [`find_recipe`].
+
+    Raises:
+        ValueError: it is no YAML, or no mapping.
+    """
+    path = find_recipe(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a mapping of `flag: value` lines, not a {type(values).__name__}")
+    return values
 
 
 def find_recipe(name: str | Path) -> Path:
