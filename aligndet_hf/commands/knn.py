@@ -1,7 +1,6 @@
 """What features know without being trained further: the accuracy of nearest neighbours, and `aligndet knn`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -108,27 +107,22 @@ def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
         ValueError: for an unknown backbone, weights that do not fit, or too few objects.
     """
     with measuring_folder(arguments.output_dir, "knn", ["knn.json"]) as folder:
-        return _measure(arguments, folder)
-
-
-def _measure(arguments: KnnArguments, folder: Path | None) -> dict[str, dict[str, float]]:
-    """Does the work of [`measure_knn`]."""
-    dataset, _, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
-    print(report)
-    results = {}
-    for name in ("trained", "random"):
-        detector = around_backbone(arguments.backbone, arguments.backbone_weights, arguments.strides)
-        if name == "random":
-            torch.manual_seed(arguments.seed)
-            detector = type(detector)(detector.config)
-        features = BoxFeatures(detector, arguments.strides, device=device_of(arguments.use_cpu))
-        found = _object_features(features, dataset, arguments)
-        results[name] = knn_accuracy(*found[:2], groups=found[2], k=arguments.num_neighbors, seed=arguments.seed)
-        shown = ", ".join(f"{key.replace('_', ' ')} {100 * value:.1f}" for key, value in results[name].items())
-        print(f"{name} weights, {len(found[1])} objects: {shown} %")
-    if folder is not None:
-        write_json(folder / "knn.json", told_of(arguments) | {"results": results})
-    return results
+        dataset, _, report = load_labelled(arguments.dataset, arguments.split, arguments.image_dir)
+        print(report)
+        results = {}
+        for name in ("trained", "random"):
+            detector = around_backbone(arguments.backbone, arguments.backbone_weights, arguments.strides)
+            if name == "random":
+                torch.manual_seed(arguments.seed)
+                detector = type(detector)(detector.config)
+            features = BoxFeatures(detector, arguments.strides, device=device_of(arguments.use_cpu))
+            found = _object_features(features, dataset, arguments)
+            results[name] = knn_accuracy(*found[:2], groups=found[2], k=arguments.num_neighbors, seed=arguments.seed)
+            shown = ", ".join(f"{key.replace('_', ' ')} {100 * value:.1f}" for key, value in results[name].items())
+            print(f"{name} weights, {len(found[1])} objects: {shown} %")
+        if folder is not None:
+            write_json(folder / "knn.json", told_of(arguments) | {"results": results})
+        return results
 
 
 def _object_features(features: BoxFeatures, dataset, arguments: KnnArguments):

@@ -12,7 +12,7 @@ from ..files import similar_path
 from ..objects import Given, as_source
 from . import door
 from .arrow_boxes import read_values
-from .columns import BoxReport, arrow_batches, require_columns, validate_objects
+from .columns import BoxReport, require_columns, validate_objects
 from .errors import DataError
 from .readers import READERS, find_reader, image_folder, saved
 from .readers.files import list_files, list_images, split_of_folder, unwrapped
@@ -190,19 +190,16 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
         return category.feature.names
     names = read_labels(Path(source))
     if names is None:
-        largest = []
-        for start, table in arrow_batches(dataset, ["objects"]):
-            values, counts = read_values(table["objects"], "category")
-            is_null = ~np.isfinite(values.astype(np.float64))
-            if is_null.any():
-                row = start + np.repeat(np.arange(len(counts)), counts)[is_null][0]
-                raise DataError(
-                    f"{source}, row {row}, column 'objects': a category is null or infinite, expected a number."
-                )
-            largest += [int(values.max())] if len(values) else []
-        if not largest:
+        objects = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
+        values, counts = read_values(objects, "category")
+        if (is_null := ~np.isfinite(values.astype(np.float64))).any():
+            row = np.repeat(np.arange(len(counts)), counts)[is_null][0]
+            raise DataError(
+                f"{source}, row {row}, column 'objects': a category is null or infinite, expected a number."
+            )
+        if not len(values):
             raise DataError(f"{source}: column 'objects', field 'category' is empty in all rows.")
-        names = [str(number) for number in range(max(largest) + 1)]
+        names = [str(number) for number in range(int(values.max()) + 1)]
     return names
 
 

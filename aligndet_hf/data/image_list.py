@@ -27,7 +27,7 @@ _MAGIC = "*?["  # what makes a path a pattern
 
 
 class Images:
-    """Some images of a list, of one kind: `names`, `read` and `identity`, and what they need not have."""
+    """Some images of a list, of one kind: with `names`, `read` and `files` or `identity`; what they need not have."""
 
     ids, categories = None, {}
 
@@ -35,22 +35,23 @@ class Images:
         """The undecoded image as a data set stores it; `None` for one that is in no file of its own."""
         return None
 
+    def identity(self) -> str:
+        """Names and hashes of the content of `files`: others may have the same sizes and times."""
+        return repr([(name, _hash(path)) for name, path in self.files])
+
 
 class ImageFiles(Images):
     """Image files: their paths, and what to call them in the output."""
 
     def __init__(self, paths: list[str], names: list[str]):
         self.paths, self.names = paths, names
+        self.files = list(zip(names, paths, strict=True))
 
     def value(self, index: int) -> dict:
         return image_value(self.paths[index])
 
     def read(self, index: int, window: Window | None = None) -> np.ndarray:
         return decode_image(self.paths[index], window)
-
-    def identity(self) -> str:
-        """Names and hashes of the content: other files may have the same sizes and times."""
-        return repr([(name, _hash(path)) for name, path in zip(self.names, self.paths, strict=True)])
 
 
 def _hash(path: str) -> str | None:

@@ -3,7 +3,6 @@
 import cv2
 import numpy as np
 
-from ..files import file_hash
 from .errors import ImageError
 from .image_list import Images
 
@@ -24,7 +23,7 @@ class VideoFrames(Images):
     """
 
     def __init__(self, path: str, name: str):
-        self.path, self.title = path, name
+        self.path, self.files = path, [(name, path)]
         self.capture, self.position = None, 0
         capture, count = self._open(), 0
         while capture.grab():
@@ -53,6 +52,3 @@ class VideoFrames(Images):
         if not found:
             raise ImageError(f"Cannot read frame {index} of the video {self.path}.")
         return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-
-    def identity(self) -> str:
-        return repr([(self.title, file_hash(self.path))])

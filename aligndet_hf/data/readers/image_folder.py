@@ -14,6 +14,7 @@ from .files import (
     has_images,
     inside,
     list_files,
+    list_of_names,
     parse_json,
     read_json,
     read_text,
@@ -85,18 +86,7 @@ def read_labels(folder: Path) -> list[str] | None:
     """Category names of `labels.json` in the folder, or above a split's folder: a list, or {"0": name, ...}."""
     places = [folder] + ([folder.parent] if split_of_folder(folder.name) else [])
     path = next(filter(None, (find_file(place, "labels.json") for place in places)), None)
-    if path is None:
-        return None
-    names = read_json(path, path.parent)
-    if isinstance(names, dict):
-        try:
-            numbers = sorted((int(key), name) for key, name in names.items())
-        except ValueError:
-            numbers = []
-        names = [name for _, name in numbers] if [key for key, _ in numbers] == list(range(len(numbers))) else None
-    if not isinstance(names, list) or not names or len({str(name) for name in names}) != len(names):
-        raise DataError(f'{path}: expected a list of different category names, or {{"0": name, "1": name, ...}}.')
-    return [str(name) for name in names]
+    return None if path is None else list_of_names(read_json(path, path.parent), str(path))
 
 
 def _read_folder(folder: Path, root: Path) -> list[LabelledImage]:
@@ -218,11 +208,9 @@ def _number_names(images: list[LabelledImage], names: list[str] | None) -> list[
     names = names or sorted(set(labels))
     numbers = {name: number for number, name in enumerate(names)}
     for image in images:
-        for label in _labels_of(image):
-            if label not in numbers:
-                raise DataError(
-                    f"{image.where}: the category {label!r} is not in labels.json: {', '.join(names[:10])}."
-                )
+        if unknown := [label for label in _labels_of(image) if label not in numbers]:
+            known = ", ".join(names[:10])
+            raise DataError(f"{image.where}: the category {unknown[0]!r} is not in labels.json: {known}.")
         if _labels_of(image):
             image.objects["category"] = [numbers[label] for label in image.objects["category"]]
     return names

@@ -22,6 +22,7 @@ from .files import (
     is_folder,
     list_files,
     list_images,
+    list_of_names,
     number,
     read_start,
     read_text,
@@ -209,15 +210,8 @@ def _label_file(image: Path) -> Path:
 
 def _names(root: Path, config: dict) -> list[str] | None:
     names = config.get("names")
-    if isinstance(names, dict):
-        names = {int(key) if str(key).isdecimal() else -1: name for key, name in names.items()}
-        if sorted(names) != list(range(len(names))):
-            raise DataError(f"{config['']}: 'names' must have the keys 0 to {len(names) - 1}, got {list(names)[:10]}.")
-        names = [names[label] for label in range(len(names))]
     if names is not None:
-        if not isinstance(names, list) or not names or len({str(name) for name in names}) != len(names):
-            raise DataError(f"{config['']}: 'names' must be a list of different names, got {str(names)[:80]}.")
-        return [str(name) for name in names]
+        return list_of_names(names, f"{config['']}, 'names'")
     places = [root, root / "labels", *split_folders(root).values()]
     file = next((found for place in places if (found := find_file(place, *_NAME_FILES))), None)
     return _lines_of(file, root) if file else None
