@@ -7,6 +7,7 @@ written before all else in the folder and removed after all else, so that it nev
 
 import contextlib
 import json
+import mimetypes
 import os
 import signal
 import socket
@@ -26,7 +27,6 @@ except ImportError:  # Windows, where nothing keeps a second process out
     fcntl = None
 
 RECORD, LOCK = "run.json", ".lock"
-_BESIDE = (".log", ".txt", ".out", ".err", ".yaml", ".yml", ".sh")  # consoles and recipes, which may be there before
 _AGAIN_SECONDS = 0.1  # after which a signal comes again that met a finalizer
 
 
@@ -66,11 +66,13 @@ class RunFolder:
     The folder of a run, for as long as a command writes there: a context manager that keeps other processes out.
 
     Inside it, [`claim`] says whose run it is; before that nothing is written. A folder is
-    - new without a record, and with nothing but hidden files, texts and recipes, folders of runs and empty ones;
+    - new without a record, without pictures and without anything that the command would write. Other files may lie
+      there, and runs in folders of their own; they stay;
     - resumable with the record of the same run, and finished if `result` is there too;
     - another run's with another record: refused, or cleared with `overwrite`. A run that has left nothing to go on
       from is no run yet, and gives way;
-    - foreign without a record, but with anything else, such as photographs: refused, whatever is asked for.
+    - foreign without a record, but with pictures, for they may be somebody's photographs, or with files of names that
+      the command writes: refused, whatever is asked for.
 
     Args:
         output_dir (`str` or `Path`): The folder.
@@ -382,10 +384,10 @@ def measuring_folder(output_dir: str | Path | None, command: str, written: Itera
 
 
 def _is_harmless(path: Path) -> bool:
-    """Whether a file or folder may lie where a run begins, which no command needs to have written."""
+    """Whether what lies where a run begins, and which no command needs to have written, holds no pictures."""
     if path.is_dir() and not path.is_symlink():
         return (path / RECORD).is_file() or all(map(_is_harmless, path.iterdir()))
-    return path.name.startswith(".") or path.name.endswith(_BESIDE)
+    return not (mimetypes.guess_type(path.name)[0] or "").startswith(("image/", "video/"))
 
 
 def _is_in_finalizer(frame: FrameType | None) -> bool:

@@ -74,9 +74,9 @@ def test_a_folder_of_photographs_is_refused_before_any_work_and_a_folder_of_runs
     assert state_of(tmp_path) == before
     begin(tmp_path / "outputs" / "one", "checkpoint-2")
     (tmp_path / "outputs" / "empty").mkdir()
-    (tmp_path / "outputs" / ".DS_Store").touch()
+    (tmp_path / "outputs" / "notebook.ipynb").touch()
     begin(tmp_path / "outputs")
-    assert names(tmp_path / "outputs") == [".DS_Store", "empty", "one", RECORD]
+    assert names(tmp_path / "outputs") == ["empty", "notebook.ipynb", "one", RECORD]
 
 
 def test_the_same_run_goes_on_until_its_result_is_there(tmp_path):
