@@ -1342,3 +1342,11 @@ def test_a_split_without_images(tmp_path):
     write_text(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [cat]\n")
     with pytest.raises(DataError, match="there is no image in it, split 'validation'"):
         load_dataset_source(tmp_path, "validation", labels=True)
+
+
+@pytest.mark.parametrize("header", ["x_center,y_center,width,height", "cx,cy,w,h"])
+def test_tables_with_centres(tmp_path, header):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    for row, boxes in (("20,15,10,8", [[15, 11, 10, 8]]), ("0.5,0.5,0.25,0.2", [[15, 12, 10, 6]])):
+        write_text(tmp_path / "labels.csv", f"image,label,{header}\na.png,cat,{row}\n")
+        assert np.allclose(load_dataset_source(tmp_path)[0]["objects"]["bbox"], boxes)

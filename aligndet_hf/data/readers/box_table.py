@@ -36,6 +36,7 @@ _SIDES = (
     ("x", "y", "width", "height"), ("xmin", "ymin", "width", "height"), ("xmin", "ymin", "w", "h"),
     ("left", "top", "width", "height"), ("bbox",), ("box",),
 )  # fmt: skip
+_CENTRES = (("xcenter", "ycenter", "width", "height"), ("xcenter", "ycenter", "w", "h"), ("cx", "cy", "w", "h"))
 _SIZES = (("imagewidth", "imageheight"), ("imgwidth", "imgheight"), ("width", "height"))
 _SPLIT = ("split", "subset", "set")
 _WITHOUT_NAMES = ["image", "x1", "y1", "x2", "y2", "class"]  # of a table whose first line is a row (keras-retinanet)
@@ -88,6 +89,7 @@ class _Table:
         image (`str`): The column of the images.
         coordinates (`list[str]`): Four columns, or one with four numbers.
         are_corners (`bool`): Whether these are corners, and not corner and sides.
+        are_centres (`bool`): Whether these are a centre and sides.
         category, split (`str`, *optional*): The columns of the classes and of the splits.
         sizes (`list[str]`): The columns of width and height of the image, if there are any.
         names (`list[str]`, *optional*): The names of the columns, if the file has none.
@@ -97,6 +99,7 @@ class _Table:
     image: str
     coordinates: list[str]
     are_corners: bool
+    are_centres: bool
     category: str | None
     split: str | None
     sizes: list[str]
@@ -155,6 +158,8 @@ class _Table:
             return box
         named = zip(texts, self.coordinates, strict=True)
         x, y, a, b = (number(text, where, f"column '{name}'") for text, name in named)
+        if self.are_centres:
+            x, y = x - a / 2, y - b / 2
         return [x, y, a - x, b - y] if self.are_corners else [x, y, a, b]
 
     def size(self, row: dict[str, str], where: str) -> tuple[int, int] | None:
@@ -228,12 +233,14 @@ def _columns_of(path: Path) -> _Table | None:
         return next((names[name] for name in known if name in names), None)
 
     image, corners = column(_IMAGE), first(*_CORNERS)
-    coordinates = corners or first(*_SIDES)
+    centres = first(*_CENTRES)
+    coordinates = corners or first(*_SIDES) or centres
     if image is None or not coordinates:
         return None
     sizes = next((size for group in _SIZES if (size := first(group)) and not set(size) & set(coordinates)), [])
     own = _WITHOUT_NAMES if without_names else None
-    return _Table(path, image, coordinates, bool(corners), column(_CLASS), column(_SPLIT), sizes, own)
+    kind = bool(corners), coordinates == centres
+    return _Table(path, image, coordinates, *kind, column(_CLASS), column(_SPLIT), sizes, own)
 
 
 def _is_row(cells: list[str]) -> bool:
