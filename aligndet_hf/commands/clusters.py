@@ -252,8 +252,7 @@ def _cluster(
     with telling_progress(shards):
         boxes.assign(shards, clustering)
 
-    bare = {name: source.remove_columns("proposals") for name, source in sources.items()}
-    results = join_proposals(bare, shards, work, report, with_clusters=True)
+    results = join_proposals(sources, shards, work, report, with_clusters=True)
     report["clusters"] = cluster_report(results, clustering, arguments.seed)
     put_in_place(results, report, folder)
 

@@ -19,7 +19,7 @@ from ..data.images import print_left_out
 from ..data.launch import Launch
 from ..data.proposal_arguments import ProposalsArguments
 from ..data.proposal_files import export_proposals
-from ..data.proposal_inputs import mapped_inputs, without_proposals, write_inputs
+from ..data.proposal_inputs import mapped_inputs, write_inputs
 from ..data.shard_search import Work, number_of_cores, search_shard, work_on_shards
 from ..data.shards import (
     REPORT,
@@ -115,7 +115,7 @@ def _load_inputs(arguments: ProposalsArguments, launch: Launch) -> Splits | dict
             require_columns(split, [column], f"{source}, split '{name}'")
         if "proposals" in split.column_names and column != "proposals":
             launch.on_main(print, f"{source}: the column 'proposals' of the split '{name}' is replaced.")
-            split = without_proposals(split)
+            split = split.remove_columns("proposals")
         sources[name] = split
     return sources
 
@@ -180,8 +180,7 @@ def _generate(
         told = settings | arguments.source_settings()
         report = {"dataset": arguments.dataset, "settings": told, "versions": versions}
         report |= {"statistics": {}, "skipped": []}
-        plain = {name: without_proposals(source) for name, source in sources.items()}
-        put_in_place(join_proposals(plain, shards, work, report, with_clusters), report, folder)
+        put_in_place(join_proposals(sources, shards, work, report, with_clusters), report, folder)
         _print_report(report, folder.path)
 
     launch.on_main(finish)

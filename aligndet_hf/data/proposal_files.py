@@ -49,10 +49,9 @@ def import_proposals(path: str | Path, sources: Splits) -> Splits:
         scores = np.array([annotation["score"] for annotation in annotations] if scored else np.zeros(len(boxes)))
         categories = sorted(category["id"] for category in content.get("categories", []))
         numbers = {category: number for number, category in enumerate(categories)}
-        with_clusters = len(numbers) > 1
-        clusters = np.zeros(len(boxes), dtype=np.int32)
-        if with_clusters:
-            clusters[:] = [numbers[annotation["category_id"]] for annotation in annotations]
+        clusters = None
+        if len(numbers) > 1:
+            clusters = np.array([numbers[annotation["category_id"]] for annotation in annotations], dtype=np.int32)
         names = {str(PurePosixPath(image["file_name"])): number for number, image in enumerate(content["images"])}
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a COCO file of proposals: {type(error).__name__} {error}.") from error
@@ -76,7 +75,7 @@ def import_proposals(path: str | Path, sources: Splits) -> Splits:
         found = [order[:0] if key is None else groups[key] for key in keys]
         taken, offsets = np.concatenate(found), np.cumsum([0, *map(len, found)])
         values = scores[taken] if scored else np.concatenate([1 - np.arange(len(own)) / len(own) for own in found])
-        columns[split] = _column(boxes[taken], values, clusters[taken] if with_clusters else None, offsets)
+        columns[split] = _column(boxes[taken], values, None if clusters is None else clusters[taken], offsets)
     return columns
 
 

@@ -9,11 +9,6 @@ from .shards import write_arrow
 from .splits import Splits
 
 
-def without_proposals(source: datasets.Dataset) -> datasets.Dataset:
-    """The data set without a column `proposals`."""
-    return source.remove_columns([name for name in source.column_names if name == "proposals"])
-
-
 def write_inputs(sources: Splits, work: Path, proposals_file: str | None) -> None:
     """Writes what only the memory of this process holds to files: paths of images, and imported boxes."""
     for name, source in sources.items():

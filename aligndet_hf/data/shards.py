@@ -100,7 +100,7 @@ def join_proposals(
     Joins every split with the proposals of its shards.
 
     Args:
-        sources (`dict[str, datasets.Dataset]`): The splits, without the column `proposals`.
+        sources (`dict[str, datasets.Dataset]`): The splits; a column `proposals` that they have is replaced.
         shards (`list[Shard]`): All shards, in order, each with its file (see [`write_shard`]).
         work (`Path`): Folder for the joined columns.
         report (`dict`): Gets the `statistics` of the splits and what was `skipped`; its other entries are recorded in
@@ -113,6 +113,7 @@ def join_proposals(
     results = {}
     for name, source in sources.items():
         own = [shard for shard in shards if shard.split == name]
+        source = source.remove_columns([column for column in source.column_names if column == "proposals"])
         results[name] = _with_proposals(source, own, work / f"{name}.arrow", report, with_clusters)
     for name, result in results.items():
         record = {key: report[key] for key in ("settings", "versions")} | {"statistics": report["statistics"][name]}

@@ -166,8 +166,6 @@ def select_indices(
     *,
     nms_threshold: float = 0.7,
     max_boxes: int | None = 300,
-    min_relative_size: float = 0.04,
-    relax_if_empty: bool = True,
     **filters,
 ) -> np.ndarray:
     """
@@ -179,13 +177,13 @@ def select_indices(
         image_size (`tuple[int, int]`): `(height, width)` of the image in the same pixels.
         nms_threshold (`float`, *optional*, defaults to 0.7): See [`nms`]; 1.0 keeps all.
         max_boxes (`int`, *optional*, defaults to 300): Keep at most this many; `None` for all.
-        min_relative_size, relax_if_empty, **filters: See [`filter_proposals`].
+        filters: See [`filter_proposals`]; by default `min_relative_size=0.04` and `relax_if_empty=True`.
 
     Returns:
         `np.ndarray` of shape `[K]`: Indices of the kept boxes, best first.
     """
     boxes = np.asarray(boxes).reshape(-1, 4)
-    filters |= {"min_relative_size": min_relative_size, "relax_if_empty": relax_if_empty}
+    filters = {"min_relative_size": 0.04, "relax_if_empty": True} | filters
     passed = np.flatnonzero(filter_proposals(boxes, image_size, **filters))
     # In the precision in which boxes are stored: what is kept does not change when the result is filtered again.
     boxes, scores = boxes[passed].astype(np.float32), np.asarray(scores)[passed].astype(np.float32)
