@@ -175,12 +175,10 @@ def _export_coco(splits: Splits, categories: list[str], folder: Path) -> list[st
 
 def _own_object_ids(dataset: datasets.Dataset) -> Iterator[int | str]:
     """The ids of the objects as they came, if they are unique; else numbers from 1 on."""
-    objects = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
-    counts = read_boxes(objects)[1]
-    ids = [own for row in dataset.select_columns(["objects"])["objects"] for own in row.get("id") or []]
-    if len(ids) == counts.sum() and len(set(ids)) == len(ids) and None not in ids:
-        return iter(ids)
-    return iter(range(1, int(counts.sum()) + 1))
+    rows = dataset.select_columns(["objects"])["objects"]
+    ids, count = [own for row in rows for own in row.get("id") or []], sum(len(row["bbox"]) for row in rows)
+    is_told = len(ids) == len(set(ids)) == count and None not in ids
+    return iter(ids if is_told else range(1, count + 1))
 
 
 def _export_yolo(splits: Splits, categories: list[str], folder: Path) -> list[str]:

@@ -143,8 +143,7 @@ class MixedBatchSampler(EpochBatchSampler):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for k in range(self.start_batch, len(self)):
             batch = self.epoch * len(self) + k
-            labelled, pseudo = self._rows(0, batch), self._rows(1, batch)
-            rows = np.concatenate([labelled, pseudo])
+            rows = np.concatenate([self._rows(kind, batch) for kind in range(2)])
             # Each process gets its share of both kinds.
             rows = rows[np.argsort(np.arange(len(rows)) % self.world_size, kind="stable")]
             rows = np.array_split(rows, self.world_size)[self.rank]

@@ -200,13 +200,12 @@ def save_split(dataset: datasets.Dataset, folder: Path) -> None:
     folder.mkdir(parents=True)
     schema, files = dataset.features.arrow_schema, []
     batches = _merged(_embedded(dataset))
-    batch = next(batches, None)
-    while batch is not None:
+    for first in batches:
         files.append(f"data-{len(files):05d}.arrow")
         with pa.OSFile(str(folder / files[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            while batch is not None and file.tell() < _FILE_BYTES:
+            writer.write_table(first)
+            while file.tell() < _FILE_BYTES and (batch := next(batches, None)) is not None:
                 writer.write_table(batch)
-                batch = next(batches, None)
     dataset.info.write_to_directory(str(folder))
     fingerprint = hashlib.blake2b(str(dataset.features).encode(), digest_size=8)  # of the content, not of its history
     for name in files:

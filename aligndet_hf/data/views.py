@@ -168,13 +168,11 @@ def draw_two_crops(
     Returns:
         `tuple`: the two crops, and the indices of the boxes that both show (see [`boxes_in_crop`]).
     """
-    best = None
+    pairs = []
     for _ in range(5):
-        crops = [draw_crop(height, width, rng, scale) for _ in range(2)]
-        shared = np.flatnonzero(boxes_in_crop(boxes, crops[0]) & boxes_in_crop(boxes, crops[1]))
-        if best is None or len(shared) > len(best[2]):
-            best = (crops[0], crops[1], shared)
-    return best
+        first, second = (draw_crop(height, width, rng, scale) for _ in range(2))
+        pairs.append((first, second, np.flatnonzero(boxes_in_crop(boxes, first) & boxes_in_crop(boxes, second))))
+    return max(pairs, key=lambda pair: len(pair[2]))
 
 
 def make_view(

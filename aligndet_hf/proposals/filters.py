@@ -51,10 +51,9 @@ def filter_proposals(
     relative_size = np.sqrt(np.maximum(width * height, 0)) / np.sqrt(image_size[0] * image_size[1])
     size_fits = (min_relative_size <= relative_size) & (relative_size <= max_relative_size)
     keep = large_enough & shape_fits & size_fits & (borders_touched(boxes, image_size) <= max_borders)
-    if relax_if_empty and not keep.any():
-        keep = large_enough & shape_fits
-        if not keep.any():
-            keep = large_enough
+    for relaxed in (large_enough & shape_fits, large_enough):
+        if relax_if_empty and not keep.any():
+            keep = relaxed
     return keep
 
 
