@@ -8,6 +8,7 @@ written before all else in the folder and removed after all else, so that it nev
 import contextlib
 import json
 import mimetypes
+import multiprocessing
 import os
 import signal
 import socket
@@ -211,6 +212,8 @@ class RunFolder:
     # ---- in the main process ----
 
     def _enter(self) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker, while it imports the script
+            raise RuntimeError("processes that load data import this script: call under `if __name__ == '__main__':`")
         self._is_main = True
         try:
             if self.written and not (self.path / RECORD).exists():  # before any work

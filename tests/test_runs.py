@@ -1,6 +1,7 @@
 """Output folders: whose run it is, and that only one process works there."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -61,6 +62,13 @@ def test_a_new_folder_gets_a_record_and_keeps_what_others_left(tmp_path):
         assert names(folder) == [LOCK, "notes.txt", RECORD]
     assert names(folder) == ["notes.txt", RECORD]
     assert record_of(folder) == {"command": "pretrain", "settings": SETTINGS}
+
+
+def test_a_worker_that_imports_a_script_without_the_main_guard_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(RuntimeError, match="call under `if __name__ == '__main__':`"):
+        begin(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("make", [training, data_set])

@@ -124,6 +124,8 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
                 f"The run is {trainer.total_steps()} steps long now ({listed}). From its checkpoint on, the learning "
                 "rates follow the schedule of that length; until there they followed the former schedule."
             )
+        if last:
+            processes.print(f"Resuming from {checkpoint}.")
         if processes.is_main_process:
             write_json(folder.path / SETTINGS, settings_of(arguments))
         trainer.fit(checkpoint)
