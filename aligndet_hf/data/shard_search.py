@@ -61,8 +61,9 @@ def work_on_shards(
                     done(futures.pop(future))
     except BrokenProcessPool as error:
         raise ChildProcessError(
-            "A worker process died: in a script for lack of `if __name__ == '__main__':` around its calls, or for "
-            "lack of memory. What is finished is kept: run it again, with that line or fewer dataloader_num_workers."
+            "A worker process died: in a script for lack of `if __name__ == '__main__':` around its calls, else "
+            "perhaps for lack of memory. What is finished is kept: run the same again, with fewer "
+            "dataloader_num_workers."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
