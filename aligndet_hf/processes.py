@@ -16,17 +16,16 @@ logger = logging.getLogger(__name__)
 
 def device_of(use_cpu: bool) -> str:
     """What a network runs on: a GPU if there is one, each process of this machine on its own; or else the CPU."""
-    if not use_cpu:
-        _tell_without_gpu()
+    warn_without_gpu(use_cpu)
     if not use_cpu and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     return "mps" if not use_cpu and torch.backends.mps.is_available() else "cpu"
 
 
 @functools.cache
-def _tell_without_gpu() -> None:
+def warn_without_gpu(use_cpu: bool) -> None:
     """Warns, once a process, where a GPU would be used if there were one."""
-    if not torch.accelerator.is_available() and os.environ.get("RANK", "0") == "0":
+    if not use_cpu and not torch.accelerator.is_available() and os.environ.get("RANK", "0") == "0":
         logger.warning(
             "There is no GPU that torch %s can use: this runs on the CPU. Give --use_cpu if that is meant; if there "
             "is a GPU, install torch for it (https://pytorch.org/get-started).",

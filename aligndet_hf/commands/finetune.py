@@ -42,7 +42,7 @@ from ..evaluation.speed import measure_speed
 from ..files import write_json
 from ..flags import local_paths, names_of
 from ..hub import open_repository
-from ..processes import device_of, require_one_gpu
+from ..processes import require_one_gpu, warn_without_gpu
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
 from ..runs import RunFolder
@@ -100,7 +100,7 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         Interrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
     require_one_gpu(arguments.n_gpu, "finetune")
-    device_of(arguments.use_cpu)  # warns without a GPU
+    warn_without_gpu(arguments.use_cpu)
     processes = PartialState()
     with training_folder(arguments, "finetune", WRITTEN, RESULTS) as folder:
         settings = settings_of(arguments)

@@ -158,10 +158,17 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
     results, best_score = [None] * len(listed), 0.0
     for found in _run(arguments, model, image_processor, listed, range(len(listed))):
         best_score = max(best_score, found.best_score)
-        own = {name: getattr(found, name) for name in ("boxes", "scores", "labels", "masks", "error")}
-        names = [model.config.id2label[label] for label in found.labels.tolist()]
-        size = dict(zip(("height", "width"), found.size, strict=True))
-        results[found.index] = own | size | {"names": names, "file_name": listed.names[found.index]}
+        results[found.index] = {
+            "boxes": found.boxes,
+            "scores": found.scores,
+            "labels": found.labels,
+            "masks": found.masks,
+            "names": [model.config.id2label[label] for label in found.labels.tolist()],
+            "file_name": listed.names[found.index],
+            "height": found.size[0],
+            "width": found.size[1],
+            "error": found.error,
+        }
     if not any(len(found["scores"]) for found in results):
         _tell_nothing_found(arguments.score_threshold, best_score)
     return results

@@ -131,14 +131,13 @@ def _load_data(arguments: PretrainArguments, accelerator: Accelerator, folder: R
     else:
         with accelerator.main_process_first():
             dataset = load_dataset_source(arguments.dataset, arguments.split)
-        if (use_clusters := arguments.use_clusters) is None:
-            use_clusters = has_clusters(dataset)
-        report = validate_proposals(dataset, arguments.dataset, with_clusters=use_clusters)
-        data = {"images": report.rows, "proposals": report.boxes}
-        if arguments.use_clusters is None:
-            data["use_clusters"] = use_clusters
+        data, use_clusters = {}, arguments.use_clusters
+        if use_clusters is None:
+            data["use_clusters"] = use_clusters = has_clusters(dataset)
             if use_clusters:
                 accelerator.print("The clusters of the proposals are the classes; --use_clusters false for one class.")
+        report = validate_proposals(dataset, arguments.dataset, with_clusters=use_clusters)
+        data |= {"images": report.rows, "proposals": report.boxes}
         if arguments.image_sizes is None:
             data["image_sizes"], line = choose_sizes(DEFAULTS["aligndet"]["image_sizes"], report.images.sizes)
             accelerator.print(line)

@@ -285,18 +285,23 @@ def _lines(results: Mapping[str, Mapping], group: str, kinds: list[str], ranks: 
 def _rows(dataset: datasets.Dataset, source: str):
     """Yields the boxes, the objects, their areas, and the size of the image of each row."""
     labelled = "objects" in dataset.column_names
-    truth = areas = None
-    for row, table in arrow_batches(dataset, ["image", "proposals"] + ["objects"] * labelled, batch_size=1):
+    for start, table in arrow_batches(dataset, ["image", "proposals"] + ["objects"] * labelled, batch_size=100):
+        boxes, counts = read_boxes(table["proposals"])
+        lists = [np.split(boxes, np.cumsum(counts)[:-1])]
         if labelled:
-            truth = read_boxes(table["objects"])[0]
+            truth, counts = read_boxes(table["objects"])
+            names = table["objects"].type.names
+            areas = read_values(table["objects"], "area")[0] if "area" in names else truth[:, 2] * truth[:, 3]
             sound = (find_faults(truth) == 0) & ~read_crowds(table["objects"])
-            has_areas = "area" in table["objects"].type.names
-            areas = read_values(table["objects"], "area")[0] if has_areas else truth[:, 2] * truth[:, 3]
-            truth, areas = truth[sound], areas[sound]
-        try:
-            yield read_boxes(table["proposals"])[0], truth, areas, image_size(table["image"][0].as_py())
-        except ImageError as error:
-            raise DataError(f"{source}, row {row}, column 'image': {error}") from error
+            counts = [int(part.sum()) for part in np.split(sound, np.cumsum(counts)[:-1])]
+            lists += [np.split(values[sound], np.cumsum(counts)[:-1]) for values in (truth, areas)]
+        else:
+            lists += [[None] * len(table)] * 2
+        for row, (image, *values) in enumerate(zip(table["image"], *lists, strict=True), start):
+            try:
+                yield *values, image_size(image.as_py())
+            except ImageError as error:
+                raise DataError(f"{source}, row {row}, column 'image': {error}") from error
 
 
 def _draw(dataset: datasets.Dataset, path: Path, num_pictures: int, num_boxes: int) -> None:

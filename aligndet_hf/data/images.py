@@ -284,5 +284,8 @@ def _ends_well(image: PIL.Image.Image) -> bool:
 def print_left_out(reasons: list[str], report: Path) -> None:
     """Says which images cannot be read, the first few of many; `report` is the file that has all of them."""
     if reasons:
-        more = [f"... all of them in {report}"] * (len(reasons) > _LISTED_IMAGES)
-        print(f"Left out, for they cannot be read: {len(reasons)}", *reasons[:_LISTED_IMAGES], *more, sep="\n  ")
+        print(f"Left out, for they cannot be read: {len(reasons)}")
+        for reason in reasons[:_LISTED_IMAGES]:
+            print(f"  {reason}")
+        if len(reasons) > _LISTED_IMAGES:
+            print(f"  ... all of them in {report}")

@@ -18,7 +18,7 @@ from ..data.sampling import EpochBatches, EpochBatchSampler, StepBatches
 from ..data.streaming import first_rows, load_stream
 from ..data.view_stream import StreamBatches, ViewStream
 from ..flags import names_of
-from ..processes import device_of, init_worker, require_one_gpu
+from ..processes import init_worker, require_one_gpu, warn_without_gpu
 from .pretrain_arguments import PretrainArguments
 from .sharding import require_supported
 
@@ -29,7 +29,7 @@ CHECKED_ROWS = 256
 def build_accelerator(arguments: PretrainArguments) -> Accelerator:
     if not arguments.use_cpu and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
         require_one_gpu(torch.cuda.device_count(), "pretrain")
-    device_of(arguments.use_cpu)  # warns without a GPU
+    warn_without_gpu(arguments.use_cpu)
     accelerator = Accelerator(
         cpu=arguments.use_cpu,
         mixed_precision="bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None,  # or what the launcher says
@@ -59,7 +59,7 @@ def open_stream(arguments: PretrainArguments) -> tuple[datasets.IterableDataset,
     stream, version = load_stream(arguments.dataset, arguments.split or "train")
     require_columns(stream, ["proposals"], arguments.dataset)
     source = f"{arguments.dataset}, its first rows"
-    report = validate_proposals(first_rows(stream, CHECKED_ROWS), source, with_clusters=arguments.use_clusters)
+    report = validate_proposals(first_rows(stream, CHECKED_ROWS), source, with_clusters=bool(arguments.use_clusters))
     return stream, report, {"images": None, "stream": version}
 
 
