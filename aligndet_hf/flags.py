@@ -8,7 +8,9 @@ its old name, or several, each with what makes a value of the old one, or `None`
 
 import dataclasses
 import difflib
+import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -157,7 +159,22 @@ def with_new_names(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class TakesOldNames(type):
-    """The class of the dataclasses of arguments that take the names of the last release as well, with a notice."""
+    """
+    The class of the dataclasses of arguments: they take the names of the last release as well, with a notice, and
+    their docstrings end with their flags, so that `help` shows in a notebook what `--help` shows on a console.
+    """
+
+    @property
+    def __doc__(cls) -> str:
+        lines = [inspect.cleandoc(cls.__dict__.get("__doc__") or ""), "", "Args:"]
+        for item in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+            if "help" in item.metadata and roles(cls).get(item.name, "refused") != "refused":
+                kind = item.type if isinstance(item.type, str) else inspect.formatannotation(item.type)
+                default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+                rest = "" if default is REQUIRED else f", *optional*, defaults to `{default!r}`"
+                text = textwrap.fill(item.metadata["help"], break_on_hyphens=False)
+                lines += [f"    {item.name} (`{kind}`{rest}):", textwrap.indent(text, " " * 8)]
+        return "\n".join(lines)
 
     def __call__(cls, *args, **given):
         return super().__call__(*args, **with_new_names(cls, given))

@@ -387,7 +387,13 @@ def measuring_folder(output_dir: str | Path | None, command: str, written: Itera
 
 
 def _is_harmless(path: Path) -> bool:
-    """Whether what lies where a run begins, and which no command needs to have written, holds no pictures."""
+    """
+    Whether what lies where a run begins, and which no command needs to have written, holds no pictures.
+
+    Hidden folders are nobody's photographs: environments, caches and repositories, which are full of icons.
+    """
+    if path.name.startswith("."):
+        return True
     if path.is_dir() and not path.is_symlink():
         return (path / RECORD).is_file() or all(map(_is_harmless, path.iterdir()))
     return not (mimetypes.guess_type(path.name)[0] or "").startswith(("image/", "video/"))

@@ -1,6 +1,9 @@
 """Facts about flags: what each is for, what else it is called, and which would have no effect."""
 
 import importlib
+import inspect
+import pydoc
+import re
 from dataclasses import MISSING, dataclass, field, fields
 
 import pytest
@@ -12,6 +15,7 @@ from aligndet_hf.flags import ROLES, SYNONYMS, names_of, nearest, roles, told_of
 from aligndet_hf.parser import parse_arguments
 from aligndet_hf.ranges import _kinds
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
+from aligndet_hf.training.pretrain_arguments import PretrainArguments
 
 CLASSES = {name: getattr(importlib.import_module(row.module), row.arguments) for name, row in COMMANDS.items()}
 REQUIRED = ["--dataset", "d", "--output_dir", "o"]
@@ -146,6 +150,22 @@ def test_old_names_are_accepted_with_a_notice(command, old, text, expected, tmp_
     found = CLASSES[command](**values, **{old: yaml.safe_load(text)})
     assert {name: getattr(found, name) for name in expected} == expected
     assert f"{old} is called {' or '.join(expected)} now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_in_a_notebook_shows_every_flag_that_has_an_effect(command):
+    cls = CLASSES[command]
+    text = pydoc.plain(pydoc.render_doc(cls)).split("Method resolution order")[0]
+    shown = set(re.findall(r"^ \|      (\w+) \(`", text, re.MULTILINE))
+    assert shown == {name for name, role in roles(cls).items() if role != "refused"}
+    assert inspect.cleandoc(vars(cls)["__doc__"]).split("\n")[0] in text
+
+
+def test_help_in_a_notebook_tells_types_defaults_and_meanings():
+    told = PretrainArguments.__doc__
+    assert "    dataset (`str`):\n        images with a `proposals` column" in told
+    assert "    max_steps (`int`, *optional*, defaults to `-1`):\n        optimizer steps; if positive" in told
+    assert "    report_to (`list[str]`, *optional*, defaults to `[]`):" in told
 
 
 def test_an_old_name_beside_the_new_one_is_an_error():

@@ -83,8 +83,11 @@ def test_a_folder_of_photographs_is_refused_before_any_work_and_a_folder_of_runs
     begin(tmp_path / "outputs" / "one", "checkpoint-2")
     (tmp_path / "outputs" / "empty").mkdir()
     (tmp_path / "outputs" / "notebook.ipynb").touch()
+    (tmp_path / "outputs" / ".venv" / "icons").mkdir(parents=True)
+    (tmp_path / "outputs" / ".venv" / "icons" / "home.png").write_bytes(b"an icon")
     begin(tmp_path / "outputs")
-    assert names(tmp_path / "outputs") == ["empty", "notebook.ipynb", "one", RECORD]
+    assert names(tmp_path / "outputs") == [".venv", "empty", "notebook.ipynb", "one", RECORD]
+    assert (tmp_path / "outputs" / ".venv" / "icons" / "home.png").is_file()
 
 
 def test_the_same_run_goes_on_until_its_result_is_there(tmp_path):
