@@ -6,7 +6,10 @@ import json
 import math
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 UNFINISHED = "unfinished-"  # What a folder or file is called until it is complete, or while it is being removed.
 _SEAL_BYTES = 32  # of the hash at the end of a file
@@ -24,6 +27,21 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file that is complete or absent."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def clear_write_errors(path: Path, advice: str = "The checkpoints saved before are untouched."):
+    """
+    One clear `OSError` for all ways in which writing to `path` fails.
+
+    safetensors and `torch.save` each raise a class of their own when the disk is full, and `torch.save` does not say
+    that it is: the message has what is free.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        raise OSError(f"could not write {path}: {error} ({free / 1e6:.1f} MB are free there). {advice}") from error
 
 
 def seal_file(unfinished: Path, path: Path) -> None:

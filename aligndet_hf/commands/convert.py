@@ -12,12 +12,11 @@ from ..detectors.build import DetectorArguments, open_detector
 from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
-from ..files import write_json
+from ..files import clear_write_errors, write_json
 from ..flags import REQUIRED, flag
 from ..hub import HubArguments
 from ..ranges import COUNT
 from ..runs import RunFolder
-from ..training.checkpointing import clear_write_errors
 
 MAKE_ROOM = "If that is too little, make room, and run the same command again."
 

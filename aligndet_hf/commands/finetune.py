@@ -39,7 +39,7 @@ from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages
 from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..evaluation.speed import measure_speed
-from ..files import write_json
+from ..files import clear_write_errors, write_json
 from ..flags import local_paths, names_of
 from ..hub import open_repository
 from ..processes import require_one_gpu, warn_without_gpu
@@ -47,7 +47,7 @@ from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
 from ..runs import RunFolder
 from ..training.batch_size import largest_batch, trial_step
-from ..training.checkpointing import clear_write_errors, find_last_checkpoint
+from ..training.checkpointing import find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers.utils import logging
 
-from ..files import UNFINISHED, file_hash, remove, sync, sync_folder
+from ..files import UNFINISHED, clear_write_errors, file_hash, remove, sync, sync_folder
 
 logger = logging.get_logger(__name__)
 
@@ -171,21 +170,6 @@ def seal(folder: Path, final: Path) -> None:
         remove(final)
     os.replace(folder, final)
     sync(final.parent)
-
-
-@contextmanager
-def clear_write_errors(path: Path, advice: str = "The checkpoints saved before are untouched."):
-    """
-    One clear `OSError` for all ways in which writing to `path` fails.
-
-    safetensors and `torch.save` each raise a class of their own when the disk is full, and `torch.save` does not say
-    that it is: the message has what is free.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        free = shutil.disk_usage(path if path.exists() else path.parent).free
-        raise OSError(f"could not write {path}: {error} ({free / 1e6:.1f} MB are free there). {advice}") from error
 
 
 def _checkpoints(output_dir: str | Path) -> list[Path]:

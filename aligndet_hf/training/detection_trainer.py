@@ -20,9 +20,9 @@ from ..data.sampling import EpochBatchSampler, MixedBatchSampler
 from ..detectors.backbones import eval_frozen, get_backbone
 from ..detectors.build import build_image_processor, save_image_processor
 from ..evaluation.detections import EvaluationImages, normalization_of, predict_batches
-from ..files import UNFINISHED
+from ..files import UNFINISHED, clear_write_errors
 from ..processes import init_worker, require_one_gpu
-from .checkpointing import STATE, clear_write_errors, damage_of, require_within, rotate, seal
+from .checkpointing import STATE, damage_of, require_within, rotate, seal
 from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
 from .plain_datasets import DEFAULT_SIZE, evaluation_images, require_items, training_images

@@ -23,13 +23,13 @@ from transformers.utils import logging
 
 from ..cards import command_line
 from ..data.sampling import StepBatches
-from ..files import write_json
+from ..files import clear_write_errors, write_json
 from ..flags import told_of
 from ..models import MomentumModel
 from ..reporting.run_record import SUMMARY
 from ..runs import Interrupted
 from . import sharding
-from .checkpointing import clear_write_errors, find_last_checkpoint, require_within, save_checkpoint
+from .checkpointing import find_last_checkpoint, require_within, save_checkpoint
 from .interrupts import StopSignals, stopped
 from .pretrain_arguments import PretrainArguments
 from .pretrain_setup import to_device
