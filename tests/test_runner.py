@@ -157,6 +157,21 @@ def test_what_builds_on_output_that_is_gone_is_refused(make, tmp_path):
     assert order(tmp_path) == ["first", "second"] * 2
 
 
+def test_what_was_made_from_a_stage_that_has_changed_since_is_a_failure(make, tmp_path):
+    def leave_a_record(stage, failure):
+        ended.append((stage.name, failure))
+        (stage.folder / "run.json").write_text(json.dumps(stage.settings))
+
+    first, ended = make("first"), []
+    second = make("second", [first])
+    second.settings["detector"] = str(first.folder)
+    run_stages([first, second], on_end=leave_a_record)
+    first.settings["seconds"] = 0.1  # longer: its command goes on where it was
+    reason = f"{second.folder} was made from {first.folder} as it was before: remove it too, to do both anew."
+    assert run_stages([first, second], on_end=leave_a_record) == {second: reason}
+    assert order(tmp_path) == ["first", "second", "first"] and ended[2:] == [("first", None), ("second", reason)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_stage_and_nothing_more_starts(make, tmp_path, number):
     first = make("first", seconds=3600)

@@ -21,6 +21,7 @@ from .stages import Stage
 
 _INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 _POLL_SECONDS = 0.1
+ANEW = "remove it too, to do both anew."
 
 
 def run_stages(
@@ -63,9 +64,7 @@ def run_stages(
     for stage in stages:
         if gone := [need for need in stage.needs if need in waiting and not need.folder.exists()]:
             if stage.folder.exists():
-                raise ValueError(
-                    f"{stage.folder} was made from {gone[0].folder}, which is gone: remove it too, to do both anew."
-                )
+                raise ValueError(f"{stage.folder} was made from {gone[0].folder}, which is gone: {ANEW}")
     running: dict[Stage, tuple[Callable[[], int | None], float, int]] = {}
     read = {}
     signals = _Signals()
@@ -106,6 +105,10 @@ def run_stages(
                     failure = failures[stage] = _reason(stage, code, logs)
                 if not signals.number:
                     on_end(stage, failure)
+                    for other in stages if failure is None else ():
+                        if stage in other.needs and other not in {*waiting, *failures} and not is_finished(other):
+                            failures[other] = f"{other.folder} was made from {stage.folder} as it was before: {ANEW}"
+                            on_end(other, failures[other])
             if signals.number and not running:
                 raise Interrupted("Interrupted. Run the same command again to go on.", signals.number)
             if failures and not keep_going:
