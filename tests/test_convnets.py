@@ -25,6 +25,7 @@ from torchvision.models.detection import (
     retinanet_resnet50_fpn_v2,
 )
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import box_convert
@@ -340,6 +341,27 @@ def test_regions_are_pooled_at_the_strides_of_the_maps_whatever_came_first():
         other(torch.randn(1, 3, 128, 128))
         after = other(pixels)
     assert torch.equal(fresh.logits, after.logits) and torch.equal(fresh.pred_boxes, after.pred_boxes)
+
+
+@pytest.mark.parametrize("conventions", ["torchvision", "mmdet"])
+def test_half_precision_keeps_regions_exact(conventions):
+    detector = small(FasterRcnnForObjectDetection, conventions=conventions)
+    pool, half = detector.detector.roi_heads.box_roi_pool, torch.bfloat16
+    maps = {str(level): torch.randn(1, 8, 200 // 2**level, 336 // 2**level).to(half) for level in range(4)}
+    images = ImageList(torch.empty(1, 3, 800, 1344), [(800, 1344)])
+    regions = [torch.tensor([[1150.3, 611.7, 1183.9, 650.2], [1203.0, 701.0, 1219.0, 719.0]])]
+    with torch.autocast("cpu", half):
+        found = detector._pooled(pool, maps, regions, images)
+    exact = detector._pooled(pool, {name: each.float() for name, each in maps.items()}, regions, images)
+    assert found.dtype == half and torch.equal(found, exact.to(half))
+
+
+@pytest.mark.parametrize("model", MODELS[2:], ids=lambda model: model.__name__)
+def test_regions_are_pooled_in_a_detector_of_half_precision(model):
+    detector = small(model).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        found = detector(torch.randn(1, 3, HEIGHT, WIDTH, dtype=torch.bfloat16))
+    assert found.pred_boxes.isfinite().all() and (found.logits > modeling_torchvision.NO_LOGIT).any()
 
 
 @each_model

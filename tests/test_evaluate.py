@@ -14,12 +14,14 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForObjectDetection,
     ConditionalDetrImageProcessor,
+    DeformableDetrImageProcessor,
     DetrImageProcessor,
     RTDetrImageProcessor,
     pipeline,
 )
 
 from aligndet_hf.commands.evaluate import EvaluateArguments, evaluate
+from aligndet_hf.convnets.modeling_torchvision import NO_LOGIT
 from aligndet_hf.data.collate import collate_labelled, normalize_images
 from aligndet_hf.data.errors import DataError, ImageError
 from aligndet_hf.data.formats import load_dataset_source
@@ -97,6 +99,22 @@ def test_the_truth_scores_one_hundred(kind, batch_size):
     results = metrics.compute()
     assert results["AP"] == pytest.approx(1.0) and results["AR100"] == pytest.approx(1.0)
     assert all(value in (-1, pytest.approx(1.0)) for value in results["per_class"].values())
+
+
+@pytest.mark.parametrize("family", ["torchvision_fcos", "torchvision_mask_rcnn"])
+def test_what_a_detector_of_torchvision_did_not_find_is_no_detection(family):
+    """Its outputs have room for 100 detections, and for every class of each."""
+    processor = DeformableDetrImageProcessor()
+    detector = tiny_detector(family, num_labels=CLASSES, detections_per_image=9).eval()
+    images = EvaluationImages(make_synthetic_dataset(3, seed=0), SYNTHETIC_CATEGORIES, processor)
+    (batch,) = DataLoader(images, batch_size=3, collate_fn=collate_labelled)
+    normal = normalize_images(batch["pixel_values"], batch["pixel_mask"], **normalization_of(processor))
+    with torch.no_grad():
+        made = detector(normal, batch["pixel_mask"]).logits > NO_LOGIT
+    ((_, predictions),) = predict_batches(detector, [batch], processor, masks=True)
+    assert made.any(-1).sum() > 0 and made.sum(-1).max() == 1
+    assert [len(found["scores"]) for found in predictions] == made.sum((1, 2)).tolist()
+    assert all(len(found.get("masks", found["scores"])) == len(found["labels"]) for found in predictions)
 
 
 def test_classes_are_translated_and_unknown_ones_left_out():

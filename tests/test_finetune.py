@@ -47,6 +47,7 @@ from aligndet_hf.detectors.families import family_of
 from aligndet_hf.evaluation.coco_metrics import CocoMetrics
 from aligndet_hf.evaluation.detections import EvaluationImages
 from aligndet_hf.runs import Interrupted
+from aligndet_hf.training.batch_size import largest_batch
 from aligndet_hf.training.checkpointing import find_last_checkpoint, new_checkpoint
 from aligndet_hf.training.detection_trainer import DetectionTrainer
 from aligndet_hf.training.parameter_groups import layer_depths, parameter_groups
@@ -398,6 +399,13 @@ def test_a_batch_that_fits_is_found_and_changes_nothing_else(folder, tmp_path, m
         finetune(arguments_for(folder, tmp_path / "none", **changes))
 
 
+def test_processes_look_for_the_largest_batch_together(monkeypatch):
+    """One that has no room must not go on alone: the losses of a step wait for each other."""
+    others, tried = iter([False, True]), []
+    monkeypatch.setattr("aligndet_hf.training.batch_size.gather_object", lambda own: [*own, next(others)])
+    assert largest_batch(tried.append, 6) == 3 and tried == [6, 3]
+
+
 def test_the_result_is_a_plain_detector_with_a_card(folder, tmp_path, capsys):
     changes = {"label_fraction": 0.5, "card_license": "apache-2.0", "write_report": True, "num_pictures": 2}
     result = finetune(arguments_for(folder, tmp_path / "run", **changes))
@@ -557,6 +565,8 @@ def test_the_last_stages_of_a_backbone_with_weights_are_trained_alone(folder, tm
     assert moved and all(name.startswith(("layer3.", "layer4.")) for name in moved)
     with pytest.raises(ValueError, match="give it or trainable_backbone_stages"):
         arguments_for(folder, tmp_path, freeze_backbone=True, trainable_backbone_stages=1)
+    with pytest.raises(ValueError, match="lr_milestones are a schedule, and lr_scheduler_type linear is another"):
+        arguments_for(folder, tmp_path, lr_milestones=[0.5], lr_scheduler_type="linear")
 
 
 def test_sizes_that_suit_the_images_are_chosen_once(folder, tmp_path, capsys):

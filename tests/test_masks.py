@@ -354,7 +354,9 @@ def trained(coco_file, tmp_path_factory):
 def test_mask_rcnn_learns_masks(coco_file, trained, tmp_path):
     log = json.loads((trained / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss_mask"] for entry in log if "loss_mask" in entry]
-    print(losses)
+    assert {name for name in log[0] if name.startswith("loss_")} == {
+        "loss_ce", "loss_bbox", "loss_objectness", "loss_rpn_bbox", "loss_mask",
+    }  # fmt: skip
     results = evaluate(
         EvaluateArguments(
             detector=str(trained), dataset=str(coco_file), split="train", output_dir=str(tmp_path / "out"),

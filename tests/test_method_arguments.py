@@ -49,6 +49,7 @@ def test_flags_and_json_are_one(tmp_path):
         ({"method": "soco", "freeze_backbone": True}, "freeze_backbone is for --method aligndet, this is soco"),
         ({"contrastive_temperature": 0.0}, "contrastive_temperature must be positive"),
         ({"base_momentum": -1.0}, "^base_momentum must be 0 or more"),
+        ({"lr_scheduler_type": "cosine", "lr_milestones": [0.5]}, "lr_milestones are for lr_scheduler_type step"),
     ],
 )
 def test_what_does_not_go_together_is_one_error(wrong, message):

@@ -408,8 +408,9 @@ def test_sizes_that_suit_the_images_are_chosen_once(arguments, capsys):
 def test_a_random_backbone_is_trained_and_a_random_frozen_one_refused(arguments, warnings_of):
     config = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     new = {"detector": "detr", "backbone": "resnet10t", "detector_config": config, "max_steps": 1}
-    with pytest.raises(ValueError, match="what stays frozen of it teaches the detector nothing"):
-        pretrain(arguments(**new, aligndet_config={"freeze_backbone": True}))
+    for frozen in ({"freeze_backbone": True}, {"trainable_backbone_stages": 1}):
+        with pytest.raises(ValueError, match="what stays frozen of it teaches the detector nothing"):
+            pretrain(arguments(**new, aligndet_config=frozen))
     result = pretrain(arguments(**new))
     assert "starts from random numbers, so all of it is trained" in warnings_of.text
     assert not AutoModelForPreTraining.from_pretrained(result.output_dir).config.freeze_backbone

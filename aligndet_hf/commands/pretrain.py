@@ -14,6 +14,7 @@ from ..data.formats import load_dataset_source
 from ..data.launch import Launch
 from ..data.shards import content_hash
 from ..data.views import choose_sizes
+from ..detectors.families import family_of
 from ..flags import local_paths
 from ..hub import open_repository
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
@@ -182,7 +183,8 @@ def _start(
         "versions": versions(),
     }
     schedules = Schedules(arguments, model, len(batches))
-    if arguments.method == "aligndet" and not arguments.streaming:
+    is_detr = arguments.method == "aligndet" and not family_of(model.online_detector.config).own_loss
+    if is_detr and not arguments.streaming:
         if note := length_note(schedules.total_steps, schedules.total_steps / len(batches)):
             accelerator.print(f"note: {note}")
     run = Run(arguments, accelerator, model, prepared, optimizer, image_processor, batches, schedules, about)

@@ -329,8 +329,9 @@ def sampling_noise(labels: list[dict[str, Tensor]], length: int) -> Tensor:
     """
     Random numbers in 0..1 for the rows of every image, `[images, length]`.
 
-    They follow from the image's boxes, and so are the same whichever process has the image. The views of pre-training
-    never repeat; in fine-tuning the same boxes return every epoch, and one number of torch's generator is mixed in.
+    They follow from the image's boxes, and so are the same whichever process has the image. In pre-training the boxes
+    of an image change with its view: with every crop, and without crops with the size and the flip. In fine-tuning the
+    same boxes return every epoch, and one number of torch's generator is mixed in.
     """
     bits = torch.stack([label["boxes"].float().contiguous().view(torch.int32).sum() for label in labels])
     if any("proposal_ids" not in label for label in labels):
@@ -882,8 +883,13 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
 
     @staticmethod
     def _pooled(pool: MultiScaleRoIAlign, maps: Maps, boxes: list[Tensor], images: ImageList) -> Tensor:
-        """Features of boxes. `pool` infers scales from the first sizes: padded ones, which the strides divide."""
-        return pool(maps, boxes, [tuple(images.tensors.shape[-2:])] * len(boxes))
+        """
+        Features of boxes, which are cut out in float32: coordinates in half precision are pixels off.
+
+        `pool` infers scales from the first sizes: padded ones, which the strides divide.
+        """
+        exact = {name: at_least_float32(maps[name]) for name in pool.featmap_names}
+        return pool(exact, boxes, [tuple(images.tensors.shape[-2:])] * len(boxes)).to(maps["0"].dtype)
 
     def _mask_parts(self, config: FasterRcnnConfig, norm: type[nn.Module] | None) -> dict[str, nn.Module]:
         return {}

@@ -22,7 +22,8 @@ from ..processes import init_worker
 from ..proposals.trained import with_both_sides
 from .coco_metrics import CocoMetrics
 
-_NO_SCORE = 1e-9  # above what a place has that a detector of torchvision leaves empty
+# Above what a class has that a detector of torchvision did not find in a box: its 100 "queries" have one class each.
+_NO_SCORE = 1e-20
 
 
 class EvaluationImages(Dataset):
@@ -129,7 +130,8 @@ def predict_batches(
     Yields:
         `tuple`: the image ids of a batch and, for each, `scores` [n], `labels` [n] and `boxes` [n, 4] (xyxy in pixels
         of the stored image, not clipped to it) as NumPy arrays, and perhaps `masks` [n], run lengths of COCO in the
-        stored image; every detection, whatever its score.
+        stored image; every detection, whatever its score. Of a detector of torchvision these are its own, after
+        suppression.
     """
     detector.eval()
     device = next(detector.parameters()).device
@@ -144,7 +146,7 @@ def predict_batches(
         # The processors read these two only; in float32 also where the forward pass ran under autocast.
         outputs = SimpleNamespace(logits=outputs.logits.float(), pred_boxes=outputs.pred_boxes.float())
         sizes = [tuple(label["orig_size"].tolist()) for label in batch["labels"]]
-        results = image_processor.post_process_object_detection(outputs, threshold=-1.0, target_sizes=sizes)
+        results = image_processor.post_process_object_detection(outputs, threshold=_NO_SCORE, target_sizes=sizes)
         predictions = [{name: value.cpu().numpy() for name, value in result.items()} for result in results]
         if mask_logits is not None:
             places = _places(outputs, image_processor)
@@ -160,7 +162,7 @@ def _places(outputs: SimpleNamespace, image_processor) -> list[torch.Tensor]:
     numbers = torch.arange(outputs.logits.shape[1], device=outputs.logits.device)
     boxes = torch.stack([numbers, numbers, 0 * numbers, 0 * numbers], -1).float()
     numbered = SimpleNamespace(logits=outputs.logits, pred_boxes=boxes.expand(len(outputs.logits), -1, -1))
-    results = image_processor.post_process_object_detection(numbered, threshold=-1.0, target_sizes=None)
+    results = image_processor.post_process_object_detection(numbered, threshold=_NO_SCORE, target_sizes=None)
     return [result["boxes"][:, 0].round().long() for result in results]
 
 

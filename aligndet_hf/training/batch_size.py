@@ -28,16 +28,19 @@ def largest_batch(step: Callable[[int], None], batch_size: int) -> int:
     Raises:
         RuntimeError: not even one image fits.
     """
-    fitting = batch_size
-    for fitting in (size for size in range(batch_size, 0, -1) if batch_size % size == 0):
+    size = batch_size
+    while True:
         try:
-            step(fitting)
-            break
+            step(size)
+            fits = True
         except RuntimeError as error:
-            if fitting == 1 or not should_reduce_batch_size(error):
+            if size == 1 or not should_reduce_batch_size(error):
                 raise
+            fits = False
+        if all(gather_object([fits])):  # processes go on together: their losses wait for each other
+            return size
         clear_device_cache(garbage_collection=True)
-    return min(gather_object([fitting]))
+        size = next(smaller for smaller in range(size - 1, 0, -1) if batch_size % smaller == 0)
 
 
 def trial_step(detector, images: LabelledImages, image_processor, args) -> Callable[[int], None]:

@@ -287,7 +287,7 @@ class DetectionTrainer(Trainer):
         if model.training:
             self._terms_count += 1
             for name, value in outputs.loss_dict.items():
-                if re.fullmatch(r"loss_[a-z]+", name):  # not the terms of each decoder layer
+                if re.fullmatch(r"loss_(rpn_)?[a-z]+", name):  # not the terms of each decoder layer
                     self._terms[name] = self._terms.get(name, 0) + value.detach()
         return (loss, outputs) if return_outputs else loss
 

@@ -238,6 +238,11 @@ class FinetuneArguments(
                 f"the best weights must be saved when they are measured (eval_strategy {self.eval_strategy}): set "
                 "save_strategy to best; or load_best_model_at_end to false, to end with the last weights"
             )
+        if self.lr_milestones and "lr_scheduler_type" in self.given:
+            raise ValueError(
+                f"lr_milestones are a schedule, and lr_scheduler_type {self.lr_scheduler_type} is another: give one "
+                "(lr_milestones: [] takes those of a recipe away)"
+            )
         self._refuse_what_has_no_effect()
         TrainingArguments.__post_init__(self)
 

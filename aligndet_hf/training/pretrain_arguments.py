@@ -168,5 +168,9 @@ class PretrainArguments(
         self.check_crop_scale()
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are two precisions: give one of them")
+        if self.lr_scheduler_type != "step" and self.lr_milestones and "lr_milestones" in self.given:
+            raise ValueError(
+                f"lr_milestones are for lr_scheduler_type step, this is {self.lr_scheduler_type}: give one"
+            )
         if self.optim == "lars" and not self.weight_decay > 0:
             raise ValueError("LARS adapts the rates of the layers that decay: weight_decay must be positive")
