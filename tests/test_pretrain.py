@@ -64,7 +64,7 @@ def weights_of(result):
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_the_loss_falls_and_everything_moves_that_should_and_nothing_else(arguments, model_type):
+def test_the_loss_falls_and_everything_moves_that_should_and_nothing_else(arguments, model_type, capsys):
     # Vision transformers start slowly, and the boxes of Group DETR have no bounds to hold them at a high rate.
     is_vit = model_type in ("lw_detr", "rf_detr", "yolos")
     is_slow = is_vit or model_type == "torchvision_retinanet"
@@ -75,6 +75,7 @@ def test_the_loss_falls_and_everything_moves_that_should_and_nothing_else(argume
     fields = {"learning_rate": rate, "max_grad_norm": 1.0, "flip_probability": 0.0}
     run = arguments(model_type, larger, max_steps=steps, **fields)
     result = pretrain(run)
+    assert ("may pass nothing on to a DETR" in capsys.readouterr().out) == (model_type not in CONVNETS)
     losses = [entry["loss"] for entry in log_of(result)]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
 
