@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny_detectors import tiny_detector
+from transformers import AutoImageProcessor
 
+from aligndet_hf.commands import finetune as finetune_command
 from aligndet_hf.commands import pseudolabel as command
 from aligndet_hf.commands.finetune import FinetuneArguments, finetune
 from aligndet_hf.commands.pseudolabel import PseudolabelArguments, pseudolabel
+from aligndet_hf.data.bit_depth import pixel_window
 from aligndet_hf.data.dataset import LabelledImages, MixedImages
 from aligndet_hf.data.door import image_bytes
 from aligndet_hf.data.errors import DataError
@@ -109,6 +113,53 @@ def test_all_images_are_labelled_ones(folder, tmp_path):
     with pytest.raises(DataError, match="all 12 images are among the labelled ones. Lower --label_fraction"):
         pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), label_fraction=1.0))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def deep(folder):
+    """The same images with 12 of 16 bits, and a teacher that was trained with levels up to 6000."""
+    shutil.copytree(folder / "data", folder / "deep")
+    for path in (folder / "deep").glob("*/*.jpg"):
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path, "PNG")
+    shutil.copytree(folder / "teacher", folder / "deep_teacher")
+    image_processor = AutoImageProcessor.from_pretrained(folder / "deep_teacher")
+    image_processor.pixel_window = [0.0, 6000.0]
+    image_processor.save_pretrained(folder / "deep_teacher")
+    return {"detector": str(folder / "deep_teacher"), "dataset": str(folder / "deep")}
+
+
+class Caught(Exception):
+    pass
+
+
+def test_everything_sees_grey_levels_as_the_teacher_does(folder, deep, tmp_path, monkeypatch):
+    seen, windows, original = [], [], command.crop_features
+    monkeypatch.setattr(
+        command, "crop_features", lambda features, image, boxes: seen.append(image) or original(features, image, boxes)
+    )
+    monkeypatch.setattr(
+        command, "check_classes", lambda _, __, boxes: (np.zeros(len(boxes), int), boxes[:, 0] == boxes[:, 0])
+    )
+    monkeypatch.setattr(command, "write_sheet", lambda *given: windows.append(given[4]))
+    everything = {"score_threshold": 0.0, "ignore_threshold": 0.0, "class_check": "neighbours"}
+    labelled = pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), **everything, **deep))
+    assert pixel_window(labelled) == (0, 6000) and windows == [(0, 6000)]
+    assert len(seen) == 12 and max(image.max() for image in seen) <= 255 * 16 * 255 / 6000 + 1
+
+    def catch(*_, train_dataset, **__):
+        seen.append(train_dataset)
+        raise Caught
+
+    monkeypatch.setattr(finetune_command, "DetectionTrainer", catch)
+    for window, expected in (("range", (0, 6000)), ("0,1000", (0, 1000))):
+        student = FinetuneArguments(
+            **deep, output_dir=str(tmp_path / "student"), overwrite_output_dir=True, pixel_window=window, max_steps=1,
+            pseudo_dataset=str(tmp_path / "out"), image_sizes=[64], dataloader_num_workers=0, use_cpu=True,
+            eval_strategy="no",
+        )  # fmt: skip
+        with pytest.raises(Caught):
+            finetune(student)
+        assert seen[-1].labelled.window == seen[-1].pseudo.window == expected
 
 
 def test_the_real_teacher_and_its_neighbours(folder, tmp_path):

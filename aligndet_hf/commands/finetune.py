@@ -145,6 +145,7 @@ class _Data(NamedTuple):
 
     images: Dataset
     truth: Dataset | None
+    pseudo: Dataset | None
     categories: list[str]
     window: tuple | None  # see `settle_pixel_window`
     image_sizes: list[int]
@@ -164,8 +165,10 @@ def _load_data(arguments: FinetuneArguments, folder: RunFolder, processes: Parti
             except DataError as error:
                 choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
                 raise DataError(f"{error} ({choices}.)") from error
+        pseudo = _pseudo_images(arguments)
     known = None if is_new(arguments) else saved_window(find_detector(arguments.detector))
-    window = settle_pixel_window([dataset] if truth is None else [dataset, truth], arguments.pixel_window, known)
+    parts = [part for part in (dataset, truth, pseudo) if part is not None]
+    window = settle_pixel_window(parts, arguments.pixel_window, known)
     if window is not None:
         processes.print(window_line(window))
     sizes, line = choose_sizes(PUBLISHED_SIZES, report.images.sizes)  # of all images, however few have labels
@@ -174,17 +177,17 @@ def _load_data(arguments: FinetuneArguments, folder: RunFolder, processes: Parti
     rows = nested_subsets(len(dataset), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     dataset = dataset.select(rows)
     on_main = Launch().on_main
-    content = on_main(_fingerprint, arguments, dataset, truth)
+    content = on_main(_fingerprint, arguments, dataset, truth, pseudo)
     content |= {"image_sizes": sizes} if arguments.image_sizes is None else {}
     folder.claim(data=content, start=on_main(start_hashes, arguments))
-    return _Data(dataset, truth, categories, window, sizes)
+    return _Data(dataset, truth, pseudo, categories, window, sizes)
 
 
 def _start(
     arguments: FinetuneArguments, data: _Data, folder: RunFolder, processes: PartialState
 ) -> tuple[DetectionTrainer, dict]:
     """The trainer, and what the results say of the run."""
-    dataset, truth, categories, window, _ = data
+    dataset, truth, pseudo, categories, window, _ = data
     if truth is not None and processes.is_main_process:
         notes = [leak_note(dataset, truth, arguments.eval_dataset), metric_note(objects_per_image(truth)[1])]
         for note in filter(None, notes):
@@ -197,7 +200,7 @@ def _start(
     if window is not None:
         image_processor.pixel_window = list(window)
     view = training_view(arguments, family_of(detector.config).resize)
-    images = _train_images(arguments, dataset, categories, view, family_of(detector.config).masks)
+    images = _train_images(arguments, dataset, pseudo, categories, view, family_of(detector.config).masks)
     if arguments.auto_find_batch_size:
         arguments = _with_fitting_batch(arguments, detector, images, image_processor, folder)
     trainer = DetectionTrainer(
@@ -246,13 +249,14 @@ def _with_fitting_batch(
     return arguments
 
 
-def _fingerprint(arguments: FinetuneArguments, dataset: Dataset, truth: Dataset | None) -> dict:
+def _fingerprint(
+    arguments: FinetuneArguments, dataset: Dataset, truth: Dataset | None, pseudo: Dataset | None
+) -> dict:
     """Hashes of the content of all that has an influence on the weights."""
     data = {"images": len(dataset), "content": content_hash(dataset, arguments.disable_tqdm)}
     if truth is not None and arguments.is_led_by_measurements:
         data["eval_content"] = content_hash(truth, arguments.disable_tqdm)
-    if arguments.pseudo_dataset is not None:
-        pseudo = _pseudo_images(arguments)
+    if pseudo is not None:
         data["pseudo_content"] = content_hash(pseudo, arguments.disable_tqdm)
     if not is_new(arguments):
         data["detector_content"] = model_hash(find_detector(arguments.detector))
@@ -339,7 +343,7 @@ def _load_labelled(source: str, split: str | None, image_dir: str | None, catego
     return dataset, names, report
 
 
-def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], view: ViewConfig, masks: bool):
+def _train_images(arguments: FinetuneArguments, dataset, pseudo, categories: list[str], view: ViewConfig, masks: bool):
     """The labelled images, with masks if wanted, or these and the pseudo-labelled ones."""
     options = {
         "seed": arguments.seed,
@@ -347,9 +351,9 @@ def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], 
         "augmentation_probability": arguments.augmentation_probability,
     }
     labelled = LabelledImages(dataset, view, masks=masks, **options)
-    if arguments.pseudo_dataset is None:
+    if pseudo is None:
         return labelled
-    source, pseudo = arguments.pseudo_dataset, _pseudo_images(arguments)
+    source = arguments.pseudo_dataset
     if missing := {"score", "ignore"} - set(pseudo.features["objects"]):
         raise DataError(
             f"{source}: column 'objects' has no field {sorted(missing)[0]!r}. Expected what `aligndet pseudolabel` "
@@ -364,7 +368,9 @@ def _train_images(arguments: FinetuneArguments, dataset, categories: list[str], 
     return MixedImages(labelled, LabelledImages(pseudo, view, **options, pseudo=True), arguments.labelled_share)
 
 
-def _pseudo_images(arguments: FinetuneArguments) -> Dataset:
+def _pseudo_images(arguments: FinetuneArguments) -> Dataset | None:
+    if arguments.pseudo_dataset is None:
+        return None
     return load_dataset_source(
         arguments.pseudo_dataset, arguments.pseudo_split, labels=True, split_flag="--pseudo_split"
     )

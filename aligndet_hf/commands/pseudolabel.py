@@ -22,14 +22,14 @@ from ..arguments import (
     again,
 )
 from ..data.arrow_boxes import read_boxes, read_values, usable_boxes
-from ..data.bit_depth import pixel_window
+from ..data.bit_depth import pixel_window, record_pixel_window, saved_window
 from ..data.door import image_digest
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, load_labelled
 from ..data.images import decode_image
 from ..data.shards import content_hash, data_folder, save_split
 from ..data.splits import nested_subsets
-from ..detectors.build import build_detector, open_detector
+from ..detectors.build import build_detector, find_detector, open_detector
 from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import check_classes, crop_features, suppress
@@ -194,6 +194,11 @@ def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], 
             output_dir=str(folder.work / "predictions"),
         )
     )
+    # Whatever looks at these images sees what the teacher saw: the check of classes, the sheet, and the student.
+    window = saved_window(find_detector(arguments.detector)) or pixel_window(images)
+    if window is not None:
+        for part in (labelled, found):
+            record_pixel_window(part, window)
     boxes = [_boxes_of(row["objects"], classes, arguments) for row in found.remove_columns(["image"])]
     report = {"images": len(images), "skipped": len(images) - len(found), "boxes": sum(map(len, boxes))}
     if arguments.class_check == "neighbours":
