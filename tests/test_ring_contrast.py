@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
+from aligndet_hf.commands.proposals import ProposalsArguments, _open_source, generate_proposals
+from aligndet_hf.data.sources import SOURCES
 from aligndet_hf.detectors.backbones import get_backbone
 from aligndet_hf.detectors.build import build_detector
+from aligndet_hf.evaluation import ring_contrast
 from aligndet_hf.evaluation.box_features import BoxFeatures
 from aligndet_hf.evaluation.ring_contrast import STRIDES, RingContrast, reranked
 
@@ -102,6 +104,29 @@ def test_the_command_gives_the_products(tmp_path, weights, workers):
         assert row["proposals"]["bbox"] == [box[place] for place in order]
     with pytest.raises(ValueError, match="other settings|overwrite"):
         generate_proposals(ProposalsArguments(**common, output_dir=str(tmp_path / "out"), dataloader_num_workers=0))
+
+
+def test_a_source_gives_at_least_as_many_boxes_as_are_kept(monkeypatch):
+    monkeypatch.setattr(ring_contrast, "ring_features", lambda *names: None)
+    monkeypatch.setattr(ring_contrast, "RingContrast", lambda _: lambda image, boxes: np.ones(len(boxes), np.float32))
+    opened, source = [], SOURCES["random"]
+
+    def opening(selection, **settings):
+        opened.append(selection)
+        return source.open(selection=selection, **settings)
+
+    monkeypatch.setitem(SOURCES, "random", source._replace(open=opening))
+
+    def boxes(max_boxes, nms_threshold, **ranking):
+        kept = {"max_boxes": max_boxes, "nms_threshold": nms_threshold}
+        search = _open_source(ProposalsArguments(dataset="x", output_dir="y", source="random", **kept, **ranking))
+        return search([np.zeros((400, 600, 3), np.uint8)], [0])[0]["bbox"].tolist()
+
+    ring = {"rerank": "ring", "backbone": "resnet10t", "backbone_weights": "timm"}
+    assert len(boxes(300, 0.95)) > 290
+    assert sorted(boxes(300, 0.95, **ring)) == sorted(boxes(300, 0.95))
+    few = boxes(5, 0.3, **ring)
+    assert len(few) == 5 and opened[-1]["max_boxes"] == 100 and opened[-1]["nms_threshold"] == 0.8
 
 
 def test_what_rerank_needs():

@@ -239,7 +239,8 @@ def _open_source(arguments: ProposalsArguments) -> Search:
     # torchvision takes seconds to import
     from ..evaluation.ring_contrast import CANDIDATES, RingContrast, reranked, ring_features
 
-    search = source.open(**settings, selection=selection | CANDIDATES)
+    candidates = {name: max(selection[name], least) for name, least in CANDIDATES.items()}
+    search = source.open(**settings, selection=selection | candidates)
     return reranked(search, RingContrast(ring_features(arguments.backbone, arguments.backbone_weights)), selection)
 
 

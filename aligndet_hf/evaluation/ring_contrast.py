@@ -12,7 +12,7 @@ from .box_features import BoxFeatures, around_backbone
 # Chosen by the precision of the first boxes on photographs of lost parts (fod), of COCO, and of blood cells.
 STRIDES, SHORT_SIDE = [8, 16], 192
 MARGIN = 0.5  # width of the ring, as a share of the box's width and height
-# What a source gives to choose from: further boxes seldom come to the front.
+# What a source gives to choose from, if no more is to be kept: further boxes seldom come to the front.
 CANDIDATES = {"nms_threshold": 0.8, "max_boxes": 100}
 
 
@@ -61,7 +61,7 @@ def reranked(search: Search, contrast: RingContrast, selection: dict) -> Search:
     A source of boxes, scored anew: the source's own score times the contrast of the box with the ring around it.
 
     Args:
-        search (`Search`): The source, opened for more boxes than are kept: `CANDIDATES`.
+        search (`Search`): The source, opened for at least `CANDIDATES`.
         contrast ([`RingContrast`]): The contrast.
         selection (`dict`): Which boxes to keep, see [`~aligndet_hf.proposals.filters.select_indices`].
 
