@@ -162,6 +162,30 @@ def test_everything_sees_grey_levels_as_the_teacher_does(folder, deep, tmp_path,
         assert seen[-1].labelled.window == seen[-1].pseudo.window == expected
 
 
+def test_images_of_a_label_file_may_lie_elsewhere(folder, oracle, tmp_path):
+    names = sorted(oracle)
+    annotations = [
+        {"image_id": number, "bbox": box, "category_id": label}
+        for number, name in enumerate(names)
+        for box, label in zip(oracle[name]["bbox"], oracle[name]["category"], strict=True)
+    ]
+    content = {
+        "images": [{"id": number, "file_name": name, "width": 96, "height": 64} for number, name in enumerate(names)],
+        "annotations": [{"id": number} | annotation for number, annotation in enumerate(annotations, start=1)],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(SYNTHETIC_CATEGORIES)],
+    }
+    labels, images = str(tmp_path / "labels.json"), str(folder / "data" / "train")
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    of_both = arguments_for(folder, output_dir=str(tmp_path / "both"), dataset=labels, image_dir=images)
+    assert len(pseudolabel(of_both)) == 9
+    given = {"labelled_dataset": labels, "labelled_image_dir": images}
+    assert len(pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "own"), **given))) == 9
+    # The folder of the unlabelled images says nothing of the labelled ones.
+    with pytest.raises(DataError, match="labels.json"):
+        apart = {"labelled_dataset": labels, "image_dir": images}
+        pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "apart"), **apart))
+
+
 def test_the_real_teacher_and_its_neighbours(folder, tmp_path):
     changes = {"score_threshold": 0.0, "ignore_threshold": 0.0, "nms_threshold": 0.9, "class_check": "neighbours"}
     labelled = pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), **changes))

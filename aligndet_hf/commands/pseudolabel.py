@@ -74,6 +74,7 @@ class PseudolabelArguments(
     split: str | None = again(LabelledArguments, "split", default="train", help="split of the dataset")
     labelled_dataset: str | None = flag(None, "data", "what the teacher learned from; `dataset` if not given")
     labelled_split: str = flag("train", "data", "its split")
+    labelled_image_dir: str | None = flag(None, "data", "as image_dir, of labelled_dataset", is_path=True)
     label_fraction: float = again(
         LabelShareArguments, "label_fraction", help="share of labelled_dataset that the teacher learned from"
     )
@@ -118,6 +119,7 @@ class PseudolabelArguments(
             )
         if self.labelled_dataset is None:
             self.labelled_dataset, self.labelled_split = self.dataset, self.split
+            self.labelled_image_dir = self.image_dir
 
 
 def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
@@ -142,7 +144,10 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("pseudolabel runs as one process: start it without a launcher")
     labelled, names, report = load_labelled(
-        arguments.labelled_dataset, arguments.labelled_split, split_flag="--labelled_split"
+        arguments.labelled_dataset,
+        arguments.labelled_split,
+        arguments.labelled_image_dir,
+        split_flag="--labelled_split",
     )
     print(report)
     rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
