@@ -7,6 +7,7 @@ fit the command better. Names are the ones of `transformers.TrainingArguments`, 
 
 from dataclasses import MISSING, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .flags import REQUIRED, TakesOldNames, flag, given_flags
@@ -41,6 +42,12 @@ def again(mixin: type, name: str, **changes: Any) -> Any:
     known = mixin.__dataclass_fields__[name]
     default = known.default if known.default_factory is MISSING else known.default_factory()
     return flag(**{"default": default, **known.metadata, **changes})
+
+
+def is_trained(backbone: str | None, weights: str | None) -> bool:
+    """Whether a backbone has weights: some are named, or it is no timm name but a checkpoint, which brings its own."""
+    name = (backbone or "").removeprefix("timm/")
+    return bool(weights) or "/" in name or (name != "" and Path(name).is_dir())
 
 
 def is_cpu(device: Any) -> bool:

@@ -675,6 +675,8 @@ def test_bad_input_is_named(proposed, arguments, tmp_path):
     [
         ({"detector": None}, "give either backbone_weights .* or a detector"),
         ({"backbone_weights": "timm"}, "give either backbone_weights .* or a detector"),
+        ({"backbone": "resnet10t"}, "give either backbone_weights .* or a detector .*, without these two"),
+        ({"detector": None, "backbone": "timm/resnet10t"}, "features of a random backbone say little"),
         ({"num_clusters": 0}, "num_clusters must be positive, got 0"),
         ({"strides": []}, "strides must not be empty"),
         ({"fit_boxes": 5}, "6 clusters cannot be fitted to 5 boxes: raise fit_boxes"),

@@ -186,6 +186,13 @@ def test_images_of_a_label_file_may_lie_elsewhere(folder, oracle, tmp_path):
         pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "apart"), **apart))
 
 
+@pytest.mark.parametrize("given", [{"backbone": "resnet10t"}, {"backbone_weights": "timm"}])
+def test_random_features_decide_no_class(folder, given):
+    with pytest.raises(ValueError, match="needs both --backbone and --backbone_weights, or neither"):
+        arguments_for(folder, output_dir="out", class_check="neighbours", **given)
+    arguments_for(folder, output_dir="out", class_check="neighbours", backbone=str(folder))  # brings its weights
+
+
 def test_the_real_teacher_and_its_neighbours(folder, tmp_path):
     changes = {"score_threshold": 0.0, "ignore_threshold": 0.0, "nms_threshold": 0.9, "class_check": "neighbours"}
     labelled = pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), **changes))

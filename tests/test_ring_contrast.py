@@ -129,8 +129,10 @@ def test_a_source_gives_at_least_as_many_boxes_as_are_kept(monkeypatch):
     assert len(few) == 5 and opened[-1]["max_boxes"] == 100 and opened[-1]["nms_threshold"] == 0.8
 
 
-def test_what_rerank_needs():
+def test_what_rerank_needs(tmp_path):
     with pytest.raises(ValueError, match="rerank ring needs"):
         ProposalsArguments(dataset="x", output_dir="y", rerank="ring", backbone="resnet10t")
+    # A checkpoint brings its weights.
+    ProposalsArguments(dataset="x", output_dir="y", rerank="ring", backbone=str(tmp_path))
     # A chain gives its backbone to all stages, which is nothing to a search without ranking.
     assert ProposalsArguments(dataset="x", output_dir="y", backbone="resnet10t").backbone is None

@@ -21,6 +21,7 @@ from ..arguments import (
     ReadyDetectorArguments,
     RunArguments,
     again,
+    is_trained,
 )
 from ..data.arrow_boxes import read_boxes
 from ..data.columns import arrow_batches, validate_proposals
@@ -69,7 +70,11 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
         DatasetArguments, "split", help="split of the dataset; all of them, with the same clusters, if not given"
     )
 
-    backbone: str = flag("resnet50", "start", "timm name of the frozen backbone; best the one to pre-train with")
+    backbone: str = flag(
+        "resnet50",
+        "start",
+        "timm name of the frozen backbone, or a folder, whose weights come with it; best the one to pre-train with",
+    )
     backbone_weights: str | None = flag(
         None, "start", "a .safetensors file with timm's names, or 'timm' to download timm's own weights"
     )
@@ -112,10 +117,14 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
             raise ValueError(
                 f"{self.num_clusters} clusters cannot be fitted to {self.fit_boxes} boxes: raise fit_boxes"
             )
-        if (self.detector is None) == (self.backbone_weights is None):
+        if self.detector is None:
+            is_clear = is_trained(self.backbone, self.backbone_weights)
+        else:
+            is_clear = self.given.keys().isdisjoint({"backbone", "backbone_weights"})
+        if not is_clear:
             raise ValueError(
-                "give either backbone_weights (a .safetensors file, or 'timm' to download) or a detector to take the "
-                "backbone of: features of a random backbone say little"
+                "give either backbone_weights (a .safetensors file, or 'timm' to download) with their backbone, or a "
+                "detector to take the backbone of, without these two: features of a random backbone say little"
             )
 
 

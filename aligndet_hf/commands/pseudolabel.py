@@ -20,6 +20,7 @@ from ..arguments import (
     ReadyDetectorArguments,
     RunArguments,
     again,
+    is_trained,
 )
 from ..data.arrow_boxes import read_boxes, read_values, usable_boxes
 from ..data.bit_depth import pixel_window, record_pixel_window, saved_window
@@ -97,7 +98,9 @@ class PseudolabelArguments(
         "features of a frozen backbone; `none`: believe the teacher",
     )
     backbone: str | None = flag(
-        None, "start", "that backbone: a timm name or a folder; the teacher's own if not given"
+        None,
+        "start",
+        "that backbone: a timm name, or a folder, whose weights come with it; the teacher's own if not given",
     )
     backbone_weights: str | None = flag(None, "start", "its weights")
 
@@ -116,6 +119,12 @@ class PseudolabelArguments(
             raise ValueError(
                 f"ignore_threshold must be at most score_threshold, got {self.ignore_threshold} and "
                 f"{self.score_threshold}"
+            )
+        is_complete = self.backbone and is_trained(self.backbone, self.backbone_weights)
+        if self.class_check == "neighbours" and (self.backbone or self.backbone_weights) and not is_complete:
+            raise ValueError(
+                "--class_check neighbours needs both --backbone and --backbone_weights, or neither for the teacher's "
+                "own backbone: random features tell no classes apart"
             )
         if self.labelled_dataset is None:
             self.labelled_dataset, self.labelled_split = self.dataset, self.split

@@ -12,6 +12,7 @@ from ..arguments import (
     ProgressArguments,
     RunArguments,
     again,
+    is_trained,
 )
 from ..flags import flag
 from ..hub import HubDatasetArguments
@@ -142,7 +143,9 @@ class ProposalsArguments(
         "ring: put those boxes first that differ most from the ring around them, in features of a frozen backbone; "
         "so more of the first ones are objects",
     )
-    backbone: str | None = flag(None, "start", "rerank: timm name of that backbone, or a folder")
+    backbone: str | None = flag(
+        None, "start", "rerank: timm name of that backbone, or a folder, whose weights come with it"
+    )
     backbone_weights: str | None = flag(
         None, "start", "rerank: a .safetensors file with timm's names, or 'timm' to download them"
     )
@@ -195,7 +198,7 @@ class ProposalsArguments(
         if self.rerank == "none":
             # A chain gives its backbone to all commands that know the flag.
             self.backbone = self.backbone_weights = None
-        if self.rerank == "ring" and not (self.backbone and self.backbone_weights):
+        if self.rerank == "ring" and not (self.backbone and is_trained(self.backbone, self.backbone_weights)):
             raise ValueError("--rerank ring needs --backbone and --backbone_weights: random features rank nothing")
 
     def source_settings(self) -> dict:

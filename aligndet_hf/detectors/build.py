@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 from transformers.utils import cached_file
 
-from ..arguments import Arguments
+from ..arguments import Arguments, is_trained
 from ..convnets.modeling_torchvision import TorchvisionDetector
 from ..files import similar_path, write_json
 from ..flags import flag, nearest
@@ -330,9 +330,7 @@ def require_useful_backbone(detector: PreTrainedModel, is_random: bool, is_froze
 
 def has_random_backbone(arguments: DetectorArguments) -> bool:
     """Whether the arguments name a new detector and nothing that gives its backbone weights."""
-    name = (arguments.backbone or "").removeprefix("timm/")
-    is_checkpoint = "/" in name or Path(name).is_dir() if name else False
-    return is_new(arguments) and _weights_of(arguments) is None and not is_checkpoint
+    return is_new(arguments) and not is_trained(arguments.backbone, _weights_of(arguments))
 
 
 def backbone_source(arguments: Any) -> tuple[str, str | None] | None:
