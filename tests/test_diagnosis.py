@@ -139,3 +139,27 @@ def test_pairs_of_metrics_are_what_was_found_and_what_there_is():
     assert (first, second) == ("b", "a") and objects["boxes"].tolist() == [B] and objects["labels"].tolist() == [1]
     assert prediction["boxes"].tolist() == [B] and prediction["scores"].tolist() == [0.5]
     assert nothing["boxes"].shape == no_objects["boxes"].shape == (0, 4) and not len(no_objects["labels"])
+
+
+def test_what_lies_in_a_crowd_is_no_error():
+    crowd = {"image_id": 0, "category_id": 0, "bbox": [50, 50, 200, 200], "iscrowd": 1}
+    objects = [{"image_id": 0, "category_id": 0, "bbox": box} for box in ([0, 0, 20, 20], [60, 60, 40, 40])]
+    categories = [{"id": number, "name": name} for number, name in enumerate(("cat", "dog"))]
+    metrics = CocoMetrics({"images": [{"id": 0}], "annotations": [crowd, *objects], "categories": categories})
+    boxes = [
+        [0, 0, 20, 20],
+        [60, 60, 100, 100],  # an object in the crowd
+        [60, 60, 100, 100],  # and again
+        [110, 110, 150, 150],
+        [20, 110, 60, 150],  # a quarter of it is in the crowd
+        [110, 110, 150, 150],  # no dog in a crowd of cats
+    ]
+    scores, labels = np.array([0.5, 0.8, 0.7, 0.9, 0.4, 0.6]), np.array([0, 0, 0, 0, 0, 1])
+    metrics.update([{"scores": scores, "labels": labels, "boxes": np.array(boxes, float)}], [0])
+    ((_, prediction, truth),) = metrics.pairs()
+    assert sorted(prediction["scores"].tolist()) == [0.4, 0.5, 0.6, 0.8]
+    result = diagnose((prediction, truth))
+    best = result["per_class"]["cat"]
+    assert (best["best_threshold"], best["precision"], best["recall"]) == (0.5, 1, 1)
+    assert metrics.compute()["per_class"]["cat"] == pytest.approx(1)
+    assert result["errors"]["double"] == result["errors"]["background"] == 0

@@ -19,6 +19,7 @@ from ..data.arrow_boxes import read_boxes, read_values
 from ..data.checks import COCO_DETECTIONS, metric_note
 from ..data.columns import image_numbers
 from ..data.masks import FIELD, coco_run_lengths, has_regions, run_lengths
+from .diagnosis import agreeing, in_crowd
 
 logger = logging.get_logger(__name__)
 
@@ -232,20 +233,22 @@ class CocoMetrics:
 
         Yields:
             `tuple`: of each image its id; what was found: `boxes` (`[n, 4]`, xyxy in pixels), `scores` and `labels`
-            (`[n]`); and what there is, without crowds: `boxes` and `labels`.
+            (`[n]`), without what finds a crowd and no object, which COCO ignores; and what there is, without crowds:
+            `boxes` and `labels`.
         """
-        objects: dict[int, list] = {}
+        truth: dict[tuple[int, bool], list] = {}
         for category, annotations in self.truth.items():
             for annotation in annotations:
-                if not annotation["iscrowd"]:
-                    objects.setdefault(annotation["image_id"], []).append((category, annotation["bbox"]))
+                place = annotation["image_id"], bool(annotation["iscrowd"])
+                truth.setdefault(place, []).append((category, annotation["bbox"]))
         nothing = np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros((0, 4))
         for image_id in self.images:
             found = dict(zip(("scores", "labels", "boxes"), self.predictions.get(image_id, nothing), strict=True))
-            own = objects.get(self._numbers[image_id], [])
-            boxes = np.array([box for _, box in own], dtype=float).reshape(-1, 4)
-            boxes[:, 2:] += boxes[:, :2]
-            yield image_id, found, {"boxes": boxes, "labels": np.array([label for label, _ in own], dtype=np.int64)}
+            objects, crowds = (_as_found(truth.get((self._numbers[image_id], kind), [])) for kind in (False, True))
+            if len(crowds["labels"]):
+                counts = agreeing(found, objects) | ~in_crowd(found, crowds)
+                found = {name: values[counts] for name, values in found.items()}
+            yield image_id, found, objects
 
     def _with_masks(self, category: int, sizes: dict[int, tuple[int, int]]) -> list[dict]:
         """The truth of a category, with masks in images of the sizes of those that were found."""
@@ -295,6 +298,13 @@ class CocoMetrics:
             evaluation.evaluate()
             evaluation.accumulate()
         return evaluation
+
+
+def _as_found(truth: list[tuple[int, list[float]]]) -> dict[str, np.ndarray]:
+    """Categories and boxes (xywh) as `boxes` (xyxy) and `labels`."""
+    boxes = np.array([box for _, box in truth], dtype=float).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return {"boxes": boxes, "labels": np.array([label for label, _ in truth], dtype=np.int64)}
 
 
 def _summary(rows: dict[str, tuple], counts: dict[str, np.ndarray], params) -> dict[str, float]:

@@ -124,6 +124,13 @@ def agreeing(found: Mapping, truth: Mapping, threshold: float = FOUND_IOU) -> np
     return right
 
 
+def in_crowd(found: Mapping, crowds: Mapping, threshold: float = FOUND_IOU) -> np.ndarray:
+    """Which detections have at least this share of their area inside a crowd of their class."""
+    shares = _iou(found["boxes"], crowds["boxes"], are_crowds=True)
+    same = np.asarray(found["labels"])[:, None] == np.asarray(crowds["labels"])[None]
+    return (same & (shares >= threshold)).any(axis=1)
+
+
 def _best(scores: np.ndarray, right: np.ndarray, objects: int) -> dict:
     """Curve and best threshold of detections, some of them right, for this number of objects."""
     if not objects or not len(scores):
@@ -154,13 +161,14 @@ def _sizes(boxes: np.ndarray) -> list[str]:
     return [next(name for name, (low, high) in SIZES.items() if low <= area < high) for area in areas]
 
 
-def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU `[n, m]` of boxes xyxy."""
+def _iou(boxes: np.ndarray, others: np.ndarray, are_crowds: bool = False) -> np.ndarray:
+    """IoU `[n, m]` of boxes xyxy; of crowds, as COCO has it, the share of the box that lies in them."""
     boxes, others = (np.asarray(values, dtype=float).reshape(-1, 4) for values in (boxes, others))
     sides = np.minimum(boxes[:, None, 2:], others[None, :, 2:]) - np.maximum(boxes[:, None, :2], others[None, :, :2])
     inside = np.prod(np.clip(sides, 0, None), axis=2)
     areas = [np.prod(np.clip(values[:, 2:] - values[:, :2], 0, None), axis=1) for values in (boxes, others)]
-    return inside / np.maximum(areas[0][:, None] + areas[1][None] - inside, 1e-9)
+    union = areas[0][:, None] + (0 if are_crowds else areas[1][None] - inside)
+    return inside / np.maximum(union, 1e-9)
 
 
 def _claims(iou: np.ndarray, allowed: np.ndarray, threshold: float) -> np.ndarray:
