@@ -97,6 +97,8 @@ def test_sizes_by_the_given_areas_and_by_the_image():
         "0.1 to 0.3": 1,
         "above 0.3": 2,
     }
+    unknown = proposal_recall([[]], [objects], areas=[[None, float("nan"), 1e5]])  # width times height
+    assert [unknown[name]["objects"] for name in ("small", "medium", "large")] == [1, 1, 1]
 
 
 def pycocotools_recall(proposals, objects, areas) -> np.ndarray:

@@ -159,7 +159,7 @@ class RecallMeter:
             objects (`np.ndarray` of shape `[M, 4]`): True boxes, absolute `xywh`.
             areas (`np.ndarray` of shape `[M]`, *optional*):
                 Areas of the objects in pixels, which decide what is small, medium (from 32² pixels) and large (from
-                96²). Width times height of the box by default.
+                96²). Width times height of the box by default, and where it is NaN.
             image_size (`tuple[int, int]`, *optional*):
                 `(height, width)`; without it the object belongs to none of the sizes relative to the image.
         """
@@ -325,7 +325,9 @@ def _size_groups(boxes: np.ndarray, areas: np.ndarray | None, image_size: tuple[
     """Which boxes `[N, 4]` (xywh) have each size: boolean masks `[N]`."""
     area = boxes[:, 2] * boxes[:, 3]
     size = np.full(len(boxes), np.nan) if image_size is None else np.sqrt(np.maximum(area, 0) / np.prod(image_size))
-    area = area if areas is None else np.asarray(areas, dtype=np.float64)
+    if areas is not None:
+        areas = np.asarray(areas, dtype=np.float64)
+        area = np.where(np.isnan(areas), area, areas)  # a null in Arrow is NaN
     groups = {name: (low <= area) & (area <= high) for name, (low, high) in AREAS.items()}
     return groups | {name: (low <= size) & (size < high) for name, (low, high) in RELATIVE_SIZES.items()}
 
