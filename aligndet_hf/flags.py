@@ -189,8 +189,9 @@ def given_flags(arguments) -> dict[str, Any]:
     for item in dataclasses.fields(arguments):
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         value = getattr(arguments, item.name) if item.init else default
-        # The parser of transformers makes a boolean of the default "no".
-        if value != default and not (value is False and default == "no"):
+        # What must be given may be an array, which does not compare. The parser of transformers makes a boolean of
+        # the default "no".
+        if (default is REQUIRED or value != default) and not (value is False and default == "no"):
             given[item.name] = value
     return given
 

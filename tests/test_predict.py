@@ -377,8 +377,18 @@ def test_the_command_takes_a_folder_of_a_detector(photos, tmp_path, capsys):
         ({"formats": ["coco", "kitti"]}, "formats must be among .*, got kitti"),
         ({"score_threshold": 2.0}, "score_threshold must be from 0 to 1"),
         ({"tile_size": 3}, "tile_size must be 16 or more"),
+        ({"tile_overlap": 0.5}, "tile_overlap is for tiles: give a tile_size too, such as 640, or leave it out"),
+        ({"whole_image": False}, "whole_image is for tiles"),
+        ({"nms_threshold": 0.7}, "nms_threshold is for tiles"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         PredictArguments(detector="d", images=["i"], **settings)
+
+
+def test_without_tiles_the_defaults_of_tiles_may_be_given(output):
+    given = {"tile_overlap": 0.2, "whole_image": True, "nms_threshold": 0.5}
+    assert PredictArguments(detector="d", images=np.zeros((4, 4, 3), np.uint8), **given).tiling() is None
+    settings = json.loads((output / "report.json").read_text())["settings"]
+    assert settings["tile_size"] is None and settings.keys().isdisjoint(given)

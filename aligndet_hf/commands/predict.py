@@ -25,7 +25,7 @@ from ..detectors.build import find_detector
 from ..evaluation.predicted_rows import join_predictions, write_coco, write_predictions, write_results
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
-from ..flags import REQUIRED, flag, names_of
+from ..flags import REQUIRED, flag, given_flags, names_of
 from ..objects import folder_of
 from ..processes import device_of
 from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
@@ -36,6 +36,7 @@ from ..runs import RunFolder
 FORMATS = ("coco", "results", "yolo", "voc", "dataset", "pictures", "sheet")
 
 _COMPLETE, _TABLE = "complete", "predictions.arrow"
+_TILES = ("tile_overlap", "whole_image", "nms_threshold")  # which say nothing without a `tile_size`
 _SHARD_SIZE = 64  # images between two saves; a killed run loses no more
 
 
@@ -95,6 +96,8 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
     def __post_init__(self):
         self.detector = folder_of(self.detector)
         check_values(self)
+        if self.tile_size is None and (idle := [name for name in given_flags(self) if name in _TILES]):
+            raise ValueError(f"{idle[0]} is for tiles: give a tile_size too, such as 640, or leave it out")
         if unknown := sorted(set(self.formats) - set(FORMATS)):
             raise ValueError(f"formats must be among {', '.join(FORMATS)}, got {', '.join(unknown)}")
 
@@ -311,7 +314,9 @@ def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], 
         save_split(dataset, complete / "dataset")
     if "sheet" in formats:
         write_sheet(dataset, classes, complete / "sheet.jpg", arguments.num_pictures, images.window)
-    write_json(complete / "report.json", {"settings": _settings(arguments), "classes": classes} | report)
+    left_out = _TILES if arguments.tile_size is None else ()
+    settings = {name: value for name, value in _settings(arguments).items() if name not in left_out}
+    write_json(complete / "report.json", {"settings": settings, "classes": classes} | report)
     folder.put_in_place(complete)
     _print_report(report, arguments.score_threshold, folder.path)
 
