@@ -2,13 +2,14 @@
 
 import io
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.images import decode_image
-from aligndet_hf.data.leakage import difference_hash, find_leaks, fingerprints
+from aligndet_hf.data.leakage import difference_hash, find_leaks, fingerprints, look_for_leaks
 from aligndet_hf.data.synthetic import write_synthetic_folder
 
 
@@ -47,6 +48,18 @@ def test_files_and_copies_are_found(folder):
     assert others == held_out.names  # everything has a closest image
     nothing = fingerprints(load_dataset_source(folder, "train").select([]), disable_tqdm=True)
     assert find_leaks(nothing, held_out) == [] and find_leaks(seen, nothing) == []
+
+
+def test_images_without_names_are_counted_one_by_one(folder, tmp_path):
+    files = sorted((folder / "train").glob("*.jpg"))
+    images = [{"bytes": path.read_bytes(), "path": None} for path in files]
+    dataset = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image(decode=False))
+    datasets.DatasetDict({"validation": dataset}).save_to_disk(tmp_path / "data")
+    seen = [(str(folder), "validation", ""), (str(folder), "train", "")]
+    found = look_for_leaks((str(tmp_path / "data"), "validation", None), seen, [], tmp_path / "leakage.json")
+    assert found["images"] == 6 and found["training_images"] == [4, 6] and found["unreadable"] == 1
+    assert [(leak["image"], leak["same_file"]) for leak in found["leaks"]] == [("<bytes>", True)] * 6
+    assert [leak["seen"] for leak in found["leaks"]] == list(map(str, files))  # of all data sets the closest image
 
 
 def test_the_hash_tells_brightness_rising_to_the_right():

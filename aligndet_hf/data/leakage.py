@@ -124,18 +124,18 @@ def look_for_leaks(held_out: tuple, seen: list[tuple], content: list[str], path:
         return fingerprints(load_dataset_source(dataset, split or None, image_dir=image_dir or None))
 
     measured, trained = of(*held_out), [of(*source) for source in seen]
+    together = Fingerprints(
+        [name for prints in trained for name in prints.names],
+        [content for prints in trained for content in prints.contents],
+        np.concatenate([prints.looks for prints in trained]),
+        sum(prints.num_unreadable for prints in trained),
+    )
     found = {
         "sources": sources,
         "images": len(measured.names) + measured.num_unreadable,
         "training_images": [len(prints.names) for prints in trained],
-        "unreadable": measured.num_unreadable + sum(prints.num_unreadable for prints in trained),
-        "leaks": [],
+        "unreadable": measured.num_unreadable + together.num_unreadable,
+        "leaks": find_leaks(together, measured),
     }
-    worst: dict[str, dict] = {}
-    for prints in trained:
-        for leak in find_leaks(prints, measured):
-            if leak["image"] not in worst or leak["distance"] < worst[leak["image"]]["distance"]:
-                worst[leak["image"]] = leak
-    found["leaks"] = list(worst.values())
     write_json(path, found)
     return found
