@@ -15,6 +15,7 @@ from aligndet_hf.reporting.paired import (
     compare_runs,
     mean_curve,
     paired_difference,
+    points,
     resampled_precisions,
     steps_to_reach,
     summarize,
@@ -51,7 +52,11 @@ def test_the_interval_lies_between_the_extremes_and_turns_with_the_sign(pairs):
     low, high = found["interval"]
     assert min(found["differences"]) - 1e-12 <= low <= high <= max(found["differences"]) + 1e-12
     assert turned["interval"] == pytest.approx([-high, -low])
-    assert found["wins"] + turned["wins"] + sum(a == b for a, b in pairs) == len(pairs)
+    assert found["wins"] + turned["wins"] + sum(points(a - b) == 0 for a, b in pairs) == len(pairs)
+
+
+def test_a_difference_that_no_report_shows_is_no_win():
+    assert paired_difference([0.40001, 0.4006, 0.3], [0.4, 0.4, 0.4])["wins"] == 1
 
 
 def test_what_cannot_be_paired_is_refused():
@@ -73,6 +78,13 @@ def test_the_mean_curve_has_the_steps_that_all_curves_have():
     found = mean_curve([one, other])
     assert found["step"] == [2, 4]
     assert found["mean"] == pytest.approx([0.3, 0.4]) and found["min"] == [0.2, 0.2] and found["max"] == [0.4, 0.6]
+
+
+def test_of_a_run_that_stopped_early_the_last_value_counts_on():
+    stopped = [{"step": 1, "AP": 0.1}, {"step": 2, "AP": 0.3}]
+    other = [{"step": 1, "AP": 0.1}, {"step": 2, "AP": 0.2}, {"step": 3, "AP": 0.5}]
+    found = mean_curve([stopped, other])
+    assert found["step"] == [1, 2, 3] and found["mean"] == pytest.approx([0.1, 0.25, 0.4])
 
 
 def run(arm: str, seed: int, curve: list[float], fraction: float = 0.1) -> Run:
@@ -104,6 +116,22 @@ def test_arms_are_compared_seed_by_seed():
     assert ours["steps_to"]["baseline"]["seeds"] == [100, 200, 100]
     assert ours["steps_to"]["0.45"] == {"AP": 0.45, "mean_curve": 100, "seeds": [None, 200, 100]}
     assert "baseline" not in found[1.0]["ours"]["steps_to"]
+
+
+def test_an_arm_is_counted_to_what_the_baseline_has_with_the_same_seeds():
+    """The seed that the arm has not yet is an easy or a hard one."""
+    runs = [run("plain", 0, [0.2, 0.3]), run("plain", 1, [0.5, 0.7]), run("ours", 0, [0.35, 0.4])]
+    found = compare_runs(runs, "plain")[0.1]
+    assert found["plain"]["steps_to"]["baseline"]["AP"] == pytest.approx(0.5)
+    assert found["ours"]["steps_to"]["baseline"] == {"AP": 0.3, "mean_curve": 100, "seeds": [100]}
+
+
+def test_only_classes_that_both_arms_have_are_compared():
+    other = run("ours", 0, [0.4])
+    other.metrics["per_class"] = {"d": 0.4, "a": 0.5}
+    ours = compare_runs([run("plain", 0, [0.3]), other], "plain")[0.1]["ours"]
+    assert list(ours["gain_per_class"]) == ["a"] and ours["gain_per_class"]["a"]["mean"] == pytest.approx(0.2)
+    assert list(ours["per_class"]) == ["d", "a"]
 
 
 # ---- could it flatter? ----

@@ -41,6 +41,11 @@ def summarize(values: Sequence[float]) -> dict:
     }
 
 
+def points(difference: float) -> float:
+    """A difference of AP in points, as a report shows it: to a tenth. Smaller ones are no win."""
+    return round(100 * difference, 1)
+
+
 def paired_difference(values: Sequence[float], baseline: Sequence[float], resamples: int = 10_000) -> dict:
     """
     What an arm gains over another one, seed by seed.
@@ -56,7 +61,7 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], resamp
 
     Returns:
         `dict`: `differences`, their `mean` and `std`, the `interval` (`None` for one seed), `wins` (seeds in which the
-        arm is better), and `most_coverage`, the bound above.
+        arm is better by what a report shows, see [`points`]), and `most_coverage`, the bound above.
 
     Raises:
         `ValueError`: if the lengths differ, or there is no seed.
@@ -74,7 +79,7 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float], resamp
         "mean": summary["mean"],
         "std": summary["std"],
         "interval": interval,
-        "wins": int((differences > 0).sum()),
+        "wins": sum(points(difference) > 0 for difference in summary["values"]),
         "most_coverage": 1 - 2.0 ** (1 - count),
     }
 
@@ -105,6 +110,8 @@ def mean_curve(curves: Sequence[Sequence[Mapping]], key: str = "AP") -> dict[str
     """
     The mean of several learning curves, and their spread, at the steps that all of them have.
 
+    Where a curve has ended before others, its last value stands for it.
+
     Args:
         curves (`Sequence[Sequence[Mapping]]`): Per seed the evaluations, each with `step` and `key`.
 
@@ -112,6 +119,9 @@ def mean_curve(curves: Sequence[Sequence[Mapping]], key: str = "AP") -> dict[str
         `dict[str, list]`: `step`, `mean`, `min` and `max`.
     """
     by_step = [{record["step"]: record[key] for record in curve} for curve in curves]
+    for known in by_step:
+        end = max(known)
+        known |= {step: known[end] for other in by_step for step in other if step > end}
     steps = sorted(set(by_step[0]).intersection(*by_step[1:]))
     values = np.array([[curve[step] for step in steps] for curve in by_step], dtype=float)
     return {
@@ -135,15 +145,15 @@ def compare_runs(
         runs (`Sequence[Run]`): All runs that were finished. Only seeds that both arms have are paired.
         baseline (`str`): The arm to compare with.
         targets (`Sequence[float]`, *optional*): AP values (0 to 1) to count the steps to; the final AP of the baseline
-            (its mean over seeds) is always one, as `"baseline"`.
+            (its mean over the seeds that the arm has) is always one, as `"baseline"`.
         resampled (`Mapping`, *optional*): [`resampled_precisions`] of runs, by arm, fraction and seed. Where all pairs
             have them, `gain` has an `image_interval`: the 95 % bootstrap over evaluation images of the mean
             difference of these seeds.
 
     Returns:
         `dict[float, dict[str, dict]]`: per fraction and arm: `seeds`; `metrics`, a [`summarize`] of each COCO number;
-        `per_class`, of each class; `curve`, a [`mean_curve`]; `gain` and `gain_per_class`, each a
-        [`paired_difference`] to the baseline (not for the baseline itself, nor without common seeds); `steps_to`, per
+        `per_class`, of each class; `curve`, a [`mean_curve`]; `gain` and `gain_per_class` (of the classes that both
+        have), each a [`paired_difference`] to the baseline (not for itself, nor without common seeds); `steps_to`, per
         target the step of the mean curve and the step of each seed's curve.
     """
     result: dict[float, dict[str, dict]] = {}
@@ -154,11 +164,8 @@ def compare_runs(
             for arm in sorted(arms, key=lambda arm: (arm != baseline, arms.index(arm)))
         }
         base = found.get(baseline, {})
-        goals = {f"{target:g}": target for target in targets}
-        if base:
-            goals["baseline"] = float(np.mean([run.metrics["AP"] for run in base.values()]))
         result[fraction] = {
-            arm: _arm_statistics(by_seed, base if arm != baseline else {}, goals, resampled or {})
+            arm: _arm_statistics(by_seed, base, arm == baseline, targets, resampled or {})
             for arm, by_seed in found.items()
             if by_seed
         }
@@ -175,11 +182,15 @@ def _image_interval(pairs: Sequence[tuple[Run, Run]], resampled: Mapping) -> lis
 
 
 def _arm_statistics(
-    by_seed: Mapping[int, Run], base: Mapping[int, Run], goals: Mapping[str, float], resampled: Mapping
+    by_seed: Mapping[int, Run], base: Mapping[int, Run], is_base: bool, targets: Sequence[float], resampled: Mapping
 ) -> dict:
     runs = [by_seed[seed] for seed in sorted(by_seed)]
+    common = sorted(set(by_seed) & set(base))
     classes = list(runs[0].metrics["per_class"])
     curve = mean_curve([run.curve for run in runs])
+    goals = {f"{target:g}": target for target in targets}
+    if common:
+        goals["baseline"] = float(np.mean([base[seed].metrics["AP"] for seed in common]))
     result = {
         "seeds": sorted(by_seed),
         "metrics": {name: summarize([run.metrics[name] for run in runs]) for name in SUMMARY},
@@ -196,7 +207,7 @@ def _arm_statistics(
             for name, goal in goals.items()
         },
     }
-    if common := sorted(set(by_seed) & set(base)):
+    if common and not is_base:
         pairs = [(by_seed[seed].metrics, base[seed].metrics) for seed in common]
         result["gain"] = {"seeds": common} | paired_difference(
             [metrics["AP"] for metrics, _ in pairs], [metrics["AP"] for _, metrics in pairs]
@@ -209,5 +220,6 @@ def _arm_statistics(
                 [metrics["per_class"][name] for _, metrics in pairs],
             )
             for name in classes
+            if all(name in metrics["per_class"] for _, metrics in pairs)
         }
     return result
