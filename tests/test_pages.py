@@ -126,6 +126,9 @@ def results_of(aps: dict[str, dict[float, list[float]]], **protocol) -> dict:
          "(a hint: 3 seeds of equal arms agree by chance in 25 % of all comparisons)"),
         ([0.2] * 6, [0.1] * 6, "is below plain in every seed, by 10.0 points of AP, with 10 % of the labels"),
         ([0.2, 0.2], [0.3, 0.1], "cannot be told from plain with 10 % of the labels, where the seeds disagree"),
+        ([0.2] * 2, [0.20001, 0.19999],
+         "is equal to plain to a tenth of a point in every seed, with 10 % of the labels"),
+        ([0.2] * 2, [0.3, 0.20001], "cannot be told from plain with 10 % of the labels, where the seeds disagree"),
         ([0.2], [0.3], "differs from plain by +10.0 in one seed, with 10 % of the labels. One seed decides nothing"),
         ([0.01] * 3, [0.04] * 3,
          "cannot be compared with plain with 10 % of the labels: the AP of both is below 5, so that nothing can be "
@@ -160,6 +163,8 @@ def test_a_verdict_on_several_shares_and_arms():
     results["statistics"]["0.1"]["ours"]["gain"]["image_interval"] = [-0.01, 0.2]
     assert "; with 10 % of the labels, other evaluation images could say the opposite (a hint" in verdict(results)[0]
     results["arms"] = {"plain": {"start": {}, "protocol": {}}, "ours": {"start": {}, "protocol": {"max_steps": 8}}}
+    assert verdict(results)[0].startswith("ours, not under the same protocol, is above plain in every seed")
+    results["statistics"]["0.1"]["ours"]["curve"]["step"] = [2]  # after more steps than the 1 of plain
     assert verdict(results)[0].startswith("ours, which is plain with longer fine-tuning, is above plain in every seed")
     assert verdict(results_of({"plain": plain})) == ["There is nothing yet to compare plain with."]
     assert verdict({"statistics": {}, "baseline": "plain"}) == ["Nothing is finished yet."]

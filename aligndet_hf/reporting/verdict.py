@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
-from .fairness import includes_zero, longer_arms
+import numpy as np
 
-LEARNT = 0.05  # AP; below it nothing was learnt that a difference could be about
+from .fairness import LEARNT, includes_zero, longer_arms, nothing_learnt
+from .paired import points
+
 ENOUGH_SEEDS = 6  # six agree by chance in 3 % of comparisons
 
 
@@ -12,8 +14,9 @@ def verdict(results: Mapping) -> list[str]:
     """
     A sentence for each arm beside the baseline, and one for all arms with a single seed.
 
-    An arm is above or below the baseline where it is so in every seed that both have; where the bootstrap over images
-    includes 0, that is said. Nothing is decided where the AP of both is near 0, or with one seed.
+    An arm is above or below the baseline where it is so in every seed that both have, to a tenth of a point;
+    where the bootstrap over images includes 0, that is said. Nothing is decided where the AP of both is near 0, or
+    with one seed.
 
     Args:
         results (`Mapping`): What [`~aligndet_hf.commands.compare.compare`] writes to `results.json`.
@@ -50,6 +53,8 @@ def _of_arm(arm: str, baseline: str, found: Mapping) -> str:
             clauses.append(f"is {outcome} {baseline} in every seed, by {size} points of AP, with {_labels(fractions)}")
     if fractions := groups.get("undecided"):
         clauses.append(f"cannot be told from {baseline} with {_labels(fractions)}, where the seeds disagree")
+    if fractions := groups.get("equal"):
+        clauses.append(f"is equal to {baseline} to a tenth of a point in every seed, with {_labels(fractions)}")
     if fractions := groups.get("one seed"):
         gains = ", ".join(f"{100 * found[fraction][arm]['gain']['mean']:+.1f}" for fraction in fractions)
         clauses.append(f"differs from {baseline} by {gains} in one seed, with {_labels(fractions)}")
@@ -69,13 +74,12 @@ def _of_arm(arm: str, baseline: str, found: Mapping) -> str:
 
 def _outcome(arm: Mapping, baseline: Mapping) -> str:
     gain = arm["gain"]
-    if max(arm["metrics"]["AP"]["mean"], baseline["metrics"]["AP"]["mean"]) < LEARNT:
+    if nothing_learnt(arm, baseline):
         return "nothing learnt"
     if len(gain["seeds"]) < 2:
         return "one seed"
-    if gain["wins"] == len(gain["seeds"]):
-        return "above"
-    return "below" if all(difference < 0 for difference in gain["differences"]) else "undecided"
+    signs = {np.sign(points(difference)) for difference in gain["differences"]}
+    return {1: "above", 0: "equal", -1: "below"}[signs.pop()] if len(signs) == 1 else "undecided"
 
 
 def _labels(fractions: list[str]) -> str:
