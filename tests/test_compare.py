@@ -19,6 +19,8 @@ from aligndet_hf.commands.compare import CompareArguments, compare, plan_jobs
 from aligndet_hf.data import leakage
 from aligndet_hf.data.synthetic import write_synthetic_folder
 from aligndet_hf.evaluation.image_matches import MATCHES, ImageMatches
+from aligndet_hf.pipelines.outcomes import results_of
+from aligndet_hf.pipelines.stages import Stage
 from aligndet_hf.recipes import find_recipe
 
 
@@ -114,8 +116,35 @@ def test_labels_and_seeds_reach_every_supervised_stage(settings):
             chosen = [stage.settings[name] for name in ("label_fraction", "label_seed", "seed")]
             assert chosen == [job.fraction, job.seed, job.seed]
     arms["low"]["direct"]["label_fraction"] = 1.0
-    with pytest.raises(ValueError, match="'direct' would be trained with other labels"):
+    with pytest.raises(ValueError, match="'direct' would learn from other labels of the same data"):
         plan_jobs(CompareArguments(**settings | {"arms": arms, "output_dir": "out"}))
+
+
+@pytest.mark.parametrize("knows_more", ["teacher", "pseudolabel"])
+@pytest.mark.parametrize("spelling", [{}, {"split": "train"}, {"split": None}, {"dataset": "${data}/"}])
+def test_no_stage_knows_more_labels_however_its_data_is_written(settings, spelling, knows_more):
+    stages = {
+        "teacher": {"command": "finetune", "dataset": "${data}", "detector": "detr"},
+        "pseudolabel": {"dataset": "photos", "labelled_dataset": "${data}", "detector": "${teacher}"},
+        "finetune": {"dataset": "${data}", "detector": "${teacher}", "pseudo_dataset": "${pseudolabel}"},
+    }
+    changes = {"stages": stages, "arms": {"student": {}}, "fractions": [0.5], "output_dir": "out"}
+    names = {key: f"labelled_{key}" if knows_more == "pseudolabel" else key for key in spelling}
+    stages[knows_more] |= {names[key]: value for key, value in spelling.items()}
+    assert plan_jobs(CompareArguments(**settings | changes))
+    stages[knows_more]["label_fraction"] = 1.0
+    with pytest.raises(ValueError, match=f"'{knows_more}' would learn from other labels of the same data"):
+        plan_jobs(CompareArguments(**settings | changes))
+    stages[knows_more][names.get("dataset", "dataset" if knows_more == "teacher" else "labelled_dataset")] = "other"
+    assert plan_jobs(CompareArguments(**settings | changes))
+
+
+def test_last_stages_with_the_same_settings_are_run_once(settings):
+    arms = {"plain": {"pretrain": None}, "again": {"pretrain": None}, "ceiling": {"pretrain": None, "fraction": 1.0}}
+    found = plan(settings, arms=arms, seeds=[4], fractions=[0.5, 1.0])
+    assert found["again, 50 % of the labels, seed 4"] == ["out/plain/finetune-fraction-0.5-seed-4"]
+    whole = [f"{arm}, 100 % of the labels, seed 4" for arm in arms] + ["ceiling, 50 % of the labels, seed 4"]
+    assert {tuple(found[run]) for run in whole} == {("out/plain/finetune-fraction-1-seed-4",)}
 
 
 def test_longer_arms_of_the_baseline(settings):
@@ -232,6 +261,10 @@ def test_checkpoints_and_chains_are_arms(settings, tmp_path):
         ({"seeds": [1, 1]}, "seeds must be different"),
         ({"fractions": []}, "fractions must not be empty"),
         ({"checkpoints": ["x"]}, "NAME=DETECTOR"),
+        ({"checkpoints": ["aligndet=some/model"]}, "--checkpoints would replace the arm 'aligndet'"),
+        ({"checkpoints": ["a=some/model", "a=other"]}, "--checkpoints would replace the arm 'a'"),
+        ({"arms": {"plain": {}, "plain_long": {}}, "baseline_long": True}, "--baseline_long would replace the arm"),
+        ({"arms": {"a": {"finetune": {"do_eval": False}}}}, "arm 'a': do_eval false leaves nothing to compare"),
         ({"num_parallel": -1}, "num_parallel"),
         ({"arms": {"a": {"finetune": None}}}, "arm 'a': stage 'finetune' is what is measured"),
         ({"arms": {"a": {"finetune": {"label_seed": 1}}}}, "arm 'a': .*label_seed is set by the comparison"),
@@ -421,6 +454,52 @@ def test_other_settings_of_the_common_stage_are_told(settings, tmp_path, monkeyp
     report = (tmp_path / "report.md").read_text()
     assert "**Not under the same protocol**" in report and "| long | max_steps: 7 |" in report
     assert "Nothing is finished yet." in report
+
+
+@pytest.mark.parametrize("fractions", [[0.5, 1.0], [1.0, 0.5]])
+def test_an_arm_with_more_labels_is_told_in_any_order(settings, tmp_path, monkeypatch, fractions):
+    arms = {"plain": {"pretrain": None}, "ceiling": {"pretrain": None, "fraction": 1.0}}
+    monkeypatch.setattr(module, "run_stages", lambda stages, **_: {})
+    run = settings | {"arms": arms, "fractions": fractions, "output_dir": str(tmp_path)}
+    found = compare(CompareArguments(**run))["arms"]
+    assert found["ceiling"] == {"start": {}, "protocol": {"label_fraction": 1.0}}
+    assert found["plain"] == {"start": {}, "protocol": {}}
+
+
+def test_best_weights_are_told_and_are_no_point_of_the_curve(settings, tmp_path, monkeypatch):
+    arms = {"plain": {"pretrain": None}, "early": {"pretrain": None, "finetune": {"early_stopping_patience": 1}}}
+    arms["early"]["finetune"]["save_strategy"] = "best"
+    monkeypatch.setattr(module, "run_stages", lambda stages, **_: {})
+    run = settings | {"arms": arms, "output_dir": str(tmp_path)}
+    assert compare(CompareArguments(**run))["best_weights"] == ["early"]
+    log = [(100, 0.2), (200, 0.4), (300, 0.3), (300, 0.4)]  # the last is measured again, with the weights of step 200
+    history = [{"step": step, "eval_AP": ap, "eval_AP_a": ap} for step, ap in log]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    metrics = {"AP": 0.4, "per_class": {"a": 0.4}}
+    (tmp_path / "results.json").write_text(json.dumps({"metrics": metrics, "steps": 300}))
+    found = results_of(Stage("finetune", "finetune", {"output_dir": str(tmp_path)}))
+    assert [(point["step"], point["AP"]) for point in found["curve"]] == log[:3] and found["metrics"] == metrics
+
+
+def test_pseudo_labelled_images_are_training_images(settings, data, tmp_path, monkeypatch):
+    """A student that learns from evaluation images, and a published set of them."""
+    detector = settings["stages"]["pretrain"]["detector"]
+    stages = {
+        "teacher": settings["stages"]["finetune"] | {"command": "finetune", "detector": detector},
+        "pseudolabel": {
+            "dataset": "${data}", "split": "validation", "labelled_dataset": "${data}", "detector": "${teacher}"
+        },
+        "finetune": {"dataset": "${data}", "detector": "${teacher}", "pseudo_dataset": "${pseudolabel}"},
+    }  # fmt: skip
+    monkeypatch.setattr(module, "run_stages", lambda stages, **_: {})
+    run = settings | {"stages": stages, "arms": {"student": {}}, "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="3 of 3 evaluation images are training images"):
+        compare(CompareArguments(**run))
+    stages["finetune"] |= {"pseudo_dataset": str(data), "pseudo_split": "validation"}
+    with pytest.raises(ValueError, match="3 of 3 evaluation images are training images"):
+        compare(CompareArguments(**run))
+    stages["finetune"]["pseudo_split"] = "train"
+    assert compare(CompareArguments(**run))["leakage"]["training_images"] == [4]
 
 
 def test_leaked_images_are_refused_unless_told_otherwise(settings, data, tmp_path, monkeypatch, capsys):

@@ -21,22 +21,25 @@ from ..pipelines.outcomes import (
     differences_of,
     draw_arms,
     is_without_crops,
+    keeps_best,
     mean_costs,
     planned_images,
     results_of,
-    setting,
     steps_for,
 )
 from ..pipelines.progress import Progress, planned_steps
 from ..pipelines.runner import is_finished, record_of, run_stages
 from ..pipelines.stages import (
     Stage,
+    fields_of,
     merged,
     needed_for,
     origin_of,
+    pseudo_origin_of,
     read_chain,
     require_plain_name,
     resolve_stages,
+    setting,
     without_secrets,
 )
 from ..ranges import PART, SEED, SHARE
@@ -118,7 +121,7 @@ class CompareArguments(PipelineArguments):
             name, equals, detector = text.partition("=")
             if not equals or not name:
                 raise ValueError(f"--checkpoints takes NAME=DETECTOR, got {text!r}")
-            self.arms = self.arms | {name: {self.measured: {"detector": detector}}}
+            self._add_arm(name, {self.measured: {"detector": detector}}, "--checkpoints")
         if (self.stages[self.measured] or {}).get("command", self.measured) != "finetune":
             raise ValueError(f"the last stage, {self.measured!r}, must be a `finetune`: it is what the arms share")
         _refuse_what_is_set_here(f"stage {self.measured!r}", self.stages[self.measured])
@@ -136,6 +139,11 @@ class CompareArguments(PipelineArguments):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be different values, at least one, got {values}")
+
+    def _add_arm(self, name: str, changes: dict, flag: str) -> None:
+        if self.arms.get(name, changes) != changes:
+            raise ValueError(f"{flag} would replace the arm {name!r}: give one of the two another name")
+        self.arms = self.arms | {name: changes}
 
 
 @dataclass(eq=False)
@@ -187,7 +195,7 @@ def compare(arguments: CompareArguments) -> dict:
         parsed = {stage: stage.write_recipe() for stage in stages}
         require_weights({stage: parsed[stage] for stage in stages if not is_finished(stage)}, arguments.variables)
         check = _check_data(arguments, jobs, parsed[jobs[0].measured], output_dir)
-        measured = {job.measured: str(job) for job in jobs}
+        measured = {job.measured: str(job) for job in reversed(jobs)}  # of arms that share it, the first
         names = {stage: str(stage.folder.relative_to(output_dir)) for stage in stages} | measured
         origins = map(tuple, check["leakage"]["sources"]["training"])
         images = dict(zip(origins, check["leakage"]["training_images"], strict=True))
@@ -238,10 +246,14 @@ def plan_jobs(arguments: CompareArguments) -> list[Job]:
     """
     jobs = _plan(arguments)
     if controls := _controls(arguments, jobs):
-        arguments.arms = {**arguments.arms, **controls}
+        for name, changes in controls.items():
+            arguments._add_arm(name, changes, f"--baseline{name.removeprefix(arguments.baseline)}")
         jobs = _plan(arguments)
-    # A teacher that is trained as an arm is measured is this arm's run.
-    return _plan(arguments, {_key(job.measured.command, job.measured.settings): job.measured.folder for job in jobs})
+    # Measured stages with the same settings are the run of the first arm, and so is a teacher that is trained alike.
+    names = list(arguments.arms)
+    last_first = sorted(jobs, key=lambda job: names.index(job.arm), reverse=True)
+    first = {_key(job.measured.command, job.measured.settings): job.measured.folder for job in last_first}
+    return _plan(arguments, first)
 
 
 def _key(command: str, settings: Mapping) -> str:
@@ -286,7 +298,7 @@ def _plan(arguments: CompareArguments, measured_folders: Mapping[str, Path] | No
             told = {"fraction": f"{fraction:g}", "seed": seed}
             varying = "".join(f"-{key}-{value}" for key, value in told.items() if key in uses)
             folder = Path(arguments.output_dir) / owner / f"{name}{varying}"
-            if name == arguments.measured:
+            if name == arguments.measured and measured_folders is None:
                 return folder
             return folders.setdefault(_key(command, settings), folder)
 
@@ -307,6 +319,8 @@ def _plan(arguments: CompareArguments, measured_folders: Mapping[str, Path] | No
                     raise ValueError(f"arm {arm!r}: {error}") from error
                 jobs.append(Job(arm, fraction, seed, needed_for(stages)))
                 _refuse_other_labels(jobs[-1])
+                if not setting(jobs[-1].measured, "do_eval"):
+                    raise ValueError(f"arm {arm!r}: do_eval false leaves nothing to compare: leave it out")
     return jobs
 
 
@@ -342,17 +356,26 @@ def _refuse_what_is_set_here(where: str, settings: Mapping) -> None:
 
 
 def _refuse_other_labels(job: Job) -> None:
-    """A stage before the measured one that is trained with labels must not know more of them."""
+    """A stage before the measured one that learns from labels must not know more of them."""
+    shares = ("label_fraction", "label_seed")
     for stage in job.stages[:-1]:
-        same_data = all(stage.settings.get(key) == job.measured.settings.get(key) for key in ("dataset", "split"))
-        same_labels = all(
-            stage.settings.get(key) == job.measured.settings.get(key) for key in ("label_fraction", "label_seed")
-        )
-        if stage.command == "finetune" and same_data and not same_labels:
+        if not fields_of(stage.command).issuperset(shares) or not _is_same_data(stage, job.measured):
+            continue
+        if any(setting(stage, share) != setting(job.measured, share) for share in shares):
             raise ValueError(
-                f"arm {job.arm!r}, stage {stage.name!r} would be trained with other labels of the same data than the "
+                f"arm {job.arm!r}, stage {stage.name!r} would learn from other labels of the same data than the "
                 "measured stage: leave label_fraction and label_seed to the comparison"
             )
+
+
+def _is_same_data(*stages: Stage) -> bool:
+    """Whether stages take their labels from the same data, however it is written."""
+    places, splits = set(), set()
+    for stage in stages:
+        prefix = "labelled_" if setting(stage, "labelled_dataset") else ""
+        places.add(Path(str(setting(stage, f"{prefix}dataset"))).expanduser().resolve())
+        splits.add(setting(stage, f"{prefix}split"))
+    return len(places) == 1 and len(splits - {None}) < 2  # no split: there is one, or all are meant
 
 
 # ---- the data ----
@@ -380,7 +403,9 @@ def _check_data(arguments: CompareArguments, jobs: list[Job], settings: Finetune
         },
     )
     held_out = (settings.eval_dataset, settings.eval_split, settings.eval_image_dir)
-    seen = sorted({origin_of(stage, job.stages) for job in jobs for stage in job.stages if stage.command in TRAINED})
+    trained = [(stage, job.stages) for job in jobs for stage in job.stages if stage.command in TRAINED]
+    origins = [origin(stage, stages) for stage, stages in trained for origin in (origin_of, pseudo_origin_of)]
+    seen = sorted(set(filter(None, origins)))
     places = {source: Path(source[0]).expanduser() for source in [held_out, *seen]}
     content = [path_hash(place, source[2] or None) for source, place in places.items() if place.exists()]
     leakage = look_for_leaks(held_out, seen, content, output_dir / LEAKAGE)
@@ -406,6 +431,17 @@ def _check_data(arguments: CompareArguments, jobs: list[Job], settings: Finetune
 # ---- the results ----
 
 
+def _differences(arguments: CompareArguments, jobs: list[Job], output_dir: Path) -> dict[str, dict]:
+    """In what each arm differs from the baseline in any of its runs, each beside the one with the same labels."""
+    found: dict[str, dict] = {arm: {"start": {}, "protocol": {}} for arm in arguments.arms}
+    baseline = {(job.fraction, job.seed): job.measured for job in jobs if job.arm == arguments.baseline}
+    for job in jobs:
+        settings = baseline[job.fraction, job.seed].settings
+        for part, values in differences_of(job.measured.settings, settings, output_dir).items():
+            found[job.arm][part] = values | found[job.arm][part]  # of several values the first
+    return found
+
+
 def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> dict:
     """Writes all results that there are by now, and returns them."""
     runs, rows, resampled = [], [], {}
@@ -429,7 +465,7 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
         },
         "environment": environment(),
         "baseline": arguments.baseline,
-        "arms": {arm: differences_of(measured[arm].settings, baseline, output_dir) for arm in arguments.arms},
+        "arms": _differences(arguments, jobs, output_dir),
         "protocol": {
             key: value for key, value in baseline.items() if key not in START | set(PER_RUN) | {"output_dir"}
         },
@@ -441,6 +477,7 @@ def _report(arguments, jobs, failures, check, output_dir, with_plots=True) -> di
         ],
         "costs": costs,
         "without_crops": [arm for arm in arguments.arms if is_without_crops(measured[arm])],
+        "best_weights": [arm for arm in arguments.arms if keeps_best(measured[arm])],
         "seconds": {
             arm: {"before": cost and cost["seconds_before"], "measured": cost and cost["seconds"]}
             for arm, cost in costs.items()

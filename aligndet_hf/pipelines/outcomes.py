@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data.formats import category_names, load_dataset_source
 from ..flags import names_of
@@ -13,16 +12,11 @@ from ..reporting.predictions import plot_detectors
 from ..reporting.run_record import RESULTS, SUMMARY
 from ..training.finetune_arguments import FinetuneArguments
 from .runner import is_finished, record_of
-from .stages import Stage, arguments_class
+from .stages import Stage, setting
 
 # What an arm may set in the common fine-tuning and still be compared under the same protocol.
 START = names_of(FinetuneArguments, "start")
 TRAINED = {"pretrain": SUMMARY, "finetune": RESULTS}  # the commands that see images in training: where their steps are
-
-
-def setting(stage: Stage, name: str) -> Any:
-    """The value of a flag of a stage: its own, or the default of its command."""
-    return stage.settings.get(name, getattr(arguments_class(stage.command), name, None))
 
 
 def images_per_step(stage: Stage) -> int:
@@ -94,7 +88,8 @@ def results_of(stage: Stage) -> dict:
     for entry in json.loads((stage.folder / "trainer_state.json").read_text())["log_history"]:
         if "eval_AP" in entry:
             per_class = {name: entry[f"eval_AP_{name}"] for name in classes}
-            curve[entry["step"]] = {"step": entry["step"], "AP": entry["eval_AP"], "per_class": per_class}
+            point = {"step": entry["step"], "AP": entry["eval_AP"], "per_class": per_class}
+            curve.setdefault(entry["step"], point)  # the last step is measured again, with the weights that are kept
     return {"metrics": record["metrics"], "curve": list(curve.values()), "steps": record["steps"]}
 
 
@@ -102,6 +97,12 @@ def is_without_crops(stage: Stage) -> bool:
     """Whether a fine-tuning leaves crops out: the default has them."""
     scale = stage.settings.get("crop_scale", True)
     return scale is None or (scale is not True and min(scale) == 1)
+
+
+def keeps_best(stage: Stage) -> bool:
+    """Whether a fine-tuning ends with the best measured weights: the default where it stops early."""
+    best = setting(stage, "load_best_model_at_end")
+    return setting(stage, "early_stopping_patience") is not None if best is None else best
 
 
 def differences_of(settings: Mapping, baseline: Mapping, output_dir: Path) -> dict[str, dict]:

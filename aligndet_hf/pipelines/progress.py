@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 from ..training.run_length import FORECAST
-from .outcomes import TRAINED, images_per_step, setting
+from .outcomes import TRAINED, images_per_step
 from .runner import is_finished, record_of
-from .stages import Stage, origin_of
+from .stages import Stage, origin_of, setting
 
 
 class Progress:

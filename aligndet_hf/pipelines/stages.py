@@ -261,6 +261,11 @@ def arguments_class(command: str) -> type:
     return getattr(importlib.import_module(row.module), row.arguments)
 
 
+def setting(stage: Stage, name: str) -> Any:
+    """The value of a flag of a stage: its own, or the default of its command."""
+    return stage.settings.get(name, getattr(arguments_class(stage.command), name, None))
+
+
 def fields_of(command: str) -> set[str]:
     """The names of a command's flags."""
     cls = arguments_class(command)
@@ -307,9 +312,19 @@ def needed_for(stages: list[Stage]) -> list[Stage]:
 
 def origin_of(stage: Stage, stages: list[Stage]) -> tuple[str, str, str]:
     """Where the training images of a stage come from: data set, split and image folder, empty if not given."""
+    return _followed(stage.settings, stage.settings["dataset"], stage.settings.get("split") or "train", stages)
+
+
+def pseudo_origin_of(stage: Stage, stages: list[Stage]) -> tuple[str, str, str] | None:
+    """The same of the pseudo-labelled images that a stage learns from as well; `None` if there are none."""
+    dataset, split = (stage.settings.get(name) for name in ("pseudo_dataset", "pseudo_split"))
+    return _followed({}, dataset, split or "", stages) if dataset else None
+
+
+def _followed(settings: Mapping, dataset: str, split: str, stages: list[Stage]) -> tuple[str, str, str]:
+    """A data set, or what the stage that makes it was given."""
     by_folder = {str(other.folder): other for other in stages}
-    settings, split = stage.settings, stage.settings.get("split") or "train"
-    while settings["dataset"] in by_folder:
-        settings = by_folder[settings["dataset"]].settings
-        split = settings.get("split") or split
-    return str(settings["dataset"]), split, settings.get("image_dir") or ""
+    while made := by_folder.get(dataset):
+        settings, dataset = made.settings, made.settings["dataset"]
+        split = setting(made, "split") or split
+    return str(dataset), split, settings.get("image_dir") or ""
