@@ -241,7 +241,7 @@ class FinetuneArguments(
         if self.lr_milestones and "lr_scheduler_type" in self.given:
             raise ValueError(
                 f"lr_milestones are a schedule, and lr_scheduler_type {self.lr_scheduler_type} is another: give one "
-                "(lr_milestones: [] takes those of a recipe away)"
+                "(lr_milestones: [] takes away what a recipe has)"
             )
         self._refuse_what_has_no_effect()
         TrainingArguments.__post_init__(self)
