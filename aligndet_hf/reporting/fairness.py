@@ -89,7 +89,7 @@ def _about_best_weights(results: Mapping) -> Iterator[str]:
     if arms := results.get("best_weights"):
         yield (
             f"Measured with the best weights, not the last (load_best_model_at_end): {', '.join(arms)}. They are "
-            "chosen on the evaluation images, so that their AP is higher than on others."
+            "chosen on the evaluation images, so that their AP may be lower on others."
         )
 
 
