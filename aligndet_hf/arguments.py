@@ -5,12 +5,12 @@ A command's dataclass inherits what it has, and says with [`again`] what is diff
 fit the command better. Names are the ones of `transformers.TrainingArguments`, where it has one.
 """
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .flags import REQUIRED, TakesOldNames, flag, given_flags
+from .flags import REQUIRED, TakesOldNames, default_of, flag, given_flags
 from .objects import name_objects
 from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, check_values
 
@@ -40,8 +40,7 @@ def again(mixin: type, name: str, **changes: Any) -> Any:
         changes: `default`, and entries of the metadata, such as `help`, in place of those it has.
     """
     known = mixin.__dataclass_fields__[name]
-    default = known.default if known.default_factory is MISSING else known.default_factory()
-    return flag(**{"default": default, **known.metadata, **changes})
+    return flag(**{"default": default_of(known), **known.metadata, **changes})
 
 
 def is_trained(backbone: str | None, weights: str | None) -> bool:

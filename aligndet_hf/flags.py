@@ -91,6 +91,11 @@ def flag(default: Any, role: str, help: str, **more: Any) -> Any:
     return dataclasses.field(**start, metadata={"role": role, "help": help, **more})
 
 
+def default_of(item: dataclasses.Field) -> Any:
+    """The value of a field that is not given, a fresh one of a list or a mapping; [`REQUIRED`] if it must be."""
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
 def roles(cls: type) -> dict[str, str]:
     """
     The role of every flag of a dataclass of arguments, by name.
@@ -167,10 +172,12 @@ class TakesOldNames(type):
     @property
     def __doc__(cls) -> str:
         lines = [inspect.cleandoc(cls.__dict__.get("__doc__") or ""), "", "Args:"]
-        for item in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
-            if "help" in item.metadata and roles(cls).get(item.name, "refused") != "refused":
+        items = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+        role = roles(cls) if items else {}
+        for item in items:
+            if "help" in item.metadata and role.get(item.name, "refused") != "refused":
                 kind = item.type if isinstance(item.type, str) else inspect.formatannotation(item.type)
-                default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+                default = default_of(item)
                 rest = "" if default is REQUIRED else f", *optional*, defaults to `{default!r}`"
                 text = textwrap.fill(item.metadata["help"], break_on_hyphens=False)
                 lines += [f"    {item.name} (`{kind}`{rest}):", textwrap.indent(text, " " * 8)]
@@ -187,7 +194,7 @@ def given_flags(arguments) -> dict[str, Any]:
     """
     given = {}
     for item in dataclasses.fields(arguments):
-        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        default = default_of(item)
         value = getattr(arguments, item.name) if item.init else default
         # What must be given may be an array, which does not compare. The parser of transformers makes a boolean of
         # the default "no".
