@@ -72,6 +72,27 @@ def test_stages_run_after_those_they_need_and_only_once(make, tmp_path):
     assert order(tmp_path) == ["first", "second", "first"]
 
 
+def test_the_seconds_of_a_stage_are_those_of_all_its_processes(make):
+    stage = make("first", code=1)
+    stage.folder.mkdir()
+    run_stages([stage])
+    part = stage.beside(".part.json")
+    part.write_text(json.dumps({"seconds": 1000}))  # as if its process had been interrupted after that time
+    run_stages([stage])
+    assert 1000 < json.loads(part.read_text())["seconds"] < 2000
+    stage.settings["code"] = 0
+    run_stages([stage])
+    whole = record_of(stage)["seconds"]
+    assert 1000 < whole < 2000 and not part.exists()
+    stage.settings["seconds"] = 0.1  # longer: its command goes on where it was
+    run_stages([stage])
+    assert whole < record_of(stage)["seconds"] < 2000
+    stage.settings["seconds"] = 0.2
+    stage.folder.rmdir()  # anew
+    run_stages([stage])
+    assert record_of(stage)["seconds"] < 1000
+
+
 def test_other_data_and_another_run_before_it_make_a_stage_unfinished(make, tmp_path):
     (tmp_path / "data").mkdir()
     image = tmp_path / "data" / "1.png"

@@ -21,6 +21,7 @@ from .stages import Stage
 
 _INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 _POLL_SECONDS = 0.1
+_PART = ".part.json"  # beside a stage that has begun and not ended: the seconds it took so far
 ANEW = "remove it too, to do both anew."
 
 
@@ -66,7 +67,7 @@ def run_stages(
             if stage.folder.exists():
                 raise ValueError(f"{stage.folder} was made from {gone[0].folder}, which is gone: {ANEW}")
     running: dict[Stage, tuple[Callable[[], int | None], float, int]] = {}
-    read = {}
+    read, earlier = {}, {}
     signals = _Signals()
     with signals if num_parallel else contextlib.nullcontext():
         while waiting or running:
@@ -79,6 +80,7 @@ def run_stages(
                     waiting.remove(stage)
                     on_start(stage)
                     started, read[stage] = time.perf_counter(), stage.inputs()
+                    earlier[stage] = _seconds_before(stage)
                     slot = min(set(range(len(running) + 1)) - {other for _, _, other in running.values()})
                     log = stage.beside(".log") if logs else None
                     if num_parallel == 0:
@@ -95,13 +97,16 @@ def run_stages(
                     continue
                 del running[stage]
                 failure = None
+                seconds = round(earlier[stage] + time.perf_counter() - started, 1)
                 if code == 0:
-                    seconds = round(time.perf_counter() - started, 1)
                     record = {"settings": _plain(stage.settings), "inputs": read[stage], "seconds": seconds}
                     write_json(stage.beside(".json"), record)
-                elif code in _INTERRUPTED and not signals.number:
+                    stage.beside(_PART).unlink(missing_ok=True)
+                else:
+                    write_json(stage.beside(_PART), {"seconds": seconds})
+                if code in _INTERRUPTED and not signals.number:
                     signals.note(_INTERRUPTED[code])
-                elif not signals.number:
+                elif code and not signals.number:
                     failure = failures[stage] = _reason(stage, code, logs)
                 if not signals.number:
                     on_end(stage, failure)
@@ -130,8 +135,17 @@ def is_finished(stage: Stage) -> bool:
 
 
 def record_of(stage: Stage) -> dict:
-    """What is known of a finished stage: its `settings`, and the `seconds` that its last process took."""
+    """What is known of a finished stage: its `settings`, and the `seconds` that its processes took."""
     return json.loads(stage.beside(".json").read_text())
+
+
+def _seconds_before(stage: Stage) -> float:
+    """Seconds of the processes that this one goes on from: interrupted ones, or of a shorter run."""
+    for suffix in (_PART, ".json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if stage.folder.exists():
+                return float(json.loads(stage.beside(suffix).read_text())["seconds"])
+    return 0.0
 
 
 class _Signals(NotedSignals):

@@ -338,7 +338,7 @@ def _how(results: Mapping) -> list[Part]:
         f"{results['environment']}; {minutes:.0f} minutes in all.",
         "`aligndet compare --config FILE --output_dir FOLDER` with this file runs it again, where what it names is:",
         _yaml(results["config"]),
-        "Its stages, with the seconds that each took (of an interrupted one, its last part):",
+        "Its stages, with the seconds that each took:",
         _table(["s", "stage"], rows),
     ]
 
