@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoModelForObjectDetection
 
 from ..arguments import DatasetArguments, InferenceArguments, ReadyDetectorArguments, RunArguments, again
 from ..data.errors import DataError
@@ -21,7 +21,7 @@ from ..data.label_export import export_labels
 from ..data.launch import Launch
 from ..data.shards import data_folder, require_all, save_split
 from ..data.sources import model_hash
-from ..detectors.build import find_detector
+from ..detectors.build import find_detector, open_image_processor
 from ..evaluation.predicted_rows import join_predictions, write_coco, write_predictions, write_results
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
@@ -81,7 +81,7 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
     masks: bool = flag(True, "result", "also give the masks of a detector that predicts them, such as Mask R-CNN")
 
     output_dir: str | None = again(
-        RunArguments, "output_dir", default=None, help="folder for what follows; must be new"
+        RunArguments, "output_dir", default=None, help="folder for what follows; must be new", needed_on_console=True
     )
     formats: list[str] = flag(
         ["coco", "results", "sheet"],
@@ -184,8 +184,8 @@ def _load(arguments: PredictArguments, image_processor) -> tuple:
         source = find_detector(detector)
         detector = AutoModelForObjectDetection.from_pretrained(source)
     elif image_processor is None:
-        source = detector.config._name_or_path
-    return detector.to(device_of(arguments.use_cpu)), image_processor or AutoImageProcessor.from_pretrained(source)
+        source = detector.config._name_or_path or detector
+    return detector.to(device_of(arguments.use_cpu)), image_processor or open_image_processor(source)
 
 
 def _run(arguments: PredictArguments, detector, image_processor, images: ImageList, indices) -> Iterator[Prediction]:
