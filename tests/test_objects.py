@@ -83,11 +83,12 @@ def test_each_function_takes_what_the_one_before_returned(labelled, detector, tm
     assert aligndet_hf.ExportArguments(detector=tuned, output_dir="x").detector == str(tuned.output_dir)
 
 
-def test_fine_tuning_starts_from_a_model_in_memory(labelled, detector, tmp_path):
+def test_fine_tuning_starts_from_a_model_in_memory(labelled, detector, tmp_path, capsys):
     """With a seed of its own, so that only what was given can have the weights that are kept."""
     arguments = {"dataset": labelled, "do_eval": False, "output_dir": str(tmp_path), "learning_rate": 0.0}
-    arguments |= {"detector": detector, "seed": 7, "crop_scale": [1, 1], **QUICK, **QUICK_TUNING}
+    arguments |= {"detector": detector, "seed": 7, "warmup_steps": 1, **QUICK, **QUICK_TUNING}
     tuned = aligndet_hf.finetune(aligndet_hf.FinetuneArguments(**arguments))
+    assert "note: the run has 1 steps and the warm-up 1, so" in capsys.readouterr().out
     kept = AutoModelForObjectDetection.from_pretrained(tuned.output_dir)
     name = "model.decoder.bbox_embed.0.layers.0.weight"
     assert torch.equal(kept.state_dict()[name], detector.state_dict()[name])
@@ -98,10 +99,12 @@ def test_fine_tuning_starts_from_a_model_in_memory(labelled, detector, tmp_path)
         aligndet_hf.finetune(aligndet_hf.FinetuneArguments(**arguments | {"detector": other}))
 
 
-def test_a_stream_is_pre_trained_on(proposal_folder, detector, tmp_path):
+def test_a_stream_is_pre_trained_on(proposal_folder, detector, tmp_path, capsys):
     stream = datasets.load_from_disk(str(proposal_folder)).to_iterable_dataset()
-    arguments = aligndet_hf.PretrainArguments(dataset=stream, detector=detector, output_dir=str(tmp_path), **QUICK)
+    given = {"dataset": stream, "detector": detector, "output_dir": str(tmp_path), "warmup_steps": 1}
+    arguments = aligndet_hf.PretrainArguments(**given, **QUICK)
     assert arguments.streaming and aligndet_hf.pretrain(arguments).metrics["step"] == 1
+    assert "note: the run has 1 steps and the warm-up 1, so" in capsys.readouterr().out
 
 
 def test_a_model_is_measured_with_an_image_processor(labelled, detector):

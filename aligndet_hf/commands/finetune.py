@@ -53,7 +53,7 @@ from ..training.checkpointing import find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run
-from ..training.run_length import TellForecast, finetuning_note
+from ..training.run_length import TellForecast, finetuning_note, warmup_note
 from ..training.start import start_hashes, tell_weights, training_folder, training_view
 
 BATCH_SIZE = "batch_size.json"
@@ -224,6 +224,8 @@ def _start(
     processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
     is_detr = not family_of(detector.config).own_loss
     if is_detr and (note := finetuning_note(trainer.total_steps())):
+        processes.print(f"note: {note}")
+    if note := warmup_note(arguments.get_warmup_steps(trainer.total_steps()), trainer.total_steps()):
         processes.print(f"note: {note}")
     tell_weights(report, folder.path)
     evaluation = {"dataset": told(arguments.eval_dataset), "split": arguments.eval_split, "images": len(truth or ())}
