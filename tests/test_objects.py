@@ -116,6 +116,11 @@ def test_a_model_is_measured_with_an_image_processor(labelled, detector):
     assert 0 <= metrics["AP"] <= 1
 
 
+def test_a_data_set_in_memory_is_called_so(labelled, capsys):
+    aligndet_hf.check(aligndet_hf.CheckArguments(dataset=labelled, disable_tqdm=True, find_copies=False))
+    assert "Dataset-" in (line := capsys.readouterr().out.splitlines()[0]) and line.endswith(": a data set in memory")
+
+
 def test_a_command_that_needs_a_folder_says_so(detector, labelled, tmp_path):
     arguments = {"detector": detector, "dataset": labelled, "labelled_dataset": labelled.select([0])}
     with pytest.raises(ValueError, match="in a folder is needed here, with its image processor"):

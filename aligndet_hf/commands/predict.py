@@ -318,10 +318,14 @@ def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], 
     settings = {name: value for name, value in _settings(arguments).items() if name not in left_out}
     write_json(complete / "report.json", {"settings": settings, "classes": classes} | report)
     folder.put_in_place(complete)
-    _print_report(report, arguments.score_threshold, folder.path)
+    if formats:  # else it is for another command, which tells what comes of it
+        _print_report(report, arguments.score_threshold)
+    print_left_out([image["reason"] for image in report["skipped"]], folder.path / "report.json")
+    if formats:
+        print(f"Saved to {folder.path}")
 
 
-def _print_report(report: dict, score_threshold: float, output: Path) -> None:
+def _print_report(report: dict, score_threshold: float) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in report["boxes_of_class"].items() if count)
     print(
         f"{report['images']} images, {report['images_without_boxes']} of them without boxes; {report['boxes']} boxes"
@@ -330,8 +334,6 @@ def _print_report(report: dict, score_threshold: float, output: Path) -> None:
     if report["boxes"] == 0:
         _tell_nothing_found(score_threshold, report["best_score"])
         print("Another --score_threshold needs another --output_dir, or --overwrite_output_dir to start anew.")
-    print_left_out([image["reason"] for image in report["skipped"]], output / "report.json")
-    print(f"Saved to {output}")
 
 
 def _tell_nothing_found(score_threshold: float, best_score: float) -> None:
