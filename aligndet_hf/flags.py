@@ -2,8 +2,9 @@
 What is known of flags, without importing anything heavy.
 
 A fact about a flag stands at the flag, in the metadata of its field: `help`; `role`, one of [`ROLES`]; `range` (see
-`ranges`); `is_path`, where the value may be a path (see [`local_paths`]); and `was`, what the last release called it:
-its old name, or several, each with what makes a value of the old one, or `None` (see [`with_new_names`]).
+`ranges`); `is_path`, where the value may be a path (see [`local_paths`]); `needed_on_console`, where only Python can
+do without it; and `was`, what the last release called it: its old name, or several, each with what makes a value of
+the old one, or `None` (see [`with_new_names`]).
 """
 
 import dataclasses

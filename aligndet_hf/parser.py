@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from .flags import nearest, old_names, roles, with_new_names
+from .flags import REQUIRED, default_of, nearest, old_names, roles, with_new_names
 from .recipes import find_recipe, read_recipe
 
-REQUIRED = "Required"
+REQUIRED_SECTION = "Required"
 # Where a section stands in the help, if not in the middle.
 SECTIONS = {"Detector": -2, "Data": -1, "Run": 1, "Output": 2, "Hub": 3}
 
@@ -45,10 +45,13 @@ def parse_arguments(cls: type, argv: list[str], prog: str = "aligndet", descript
     config, argv = _split(cls, argv)
     if config is not None:
         parser.set_defaults_from(config)
+    required = parser.take_required()  # a misspelt flag is told before the one that is missing for it
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise ValueError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
+    if missing := [action.option_strings[0] for action in required if getattr(namespace, action.dest) is None]:
+        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
     return cls(**vars(namespace))
 
 
@@ -70,7 +73,7 @@ class ArgumentParser(HfArgumentParser):
         self.titles = _help_titles(cls)
         titles = sorted(dict.fromkeys(self.titles.values()), key=lambda title: SECTIONS.get(title, 0))
         self.roles = roles(cls)
-        self.sections = {title: self.add_argument_group(title) for title in (REQUIRED, *titles)}
+        self.sections = {title: self.add_argument_group(title) for title in (REQUIRED_SECTION, *titles)}
         self.inherited = self.add_argument_group("Inherited")
         self.show_all = show_all
         common = self.add_argument_group("Common")
@@ -81,8 +84,8 @@ class ArgumentParser(HfArgumentParser):
             self.epilog = "Most flags of transformers.TrainingArguments are accepted as well; --help-all lists them."
 
     def _parse_dataclass_field(self, parser, field: dataclasses.Field):
-        is_required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        title = REQUIRED if is_required else self.titles.get(field.name)
+        is_required = default_of(field) is REQUIRED or field.metadata.get("needed_on_console", False)
+        title = REQUIRED_SECTION if is_required else self.titles.get(field.name)
         section = self.sections.get(title, self.inherited)
         known = len(self._actions)
         is_dict = dict in {typing.get_origin(hint) or hint for hint in (field.type, *typing.get_args(field.type))}
@@ -91,6 +94,7 @@ class ArgumentParser(HfArgumentParser):
         field.metadata = {key: value for key, value in field.metadata.items() if key in ("help", "aliases", "choices")}
         HfArgumentParser._parse_dataclass_field(section, field)
         for action in self._actions[known:]:
+            action.required = is_required
             if is_dict and section is not self.inherited:
                 action.type, action.metavar = _json_mapping, "JSON"
             is_complement = action.option_strings[0] == f"--no_{field.name}"
@@ -102,12 +106,12 @@ class ArgumentParser(HfArgumentParser):
         """Make the values of a YAML file the defaults, as if they had been given as flags."""
         config = find_recipe(config)
         values = with_new_names(self.cls, _beside(read_recipe(config), config.parent))
-        required = [action for action in self._actions if action.required]
-        for action in required:
-            action.required = False  # While only the recipe is parsed.
+        required = self.take_required()  # while only the recipe is parsed
         for key, value in values.items():
             if key not in self.fields:
-                raise ValueError(f"{config}: unknown key {key!r}{nearest(str(key), self.fields)} of {self.prog}")
+                raise ValueError(
+                    f"{config}, as a recipe of {self.prog}: unknown key {key!r}{nearest(str(key), self.fields)}"
+                )
             if value is not None and value != []:
                 try:
                     value = getattr(self.parse_args(_as_flags(key, value)), key)
@@ -116,6 +120,13 @@ class ArgumentParser(HfArgumentParser):
             self.set_defaults(**{key: value})
         for action in required:
             action.required = action.dest not in values
+
+    def take_required(self) -> list[argparse.Action]:
+        """The flags that must be given, which argparse does not ask for any more."""
+        required = [action for action in self._actions if action.required]
+        for action in required:
+            action.required = False
+        return required
 
     def error(self, message: str):
         """One line, with the flag by the name that our messages have for it."""

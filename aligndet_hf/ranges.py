@@ -80,7 +80,8 @@ def check_values(arguments) -> None:
         if field.init and "role" in field.metadata:  # transformers looks at what is its own
             _require_kind(field, value, kinds)
         allowed = field.metadata.get("range") or inherited.get(field.name, NOT_NEGATIVE)
-        if isinstance(value, str) and not value.strip() and field.default != value:
+        texts = value if isinstance(value, list) and str in kinds else [value]
+        if any(isinstance(text, str) and not text.strip() and text != field.default for text in texts):
             raise ValueError(f"{field.name} must not be empty" + (": leave it out" if field.default is None else ""))
         if isinstance(value, str) and {list, str} <= kinds and "role" in field.metadata:  # one is enough
             setattr(arguments, field.name, [value])

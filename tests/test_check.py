@@ -152,7 +152,7 @@ def test_more_objects_than_queries_and_than_coco_counts():
     counts = np.array([3, 640, 101])
     assert query_note(counts, 640) is None and metric_note(np.array([100, 3])) is None
     assert query_note(counts, 300).startswith(
-        "1 of 3 images have more objects, up to 640, than the detector has queries"
+        "1 of 3 images have more objects, up to 640, than the detector can find (300)."
     )
     assert metric_note(counts).startswith("2 of 3 images have more than 100 objects of one category, up to 640")
 
@@ -228,7 +228,7 @@ def test_finetune_tells_it_before_it_starts(tmp_path, capsys):
     )
     text = capsys.readouterr().out
     start = text[: text.index("Fine-tuning on 2 images")]
-    assert "note: 2 of 2 images have more objects, up to 4, than the detector has queries (3)" in start
+    assert "note: 2 of 2 images have more objects, up to 4, than the detector can find (3)" in start
     assert "note: 2 of the 2 images to measure on" in start and "ids 0, 1" in start
 
 

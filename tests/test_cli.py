@@ -89,6 +89,7 @@ def test_what_is_required_may_come_from_either(recipe):
     "text, message",
     [
         ("source: x\nrat: 1", "unknown key 'rat'; did you mean 'rate'?"),
+        ("source: x\nrat: 1", ".yaml, as a recipe of aligndet"),
         ("source: x\nconfig: other.yaml", "unknown key 'config'"),
         ("source: x\nrate: fast", "--rate: 'fast' is not a number"),
         ("source: x\nlimit: 2.5", "--limit: '2.5' is not a whole number"),
@@ -115,6 +116,7 @@ def test_a_wrong_recipe_is_one_clear_error_that_names_the_file(recipe, text, mes
         (["--source", "x", "--settings", "{"], "not valid JSON"),
         (["--source", "x", "--settings", "[1]"], "a JSON mapping is due"),
         ([], "the following arguments are required: --source"),
+        (["--sourze", "x"], "unknown argument --sourze; did you mean '--source'?"),
         (["--config"], "--config"),
     ],
 )
@@ -268,6 +270,8 @@ def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch, capsys)
     assert parse_arguments(PretrainArguments, ["--config", "scripts/recipes/aligndet_rt_detr_bccd.yaml", *given]) == (
         from_name
     )
+    with pytest.raises(OSError, match="no recipe of that name; did you mean 'aligndet_rt_detr_bccd'?"):
+        parse_arguments(PretrainArguments, ["--config", "aligndet_rtdetr_bccd", *given])
     with pytest.raises(OSError, match="no file nowhere.yaml, and no recipe of that name; there are .*chain_bccd"):
         parse_arguments(PretrainArguments, ["--config", "nowhere.yaml", *given])
 

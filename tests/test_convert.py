@@ -149,7 +149,7 @@ def test_a_detector_that_would_compute_otherwise_is_not_written(tmp_path):
         ("detr", {"auxiliary_loss": True}, "norms the output of every decoder layer before the next one"),
         (
             "dab-detr",
-            {"auxiliary_loss": False},
+            {"auxiliary_loss": True},
             "a dab-detr cannot be written for mmdet; these can: detr, torchvision_fcos",
         ),
     ):

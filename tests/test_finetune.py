@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from damages import DAMAGES, flip
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_detectors import CONFIGS, CONVNETS, tiny_detector
+from tiny_detectors import CONFIGS, CONVNETS, NUM_QUERIES, tiny_detector
 from transformers import (
     AutoImageProcessor,
     AutoModelForObjectDetection,
@@ -29,6 +29,7 @@ from transformers import (
 
 from aligndet_hf.commands.finetune import (
     FinetuneArguments,
+    _start_detector,
     finetune,
     settings_of,
 )
@@ -41,7 +42,7 @@ from aligndet_hf.data.sampling import SampleKey
 from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, make_synthetic_dataset, write_synthetic_folder
 from aligndet_hf.data.views import ViewConfig
 from aligndet_hf.detectors.backbones import get_backbone, set_backbone_trainable
-from aligndet_hf.detectors.build import build_image_processor
+from aligndet_hf.detectors.build import build_image_processor, ignored_note
 from aligndet_hf.detectors.criterion import use_correct_loss
 from aligndet_hf.detectors.families import family_of
 from aligndet_hf.evaluation.coco_metrics import CocoMetrics
@@ -597,6 +598,17 @@ def test_a_random_backbone_is_trained_as_a_whole_and_told(folder, tmp_path, caps
     assert sum(line.startswith("note: the backbone starts from random numbers, so all of it") for line in lines) == 1
     (told,) = [line for line in lines if line.startswith("step 1 of 1: loss ")]
     assert ", learning rate 0.0001" in told and not any("{'" in line for line in lines)
+
+
+def test_flags_of_a_new_detector_are_told_beside_a_checkpoint(folder, tmp_path, capsys):
+    changes = {"backbone": "resnet18", "detector_config": {"num_queries": 50}}
+    arguments = arguments_for(folder, tmp_path, **changes)
+    detector, _ = _start_detector(arguments, ["a"])
+    assert detector.config.num_queries == NUM_QUERIES
+    assert (
+        f"note: backbone, detector_config: for a new detector, without effect on {folder}" in capsys.readouterr().out
+    )
+    assert ignored_note(arguments_for(folder, tmp_path, detector="rt_detr", **changes)) is None
 
 
 def test_a_pretraining_run_gives_its_detector(folder, tmp_path):

@@ -91,6 +91,18 @@ def test_a_saved_data_set_is_found_by_its_folder(tmp_path):
     assert len(list_images(tmp_path / "saved")) == 4 and len(list_images(tmp_path / "saved", "test")) == 1
 
 
+def test_a_split_of_a_folder_is_that_split_alone(tmp_path):
+    for name, level in (("train/a.png", 1), ("train/b.png", 2), ("validation/c.png", 3)):
+        write_image(tmp_path / name, level)
+    assert len(list_images(tmp_path)) == 3
+    images = list_images(tmp_path, "validation")
+    assert len(images) == 1 and int(images.read(0).mean()) == 3
+    with pytest.raises(DataError, match="no split 'valid'; found train, validation"):
+        list_images(tmp_path, "valid")
+    with pytest.raises(DataError, match="split 'train': what is given has no splits"):
+        list_images([tmp_path / "train/a.png", str(tmp_path / "train/*.png")], "train")
+
+
 def test_the_identity_changes_with_the_images(tmp_path):
     path = write_image(tmp_path / "a.png", 1)
     before = list_images(tmp_path).identity()

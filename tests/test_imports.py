@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[1] / "aligndet_hf"
 
 # Low to high. A room may import the rooms below it and its own modules.
 HOUSE = [
-    {"boxes", "convnets", "files", "flags", "recipes", "ranges"},
+    {"boxes", "convnets", "files", "flags", "ranges"},
+    {"recipes"},
     {"cards", "objects", "parser", "runs"},
     {"arguments"},
     {"hub", "box_losses", "losses", "matching", "momentum", "processes"},

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from tiny_detectors import tiny_detector
-from transformers import TrainingArguments
+from transformers import AutoModelForObjectDetection, TrainingArguments
 
 import aligndet_hf
 from aligndet_hf.data.errors import DataError
@@ -83,10 +83,28 @@ def test_each_function_takes_what_the_one_before_returned(labelled, detector, tm
     assert aligndet_hf.ExportArguments(detector=tuned, output_dir="x").detector == str(tuned.output_dir)
 
 
-def test_a_stream_is_pre_trained_on(proposal_folder, detector, tmp_path):
+def test_fine_tuning_starts_from_a_model_in_memory(labelled, detector, tmp_path, capsys):
+    """With a seed of its own, so that only what was given can have the weights that are kept."""
+    arguments = {"dataset": labelled, "do_eval": False, "output_dir": str(tmp_path), "learning_rate": 0.0}
+    arguments |= {"detector": detector, "seed": 7, "warmup_steps": 1, **QUICK, **QUICK_TUNING}
+    tuned = aligndet_hf.finetune(aligndet_hf.FinetuneArguments(**arguments))
+    assert "note: the run has 1 steps and the warm-up 1, so" in capsys.readouterr().out
+    kept = AutoModelForObjectDetection.from_pretrained(tuned.output_dir)
+    name = "model.decoder.bbox_embed.0.layers.0.weight"
+    assert torch.equal(kept.state_dict()[name], detector.state_dict()[name])
+    assert aligndet_hf.finetune(aligndet_hf.FinetuneArguments(**arguments)) == tuned  # the same model: the same run
+    other = copy.deepcopy(detector)
+    next(other.parameters()).data.add_(1)
+    with pytest.raises(ValueError, match="holds a run of another configuration.*detector"):
+        aligndet_hf.finetune(aligndet_hf.FinetuneArguments(**arguments | {"detector": other}))
+
+
+def test_a_stream_is_pre_trained_on(proposal_folder, detector, tmp_path, capsys):
     stream = datasets.load_from_disk(str(proposal_folder)).to_iterable_dataset()
-    arguments = aligndet_hf.PretrainArguments(dataset=stream, detector=detector, output_dir=str(tmp_path), **QUICK)
+    given = {"dataset": stream, "detector": detector, "output_dir": str(tmp_path), "warmup_steps": 1}
+    arguments = aligndet_hf.PretrainArguments(**given, **QUICK)
     assert arguments.streaming and aligndet_hf.pretrain(arguments).metrics["step"] == 1
+    assert "note: the run has 1 steps and the warm-up 1, so" in capsys.readouterr().out
 
 
 def test_a_model_is_measured_with_an_image_processor(labelled, detector):
@@ -96,6 +114,19 @@ def test_a_model_is_measured_with_an_image_processor(labelled, detector):
     processor = build_image_processor(detector, 64)
     metrics = aligndet_hf.evaluate(aligndet_hf.EvaluateArguments(**arguments, image_processor=processor))
     assert 0 <= metrics["AP"] <= 1
+
+
+def test_a_data_set_in_memory_is_called_so(labelled, capsys):
+    aligndet_hf.check(aligndet_hf.CheckArguments(dataset=labelled, disable_tqdm=True, find_copies=False))
+    assert "Dataset-" in (line := capsys.readouterr().out.splitlines()[0]) and line.endswith(": a data set in memory")
+
+
+def test_a_command_that_needs_a_folder_says_so(detector, labelled, tmp_path):
+    arguments = {"detector": detector, "dataset": labelled, "labelled_dataset": labelled.select([0])}
+    with pytest.raises(ValueError, match="in a folder is needed here, with its image processor"):
+        aligndet_hf.pseudolabel(aligndet_hf.PseudolabelArguments(**arguments, output_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="or the folder that both are saved in"):
+        aligndet_hf.export(aligndet_hf.ExportArguments(detector=detector, output_dir=str(tmp_path)))
 
 
 def test_one_split_in_memory_leaves_nothing_to_measure_on(labelled, tmp_path):

@@ -366,8 +366,19 @@ def test_the_command_takes_a_folder_of_a_detector(photos, tmp_path, capsys):
     results = json.loads((tmp_path / "out/predictions.json").read_text())
     assert {entry["image_id"] for entry in results} == {1, 2, 3, 4, 6, 7, 8}
     assert all(min(entry["bbox"]) >= 0 and entry["score"] >= 0.1 for entry in results)
-    assert main(["predict", "--detector", "nothing/here", *flags]) == 2
-    assert "error: " in capsys.readouterr().err
+    assert main(["predict", "--detector", "nothing/here", *flags, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "error: detector 'nothing/here'" in capsys.readouterr().err
+    assert main(["predict", "--detector", str(tmp_path / "detector"), *flags]) == 2  # nobody would see the boxes
+    assert "required: --output_dir" in capsys.readouterr().err
+
+
+def test_a_model_without_a_folder_needs_an_image_processor():
+    image, detector = np.zeros((8, 8, 3), np.uint8), tiny_detector("detr", num_labels=1)
+    with pytest.raises(ValueError, match="no image processor with it: give `image_processor` as well"):
+        predict(detector, image, use_cpu=True)
+    assert (
+        predict(detector, image, image_processor=build_image_processor(detector, SIDE), use_cpu=True)[0]["width"] == 8
+    )
 
 
 @pytest.mark.parametrize(

@@ -193,10 +193,17 @@ def test_random_features_decide_no_class(folder, given):
     arguments_for(folder, output_dir="out", class_check="neighbours", backbone=str(folder))  # brings its weights
 
 
-def test_the_real_teacher_and_its_neighbours(folder, tmp_path):
+def test_a_teacher_that_is_never_sure_is_told_before_classes_are_checked(folder, oracle, tmp_path):
+    changes = {"score_threshold": 0.95, "class_check": "neighbours", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(DataError, match="score of at least 0.95, the score_threshold; the best score is 0.9. Lower"):
+        pseudolabel(arguments_for(folder, **changes))
+
+
+def test_the_real_teacher_and_its_neighbours(folder, tmp_path, capsys):
     changes = {"score_threshold": 0.0, "ignore_threshold": 0.0, "nms_threshold": 0.9, "class_check": "neighbours"}
     labelled = pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), **changes))
     report = json.loads((tmp_path / "out" / "pseudolabel.json").read_text())
+    assert ".partial" not in capsys.readouterr().out  # nothing of the predictions in between, which are gone by now
     assert 0 < len(labelled) <= 9 and 0 <= report["classes_agree"] <= 1
     assert report["kept"] + report["ignored"] == report["boxes"]
     sources = {source for row in labelled["objects"] for source in row["source"]}

@@ -133,6 +133,8 @@ def test_no_command_takes_a_number_that_is_none(cls, item):
         ("finetune", ["--output_dir", ""], "output_dir must not be empty"),
         ("evaluate", ["--split", ""], "split must not be empty"),
         ("proposals", ["--split", " "], "split must not be empty: leave it out"),
+        ("predict", ["--images", "a", "", "--output_dir", "o"], "images must not be empty"),
+        ("export", ["--images", ""], "images must not be empty: leave it out"),
         ("finetune", ["--adam_beta2", "1"], "adam_beta2 must be 0 or more and below 1, got 1.0"),
         ("proposals", ["--min_relative_size", "0.5", "--max_relative_size", "0.2"], "no box has a relative size from"),
         ("pretrain", ["--crop_scale", "0.9", "0.5"], "crop_scale takes the smallest and the largest area"),

@@ -148,3 +148,10 @@ def test_a_report_of_any_other_command(tmp_path):
 def test_nothing_to_report(tmp_path, capsys):
     assert cli.main(["report", "--run", str(tmp_path)]) == 2
     assert "holds no finished run" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there_is_told_with_one_that_is(tmp_path, capsys):
+    (tmp_path / "finetuned").mkdir()
+    assert cli.main(["report", "--run", str(tmp_path / "fintuned")]) == 2
+    told = f"fintuned: there is no such folder (did you mean '{tmp_path / 'finetuned'}'?)"
+    assert told in capsys.readouterr().err

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from transformers import TrainerState
 
 from aligndet_hf.training import run_length
-from aligndet_hf.training.run_length import Forecast, finetuning_note, length_note
+from aligndet_hf.training.run_length import Forecast, finetuning_note, length_note, warmup_note
 
 
 def test_a_short_run_is_told_how_long_it_should_be():
@@ -21,6 +21,11 @@ def test_a_short_run_is_told_how_long_it_should_be():
 def test_a_short_finetuning_is_told_how_long_others_took():
     assert finetuning_note(1000) is None
     assert "525 steps are few" in finetuning_note(525) and "--max_steps 1200" in finetuning_note(525)
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_told():
+    assert warmup_note(0, 1) is None and warmup_note(99, 100) is None
+    assert "100 steps and the warm-up 100, so the learning rate never" in warmup_note(100, 100)
 
 
 def test_the_end_is_told_once_after_the_first_minute():

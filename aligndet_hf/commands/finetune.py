@@ -27,6 +27,7 @@ from ..detectors.build import (
     DetectorArguments,
     build_image_processor,
     find_detector,
+    ignored_note,
     is_new,
     load_detector,
     require_useful_backbone,
@@ -42,6 +43,7 @@ from ..evaluation.speed import measure_speed
 from ..files import clear_write_errors, write_json
 from ..flags import local_paths, names_of
 from ..hub import open_repository
+from ..objects import Given
 from ..processes import require_one_gpu, warn_without_gpu
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
@@ -51,7 +53,7 @@ from ..training.checkpointing import find_last_checkpoint
 from ..training.detection_trainer import DetectionTrainer
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run
-from ..training.run_length import TellForecast, finetuning_note
+from ..training.run_length import TellForecast, finetuning_note, warmup_note
 from ..training.start import start_hashes, tell_weights, training_folder, training_view
 
 BATCH_SIZE = "batch_size.json"
@@ -166,7 +168,8 @@ def _load_data(arguments: FinetuneArguments, folder: RunFolder, processes: Parti
                 choices = "--eval_dataset and --eval_split say what to measure on, --do_eval false leaves it out"
                 raise DataError(f"{error} ({choices}.)") from error
         pseudo = _pseudo_images(arguments)
-    known = None if is_new(arguments) else saved_window(find_detector(arguments.detector))
+    saved = _saved_start(arguments)
+    known = saved and saved_window(saved)
     parts = [part for part in (dataset, truth, pseudo) if part is not None]
     window = settle_pixel_window(parts, arguments.pixel_window, known)
     if window is not None:
@@ -222,6 +225,8 @@ def _start(
     is_detr = not family_of(detector.config).own_loss
     if is_detr and (note := finetuning_note(trainer.total_steps())):
         processes.print(f"note: {note}")
+    if note := warmup_note(arguments.get_warmup_steps(trainer.total_steps()), trainer.total_steps()):
+        processes.print(f"note: {note}")
     tell_weights(report, folder.path)
     evaluation = {"dataset": told(arguments.eval_dataset), "split": arguments.eval_split, "images": len(truth or ())}
     return trainer, {"images": len(dataset), "evaluation": evaluation}
@@ -258,9 +263,14 @@ def _fingerprint(
         data["eval_content"] = content_hash(truth, arguments.disable_tqdm)
     if pseudo is not None:
         data["pseudo_content"] = content_hash(pseudo, arguments.disable_tqdm)
-    if not is_new(arguments):
-        data["detector_content"] = model_hash(find_detector(arguments.detector))
+    if saved := _saved_start(arguments):
+        data["detector_content"] = model_hash(saved)
     return data
+
+
+def _saved_start(arguments: FinetuneArguments) -> str | None:
+    """The folder or Hub id of the detector to start from; of one in memory the name tells the content."""
+    return None if is_new(arguments) or isinstance(arguments.detector, Given) else find_detector(arguments.detector)
 
 
 def _finish(
@@ -379,6 +389,8 @@ def _pseudo_images(arguments: FinetuneArguments) -> Dataset | None:
 def _start_detector(arguments: FinetuneArguments, categories: list[str]):
     """The detector to train, and the report of what it got from a checkpoint, or its backbone from weights."""
     id2label = dict(enumerate(categories))
+    if note := ignored_note(arguments):
+        PartialState().print(f"note: {note}.")
     if is_new(arguments):
         detector, report = load_detector(arguments, len(categories), id2label)
         is_frozen = arguments.freeze_backbone or arguments.trainable_backbone_stages is not None

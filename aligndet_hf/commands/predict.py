@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoModelForObjectDetection
 
 from ..arguments import DatasetArguments, InferenceArguments, ReadyDetectorArguments, RunArguments, again
 from ..data.errors import DataError
@@ -21,7 +21,7 @@ from ..data.label_export import export_labels
 from ..data.launch import Launch
 from ..data.shards import data_folder, require_all, save_split
 from ..data.sources import model_hash
-from ..detectors.build import find_detector
+from ..detectors.build import find_detector, open_image_processor
 from ..evaluation.predicted_rows import join_predictions, write_coco, write_predictions, write_results
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
@@ -81,7 +81,7 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
     masks: bool = flag(True, "result", "also give the masks of a detector that predicts them, such as Mask R-CNN")
 
     output_dir: str | None = again(
-        RunArguments, "output_dir", default=None, help="folder for what follows; must be new"
+        RunArguments, "output_dir", default=None, help="folder for what follows; must be new", needed_on_console=True
     )
     formats: list[str] = flag(
         ["coco", "results", "sheet"],
@@ -184,8 +184,8 @@ def _load(arguments: PredictArguments, image_processor) -> tuple:
         source = find_detector(detector)
         detector = AutoModelForObjectDetection.from_pretrained(source)
     elif image_processor is None:
-        source = detector.config._name_or_path
-    return detector.to(device_of(arguments.use_cpu)), image_processor or AutoImageProcessor.from_pretrained(source)
+        source = detector.config._name_or_path or detector
+    return detector.to(device_of(arguments.use_cpu)), image_processor or open_image_processor(source)
 
 
 def _run(arguments: PredictArguments, detector, image_processor, images: ImageList, indices) -> Iterator[Prediction]:
@@ -318,10 +318,14 @@ def _finish(arguments: PredictArguments, images: ImageList, classes: list[str], 
     settings = {name: value for name, value in _settings(arguments).items() if name not in left_out}
     write_json(complete / "report.json", {"settings": settings, "classes": classes} | report)
     folder.put_in_place(complete)
-    _print_report(report, arguments.score_threshold, folder.path)
+    if formats:  # else it is for another command, which tells what comes of it
+        _print_report(report, arguments.score_threshold)
+    print_left_out([image["reason"] for image in report["skipped"]], folder.path / "report.json")
+    if formats:
+        print(f"Saved to {folder.path}")
 
 
-def _print_report(report: dict, score_threshold: float, output: Path) -> None:
+def _print_report(report: dict, score_threshold: float) -> None:
     counts = ", ".join(f"{name} {count}" for name, count in report["boxes_of_class"].items() if count)
     print(
         f"{report['images']} images, {report['images_without_boxes']} of them without boxes; {report['boxes']} boxes"
@@ -330,8 +334,6 @@ def _print_report(report: dict, score_threshold: float, output: Path) -> None:
     if report["boxes"] == 0:
         _tell_nothing_found(score_threshold, report["best_score"])
         print("Another --score_threshold needs another --output_dir, or --overwrite_output_dir to start anew.")
-    print_left_out([image["reason"] for image in report["skipped"]], output / "report.json")
-    print(f"Saved to {output}")
 
 
 def _tell_nothing_found(score_threshold: float, best_score: float) -> None:

@@ -33,7 +33,7 @@ from ..training.pretrain_setup import (
     open_stream,
 )
 from ..training.publish import finished_metrics, publish_run
-from ..training.run_length import length_note
+from ..training.run_length import length_note, warmup_note
 from ..training.schedules import Schedules
 from ..training.start import start_hashes, tell_weights, training_folder
 
@@ -187,6 +187,8 @@ def _start(
     if is_detr and not arguments.streaming:
         if note := length_note(schedules.total_steps, schedules.total_steps / len(batches)):
             accelerator.print(f"note: {note}")
+    if note := warmup_note(schedules.warmup_steps, schedules.total_steps):
+        accelerator.print(f"note: {note}")
     run = Run(arguments, accelerator, model, prepared, optimizer, image_processor, batches, schedules, about)
     accelerator.print(schedules)
     run.resume(Launch().on_main)

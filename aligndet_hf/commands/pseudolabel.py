@@ -214,6 +214,13 @@ def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], 
         for part in (labelled, found):
             record_pixel_window(part, window)
     boxes = [_boxes_of(row["objects"], classes, arguments) for row in found.remove_columns(["image"])]
+    best = max((max(row["score"], default=0.0) for row in found["objects"]), default=0.0)
+    if best < arguments.score_threshold:
+        raise DataError(
+            f"no box has a score of at least {arguments.score_threshold:g}, the score_threshold; "
+            + (f"the best score is {best:.3g}" if best else f"all are below {arguments.ignore_threshold:g}, too")
+            + ". Lower --score_threshold and --ignore_threshold, or train the teacher for longer."
+        )
     report = {"images": len(images), "skipped": len(images) - len(found), "boxes": sum(map(len, boxes))}
     if arguments.class_check == "neighbours":
         nearest, agree = _check(arguments, teacher, found, boxes, labelled)

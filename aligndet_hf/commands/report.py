@@ -1,10 +1,10 @@
 """`aligndet report`: one HTML file on a run."""
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import Arguments
+from ..files import similar_path
 from ..flags import REQUIRED, flag
 from ..reporting.html_report import REPORT, write_report
 from ..runs import RunFolder
@@ -29,11 +29,12 @@ def report(arguments: ReportArguments) -> Path:
         `Path`: the HTML file.
 
     Raises:
-        ValueError: the folder holds nothing to report.
+        ValueError: the folder is not there, or holds nothing to report.
     """
     folder = Path(arguments.run).expanduser()
-    # Not while another process works there.
-    with RunFolder(folder, "report") if folder.is_dir() else contextlib.nullcontext():
-        path = write_report(arguments.run, arguments.output)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder{similar_path(folder)}")
+    with RunFolder(folder, "report"):  # not while another process works there
+        path = write_report(folder, arguments.output)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, one file with everything in it. Open it in a browser.")
     return path

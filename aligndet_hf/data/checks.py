@@ -45,8 +45,8 @@ def query_note(counts: np.ndarray, num_queries: int) -> str | None:
         return None
     return (
         f"{(counts > num_queries).sum()} of {len(counts)} images have more objects, up to {most}, than the detector "
-        f"has queries ({num_queries}), and it cannot find more: raise num_queries in --detector_config, or cut the "
-        "images into tiles."
+        f"can find ({num_queries}). Build it with more (num_queries in --detector_config, detections_per_image of a "
+        "convnet; in pre-training, if there was one), or cut the images into tiles."
     )
 
 

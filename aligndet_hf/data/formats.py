@@ -150,8 +150,10 @@ def is_local_images(source: str | Path) -> bool:
 
 def recognised(source: str | Path) -> str:
     """What a source is taken for, in words."""
+    if isinstance(source, Given):
+        return "a data set in memory"
     reader, _ = find_reader(source)
-    if reader is None and not isinstance(source, Given) and Path(source).expanduser().exists():
+    if reader is None and Path(source).expanduser().exists():
         return "no format of labels that is known, nor a folder of images: read as `datasets` reads it"
     return "a data set of the Hub" if reader is None else reader.NAME
 

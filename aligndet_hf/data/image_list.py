@@ -180,7 +180,7 @@ def list_images(sources, split: str | None = None) -> ImageList:
             One of the following or a list of them: the path of an image or a video; a folder of images and videos, or
             of a data set (`save_to_disk`, parquet files); a pattern such as `photos/*.jpg`; a COCO-JSON file; the Hub
             id of a data set; a `datasets.Dataset`; a PIL image; an array, RGB uint8 `[H, W, 3]`.
-        split (`str`, *optional*): Split of the data sets; all of them if not given.
+        split (`str`, *optional*): Split of the data sets and folders; all of them if not given.
 
     Returns:
         [`ImageList`]: in the order of the sources, and of the file names within a folder.
@@ -192,6 +192,8 @@ def list_images(sources, split: str | None = None) -> ImageList:
     parts, faults = [], []
     for source in [sources] if is_one else sources:
         parts += _parts_of(source, split, faults)
+    if split is not None and not any(isinstance(part, DatasetImages) for part in parts):
+        raise DataError(f"split {split!r}: what is given has no splits. Leave it out.")
     images = ImageList(parts, faults)
     if len(images) == 0:
         raise DataError(f"there is no image to look at. {faults[0]['reason'] if faults else ''}".strip())
@@ -209,6 +211,8 @@ def _parts_of(source, split: str | None, faults: list[dict]) -> list:
         raise DataError(f"expected images as paths, arrays, PIL images or a datasets.Dataset, got {type(source)}.")
     path = os.path.expanduser(source)
     if os.path.isdir(path):
+        if split is not None:
+            return _dataset_parts(path, split)
         found = [(name, reason) for name, reason in visit(path, _is_wanted) if reason != OUTPUT]
         files = [name for name, reason in found if reason is None]
         faults += [

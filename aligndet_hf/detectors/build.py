@@ -20,7 +20,7 @@ from ..arguments import Arguments, is_trained
 from ..convnets.modeling_torchvision import TorchvisionDetector
 from ..files import similar_path, write_json
 from ..flags import flag, nearest
-from ..objects import as_source, copy_of
+from ..objects import Given, as_source, copy_of
 from ..runs import RECORD
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
@@ -286,7 +286,8 @@ def open_image_processor(source: str | Path | BaseImageProcessor) -> BaseImagePr
     given = copy_of(source)
     if isinstance(given, nn.Module):
         raise ValueError(
-            "a detector given as an object has no image processor with it: give `image_processor` as well"
+            "a detector given as an object has no image processor with it: give `image_processor` as well, or the "
+            "folder that both are saved in"
         )
     return AutoImageProcessor.from_pretrained(find_detector(source)) if given is None else given
 
@@ -326,6 +327,14 @@ def require_useful_backbone(detector: PreTrainedModel, is_random: bool, is_froze
         f"the backbone starts from random numbers, so all of it is trained. {fix} to start from ImageNet's, which is "
         "better unless there are very many images; otherwise give --freeze_batch_norm false too"
     )
+
+
+def ignored_note(arguments: DetectorArguments) -> str | None:
+    """What to tell of flags for a new detector that are given beside one that is there already."""
+    ignored = sorted({"backbone", "backbone_weights", "freeze_batch_norm", "detector_config"} & set(arguments.given))
+    if is_new(arguments) or not ignored:
+        return None
+    return f"{', '.join(ignored)}: for a new detector, without effect on {arguments.detector}, which keeps its own"
 
 
 def has_random_backbone(arguments: DetectorArguments) -> bool:
@@ -368,6 +377,10 @@ def find_detector(source: str | Path) -> str:
         `ValueError`: there is no detector. The message says what is there instead.
         `OSError`: there is no folder of this name, and the Hub has none or cannot be asked.
     """
+    if isinstance(source, Given):
+        raise ValueError(
+            "a detector in a folder is needed here, with its image processor: save both with `save_pretrained`"
+        )
     folder = Path(source).expanduser()
     if not folder.exists() and len(Path(source).parts) <= 2 and not str(source).startswith((".", "/", "~")):
         return _on_hub(str(source))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import yaml
 
+from ..flags import nearest
+
 FOLDER = Path(__file__).parent
 
 
@@ -45,5 +47,6 @@ def find_recipe(name: str | Path) -> Path:
         if found.is_file():
             return found
     raise FileNotFoundError(
-        f"there is no file {name}, and no recipe of that name; there are {', '.join(recipe_names())}"
+        f"there is no file {name}, and no recipe of that name{nearest(path.name, recipe_names())}; there are "
+        + ", ".join(recipe_names())
     )

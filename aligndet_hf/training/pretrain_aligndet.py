@@ -13,7 +13,7 @@ from ..data.collate import collate_views
 from ..data.dataset import ProposalViews
 from ..data.errors import DataError
 from ..detectors.backbone_weights import BackboneReport
-from ..detectors.build import build_image_processor, is_new, load_detector, require_useful_backbone
+from ..detectors.build import build_image_processor, ignored_note, is_new, load_detector, require_useful_backbone
 from ..detectors.families import family_of, num_queries, require_fitting_sizes
 from ..detectors.transfer import TransferReport, transfer_detector
 from ..models import AlignDetConfig, AlignDetForPreTraining
@@ -48,6 +48,8 @@ def build_model(
     detector's backbone got, or of what a checkpoint for other classes passed on.
     """
     id2label = class_names(arguments, dataset)
+    if note := ignored_note(arguments):
+        logger.warning(f"note: {note}.")
     torch.manual_seed(arguments.seed)
     detector, report = load_detector(arguments, len(id2label), id2label)
     if detector.config.num_labels != len(id2label):  # A checkpoint for other classes.

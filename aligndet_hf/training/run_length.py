@@ -58,6 +58,25 @@ def finetuning_note(steps: int) -> str | None:
     )
 
 
+def warmup_note(warmup_steps: int, steps: int) -> str | None:
+    """
+    What to say of a warm-up that takes the whole run.
+
+    Args:
+        warmup_steps (`int`): Optimizer steps of the warm-up.
+        steps (`int`): Optimizer steps of the run.
+
+    Returns:
+        `str`, or `None` where the warm-up is shorter.
+    """
+    if warmup_steps < steps:
+        return None
+    return (
+        f"the run has {steps} steps and the warm-up {warmup_steps}, so the learning rate never reaches its peak: "
+        "lower --warmup_steps."
+    )
+
+
 class Forecast:
     """
     Says when a run ends, once, from the speed of its first minute.

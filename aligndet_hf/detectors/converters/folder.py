@@ -76,14 +76,14 @@ def export_detector(detector: PreTrainedModel, code_base: str, path: Path) -> No
 
 def export_tensors(detector: PreTrainedModel, code_base: str) -> dict[str, Tensor]:
     """The tensors of [`export_detector`] by the names of the code base."""
+    if code_base == "torchvision" and hasattr(detector, "torchvision_state_dict"):
+        return detector.torchvision_state_dict()
+    layout = _layout(detector, code_base)
     if getattr(detector.config, "auxiliary_loss", False):
         raise ValueError(
             f"this {detector.config.model_type} norms the output of every decoder layer before the next one, as "
             f"transformers does with auxiliary_loss=true; {code_base} does not, and would detect other things"
         )
-    if code_base == "torchvision" and hasattr(detector, "torchvision_state_dict"):
-        return detector.torchvision_state_dict()
-    layout = _layout(detector, code_base)
     if getattr(detector.config, "conventions", "mmdet") != "mmdet":
         raise ValueError(
             f"this {detector.config.model_type} computes by the conventions of torchvision, and mmdet's does "
