@@ -244,7 +244,10 @@ def test_labels_in_no_known_format_are_a_problem(tmp_path, name, exit_code):
 def test_a_folder_without_images_is_not_sound(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("no labels")
     assert main(["check", "--dataset", str(tmp_path), "--disable_tqdm", "true"]) == 1
-    assert "nothing was recognised in it. Give a folder of images, or labels as JSON of" in capsys.readouterr().out
+    assert (
+        "there is no image in it, and no label file that names some is recognised. Give the folder"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_empty_split_is_a_problem(tmp_path):

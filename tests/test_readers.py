@@ -1,10 +1,13 @@
 """Every layout of labelled images that people have reads as it is: the same images, boxes, names and splits."""
 
+import base64
 import csv
+import io
 import json
 import logging
 import os
 import unicodedata
+import zlib
 from xml.sax.saxutils import quoteattr
 
 import datasets
@@ -18,6 +21,7 @@ from aligndet_hf.data.columns import category_ids, validate_objects
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import category_names, load_dataset_source, split_names
 from aligndet_hf.data.images import decode_image
+from aligndet_hf.data.masks import run_lengths
 from aligndet_hf.data.readers import find_reader, json_images
 
 NAMES = ["cat", "dog", "owl"]
@@ -106,6 +110,39 @@ def coco_backslashes(root):
         write_text(root / name / "result.json", coco_content(split, lambda stem: f"images\\{stem}.png"))
 
 
+def coco_other_folder(root):
+    """DocLayNet: images in a folder with a name of its own, and file names with a folder that is not there."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / "PNG", split)
+        write_text(root / "COCO" / f"{name}.json", coco_content(split, lambda stem: f"old/{stem}.png"))
+
+
+def coco_tasks(root):
+    """Tasks of CVAT in folders of splits; masks in place of boxes; a group with the name of a class."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name / "images", split)
+        content = coco_content(split, group=True)
+        content["categories"] = [category | {"supercategory": NAMES[0]} for category in content["categories"]]
+        content["categories"][0] |= {"name": NAMES[0], "supercategory": "none"}
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        for annotation in content["annotations"]:
+            x, y, w, h = annotation.pop("bbox")
+            mask = np.zeros(sizes[annotation["image_id"]], dtype=np.uint8)
+            mask[y : y + h, x : x + w] = 1
+            annotation["segmentation"] = run_lengths(mask)
+        write_text(root / name / "annotations" / "instances_default.json", content)
+
+
+def coco_addresses(root):
+    """LVIS: addresses in place of file names."""
+    for split, name in (("train", "train2017"), ("validation", "val2017")):
+        write_images(root / name, split)
+        content = coco_content(split, lambda stem, name=name: f"http://images.cocodataset.org/{name}/{stem}.png")
+        for image in content["images"]:
+            image["coco_url"] = image.pop("file_name")
+        write_text(root / "annotations" / f"lvis_v1_{name[:-4]}.json", content)
+
+
 def yolo_lines(size, objects, polygons=False):
     lines = []
     for (x, y, w, h), category in objects:
@@ -158,6 +195,24 @@ def yolo_beside(root):
     write_text(root / "classes.txt", "\n".join(NAMES))
 
 
+def yolo_names(root):
+    """`data.yaml` with nothing but names."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_yolo(root / "images" / name, root / "labels" / name, split)
+    write_text(root / "data.yaml", f"nc: 3\nnames: {NAMES}\n")
+
+
+def yolo_lists_alone(root):
+    """Lists without a `data.yaml`, names as Darknet has them, and classes written as 0.0."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / "images", split)
+        for stem, size, objects in scenes(split):
+            lines = yolo_lines(size, objects).splitlines()
+            write_text(root / "labels" / f"{stem}.txt", "".join(f"{line[0]}.0{line[1:]}\n" for line in lines))
+        write_text(root / f"{name}.txt", "".join(f"./images/{stem}.png\n" for stem, _, _ in scenes(split)))
+    write_text(root / "mine.names", "\n".join(NAMES))
+
+
 def voc_xml(stem, size, objects, source="", shift=0):
     boxes = "".join(
         f"<object><name>{NAMES[category]}</name><difficult>0</difficult><bndbox><xmin>{x + shift}</xmin>"
@@ -178,6 +233,38 @@ def voc_challenge(root):
         write_text(root / "ImageSets/Main" / f"{name}.txt", "".join(f"{stem}\n" for stem, _, _ in scenes(split)))
         write_text(root / "ImageSets/Main" / f"cat_{name}.txt", "".join(f"{s} -1\n" for s, _, _ in scenes(split)))
     write_text(root / "ImageSets/Main/trainval.txt", "t0\nt1\nt2\nv0\nv1\n")
+
+
+def voc_years(root):
+    """Two years of the challenge, each with lists; the endings of images in one, folders in the other."""
+    for year in ("VOC2007", "VOC2012"):
+        for split, name in (("train", "train"), ("validation", "val")):
+            own = [scene for scene in scenes(split) if (scene[0][1] == "0") == (year == "VOC2007")]
+            for scene in own:
+                number = int(scene[0][1])
+                write_image(root / year / "JPEGImages" / f"{scene[0]}.png", scene[1], number)
+                write_text(root / year / "Annotations" / f"{scene[0]}.xml", voc_xml(*scene))
+            lines = [f"{stem}.png" if year == "VOC2007" else f"sub/{stem}" for stem, _, _ in own]
+            write_text(root / year / "ImageSets/Main" / f"{name}.txt", "\n".join(lines))
+
+
+def voc_folders(root):
+    """Folders of splits under `images` and `annotations`; images renamed, so that the files name others."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / "images" / name, split)
+        for scene in scenes(split):
+            text = voc_xml(*scene).replace(f"{scene[0]}.png", f"{split[0]}1.png")
+            write_text(root / "annotations" / name / f"{scene[0]}.xml", text)
+
+
+def voc_paddle(root):
+    """PaddleDetection: lists with an image and its file in a line."""
+    for split, name in (("train", "train_list"), ("validation", "val_list")):
+        write_images(root / "images", split)
+        for scene in scenes(split):
+            write_text(root / "annotations" / f"{scene[0]}.xml", voc_xml(*scene))
+        lines = [f"./images/{stem}.png ./annotations/{stem}.xml" for stem, _, _ in scenes(split)]
+        write_text(root / f"{name}.txt", "\n".join(lines))
 
 
 def voc_labelimg(root):
@@ -224,6 +311,23 @@ def cvat(root):
     write_text(root / "annotations.xml", f"<?xml version='1.0'?><annotations>{meta}{images}</annotations>")
 
 
+def cvat_tasks(root):
+    """A file for each task, whose images are called alike."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        images = ""
+        for number, (_, size, objects) in enumerate(scenes(split)):
+            write_image(root / name / "images" / f"{number}.png", size, number)
+            boxes = "".join(
+                f'<box label="{NAMES[label]}" xtl="{x}" ytl="{y}" xbr="{x + w}" ybr="{y + h}"/>'
+                for (x, y, w, h), label in objects
+            )
+            attributes = f'id="{number}" name="{number}.png" width="{size[0]}" height="{size[1]}"'
+            images += f"<image {attributes}>{boxes}</image>"
+        labels = "".join(f"<label><name>{label}</name></label>" for label in NAMES)
+        meta = f"<meta><task><labels>{labels}</labels></task></meta>"
+        write_text(root / name / "annotations.xml", f"<annotations>{meta}{images}</annotations>")
+
+
 def table_kaggle(root):
     """One table with a column of splits; images without their ending, and a row without a box for an empty one."""
     lines = ["image_id,class_name,x_min,y_min,x_max,y_max,width,height,Split"]
@@ -257,25 +361,57 @@ def table_without_names(root):
 
 
 def table_of_parts(root):
-    """Open Images: ids without endings, coordinates from 0 to 1, and columns that are of no use here."""
+    """Open Images: ids without endings, coordinates from 0 to 1, and columns that are of no use here; codes in one."""
+    codes = "".join(f"/m/0{number},{name}\n" for number, name in enumerate(NAMES))
+    write_text(root / "train" / "class-descriptions-boxable.csv", codes)
     for split, name in (("train", "train"), ("validation", "validation")):
         write_images(root / name / "data", split)
         lines = ["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded"]
         for stem, (width, height), objects in scenes(split):
-            boxes = [(NAMES[label], x / width, (x + w) / width, y / height, (y + h) / height)
+            named = [f"/m/0{number}" for number in range(3)] if split == "train" else NAMES
+            boxes = [(named[label], x / width, (x + w) / width, y / height, (y + h) / height)
                      for (x, y, w, h), label in objects]  # fmt: skip
             lines += [f"{stem},xclick,{n},1,{a:.8f},{b:.8f},{c:.8f},{d:.8f},0" for n, a, b, c, d in boxes]
             lines += [] if boxes else [f"{stem},xclick,,,,,,,"]
         write_text(root / name / "labels.csv", "\n".join(lines))
 
 
+def table_of_google(root):
+    """AutoML: no names of columns, addresses, and coordinates from 0 to 1."""
+    lines = []
+    for split, name in (("train", "TRAIN"), ("validation", "VALIDATION")):
+        write_images(root / "images", split)
+        for stem, (width, height), objects in scenes(split):
+            boxes = [
+                f"{NAMES[label]},{x / width},{y / height},,,{(x + w) / width},{(y + h) / height},,"
+                for (x, y, w, h), label in objects
+            ]
+            lines += [f"{name},gs://mine/{stem}.png,{box}" for box in boxes or [",,,,,,,,"]]
+    write_text(root / "automl.csv", "\n".join(lines))
+
+
+def table_of_via(root):
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name, split)
+        names = ["filename", "file_size", "file_attributes", "region_count", "region_id", "region_shape_attributes"]
+        with open(root / name / "via_export_csv.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*names, "region_attributes"])
+            for stem, _, objects in scenes(split):
+                shapes = [(via_shape(box, label), {"name": NAMES[label]}) for box, label in objects] or [({}, {})]
+                for number, shape in enumerate(shapes):
+                    writer.writerow([f"{stem}.png", 9, "{}", len(objects), number, *map(json.dumps, shape)])
+
+
 def create_ml(root):
+    """One split as Roboflow writes it, the other with the keys of Apple's documentation."""
     for split, name in (("train", "train"), ("validation", "valid")):
+        image, annotations = ("image", "annotations") if split == "train" else ("imagefilename", "annotation")
         write_images(root / name, split)
         entries = [
             {
-                "image": f"{stem}.png",
-                "annotations": [
+                image: f"{stem}.png",
+                annotations: [
                     {"label": NAMES[label], "coordinates": {"x": x + w / 2, "y": y + h / 2, "width": w, "height": h}}
                     for (x, y, w, h), label in objects
                 ],
@@ -357,7 +493,14 @@ def scalabel(root):
         write_text(root / "labels" / f"det_{name}.json", entries)
 
 
+def bitmap(box):
+    content = io.BytesIO()
+    PIL.Image.new("1", box[2:], 1).save(content, "PNG")
+    return {"data": base64.b64encode(zlib.compress(content.getvalue())).decode(), "origin": box[:2]}
+
+
 def supervisely(root):
+    """Rectangles in one split, masks in the other."""
     for split, name in (("train", "train"), ("validation", "val")):
         write_images(root / name / "img", split)
         for stem, (width, height), objects in scenes(split):
@@ -367,6 +510,8 @@ def supervisely(root):
                     "geometryType": "rectangle",
                     "points": {"exterior": [[x, y], [x + w, y + h]], "interior": []},
                 }
+                if split == "train"
+                else {"classTitle": NAMES[label], "geometryType": "bitmap", "bitmap": bitmap([x, y, w, h])}
                 for (x, y, w, h), label in objects
             ]
             content = {"description": "", "size": {"height": height, "width": width}, "objects": shapes}
@@ -418,14 +563,25 @@ LAYOUTS = {
     "coco, CVAT": coco_cvat,
     "coco, ../": coco_up_and_over,
     "coco, backslashes": coco_backslashes,
+    "coco, other folder": coco_other_folder,
+    "coco, tasks": coco_tasks,
+    "coco, addresses": coco_addresses,
     "yolo, Ultralytics": yolo_ultralytics,
+    "yolo, names": yolo_names,
+    "yolo, lists alone": yolo_lists_alone,
     "yolo, Roboflow": yolo_roboflow,
     "yolo, lists": yolo_lists,
     "yolo, beside": yolo_beside,
     "voc, challenge": voc_challenge,
     "voc, beside": voc_labelimg,
+    "voc, years": voc_years,
+    "voc, folders": voc_folders,
+    "voc, Paddle": voc_paddle,
     "labelme": labelme,
     "cvat": cvat,
+    "cvat, tasks": cvat_tasks,
+    "table, Google": table_of_google,
+    "table, VIA": table_of_via,
     "table, Kaggle": table_kaggle,
     "table, in each split": table_in_each_split,
     "table, without names": table_without_names,
@@ -501,6 +657,99 @@ def test_boxes_in_cells_of_a_parquet_file_without_classes(tmp_path, caplog):
     assert "all are 'object'" in caplog.text and category_names(dataset) == ["object"]
     assert [row["bbox"] for row in dataset["objects"]] == [[[4, 3, 10, 12], [20, 6, 8, 9]], []]
     assert load_dataset_source(tmp_path / "train.csv")[0]["objects"]["bbox"] == [[6, 5, 12.5, 20]]
+
+
+@pytest.mark.parametrize(
+    "lines, label",
+    [
+        ("{image},4,3,14,15,owl,40,30", "owl"),  # SKU-110K
+        ("owl,4,3,10,12,{image},40,30", "owl"),  # makesense.ai
+        ("image,label,bbox\n{image},owl,(4.0; 3; 10; 12)", "owl"),
+        ("image,label,bbox\n{image},owl,[4 3 10 12]", "owl"),
+        ("image_name,BoxesString,domain\n{image},4 3 14 15,field_1\n{other},no_box,field_1", "object"),  # wheat
+    ],
+)
+def test_tables_of_other_forms(tmp_path, lines, label):
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "images" / name, (40, 30), 0)
+    text = lines.format(image="a.png", other="b.png")
+    if ";" in text:
+        text = "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in text.split("\n")).replace(
+            ";", ","
+        )
+    write_text(tmp_path / "boxes.csv", text)
+    dataset = load_dataset_source(tmp_path, labels=True)
+    assert category_names(dataset) == [label]
+    assert [row["objects"]["bbox"] for row in dataset] == [[[4, 3, 10, 12]], []][: len(dataset)]
+
+
+def test_what_via_has_no_box_for_in_a_table_is_told(tmp_path, caplog):
+    table_of_via(tmp_path)
+    path = tmp_path / "train" / "via_export_csv.csv"
+    point = '"{""name"": ""point"", ""cx"": 1, ""cy"": 2}","{""name"": ""cat""}"'
+    path.write_text(path.read_text() + f"t0.png,9,{{}},3,2,{point}\n")
+    assert len(load_dataset_source(tmp_path, "train", labels=True)[0]["objects"]["bbox"]) == 2
+    assert "1 points and lines are left out" in caplog.text
+    path.write_text(path.read_text() + 't0.png,9,{},3,2,"{""name"": ""rect""}","{}"\n')
+    with pytest.raises(DataError, match="line 7, column 'region_shape_attributes': expected a shape of VIA and its"):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
+def test_images_of_label_studio_that_nobody_labelled_are_left_out(tmp_path, caplog):
+    write_images(tmp_path, "train")
+    box = {"x": 10, "y": 10, "width": 25, "height": 40, "rectanglelabels": ["cat"]}
+    result = [{"type": "rectanglelabels", "value": box, "original_width": 40, "original_height": 30}]
+    entries = [
+        {
+            "data": {"image": "https://mine.example/t0.png?X-Amz-Algorithm=AWS4&X=1"},
+            "annotations": [{"result": result}],
+        },
+        {"data": {"image": "/data/upload/1/t1.png"}, "annotations": []},
+        {"data": {"image": "/data/upload/1/t2.png"}, "annotations": [{"result": []}]},
+    ]
+    write_text(tmp_path / "project.json", entries)
+    dataset = load_dataset_source(tmp_path, labels=True)
+    assert [row["objects"]["bbox"] for row in dataset] == [[[4, 3, 10, 12]], []]
+    assert "1 images are left out, nobody has labelled them" in caplog.text
+    assert "have no entry" not in caplog.text
+
+
+def test_images_with_one_name_in_several_folders(tmp_path, caplog):
+    for number, folder in enumerate(("train", "cam")):
+        write_image(tmp_path / "images" / folder / "1.png", (40, 30), number)
+    lines = "image,class,x,y,w,h\ntrain/1.png,cat,1,2,3,4\ncam/1.png,dog,5,6,7,8\n"
+    write_text(tmp_path / "boxes.csv", lines)
+    dataset = load_dataset_source(tmp_path, labels=True)
+    assert [row["objects"]["bbox"] for row in dataset] == [[[1, 2, 3, 4]], [[5, 6, 7, 8]]]
+    assert [decode_image(row["image"])[0, 0, 0] for row in dataset] == [0, 1]
+    assert not caplog.text
+    write_text(tmp_path / "boxes.csv", lines + "gone/2.png,dog,5,6,7,8\nlost/2.png,dog,5,6,7,8\n")
+    write_image(tmp_path / "images" / "train" / "2.png", (40, 30), 2)
+    load_dataset_source(tmp_path, labels=True)
+    assert "1 images get what is said of several paths" in caplog.text
+    assert "2.png of 'gone/2.png' and 'lost/2.png': are files missing?" in caplog.text
+
+
+def test_folders_of_xml_files_in_the_order_of_folders_of_images(tmp_path):
+    for number, folder in enumerate(("a", "b")):
+        write_image(tmp_path / "JPEGImages" / folder / "1.png", (40, 30), number)
+        write_text(tmp_path / "Annotations" / folder / "1.xml", voc_xml("1", (40, 30), [([1, 2, 3, 4], number)]))
+    dataset = load_dataset_source(tmp_path, labels=True)
+    assert [row["objects"]["category"] for row in dataset] == [[0], [1]]
+    assert [decode_image(row["image"])[0, 0, 0] for row in dataset] == [0, 1]
+
+
+def test_lists_that_are_not_of_coco(tmp_path):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    write_text(tmp_path / "coco.json", {"images": [{"id": 1, "file_name": ".."}], "annotations": []})
+    with pytest.raises(DataError, match="entry 0 of 'images': the file name '..' leads out"):
+        load_dataset_source(tmp_path / "coco.json")
+    (tmp_path / "coco.json").unlink()
+    for name in "ab":  # Darwin
+        content = {"item": {"name": f"{name}.png"}, "annotations": [{"name": "cat", "bounding_box": {"x": 1}}]}
+        write_text(tmp_path / f"{name}.json", content)
+    with pytest.raises(DataError, match="its files a.json and 1 others are no labels .* a.json begins with"):
+        load_dataset_source(tmp_path, labels=True)
 
 
 def test_turned_boxes_polygons_and_two_annotations_of_label_studio(tmp_path):
@@ -592,8 +841,14 @@ def test_labels_in_a_format_that_is_not_known(tmp_path, name, text):
     with pytest.raises(DataError, match="no column 'objects'; there are images in it and no file of labels. Give the"):
         load_dataset_source(tmp_path, labels=True)
     write_text(tmp_path / name, text)
-    with pytest.raises(DataError, match=rf"its files {name} are no labels in a format that is known \(.*Pascal VOC"):
+    write_text(tmp_path / "README.txt", "Exported by somebody")
+    found = (
+        rf"its files {name} and 1 others are no labels in a format that is known \(.*Pascal VOC.* {name} begins with"
+    )
+    with pytest.raises(DataError, match=found) as error:
         load_dataset_source(tmp_path, labels=True)
+    assert f"begins with '{text}'" in str(error.value)
+    assert ("expected, for YOLO, lines 'class centre_x" in str(error.value)) == name.endswith(".txt")
     assert len(load_dataset_source(tmp_path)) == 1
 
 
@@ -614,8 +869,9 @@ def test_labels_in_a_format_that_is_not_known(tmp_path, name, text):
         ("file,class,x,y,w,h", "c.png,cat,1,2,3,4", "line 3: there is no image 'c.png' in .* Give the folder as"),
         ("file,class,x,y,w,h", "../../a.txt,cat,1,2,3,4", "line 3: there is no image '../../a.txt'"),
         ("file,class,x,y,w,h", "b,cat,1,2,3,4", "line 3: 'b' may be .*b.jpg or .*b.png"),
-        ("file,class,bbox", "a.png,cat,1 2 3 4", "line 3, column 'bbox': not valid JSON"),
-        ("file,class,bbox", 'a.png,cat,"[1, 2]"', r"line 3: column 'bbox' must hold four numbers .* got '\[1, 2\]'"),
+        ("file,class,bbox", "a.png,cat,1 2 3", r"line 3, column 'bbox' must hold four numbers \[x, y, width, h"),
+        ("file,class,bbox", 'a.png,cat,"[1, 2]"', r"line 3, column 'bbox' must hold four numbers .* got '\[1, 2\]'"),
+        ("file,class,bbox", "a.png,cat,1 2 x 4", "line 3, column 'bbox': a coordinate must be a number, got 'x'"),
     ],
 )
 def test_tables_that_are_wrong(tmp_path, header, row, message):
@@ -893,6 +1149,25 @@ def test_wrong_lines_of_yolo(tmp_path, line, message):
         load_dataset_source(tmp_path, "train", labels=True)
 
 
+def test_what_yolo_does_not_use_is_told(tmp_path, caplog):
+    yolo_names(tmp_path / "yolo")
+    labels = tmp_path / "yolo" / "labels" / "train"
+    (labels / "t0.txt").rename(labels / "t0_old.txt")
+    write_text(labels / "classes.txt", "\n".join(NAMES))
+    dataset = load_dataset_source(tmp_path / "yolo", "train", labels=True, image_dir=tmp_path)
+    assert [len(row["objects"]["bbox"]) for row in dataset] == [0, 1, 0]
+    unused = "1 label files are not used, there is no image of that name (e.g. labels/train/t0_old.txt)"
+    assert unused in caplog.text and "image_dir has no effect" in caplog.text
+    write_text(tmp_path / "README.md", "mine")
+    with pytest.raises(
+        DataError, match="no data.yaml in it, but further down there is .*yolo/data.yaml. Give that file"
+    ):
+        load_dataset_source(tmp_path, labels=True)
+    write_text(tmp_path / "labels" / "a.txt", "0 0.5 0.5 0.1 0.1")
+    with pytest.raises(DataError, match="there is no image in it, and no label file that names some is recognised"):
+        load_dataset_source(tmp_path / "labels", labels=True)
+
+
 def test_key_points_of_yolo_follow_the_box(tmp_path):
     yolo_ultralytics(tmp_path)
     with open(tmp_path / "dataset.yaml", "a") as file:
@@ -970,12 +1245,13 @@ def test_a_yaml_file_is_a_source(tmp_path):
     assert len(load_dataset_source(tmp_path / "dataset.yaml", "validation", labels=True)) == 2
 
 
-def test_images_without_names_or_labels_of_yolo(tmp_path):
+def test_images_without_names_or_labels_of_yolo(tmp_path, caplog):
     """Without `data.yaml`: numbers for names, as far as those of all splits; no label file means no object."""
     for split, name in (("train", "train"), ("validation", "val")):
         write_yolo(tmp_path / "images" / name, tmp_path / "labels" / name, split)
     dataset = load_dataset_source(tmp_path, "validation", labels=True)
     assert category_names(dataset) == ["0", "1", "2"]
+    assert "no data.yaml or classes.txt names the classes" in caplog.text
     (tmp_path / "labels" / "val" / "v0.txt").unlink()
     assert load_dataset_source(tmp_path, "validation", labels=True)[0]["objects"]["bbox"] == []
 
@@ -1020,7 +1296,7 @@ def test_circles_and_points_of_labelme(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset_source(tmp_path, labels=True)
     assert category_names(dataset) == ["ball"] and dataset[0]["objects"]["bbox"] == [[15, 10, 10, 10]]
-    assert "1 points and lines are left out" in caplog.text
+    assert "1 points, lines or brushed masks are left out" in caplog.text
 
 
 def test_turned_boxes_and_other_shapes_of_cvat(tmp_path, caplog):
@@ -1112,9 +1388,18 @@ BOXES = [[[1, 2, 3, 4], [5, 6, 7, 8]], [], [[2, 2, 9, 9]]]
         ("objects", lambda labels: {"bbox": BOXES, "categories": labels}, ["0", "1", "2"]),
         ("annotations", lambda labels: {"bboxes": BOXES, "label": labels}, ["0", "1", "2"]),
         ("objects", lambda labels: {"boxes": BOXES, "labels": [[f"c{k}" for k in one] for one in labels]}, None),
+        (
+            "objects",
+            lambda labels: {
+                "bbox": BOXES,
+                "category_id": labels,
+                "category_name": [[f"c{k}" for k in one] for one in labels],
+            },
+            None,
+        ),
         ("objects", None, ["0", "1", "2"]),
     ],
-    ids=["categories", "annotations", "names", "list of dictionaries"],
+    ids=["categories", "annotations", "names", "names beside numbers", "list of dictionaries"],
 )
 def test_spellings_of_objects(tmp_path, column, objects, names):
     """Of two splits, the second without the last class: the names are those of both."""

@@ -365,7 +365,7 @@ def require_inside(images: pa.ChunkedArray, roots: list[str | Path], source: str
         raise DataError(
             f"{source}: {len(strangers)} images are not in the data set but name files outside its folder or "
             f"addresses ({rows}{' ...' if len(strangers) > _LISTED else ''}), which are not read. Put the files "
-            "into its folder; where they are links, give the folder that they lead to."
+            "into its folder, unpack archives; where they are links, give the folder that they lead to."
         )
 
 

@@ -14,8 +14,8 @@ from . import door
 from .arrow_boxes import read_values
 from .columns import BoxReport, require_columns, validate_objects
 from .errors import DataError
-from .readers import READERS, find_reader, image_folder, saved
-from .readers.files import list_files, list_images, split_of_folder, unwrapped
+from .readers import READERS, box_table, find_reader, image_folder, saved, yolo
+from .readers.files import list_files, list_images, read_start, split_of_folder, unwrapped
 from .readers.image_folder import has_metadata, read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
@@ -24,7 +24,10 @@ from .splits import Splits
 logger = logging.getLogger(__name__)
 
 # What files of labels end with, in formats that are known and others.
-_LABEL_ENDINGS = (".json", ".jsonl", ".ndjson", ".manifest", ".csv", ".tsv", ".txt", ".xml", ".mat", ".tfrecord")
+_LABEL_ENDINGS = (".json", ".jsonl", ".ndjson", ".odgt", ".manifest", ".csv", ".tsv", ".xlsx", ".txt", ".xml", ".mat",
+                  ".tfrecord")  # fmt: skip
+_EXPECTED = {".txt": yolo.EXPECTED} | dict.fromkeys((".csv", ".tsv"), box_table.EXPECTED)
+_SHOWN_BYTES = 80
 
 
 def load_dataset_source(
@@ -82,8 +85,11 @@ def load_dataset_source(
         dataset, roots = _load_hub(str(source), split), door.hub_roots(source)
         if path.exists() and not any(isinstance(one, datasets.Image) for one in dataset.features.values()):
             raise DataError(
-                f"{path}: nothing was recognised in it. Give a folder of images, or labels as {_formats()}."
+                f"{path}: there is no image in it, and no label file that names some is recognised. Give the folder "
+                f"that holds both, or labels as {_formats()}."
             )
+    if image_dir is not None and reader in (None, saved, image_folder, yolo):
+        logger.warning("%s: image_dir has no effect: the images are looked for in the data set itself.", source)
     if labels and not len(dataset):
         raise DataError(f"{source}: there is no image in it{f', split {split!r}' if split else ''}.")
     if labels and reader is image_folder and "objects" not in dataset.column_names and not has_metadata(path):
@@ -110,16 +116,22 @@ def without_labels(folder: Path) -> str:
         reader = find_reader(part)[0] if part.is_dir() else None
         if reader not in (None, saved, image_folder):
             return f"{folder}: no column 'objects'; there are labels in {part} ({reader.NAME}). Give that folder."
-    files = [str(file.relative_to(folder)) for file in list_files(folder, *_LABEL_ENDINGS)]
+    stems = {image.stem for image in list_images(folder)}
+    files = list(list_files(folder, *_LABEL_ENDINGS))
+    files.sort(key=lambda file: file.suffix == ".txt" and file.stem not in stems)  # README.txt and the like last
+    files = [str(file.relative_to(folder)) for file in files]
     if not files:
         return (
             f"{folder}: no column 'objects'; there are images in it and no file of labels. Give the folder that holds "
             f"both, or the label file and --image_dir. Formats: {formats}."
         )
     more = f" and {len(files) - 1} others" if len(files) > 1 else ""
+    start = read_start(folder / files[0], _SHOWN_BYTES).decode("utf-8", "replace").strip().partition("\n")[0]
+    expected = _EXPECTED.get(Path(files[0]).suffix.lower())
     return (
         f"{folder}: no column 'objects'; its files {files[0]}{more} are no labels in a format that is known ({formats}"
-        "; docs/labels.md has the layouts). Convert them, or correct what makes them unlike these."
+        f"; docs/labels.md has the layouts). {files[0]} begins with {door.printable(start)!r}"
+        f"{f'; {expected}' if expected else ''}. Convert them, or correct what makes them unlike these."
     )
 
 

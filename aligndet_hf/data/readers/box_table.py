@@ -6,27 +6,34 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..door import is_image_name
+from ..door import is_image_name, is_inside
 from ..errors import DataError
 from .files import delimiter_of, list_files, number, parse_json, read_start, split_of_file, split_of_folder, table_rows
+from .json_images import via_objects
 from .listed import Entry, Object, collect, require_own_splits
-from .rows import Labels, is_box
+from .rows import Labels
 
 logger = logging.getLogger(__name__)
 
 NAME = "table of boxes"
 
+EXPECTED = (
+    "expected a row for each box, with the columns image (or filename, ...), class (or label, ...) and xmin, ymin, "
+    "xmax, ymax, or x, y, width, height, or bbox"
+)
 SUFFIXES = (".csv", ".tsv", ".parquet")
 _DELIMITERS = ",;\t"
 _SNIFFED_BYTES = 1 << 16
 # What columns are called, in lower case and without other characters than letters and digits.
 _IMAGE = ("filename", "file", "imagename", "image", "imagepath", "filepath", "path", "img", "imgname", "imageid")
-_CLASS = ("class", "classname", "label", "labelname", "category", "categoryname", "classid", "labelid", "categoryid")
+_CLASS = ("class", "classname", "label", "labelname", "category", "categoryname", "classid", "labelid", "categoryid",
+          "regionattributes")  # fmt: skip
 _CORNERS = (
     ("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"),
     ("bboxxmin", "bboxymin", "bboxxmax", "bboxymax"), ("bboxx1", "bboxy1", "bboxx2", "bboxy2"),
@@ -36,10 +43,18 @@ _SIDES = (
     ("x", "y", "width", "height"), ("xmin", "ymin", "width", "height"), ("xmin", "ymin", "w", "h"),
     ("left", "top", "width", "height"), ("bbox",), ("box",),
 )  # fmt: skip
+_OF_VIA = ("regionshapeattributes",)  # a shape as VIA writes it, with its class in another column
+_LISTS = ("boxesstring",)  # all boxes of an image, as the Global Wheat data set has them
 _CENTRES = (("xcenter", "ycenter", "width", "height"), ("xcenter", "ycenter", "w", "h"), ("cx", "cy", "w", "h"))
 _SIZES = (("imagewidth", "imageheight"), ("imgwidth", "imgheight"), ("width", "height"))
 _SPLIT = ("split", "subset", "set")
-_WITHOUT_NAMES = ["image", "x1", "y1", "x2", "y2", "class"]  # of a table whose first line is a row (keras-retinanet)
+# Of tables whose first line is a row.
+_WITHOUT_NAMES = (
+    ["image", "x1", "y1", "x2", "y2", "class"],  # keras-retinanet
+    ["image", "x1", "y1", "x2", "y2", "class", "image_width", "image_height"],  # SKU-110K
+    ["class", "x", "y", "w", "h", "image", "image_width", "image_height"],  # makesense.ai
+    ["set", "image", "class", "x1", "y1", "", "", "x2", "y2", "", ""],  # AutoML of Google
+)
 _LARGEST_PART = 1.01  # coordinates up to here are parts of the image's sides, if all of the table are
 
 
@@ -87,7 +102,7 @@ class _Table:
     Attributes:
         path (`Path`): The file.
         image (`str`): The column of the images.
-        coordinates (`list[str]`): Four columns, or one with four numbers.
+        coordinates (`list[str]`): Four columns, or one with four numbers, all boxes of an image, or a shape of VIA.
         are_corners (`bool`): Whether these are corners, and not corner and sides.
         are_centres (`bool`): Whether these are a centre and sides.
         category, split (`str`, *optional*): The columns of the classes and of the splits.
@@ -105,15 +120,25 @@ class _Table:
     sizes: list[str]
     names: list[str] | None
 
+    @cached_property
+    def descriptions(self) -> dict[str, str]:
+        """What codes of classes stand for, by the file that Open Images has for them beside its tables."""
+        folder = self.path.parent
+        files = [file for file in sorted(folder.glob("*class-descriptions*.csv")) if is_inside(file, folder)]
+        rows = (row for file in files for _, row in table_rows(file, names=["code", "name"]))
+        return {row["code"]: row["name"] for row in rows if row["name"]}
+
     def entries(self) -> Iterator[Entry]:
         """The images and boxes of the rows."""
         if self.category is None:
             logger.warning("%s: no column of classes (%s): all are 'object'.", self.path, ", ".join(_CLASS[:6]))
-        found = []
+        found, without_box = [], 0
         for where, row in self.rows():
-            box, label = self.box(row, where), self.label(row, where)
-            image, objects = self.cell(row, self.image, where), [] if box is None else [Object(box, label)]
+            image, objects = self.cell(row, self.image, where), self.objects(row, where)
+            without_box += not objects and _plain(self.coordinates[0]) in _OF_VIA and row[self.coordinates[0]] != "{}"
             found.append(Entry(where, self.split_of(row), image, self.path.parent, objects, self.size(row, where)))
+        if without_box:
+            logger.warning("%s: %d points and lines are left out, they have no box.", self.path, without_box)
         ends = [max(x + w, y + h) for entry in found for (x, y, w, h), *_ in entry.objects]
         if ends and max(ends) <= _LARGEST_PART:
             logger.warning("%s: no coordinate is above 1: they are taken as parts of the images' sides.", self.path)
@@ -141,21 +166,27 @@ class _Table:
             return "object"
         is_empty = not any(row[name] for name in self.coordinates)
         text = row[self.category] if is_empty else self.cell(row, self.category, where)
+        text = self.descriptions.get(text, text)
         return re.sub(r"^(\d+)\.0+$", r"\1", text)  # whole numbers beside empty cells, as pandas writes them
 
-    def box(self, row: dict[str, str], where: str) -> list[float] | None:
-        """xywh, `None` if the row has no coordinates at all."""
+    def objects(self, row: dict[str, str], where: str) -> list[Object]:
+        """What the row says of its image; nothing if it has no coordinates at all."""
         texts = [row[name] for name in self.coordinates]
         if not any(texts):
-            return None
-        if len(texts) == 1:
-            box = parse_json(texts[0], f"{where}, column '{self.coordinates[0]}'")
-            if not is_box(box):
-                raise DataError(
-                    f"{where}: column '{self.coordinates[0]}' must hold four numbers [x, y, width, height], got "
-                    f"{texts[0][:80]!r}."
-                )
-            return box
+            return []
+        if len(texts) > 1:
+            return [Object(self.box(texts, where), self.label(row, where))]
+        place = f"{where}, column '{self.coordinates[0]}'"
+        if _plain(self.coordinates[0]) in _OF_VIA:
+            attributes = parse_json(row[self.category] or "{}", where) if self.category else {}
+            return via_objects(parse_json(texts[0], place), attributes, place)
+        if _plain(self.coordinates[0]) in _LISTS:
+            boxes = [_four(text, place, "x1 y1 x2 y2") for text in texts[0].split(";") if text not in ("", "no_box")]
+            return [Object([x, y, a - x, b - y], self.label(row, where)) for x, y, a, b in boxes]
+        return [Object(_four(texts[0], place, "[x, y, width, height]"), self.label(row, where))]
+
+    def box(self, texts: list[str], where: str) -> list[float]:
+        """xywh of the four coordinates."""
         named = zip(texts, self.coordinates, strict=True)
         x, y, a, b = (number(text, where, f"column '{name}'") for text, name in named)
         if self.are_centres:
@@ -168,17 +199,21 @@ class _Table:
         return given if len(given) == 2 and all(given) else None
 
 
+def _four(text: str, where: str, form: str) -> list[float]:
+    """The numbers of a box in one cell, with or without brackets and commas."""
+    parts = re.split(r"[,\s]+", text.strip("[]() \n\t"))
+    if len(parts) != 4:
+        raise DataError(f"{where} must hold four numbers {form} for a box, got {text[:80]!r}.")
+    return [number(part, where, "a coordinate") for part in parts]
+
+
 def _tables(path: Path) -> list[_Table]:
     """The tables of a file or folder, which have to be of different splits."""
     tables = []
     for file in [path] if path.is_file() else find_files(path):
         table = _columns_of(file)
         if table is None:
-            raise DataError(
-                f"{file}: expected a row for each box, with the columns image (or filename, ...), class (or label, "
-                "...) and xmin, ymin, xmax, ymax, or x, y, width, height, or bbox; found "
-                f"{', '.join(_header(file)) or 'no names'} in the first line."
-            )
+            raise DataError(f"{file}: {EXPECTED}; found {', '.join(_header(file)) or 'no names'} in the first line.")
         tables.append(table)
     paths = [table.path for table in tables]
     splits = [(split_of_file(one.stem) or split_of_folder(one.parent.name), one) for one in paths]
@@ -223,8 +258,8 @@ def _schema(path: Path) -> Iterable[pa.Field]:
 def _columns_of(path: Path) -> _Table | None:
     """What the columns of a file are; `None` if there is none of images, or of boxes."""
     header = _header(path)
-    without_names = _is_row(header)
-    names = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in (_WITHOUT_NAMES if without_names else header)}
+    without_names = _names_of_row(header)
+    names = {_plain(name): name for name in without_names or header}
 
     def first(*known: tuple[str, ...]) -> list[str]:
         return next(([names[name] for name in group] for group in known if names.keys() >= set(group)), [])
@@ -234,20 +269,27 @@ def _columns_of(path: Path) -> _Table | None:
 
     image, corners = column(_IMAGE), first(*_CORNERS)
     centres = first(*_CENTRES)
-    coordinates = corners or first(*_SIDES) or centres
+    coordinates = corners or first(*_SIDES) or centres or first(_OF_VIA, _LISTS)
     if image is None or not coordinates:
         return None
     sizes = next((size for group in _SIZES if (size := first(group)) and not set(size) & set(coordinates)), [])
-    own = _WITHOUT_NAMES if without_names else None
     kind = bool(corners), coordinates == centres
-    return _Table(path, image, coordinates, *kind, column(_CLASS), column(_SPLIT), sizes, own)
+    return _Table(path, image, coordinates, *kind, column(_CLASS), column(_SPLIT), sizes, without_names)
 
 
-def _is_row(cells: list[str]) -> bool:
-    """Whether the first line of a table is a row and not the names of its columns."""
-    if len(cells) != len(_WITHOUT_NAMES) or not is_image_name(Path(cells[0])):
-        return False
-    return not any(cells[1:5]) or all(re.fullmatch(r"-?\d+(\.\d+)?", cell) for cell in cells[1:5])
+def _names_of_row(cells: list[str]) -> list[str] | None:
+    """The names of the columns of a table whose first line is a row of a known form, and not these names."""
+    for names in _WITHOUT_NAMES:
+        row = dict(zip(names, cells, strict=False))
+        if len(cells) == len(names) and is_image_name(row["image"]):
+            corners = [row[name] for name in ("x1", "y1", "x2", "y2") if name in row] or cells[1:5]
+            if not any(corners) or all(re.fullmatch(r"-?\d*\.?\d+", cell) for cell in corners):
+                return names
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _as_text(value) -> str:

@@ -5,15 +5,18 @@ import logging
 import re
 from pathlib import Path
 
-from ..door import is_inside, spelt_as_there
+import numpy as np
+
+from ..door import is_inside, plain_parts, spelt_as_there
 from ..errors import DataError
-from ..masks import segmentation_text
+from ..masks import Region, segmentation_text
 from .files import (
     called,
     find_inside,
     inside,
     is_file,
     list_files,
+    list_images,
     parse_json,
     read_start,
     read_text,
@@ -49,11 +52,13 @@ _LOOKED_AT = 20  # images to find the folder of all by
 def find(path: Path) -> dict[str, Path]:
     """
     A JSON file, or the files of a folder and of its folders that have COCO's lists; of COCO's own files the
-    `instances`. The splits are from the names of the files or of their folders; `train` if these do not tell.
+    `instances`. The splits are from the names of the files or of their folders, of `annotations` the folder around it;
+    `train` if these do not tell.
     """
     if path.is_file():
         return {_split_of(path): path} if path.suffix.lower() == ".json" else {}
-    files = [file for file in list_files(path, ".json") if path in (file.parent, file.parent.parent)]
+    files = list_files(path, ".json")
+    files = [file for file in files if path in (file.parent, file.parent.parent, _outer_folder(file).parent)]
     files = list(filter(_looks_like_coco, files))
     files = [file for file in files if file.stem.startswith("instances_")] or files
     pairs = [(_split_of(file), file) for file in files]
@@ -81,11 +86,10 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
     others = {file: read_text(file) for file in found.values() if file not in contents}
     listed = {file: content.get("categories", []) for file, content in contents.items()}
     listed |= {file: _read_categories(file, text) for file, text in others.items()}
-    categories = _merge_categories(listed)
     used = {
         _key(entry.get("category_id")) for content in contents.values() for entry in content.get("annotations", [])
     }
-    categories = _without_group(path, categories, used, others)
+    categories = _merge_categories(_without_groups(path, listed, used, others))
 
     images = []
     for file, content in contents.items():
@@ -104,12 +108,14 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
 def _looks_like_coco(path: Path) -> bool:
     read = read_start(path, _SNIFFED_BYTES)
     start, lists = read.lstrip(), set(_LIST.findall(read))
+    lists -= set() if b'"image_id"' in read else {b"annotations"}  # which Datumaro and Darwin have as well
     lists -= {b"categories"} if len(read) < _SNIFFED_BYTES else set()  # alone in `notes.json` of Label Studio's YOLO
     return start.startswith(b"{") and bool(lists)
 
 
 def _split_of(path: Path) -> str:
-    return split_of_file(path.stem) or split_of_folder(path.parent.name) or "train"
+    folders = path.parent.name, _outer_folder(path).name
+    return split_of_file(path.stem) or next(filter(None, map(split_of_folder, folders)), "train")
 
 
 def _read_content(path: Path) -> dict:
@@ -118,6 +124,9 @@ def _read_content(path: Path) -> dict:
         raise DataError(f"{path}: not a COCO file, it has no list 'images'.")
     if not content["images"]:
         raise DataError(f"{path}: its list 'images' is empty.")
+    for image in content["images"]:
+        if isinstance(image, dict) and "file_name" not in image and isinstance(image.get("coco_url"), str):
+            image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])  # LVIS: `train2017/000000391895.jpg`
     for key in _NEEDED:
         _require_entries(path, key, content.get(key, []))
     return content
@@ -212,20 +221,30 @@ def _told(categories) -> str:
     return ", ".join(f"{category['id']!r}: {category['name']!r}" for category in list(categories)[:10])
 
 
-def _without_group(path: Path, categories: list[dict], used: set, others: dict[Path, str]) -> list[dict]:
-    """Leaves out the category that Roboflow adds to group all others: their supercategory, without an object."""
-    for group in categories:
-        rest = [category for category in categories if category is not group]
-        if not rest or any(category.get("supercategory") != group["name"] for category in rest):
-            continue
+def _without_groups(path: Path, listed: dict[Path, list[dict]], used: set, others: dict[Path, str]) -> dict:
+    """
+    Leaves out the category that Roboflow adds to group all others: their supercategory, without an object. It may have
+    the name of one of them.
+    """
+    groups = {}
+    for categories in listed.values():
+        for group in categories:
+            rest = [category for category in categories if category is not group]
+            if rest and all(category.get("supercategory") == group["name"] for category in rest):
+                groups[_key(group["id"])] = group
+    for key, group in list(groups.items()):
         mention = re.compile(rf'"category_id"\s*:\s*{re.escape(json.dumps(group["id"]))}\s*[,}}]')
-        if _key(group["id"]) not in used and not any(map(mention.search, others.values())):
+        if key in used or any(map(mention.search, others.values())):
+            del groups[key]
+        else:
             logger.warning(
                 "%s: the category %r (id %s) is left out: it has no object and only groups the others.",
                 path, group["name"], group["id"],
             )  # fmt: skip
-            return rest
-    return categories
+    return {
+        file: [category for category in categories if _key(category["id"]) not in groups]
+        for file, categories in listed.items()
+    }
 
 
 # ---- images and annotations ----
@@ -268,10 +287,14 @@ def _read_images(
 
 
 def _find_image(root: Path, name: str, where: str, base: Path) -> Path:
-    """The file of an image: of a path of another machine, or an address, as much of its end as is there."""
+    """
+    The file of an image: of a path of another machine, an address, or a path whose first folder is not there, as much
+    of its end as is.
+    """
     if path := find_inside(root, [name], base):
         return path
     is_elsewhere = _ELSEWHERE.match(name) and not is_inside(name, root)
+    is_elsewhere = is_elsewhere or not (base / "".join(plain_parts(name)[:1])).exists()
     return is_elsewhere and find_inside(root, tails(name), base) or inside(root, name, where, base)
 
 
@@ -315,16 +338,30 @@ def _add_annotation(annotation: dict, images: dict, labels: dict) -> None:
 
 
 def _around(segmentation) -> list[float] | None:
-    """The box around polygons, for an object that has no other."""
-    if not isinstance(segmentation, list) or segmentation_text(segmentation) is None:
+    """The box around polygons or a mask, for an object that has no other."""
+    text = segmentation_text(segmentation)
+    if text is None:
         return None
-    xs, ys = ([value for outline in segmentation for value in outline[side::2]] for side in (0, 1))
-    return box_around(xs, ys)
+    shape = json.loads(text)
+    if isinstance(shape, list):
+        xs, ys = ([value for outline in shape for value in outline[side::2]] for side in (0, 1))
+        return box_around(xs, ys)
+    ys, xs = (pixels.tolist() for pixels in np.nonzero(Region.of(text, *shape["size"]).shape))
+    return box_around([min(xs), max(xs) + 1], [min(ys), max(ys) + 1]) if xs else None
 
 
 def _outer_folder(path: Path) -> Path:
     """The folder that a COCO file may name images of: its own, or the one of a folder `annotations`."""
     return path.parent.parent if _LABEL_FOLDER.fullmatch(path.parent.name) else path.parent
+
+
+def _folder_of_another_name(path: Path, outer: Path, names: list[str]) -> Path | None:
+    """The only folder that all of these names are in, or of several the one that is called as the split."""
+    files = [file.as_posix() for file in list_images(outer)]
+    places = [{file.removesuffix(f"/{name}") for file in files if file.endswith(f"/{name}")} for name in names]
+    common = sorted(map(Path, set.intersection(*places)))
+    of_split = [place for place in common if split_of_file(place.name) == _split_of(path)]
+    return next((one for (one,) in filter(lambda some: len(some) == 1, (common, of_split))), None)
 
 
 def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[str]) -> tuple[Path, Path]:
@@ -340,12 +377,15 @@ def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[s
         places += [*(called(folder, word) for word in words), folder]
     places.append(above)
     looked_at = [name.replace("\\", "/") for name in names[:_LOOKED_AT]]
-    ends = [tail for name in names[:_LOOKED_AT] if _ELSEWHERE.match(name) for tail in tails(name)]
-    for place in places:
-        is_near = is_inside(place, here) or is_inside(place, above)  # no link to elsewhere
-        there = looked_at + (ends if is_inside(place, outer) else [])
-        if is_near and any(is_file(place / spelt_as_there(place, name)) for name in there):
-            return place, outer if place == here else place
+    ends = [tail for name in names[:_LOOKED_AT] for tail in tails(name)]
+    for there in (looked_at, ends):
+        for place in places:
+            is_near = is_inside(place, here) or is_inside(place, above if there is looked_at else outer)  # no link out
+            if is_near and any(is_file(place / spelt_as_there(place, name)) for name in there):
+                return place, outer if place == here else place
+    for there in (looked_at, [name.rpartition("/")[2] for name in looked_at]):
+        if place := _folder_of_another_name(path, outer, there):
+            return place, place
     # A name that leads out is an error of its own; another one says where it was looked for.
     for name in names[:1]:
         inside(outer, name, f"{path}, entry 0 of 'images'", here)

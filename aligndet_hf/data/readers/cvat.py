@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 from ..errors import DataError
-from .files import called, list_files, number, read_start, read_xml, split_of_folder
+from .files import called, list_files, number, read_start, read_xml, split_folders, split_of_folder
 from .listed import Entry, Object, collect
 from .rows import Labels, box_around, require_unique_ids
 
@@ -20,11 +20,15 @@ _OTHER_SHAPES = ("points", "cuboid", "skeleton", "tag")
 
 
 def find(path: Path) -> dict[str, dict[Path, ElementTree.Element]]:
-    """The subsets of the images of an XML file of CVAT, or of those at the top of a folder; each with all files."""
+    """
+    The subsets of the images of an XML file of CVAT, or of those at the top of a folder and of its folders that are
+    splits; each with all files.
+    """
     files = [path] if path.is_file() else list_files(path, ".xml")
-    files = [file for file in files if file == path or file.parent in (path, called(path, "annotations"))]
+    places = [path, called(path, "annotations"), *split_folders(path).values()] if path.is_dir() else []
+    files = [file for file in files if file == path or file.parent in places]
     roots = {file: _read_root(file) for file in filter(_looks_like_cvat, files)}
-    return dict.fromkeys((_subset(path, image) for root in roots.values() for image in root.iter("image")), roots)
+    return dict.fromkeys((_subset(file, image) for file, root in roots.items() for image in root.iter("image")), roots)
 
 
 def read(path: Path, found: dict, splits: list[str], image_dir: Path | None = None) -> Labels:
@@ -50,7 +54,8 @@ def read(path: Path, found: dict, splits: list[str], image_dir: Path | None = No
         names = names or _label_names(root)
         for number_, element in enumerate(root.iter("image")):
             where = f"{file}, image {element.get('name', number_)!r}"
-            entries.append(_entry(element, _subset(path, element), folder, names, where))
+            own = file.parent if split_of_folder(file.parent.name) and image_dir is None else folder
+            entries.append(_entry(element, _subset(file, element), own, names, where))
         skipped = {name: len(root.findall(f"image/{name}")) for name in _OTHER_SHAPES}
         if any(skipped.values()):
             told = ", ".join(f"{count} {name}" for name, count in skipped.items() if count)
@@ -73,9 +78,9 @@ def _read_root(file: Path) -> ElementTree.Element:
     return root
 
 
-def _subset(path: Path, image: ElementTree.Element) -> str:
+def _subset(file: Path, image: ElementTree.Element) -> str:
     own = (image.get("subset") or "").lower()
-    folder = path if path.is_dir() else path.parent
+    folder = file.parent.parent if file.parent.name.lower() == "annotations" else file.parent
     return split_of_folder(own) or (own if own not in ("", "default") else split_of_folder(folder.name) or "train")
 
 

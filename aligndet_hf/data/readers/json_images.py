@@ -1,12 +1,17 @@
 """JSON with an entry for each image: dialects of CreateML, VIA, Label Studio, Scalabel, Supervisely and labelme."""
 
+import base64
+import io
 import logging
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+
+import PIL.Image
 
 from ..door import is_image_name
 from ..errors import DataError
@@ -22,8 +27,11 @@ _WITHOUT_AREA = {"point", "points", "line", "linestrip"}  # of the kinds of labe
 _CIRCLE = 64  # corners of the polygon that a circle becomes
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of files that are uploaded
 
+_FAULTS = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration, zlib.error, OSError)
+
 Shape = list[float] | list[tuple[float, float]] | None  # xywh, the corners of a polygon, or what has no box
-Found = tuple[str, list[tuple[Shape, str]], tuple[int, int] | None]  # image, shapes with their classes, size
+# Image, shapes with their classes (`None`: nobody has labelled it), size.
+Found = tuple[str, list[tuple[Shape, str]] | None, tuple[int, int] | None]
 
 
 def find(path: Path) -> dict[str, list[tuple[Path, "_Dialect"]]]:
@@ -44,7 +52,8 @@ def find(path: Path) -> dict[str, list[tuple[Path, "_Dialect"]]]:
 
 def read(path: Path, found: dict, splits: list[str], image_dir: Path | None = None) -> Labels:
     """
-    Reads these splits. The box of a shape is what is around it; points and lines have none and are counted.
+    Reads these splits. The box of a shape is what is around it; points and lines have none and are counted, and so are
+    the images of Label Studio that nobody has labelled, which are left out.
 
     Args:
         path (`Path`): The file or the folder.
@@ -64,8 +73,10 @@ def read(path: Path, found: dict, splits: list[str], image_dir: Path | None = No
     )
     folder = image_dir or (path if path.is_dir() else path.parent)
     labels = collect(folder, entries, splits, "have no entry")
-    if skipped:
-        logger.warning("%s: %d points and lines are left out, they have no box.", path, len(skipped))
+    if shapes := skipped.count("shape"):
+        logger.warning("%s: %d points, lines or brushed masks are left out, no box is read of them.", path, shapes)
+    if images := skipped.count("image"):
+        logger.warning("%s: %d images are left out, nobody has labelled them: they have no annotation.", path, images)
     return labels
 
 
@@ -100,10 +111,10 @@ def _around_centre(x: float, y: float, half_width: float, half_height: float) ->
 
 def _create_ml(item: dict) -> Found:
     objects = []
-    for annotation in item["annotations"]:
+    for annotation in item["annotations"] if "annotations" in item else item["annotation"]:
         x, y, width, height = (annotation["coordinates"][key] for key in ("x", "y", "width", "height"))
         objects.append((_around_centre(x, y, width / 2, height / 2), annotation["label"]))
-    return item["image"], objects, None
+    return item["image"] if "image" in item else item["imagefilename"], objects, None  # as Apple's own pages have it
 
 
 def _via(item: dict) -> Found:
@@ -123,6 +134,17 @@ def _via_shape(shape: dict) -> Shape:
     return list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)) if kind == "polygon" else None
 
 
+def via_objects(shape, attributes, where: str) -> list[Object]:
+    """The object of a shape and its attributes, as the CSV of VIA has them too; none of a point, a line or nothing."""
+    try:
+        found = _via_shape(shape) if shape else None
+        return [] if found is None else [_object(found, _via_class(attributes))]
+    except _FAULTS as error:
+        raise DataError(
+            f"{where}: expected a shape of VIA and its attributes, got {str(shape)[:120]} ({error})."
+        ) from error
+
+
 def _via_class(attributes: dict) -> str:
     """The value of the attribute that is called a class, or of the first; of options the one that is chosen."""
     if not attributes:
@@ -136,9 +158,20 @@ def _via_class(attributes: dict) -> str:
 
 def _label_studio(item: dict) -> Found:
     data = item.get("data", item)  # the export with little in it has the image beside the boxes
-    image = next(value for value in data.values() if isinstance(value, str) and is_image_name(Path(value)))
+    texts = [value for value in data.values() if isinstance(value, str)]
+    texts = [
+        text if "?d=" in text else text.partition("?")[0] for text in texts
+    ]  # without the key of a signed address
+    image = next((text for text in texts if is_image_name(text)), None)
+    if image is None:
+        raise ValueError("no image in 'data'")
+    image = image.partition("?d=")[2] or image
+    if "/upload/" in image:
+        image = image.replace("\\", "/").rpartition("/")[2]
     if "annotations" in item:
         annotations = [one for one in item["annotations"] if not one.get("was_cancelled")]
+        if not annotations:
+            return image, None, None
         if len(annotations) > 1:
             raise ValueError(f"{len(annotations)} annotations: keep one")
         results = [result for one in annotations for result in one["result"]]
@@ -151,9 +184,6 @@ def _label_studio(item: dict) -> Found:
         size = shape["original_width"], shape["original_height"]
         classes = next(value for key, value in shape.items() if key.endswith("labels") and isinstance(value, list))
         objects += [(_label_studio_shape(shape, size), name) for name in classes]
-    image = image.partition("?d=")[2] or image
-    if "/upload/" in image:
-        image = image.replace("\\", "/").rpartition("/")[2]
     return image, objects, size
 
 
@@ -187,9 +217,19 @@ def _scalabel(item: dict) -> Found:
 def _supervisely(item: dict) -> Found:
     objects = []
     for shape in item["objects"]:
-        has_area = shape["geometryType"] in ("rectangle", "polygon")
-        objects.append((shape["points"]["exterior"] if has_area else None, shape["classTitle"]))
+        kind = shape["geometryType"]
+        if kind == "bitmap":
+            place = _box_of_bitmap(**shape["bitmap"])
+        else:
+            place = shape["points"]["exterior"] if kind in ("rectangle", "polygon") else None
+        objects.append((place, shape["classTitle"]))
     return None, objects, (item["size"]["width"], item["size"]["height"])
+
+
+def _box_of_bitmap(data: str, origin: list[int]) -> Shape:
+    """The box of a mask of Supervisely: a compressed PNG, as large as the object, and where it lies."""
+    with PIL.Image.open(io.BytesIO(zlib.decompress(base64.b64decode(data)))) as image:
+        return [*origin, *image.size]
 
 
 def _labelme(item: dict) -> Found:
@@ -219,7 +259,7 @@ def _via_items(content: dict) -> Iterable:
 # A new dialect is a row here.
 _DIALECTS = {
     "CreateML": _Dialect(
-        b"[", (b'"coordinates"', b'"annotations"'), list, _create_ml,
+        b"[", (b'"coordinates"', b'"annotation'), list, _create_ml,
         "'image' and 'annotations', each with 'label' and 'coordinates' (x, y, width, height)",
     ),
     "VIA": _Dialect(
@@ -273,23 +313,22 @@ def _dialect_of(file: Path) -> _Dialect | None:
 
 def _entries(file: Path, dialect: _Dialect, split: str, skipped: list) -> Iterator[Entry]:
     content = read_json(file)
-    faults = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration)
     try:
         items = list(dialect.items(content))
-    except faults as error:
+    except _FAULTS as error:
         raise DataError(f"{file}: expected entries with {dialect.expected}.") from error
     for position, item in enumerate(items):
         where = str(file) if dialect.is_of_one_image else f"{file}, entry {position}"
         try:
             image, objects, size = dialect.read(item)
             image = file.name.removesuffix(".json") if image is None else image
-            found = [_object(*one) for one in objects if one[0] is not None]
+            found = [_object(*one) for one in objects or [] if one[0] is not None]
             if not isinstance(image, str):
                 raise ValueError("names must be texts")
             if size and not all(0 < side < 1 << 31 for side in size):
                 raise ValueError(f"an image has no sides of {size[0]} and {size[1]} pixels")
-        except faults as error:
+        except _FAULTS as error:
             raise DataError(f"{where}: expected {dialect.expected}, got {str(item)[:120]} ({error}).") from error
-        skipped += [None] * (len(objects) - len(found))
+        skipped += ["image"] if objects is None else ["shape"] * (len(objects) - len(found))
         also = file.stem if dialect.is_of_one_image else _UPLOAD.sub("", image)
-        yield Entry(where, split, image, file.parent, found, size, dialect.parts, also)
+        yield Entry(where, None if objects is None else split, image, file.parent, found, size, dialect.parts, also)

@@ -1,8 +1,9 @@
 """What label files that name their images have in common: finding the images, and putting their entries together."""
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ from ..errors import DataError
 from ..images import image_size
 from .files import find_inside, list_files, list_images, split_of_folder, tell_unlisted
 from .rows import Categories, LabelledImage, Labels
+
+logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 10  # files of each folder
 PIXELS = None  # what `Entry.parts` is of boxes in pixels
@@ -36,7 +39,7 @@ class Entry(NamedTuple):
 
     Attributes:
         where (`str`): The place in the label file, for errors.
-        split (`str`): The split of the image.
+        split (`str`, *optional*): The split of the image; `None` if it is to be left out.
         image (`str`): How the file calls the image: a path of this machine or another, or a name with or without its
             ending.
         base (`Path`): The folder that relative paths start from.
@@ -48,7 +51,7 @@ class Entry(NamedTuple):
     """
 
     where: str
-    split: str
+    split: str | None
     image: str
     base: Path
     objects: list[Object]
@@ -85,7 +88,7 @@ def collect(
     Raises:
         [`DataError`]: an image is not there, or there are two of its name; it names the place.
     """
-    finder, images, names, listed = _Finder(folder), {}, set(), set()
+    finder, images, names, listed, shared = _Finder(folder), {}, set(), set(), {}
     size_of = cache(image_size)  # once an image, however many entries and objects it has
     for entry in entries:
         names |= {one.label for one in entry.objects}
@@ -98,11 +101,16 @@ def collect(
             about = entry.image, entry.image_id, *(entry.size or (None, None))
             images[entry.split, file] = LabelledImage(file, entry.where, *about, {"bbox": [], "category": []})
         image = images[entry.split, file]
+        if len({folder for folder in (_above(image.file_name), _above(entry.image)) if folder}) > 1:
+            shared[file] = image.file_name, entry.image
         for box, label, outline in entry.objects:
             if entry.parts is not PIXELS:
                 sides = entry.size or size_of(file)[::-1]
                 box, outline = (values and _in_pixels(values, entry.parts, sides) for values in (box, outline))
             image.add(box, label, segmentation=outline and [outline])
+    if shared:
+        message = "%s: %d images get what is said of several paths, e.g. %s of %r and %r: are files missing?"
+        logger.warning(message, folder, len(shared), *next((file, *both) for file, both in shared.items()))
     if not categories:
         categories = sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
     numbers = {name: position for position, name in enumerate(categories)}
@@ -157,12 +165,23 @@ def _in_pixels(values: list[float], parts: float, sides: tuple[int, int]) -> lis
     return [value / parts * sides[number % 2] for number, value in enumerate(values)]
 
 
+def _above(name: str) -> tuple[str, ...]:
+    """The folders of a path of this machine or another."""
+    return PureWindowsPath(name).parent.parts
+
+
+def _shared_end(parts: Sequence[str], others: Sequence[str]) -> int:
+    """How many of the last parts of two paths are the same."""
+    pairs = zip(reversed(parts), reversed(others), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 class _Finder:
     """Finds the images that a label file names: by their path, or by their name the nearest to it in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.found: dict[tuple[str, Path, str, str], Path] = {}
+        self.found: dict[tuple[str, Path, str, str | None], Path] = {}
 
     @cached_property
     def by_name(self) -> dict[str, list[Path]]:
@@ -180,9 +199,15 @@ class _Finder:
         if path := path or find_inside(self.folder, [plain], base):
             return path
         found = self.by_name.get(plain) or self.by_name.get(also, [])
-        near = [len({base, *base.parents} & set(path.parents)) for path in found]  # how far their ways go together
-        found = [path for path, way in zip(found, near, strict=True) if way == max(near)]
-        found = [path for path in found if split_above(path, self.folder) == split] or found
+        ways: list[Callable[[Path], int]] = [
+            lambda path: len({base, *base.parents} & set(path.parents)),  # how far their ways go together
+            lambda path: _shared_end(path.parent.parts, _above(name)),
+            lambda path: split_above(path, self.folder) == split,
+            lambda path: _shared_end(path.parent.parts, base.parts),  # `JPEGImages/a` for `Annotations/a`
+        ]
+        for way in ways if len(found) > 1 else ():
+            best = max(map(way, found))
+            found = [path for path in found if way(path) == best]
         if len(found) > 1:
             raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
         if not found:

@@ -17,9 +17,9 @@ COLUMNS = ("objects", "annotations", "annotation")
 FIELDS = {
     "bbox": ("bbox", "bboxes", "boxes", "box"),
     "category": (
-        *("category", "categories", "label", "labels", "category_id", "category_ids", "class", "classes"),
-        *("class_label", "class_labels", "class_id", "class_ids", "label_id", "label_ids", "category_name"),
-        *("category_names", "class_name", "class_names", "name", "names"),
+        *("category", "categories", "label", "labels", "class", "classes", "class_label", "class_labels"),
+        *("category_name", "category_names", "class_name", "class_names"),  # before numbers that stand for them
+        *("category_id", "category_ids", "class_id", "class_ids", "label_id", "label_ids", "name", "names"),
     ),
     "area": ("area", "areas"),
     "iscrowd": ("iscrowd", "is_crowd"),

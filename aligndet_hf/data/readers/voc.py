@@ -3,11 +3,11 @@ LabelImg (beside the images) and of Roboflow (in a folder for each split)."""
 
 import logging
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
+from pathlib import Path, PurePath, PureWindowsPath
 
 from ..errors import DataError
 from .files import list_files, number, read_start, read_text, read_xml, split_folders, split_of_folder
-from .listed import Entry, Object, collect
+from .listed import Entry, Object, collect, grouped, split_above
 from .rows import Labels
 
 logger = logging.getLogger(__name__)
@@ -15,29 +15,46 @@ logger = logging.getLogger(__name__)
 NAME = "Pascal VOC"
 
 _SNIFFED_BYTES = 4096
+_LIST_FOLDERS = ("ImageSets/Main", "ImageSets", ".")  # of the challenge, of those who copy it, of PaddleDetection
 
 
 def find(path: Path) -> dict[str, list[Path]]:
-    """The XML files by the lists of `ImageSets/Main`, or by the folders that are splits, or as one split."""
+    """The XML files by the folders at the top that are splits, or by lists, or by the folders that they are in."""
     if not path.is_dir() or not (files := _list_xml(path)):
         return {}
     if parts := {split: own for split, part in split_folders(path).items() if (own := _list_xml(part))}:
         return parts
-    # `cat_train.txt`, the list of one class, is no split; `trainval.txt` is one where it is not divided.
-    lists = {file.stem: file for file in list_files(path, ".txt") if file.match("ImageSets/Main/*.txt")}
-    lists = {split_of_folder(stem): file for stem, file in lists.items() if split_of_folder(stem)} | (
-        {"train": lists["trainval"]} if "trainval" in lists and "train" not in lists else {}
-    )
-    by_stem = {file.stem: file for file in files}
+    return _by_lists(path, files) or grouped((split_above(file, path), file) for file in files)
+
+
+def _by_lists(path: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """The XML files by the lists that are called as splits, of one year of the challenge or of several."""
+    texts, found = list(list_files(path, ".txt")), []
+    for folder in _LIST_FOLDERS:
+        depth = len(PurePath(folder).parts)
+        places = [(text.parents[depth], text) for text in texts if text.parents[depth] / folder == text.parent]
+        found = found or [(root, text) for root, text in places if depth or root == path]
     splits = {}
-    for split, file in lists.items():
-        listed = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
-        missing = [name for name in listed if name not in by_stem]
-        if missing and len(missing) < len(listed):  # the labels of a test split may be kept back
-            raise DataError(f"{file}: there is no XML file for {missing[0]!r} ({len(missing)} of {len(listed)}).")
-        if listed and not missing:
-            splits[split] = [by_stem[name] for name in listed]
-    return splits or {split_of_folder(path.name) or "train": files}
+    for root, lists in grouped(found).items():
+        by_stem = {file.stem: file for file in files if file.is_relative_to(root)}
+        # `cat_train.txt`, the list of one class, is no split; `trainval.txt` is one where it is not divided.
+        named = {text.stem.removesuffix("_list"): text for text in lists}
+        own = {split_of_folder(stem): text for stem, text in named.items() if split_of_folder(stem)}
+        for split, text in ({"train": named["trainval"]} | own if "trainval" in named else own).items():
+            lines = [line for line in read_text(text).splitlines() if line.strip()]
+            listed = [_file_of(line, by_stem) for line in lines]
+            missing = [line for line, file in zip(lines, listed, strict=True) if file is None]
+            if missing and len(missing) < len(lines):  # the labels of a test split may be kept back
+                raise DataError(f"{text}: there is no XML file for {missing[0]!r} ({len(missing)} of {len(lines)}).")
+            if not missing:
+                splits[split] = splits.get(split, []) + listed
+    return {split: listed for split, listed in splits.items() if listed}
+
+
+def _file_of(line: str, by_stem: dict[str, Path]) -> Path | None:
+    """The XML file of a line of a list: an image, with or without folder and ending, perhaps with the file in it."""
+    names = map(PureWindowsPath, [line.strip(), *line.split()])
+    return next((by_stem[stem] for name in names for stem in (name.name, name.stem) if stem in by_stem), None)
 
 
 def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir: Path | None = None) -> Labels:
@@ -95,8 +112,10 @@ def _entry(file: Path, root: ElementTree.Element, split: str) -> Entry:
         box = [left - first, top - first, right - left + first, bottom - top + first]
         objects.append(Object(box, _text(one, "name", where)))
     size = _size(root, "width"), _size(root, "height")
-    name = (root.findtext("filename") or "").strip() or file.stem
-    return Entry(str(file), split, name, file.parent, objects, size if all(size) else None, also=file.stem)
+    # Files that were renamed, or made from a template, keep the old name inside: then their own name counts first.
+    named, own = (root.findtext("filename") or "").strip() or file.stem, file.stem
+    name, also = (named, own) if PureWindowsPath(named).stem == own else (own, PureWindowsPath(named).name)
+    return Entry(str(file), split, name, file.parent, objects, size if all(size) else None, also=also)
 
 
 def _text(element: ElementTree.Element, name: str, where: str) -> str:

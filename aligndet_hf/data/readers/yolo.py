@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from ..door import is_inside
+from ..door import is_image_name, is_inside
 from ..errors import DataError
 from ..images import image_size
 from .files import (
@@ -36,25 +36,29 @@ from .rows import Labels, box_around
 logger = logging.getLogger(__name__)
 
 NAME = "YOLO"
+EXPECTED = (
+    "expected, for YOLO, lines 'class centre_x centre_y width height' in parts of the image's sides, in files called "
+    "as their images, beside them or in a folder labels beside the folder images"
+)
 
 _CONFIGS = ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.names", "predefined_classes.txt")
 _SPLIT_KEYS = ("train", "val", "valid", "validation", "test")
 _SNIFFED_BYTES = 200
-_LINE = re.compile(r"\d+(\s+[-+.\deE]+){4,}\s*")
+_LINE = re.compile(r"\d+(\.0+)?(\s+[-+.\deE]+){4,}\s*")
 
 
 def find(path: Path) -> dict[str, list[Path]]:
     """
-    The splits of a `data.yaml`, of a folder with one, or of a folder with `labels` beside `images` or with label
-    files; and their places: folders of images, or lists of their names.
+    The splits of a `data.yaml`, of a folder with one, or of a folder with `labels` beside `images`, with label files
+    or with lists called `train.txt` and so on; and their places: folders of images, or lists of their names.
     """
     if path.is_file() and path.suffix.lower() not in (".yaml", ".yml"):
         return {}
     root, config = _root(path), _config(path)
-    if path.is_dir() and not config:
+    if path.is_dir() and not set(_SPLIT_KEYS) & set(config):
         layout, has_texts = _layout(root), any(True for _ in list_files(root, ".txt"))
-        is_labelled = has_texts and any(map(_has_labels, layout.values()))
+        is_labelled = has_texts and any(_has_labels(root, place) for place in layout.values())
         return {split: [place] for split, place in layout.items()} if is_labelled else {}
     splits = {}
     for key in _SPLIT_KEYS:
@@ -93,16 +97,33 @@ def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir:
     """
     root, config = _root(path), _config(path)
     names = _names(root, config)
+    _tell_unused(path, root, found)
     if names is None:
+        below = next(filter(_read_config, list_files(root, ".yaml", ".yml")), None)
+        if below is not None:
+            raise DataError(
+                f"{path}: no data.yaml in it, but further down there is {below}. Give that file or its folder."
+            )
         files = [file for places in found.values() for _, file in _pairs(root, places)]
         labels = [label for file in files for _, label, _ in _lines(file, root)]
         names = [str(label) for label in range(max(labels, default=0) + 1)]
+        logger.warning("%s: no data.yaml or classes.txt names the classes: they are called by their numbers.", path)
     keypoints = bool(config.get("kpt_shape"))
     pairs = [(split, *pair) for split in splits for pair in dict(_pairs(root, found[split])).items()]
     if pairs and not any(file.exists() for *_, file in pairs):
         logger.warning("%s: no image has a label file; %s is where the first was looked for.", path, pairs[0][2])
     entries = (_entry(*pair, root, names, keypoints) for pair in pairs)
     return collect(root, entries, splits, missing=None, categories=names)
+
+
+def _tell_unused(path: Path, root: Path, found: dict[str, list[Path]]) -> None:
+    """Warns of label files without an image: those that were renamed, for one. Lists may leave some out."""
+    used = {file for places in found.values() for _, file in _pairs(root, [one for one in places if one.is_dir()])}
+    files = (file for folder in sorted({file.parent for file in used}) for file in sorted(folder.glob("*.txt")))
+    unused = [file for file in files if file not in used and _is_label_file(file)]
+    if unused:
+        message = "%s: %d label files are not used, there is no image of that name (e.g. %s)."
+        logger.warning(message, path, len(unused), unused[0].relative_to(root))
 
 
 # ---- the layout ----
@@ -113,7 +134,7 @@ def _root(path: Path) -> Path:
 
 
 def _find_config(folder: Path) -> Path | None:
-    """The `data.yaml` of a folder: the only YAML file with splits and names, or Darknet's `obj.data`."""
+    """The `data.yaml` of a folder, or another YAML file with splits and names, or Darknet's `obj.data`."""
     files = [folder / name for name in _CONFIGS] + sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     files += sorted(folder.glob("*.data"))
     files = (file for file in files if is_file(file) and is_inside(file, folder))
@@ -131,7 +152,9 @@ def _read_config(path: Path) -> dict | None:
         if path.name in _CONFIGS:
             raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
         return None
-    if not isinstance(content, dict) or "names" not in content or not set(_SPLIT_KEYS) & set(content):
+    if not isinstance(content, dict) or "names" not in content:
+        return None
+    if not set(_SPLIT_KEYS) & set(content) and path.name not in _CONFIGS:
         return None
     texts = yaml.load(text, yaml.BaseLoader)["names"]  # a class may be called `no`, which is not False
     return content | {"": path} | ({"names": texts} if content["names"] else {})
@@ -150,7 +173,7 @@ def _config(path: Path) -> dict:
 
 
 def _layout(folder: Path) -> dict[str, Path]:
-    """The folders of images by split, without a `data.yaml`: `images/train`, `train/images`, or one folder."""
+    """The places of images by split, without a `data.yaml`: `images/train`, `train/images`, lists, or one folder."""
     images = called(folder, "images")
     has_images = is_folder(images, folder)
     if has_images and split_folders(images):
@@ -159,13 +182,23 @@ def _layout(folder: Path) -> dict[str, Path]:
     if parts:
         places = {name: called(part, "images") for name, part in parts.items()}
         return {name: place if is_folder(place, parts[name]) else parts[name] for name, place in places.items()}
-    return {split_of_folder(folder.name) or "train": images if has_images else folder}
+    lists = {split_of_folder(file.stem.removeprefix("autosplit_")): file for file in sorted(folder.glob("*.txt"))}
+    lists = {split: file for split, file in lists.items() if split and _lists_images(file, folder)}
+    return lists or {split_of_folder(folder.name) or "train": images if has_images else folder}
 
 
-def _has_labels(folder: Path) -> bool:
-    """Whether there is a label file for one of the images of a folder, and it looks like one."""
-    starts = (read_start(_label_file(image), _SNIFFED_BYTES) for image in list_images(folder))
-    return any(_LINE.match(start.decode("utf-8", "replace").split("\n")[0]) for start in starts)
+def _lists_images(file: Path, folder: Path) -> bool:
+    lines = _lines_of(file, folder) if is_file(file) and is_inside(file, folder) else []
+    return bool(lines) and is_image_name(lines[0]) and find_inside(folder, [lines[0], *tails(lines[0])]) is not None
+
+
+def _has_labels(root: Path, place: Path) -> bool:
+    """Whether there is a label file for one of the images of a folder or list, and it looks like one."""
+    return any(_is_label_file(file) for _, file in _pairs(root, [place]))
+
+
+def _is_label_file(file: Path) -> bool:
+    return bool(_LINE.match(read_start(file, _SNIFFED_BYTES).decode("utf-8", "replace").split("\n")[0]))
 
 
 def _place(root: Path, config: dict, name: str, key: str) -> Path:
@@ -213,7 +246,8 @@ def _names(root: Path, config: dict) -> list[str] | None:
     if names is not None:
         return list_of_names(names, f"{config['']}, 'names'")
     places = [root, root / "labels", *split_folders(root).values()]
-    file = next((found for place in places if (found := find_file(place, *_NAME_FILES))), None)
+    of_darknet = [file.name for place in places for file in sorted(place.glob("*.names"))]
+    file = next((found for place in places if (found := find_file(place, *_NAME_FILES, *of_darknet))), None)
     return _lines_of(file, root) if file else None
 
 
