@@ -27,6 +27,7 @@ _WITHOUT_AREA = {"point", "points", "line", "linestrip"}  # of the kinds of labe
 _CIRCLE = 64  # corners of the polygon that a circle becomes
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the names of files that are uploaded
 
+_PNG_START = 1024  # bytes
 _FAULTS = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration, zlib.error, OSError)
 
 Shape = list[float] | list[tuple[float, float]] | None  # xywh, the corners of a polygon, or what has no box
@@ -159,9 +160,7 @@ def _via_class(attributes: dict) -> str:
 def _label_studio(item: dict) -> Found:
     data = item.get("data", item)  # the export with little in it has the image beside the boxes
     texts = [value for value in data.values() if isinstance(value, str)]
-    texts = [
-        text if "?d=" in text else text.partition("?")[0] for text in texts
-    ]  # without the key of a signed address
+    texts = [text if "?d=" in text else text.partition("?")[0] for text in texts]  # not the key of a signed address
     image = next((text for text in texts if is_image_name(text)), None)
     if image is None:
         raise ValueError("no image in 'data'")
@@ -228,7 +227,8 @@ def _supervisely(item: dict) -> Found:
 
 def _box_of_bitmap(data: str, origin: list[int]) -> Shape:
     """The box of a mask of Supervisely: a compressed PNG, as large as the object, and where it lies."""
-    with PIL.Image.open(io.BytesIO(zlib.decompress(base64.b64decode(data)))) as image:
+    start = zlib.decompressobj().decompress(base64.b64decode(data), _PNG_START)  # its size is told at its start
+    with PIL.Image.open(io.BytesIO(start)) as image:
         return [*origin, *image.size]
 
 
