@@ -1166,7 +1166,7 @@ def test_what_yolo_does_not_use_is_told(tmp_path, caplog):
     write_text(labels / "classes.txt", "\n".join(NAMES))
     dataset = load_dataset_source(tmp_path / "yolo", "train", labels=True, image_dir=tmp_path)
     assert [len(row["objects"]["bbox"]) for row in dataset] == [0, 1, 0]
-    unused = "1 label files are not used, there is no image of that name (e.g. labels/train/t0_old.txt)"
+    unused = f"1 label files are not used, there is no image of that name (e.g. {labels / 't0_old.txt'})"
     assert unused in caplog.text and "image_dir has no effect" in caplog.text
     write_text(tmp_path / "README.md", "mine")
     with pytest.raises(
