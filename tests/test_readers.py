@@ -739,6 +739,16 @@ def test_folders_of_xml_files_in_the_order_of_folders_of_images(tmp_path):
     assert [decode_image(row["image"])[0, 0, 0] for row in dataset] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    "layout", ["voc, Paddle", "voc, challenge", "yolo, lists alone", "coco, tasks", "cvat, tasks"]
+)
+def test_a_relative_path_has_the_same_splits(tmp_path, monkeypatch, layout):
+    LAYOUTS[layout](tmp_path / "mine")
+    for folder, source in ((tmp_path, "mine"), (tmp_path / "mine", ".")):
+        monkeypatch.chdir(folder)
+        assert [len(load_dataset_source(source, split, labels=True)) for split in SCENES] == [3, 2]
+
+
 def test_lists_that_are_not_of_coco(tmp_path):
     write_image(tmp_path / "a.png", (40, 30), 0)
     write_text(tmp_path / "coco.json", {"images": [{"id": 1, "file_name": ".."}], "annotations": []})
@@ -1156,7 +1166,7 @@ def test_what_yolo_does_not_use_is_told(tmp_path, caplog):
     write_text(labels / "classes.txt", "\n".join(NAMES))
     dataset = load_dataset_source(tmp_path / "yolo", "train", labels=True, image_dir=tmp_path)
     assert [len(row["objects"]["bbox"]) for row in dataset] == [0, 1, 0]
-    unused = "1 label files are not used, there is no image of that name (e.g. labels/train/t0_old.txt)"
+    unused = f"1 label files are not used, there is no image of that name (e.g. {labels / 't0_old.txt'})"
     assert unused in caplog.text and "image_dir has no effect" in caplog.text
     write_text(tmp_path / "README.md", "mine")
     with pytest.raises(

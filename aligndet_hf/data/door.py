@@ -223,7 +223,7 @@ def is_inside(path: str | Path, root: str | Path) -> bool:
         real = os.path.realpath(path)
     except ValueError:  # a zero byte in the name
         return False
-    return any(os.path.commonpath([real, folder]) == folder for folder in _real_folders(os.fspath(root)))
+    return any(os.path.commonpath([real, folder]) == folder for folder in _real_folders(os.path.abspath(root)))
 
 
 @functools.lru_cache(maxsize=32)  # asked for every file of a data set

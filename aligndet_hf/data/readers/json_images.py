@@ -160,7 +160,8 @@ def _via_class(attributes: dict) -> str:
 def _label_studio(item: dict) -> Found:
     data = item.get("data", item)  # the export with little in it has the image beside the boxes
     texts = [value for value in data.values() if isinstance(value, str)]
-    texts = [text if "?d=" in text else text.partition("?")[0] for text in texts]  # not the key of a signed address
+    # Without the key of a signed address.
+    texts = [text if "?d=" in text else text.partition("?")[0] for text in texts]
     image = next((text for text in texts if is_image_name(text)), None)
     if image is None:
         raise ValueError("no image in 'data'")

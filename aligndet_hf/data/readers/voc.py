@@ -31,9 +31,9 @@ def _by_lists(path: Path, files: list[Path]) -> dict[str, list[Path]]:
     """The XML files by the lists that are called as splits, of one year of the challenge or of several."""
     texts, found = list(list_files(path, ".txt")), []
     for folder in _LIST_FOLDERS:
-        depth = len(PurePath(folder).parts)
-        places = [(text.parents[depth], text) for text in texts if text.parents[depth] / folder == text.parent]
-        found = found or [(root, text) for root, text in places if depth or root == path]
+        parts = PurePath(folder).parts
+        own = [text for text in texts if text.parent.relative_to(path).parts[-len(parts) :] == parts]
+        found = found or [(text.parents[len(parts)], text) for text in own]
     splits = {}
     for root, lists in grouped(found).items():
         by_stem = {file.stem: file for file in files if file.is_relative_to(root)}

@@ -123,7 +123,7 @@ def _tell_unused(path: Path, root: Path, found: dict[str, list[Path]]) -> None:
     unused = [file for file in files if file not in used and _is_label_file(file)]
     if unused:
         message = "%s: %d label files are not used, there is no image of that name (e.g. %s)."
-        logger.warning(message, path, len(unused), unused[0].relative_to(root))
+        logger.warning(message, path, len(unused), unused[0])
 
 
 # ---- the layout ----
