@@ -67,7 +67,7 @@ def run_stages(
             if stage.folder.exists():
                 raise ValueError(f"{stage.folder} was made from {gone[0].folder}, which is gone: {ANEW}")
     running: dict[Stage, tuple[Callable[[], int | None], float, int]] = {}
-    read, earlier = {}, {}
+    read = {}
     signals = _Signals()
     with signals if num_parallel else contextlib.nullcontext():
         while waiting or running:
@@ -79,8 +79,7 @@ def run_stages(
                 elif len(running) < max(num_parallel, 1) and not set(stage.needs) & {*waiting, *running}:
                     waiting.remove(stage)
                     on_start(stage)
-                    started, read[stage] = time.perf_counter(), stage.inputs()
-                    earlier[stage] = _seconds_before(stage)
+                    started, read[stage] = time.perf_counter() - _seconds_before(stage), stage.inputs()
                     slot = min(set(range(len(running) + 1)) - {other for _, _, other in running.values()})
                     log = stage.beside(".log") if logs else None
                     if num_parallel == 0:
@@ -97,7 +96,7 @@ def run_stages(
                     continue
                 del running[stage]
                 failure = None
-                seconds = round(earlier[stage] + time.perf_counter() - started, 1)
+                seconds = round(time.perf_counter() - started, 1)
                 if code == 0:
                     record = {"settings": _plain(stage.settings), "inputs": read[stage], "seconds": seconds}
                     write_json(stage.beside(".json"), record)
