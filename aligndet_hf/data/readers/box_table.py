@@ -121,6 +121,11 @@ class _Table:
     names: list[str] | None
 
     @cached_property
+    def is_of_via(self) -> bool:
+        """Whether the only column of coordinates holds shapes as VIA writes them."""
+        return _plain(self.coordinates[0]) in _OF_VIA
+
+    @cached_property
     def descriptions(self) -> dict[str, str]:
         """What codes of classes stand for, by the file that Open Images has for them beside its tables."""
         folder = self.path.parent
@@ -135,7 +140,7 @@ class _Table:
         found, without_box = [], 0
         for where, row in self.rows():
             image, objects = self.cell(row, self.image, where), self.objects(row, where)
-            without_box += not objects and _plain(self.coordinates[0]) in _OF_VIA and row[self.coordinates[0]] != "{}"
+            without_box += not objects and self.is_of_via and row[self.coordinates[0]] != "{}"
             found.append(Entry(where, self.split_of(row), image, self.path.parent, objects, self.size(row, where)))
         if without_box:
             logger.warning("%s: %d points and lines are left out, they have no box.", self.path, without_box)
@@ -177,7 +182,7 @@ class _Table:
         if len(texts) > 1:
             return [Object(self.box(texts, where), self.label(row, where))]
         place = f"{where}, column '{self.coordinates[0]}'"
-        if _plain(self.coordinates[0]) in _OF_VIA:
+        if self.is_of_via:
             attributes = parse_json(row[self.category] or "{}", where) if self.category else {}
             return via_objects(parse_json(texts[0], place), attributes, place)
         if _plain(self.coordinates[0]) in _LISTS:
