@@ -167,6 +167,9 @@ def test_the_trainer_takes_plain_data_sets(labelled, detector, tmp_path):
     trainer.train()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
     assert 0 <= trainer.evaluate()["eval_AP"] <= 1
+    numbers, found = trainer.evaluate(labelled), trainer.predict(labelled)
+    assert found.metrics["test_AP"] == numbers["eval_AP"] and found.predictions[3]["boxes"].shape[1] == 4
+    assert len(found.predictions) == 4 and found.predictions[0]["scores"].size == found.predictions[0]["labels"].size
     assert set(aligndet_hf.DetectionTrainer(model, arguments, eval_dataset={"a": labelled}).eval_dataset) == {"a"}
     few = tiny_detector("detr", num_labels=1)
     with pytest.raises(ValueError, match="5 categories, the detector 1 classes"):

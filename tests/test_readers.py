@@ -143,6 +143,24 @@ def coco_addresses(root):
         write_text(root / "annotations" / f"lvis_v1_{name[:-4]}.json", content)
 
 
+def coco_panoptic(root):
+    """An entry for each image with its segments; the sky is none of the classes."""
+    for split, name in (("train", "train2017"), ("validation", "val2017")):
+        write_images(root / name, split)
+        content = coco_content(split)
+        content["categories"] = [category | {"isthing": 1} for category in content["categories"]]
+        content["categories"].append({"id": 7, "name": "sky", "supercategory": "outdoor", "isthing": 0})
+        segments = {image["id"]: [{"id": 1, "category_id": 7, "bbox": [0, 0, 9, 2], "area": 18, "iscrowd": 0}]
+                    for image in content["images"]}  # fmt: skip
+        for annotation in content["annotations"]:
+            segments[annotation.pop("image_id")].append(annotation)
+        content["annotations"] = [
+            {"image_id": image["id"], "file_name": f"{image['id']}.png", "segments_info": segments[image["id"]]}
+            for image in content["images"]
+        ]
+        write_text(root / "annotations" / f"panoptic_{name}.json", content)
+
+
 def yolo_lines(size, objects, polygons=False):
     lines = []
     for (x, y, w, h), category in objects:
@@ -566,6 +584,7 @@ LAYOUTS = {
     "coco, other folder": coco_other_folder,
     "coco, tasks": coco_tasks,
     "coco, addresses": coco_addresses,
+    "coco, panoptic": coco_panoptic,
     "yolo, Ultralytics": yolo_ultralytics,
     "yolo, names": yolo_names,
     "yolo, lists alone": yolo_lists_alone,
@@ -681,6 +700,15 @@ def test_tables_of_other_forms(tmp_path, lines, label):
     dataset = load_dataset_source(tmp_path, labels=True)
     assert category_names(dataset) == [label]
     assert [row["objects"]["bbox"] for row in dataset] == [[[4, 3, 10, 12]], []][: len(dataset)]
+
+
+def test_names_of_classes_beside_their_numbers_and_boxes_around_groups(tmp_path):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    rows = "a.png,3,owl,0,4,3,14,15\na.png,2,cat,1,0,0,30,20\na.png,3,owl,-1,5,5,9,9"
+    write_text(tmp_path / "train.csv", f"filename,class,class_name,IsGroupOf,xmin,ymin,xmax,ymax\n{rows}")
+    dataset = load_dataset_source(tmp_path, labels=True)
+    assert category_names(dataset) == ["cat", "owl"] and dataset[0]["objects"]["category"] == [1, 0, 1]
+    assert dataset[0]["objects"]["iscrowd"] == [0, 1, 0]
 
 
 def test_what_via_has_no_box_for_in_a_table_is_told(tmp_path, caplog):

@@ -88,7 +88,7 @@ class DetectionTrainer(Trainer):
     the terms of the loss are logged.
 
     Evaluation logs `eval_AP`, `eval_AP50` and the other COCO numbers (0 to 1), and `eval_AP_<class>`: any of them can
-    be `metric_for_best_model`. There is no `eval_loss`.
+    be `metric_for_best_model`. There is no `eval_loss`. `predict` returns the same numbers and what was found.
 
     Args:
         model (`PreTrainedModel`): A detector. Whether its backbone is trained is up to its `requires_grad`, and which
@@ -197,8 +197,13 @@ class DetectionTrainer(Trainer):
             eval_dataset = self.eval_dataset[eval_dataset] if eval_dataset else self.eval_dataset
         if eval_dataset is None:
             raise ValueError("evaluation needs an eval_dataset")
+        eval_dataset = evaluation_images(eval_dataset, self.model, self.processing_class)
         rows = range(self.args.process_index, len(eval_dataset), self.args.world_size)
         return self._loader(DataLoader, eval_dataset, batch_size=self.args.eval_batch_size, sampler=rows)
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        """What `predict` finds objects in: images as `evaluate` takes them."""
+        return self.get_eval_dataloader(test_dataset)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         inputs = super()._prepare_inputs(inputs)
@@ -442,7 +447,11 @@ class DetectionTrainer(Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """Streams the images through the detector; the truth comes from the dataset, never from the batches."""
+        """
+        Streams the images through the detector; the truth comes from the dataset, never from the batches.
+
+        Predictions are, for each image, the `scores`, `labels` and `boxes` (xyxy in pixels) that were measured.
+        """
         images: EvaluationImages = dataloader.dataset
         self.callback_handler.eval_dataloader = dataloader  # the progress bar counts its batches
         metrics = images.metrics()
@@ -458,8 +467,9 @@ class DetectionTrainer(Trainer):
         self.measured_at = self.state.global_step
         numbers = {key: value for key, value in self.results.items() if key != "per_class"}
         numbers |= {f"AP_{name}": value for name, value in self.results["per_class"].items()}
+        found = (metrics.predictions[image_id] for image_id in images.image_ids)
         return EvalLoopOutput(
-            predictions=None,
+            predictions=[dict(zip(("scores", "labels", "boxes"), values, strict=True)) for values in found],
             label_ids=None,
             metrics={f"{metric_key_prefix}_{key}": value for key, value in numbers.items()},
             num_samples=len(images),

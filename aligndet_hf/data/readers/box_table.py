@@ -32,7 +32,8 @@ _DELIMITERS = ",;\t"
 _SNIFFED_BYTES = 1 << 16
 # What columns are called, in lower case and without other characters than letters and digits.
 _IMAGE = ("filename", "file", "imagename", "image", "imagepath", "filepath", "path", "img", "imgname", "imageid")
-_CLASS = ("class", "classname", "label", "labelname", "category", "categoryname", "classid", "labelid", "categoryid",
+# Names first: beside them `class` may hold numbers.
+_CLASS = ("classname", "labelname", "categoryname", "class", "label", "category", "classid", "labelid", "categoryid",
           "regionattributes")  # fmt: skip
 _CORNERS = (
     ("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"),
@@ -48,6 +49,7 @@ _LISTS = ("boxesstring",)  # all boxes of an image, as the Global Wheat data set
 _CENTRES = (("xcenter", "ycenter", "width", "height"), ("xcenter", "ycenter", "w", "h"), ("cx", "cy", "w", "h"))
 _SIZES = (("imagewidth", "imageheight"), ("imgwidth", "imgheight"), ("width", "height"))
 _SPLIT = ("split", "subset", "set")
+_CROWD = ("isgroupof", "iscrowd")  # Open Images has a box around more than five objects
 # Of tables whose first line is a row.
 _WITHOUT_NAMES = (
     ["image", "x1", "y1", "x2", "y2", "class"],  # keras-retinanet
@@ -105,7 +107,8 @@ class _Table:
         coordinates (`list[str]`): Four columns, or one with four numbers, all boxes of an image, or a shape of VIA.
         are_corners (`bool`): Whether these are corners, and not corner and sides.
         are_centres (`bool`): Whether these are a centre and sides.
-        category, split (`str`, *optional*): The columns of the classes and of the splits.
+        category, split, crowd (`str`, *optional*): The columns of the classes, of the splits, and of the boxes around
+            many objects.
         sizes (`list[str]`): The columns of width and height of the image, if there are any.
         names (`list[str]`, *optional*): The names of the columns, if the file has none.
     """
@@ -117,6 +120,7 @@ class _Table:
     are_centres: bool
     category: str | None
     split: str | None
+    crowd: str | None
     sizes: list[str]
     names: list[str] | None
 
@@ -179,8 +183,9 @@ class _Table:
         texts = [row[name] for name in self.coordinates]
         if not any(texts):
             return []
+        is_crowd = row[self.crowd].lower() in ("1", "1.0", "true") if self.crowd else None
         if len(texts) > 1:
-            return [Object(self.box(texts, where), self.label(row, where))]
+            return [Object(self.box(texts, where), self.label(row, where), is_crowd=is_crowd)]
         place = f"{where}, column '{self.coordinates[0]}'"
         if self.is_of_via:
             attributes = parse_json(row[self.category] or "{}", where) if self.category else {}
@@ -188,7 +193,8 @@ class _Table:
         if _plain(self.coordinates[0]) in _LISTS:
             boxes = [_four(text, place, "x1 y1 x2 y2") for text in texts[0].split(";") if text not in ("", "no_box")]
             return [Object([x, y, a - x, b - y], self.label(row, where)) for x, y, a, b in boxes]
-        return [Object(_four(texts[0], place, "[x, y, width, height]"), self.label(row, where))]
+        box = _four(texts[0], place, "[x, y, width, height]")
+        return [Object(box, self.label(row, where), is_crowd=is_crowd)]
 
     def box(self, texts: list[str], where: str) -> list[float]:
         """xywh of the four coordinates."""
@@ -279,7 +285,7 @@ def _columns_of(path: Path) -> _Table | None:
         return None
     sizes = next((size for group in _SIZES if (size := first(group)) and not set(size) & set(coordinates)), [])
     kind = bool(corners), coordinates == centres
-    return _Table(path, image, coordinates, *kind, column(_CLASS), column(_SPLIT), sizes, without_names)
+    return _Table(path, image, coordinates, *kind, column(_CLASS), column(_SPLIT), column(_CROWD), sizes, without_names)
 
 
 def _names_of_row(cells: list[str]) -> list[str] | None:

@@ -89,7 +89,7 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
     used = {
         _key(entry.get("category_id")) for content in contents.values() for entry in content.get("annotations", [])
     }
-    categories = _merge_categories(_without_groups(path, listed, used, others))
+    categories = _merge_categories(_without_groups(path, _without_stuff(listed, used), used, others))
 
     images = []
     for file, content in contents.items():
@@ -129,7 +129,20 @@ def _read_content(path: Path) -> dict:
             image["file_name"] = "/".join(image["coco_url"].split("/")[-2:])  # LVIS: `train2017/000000391895.jpg`
     for key in _NEEDED:
         _require_entries(path, key, content.get(key, []))
+    if any("segments_info" in annotation for annotation in content.get("annotations", [])):
+        content["annotations"] = _things(content)
     return content
+
+
+def _things(content: dict) -> list[dict]:
+    """The objects of a panoptic file, which has an entry for each image, and regions that are no objects (`stuff`)."""
+    stuff = {_key(category["id"]) for category in content.get("categories", []) if category.get("isthing") == 0}
+    parts = [
+        {name: part.get(name) for name in ("category_id", "bbox", "iscrowd")} | {"image_id": annotation["image_id"]}
+        for annotation in content["annotations"]
+        for part in annotation.get("segments_info", [])
+    ]
+    return [part for part in parts if _key(part["category_id"]) not in stuff]
 
 
 def _require_entries(path: Path, key: str, entries) -> None:
@@ -219,6 +232,14 @@ def _merge_categories(listed: dict[Path, list[dict]]) -> list[dict]:
 
 def _told(categories) -> str:
     return ", ".join(f"{category['id']!r}: {category['name']!r}" for category in list(categories)[:10])
+
+
+def _without_stuff(listed: dict[Path, list[dict]], used: set) -> dict[Path, list[dict]]:
+    """Leaves out the categories of panoptic files that are no objects: sky, road."""
+    return {
+        file: [one for one in categories if one.get("isthing") != 0 or _key(one["id"]) in used]
+        for file, categories in listed.items()
+    }
 
 
 def _without_groups(path: Path, listed: dict[Path, list[dict]], used: set, others: dict[Path, str]) -> dict:

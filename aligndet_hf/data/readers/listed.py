@@ -26,11 +26,13 @@ class Object(NamedTuple):
         box (`list[float]`): xywh.
         label (`str`): Its class.
         outline (`list[float]`, *optional*): The corners of a polygon around it, x and y in turn.
+        is_crowd (`bool`, *optional*): Whether the box is around many objects; of all objects of an image or of none.
     """
 
     box: list[float]
     label: str
     outline: list[float] | None = None
+    is_crowd: bool | None = None
 
 
 class Entry(NamedTuple):
@@ -103,11 +105,12 @@ def collect(
         image = images[entry.split, file]
         if len({folder for folder in (_above(image.file_name), _above(entry.image)) if folder}) > 1:
             shared[file] = image.file_name, entry.image
-        for box, label, outline in entry.objects:
+        for box, label, outline, is_crowd in entry.objects:
             if entry.parts is not PIXELS:
                 sides = entry.size or size_of(file)[::-1]
                 box, outline = (values and _in_pixels(values, entry.parts, sides) for values in (box, outline))
-            image.add(box, label, segmentation=outline and [outline])
+            crowd = {} if is_crowd is None else {"iscrowd": is_crowd}
+            image.add(box, label, segmentation=outline and [outline], **crowd)
     if shared:
         message = "%s: %d images get what is said of several paths, e.g. %s of %r and %r: are files missing?"
         logger.warning(message, folder, len(shared), *next((file, *both) for file, both in shared.items()))
