@@ -26,8 +26,8 @@ class Arguments(metaclass=TakesOldNames):
 
     def __post_init__(self):
         name_objects(self)
-        self.given = given_flags(self)
         check_values(self)
+        self.given = given_flags(self)
 
 
 def again(mixin: type, name: str, **changes: Any) -> Any:

@@ -107,7 +107,7 @@ from unlabelled images to a fine-tuned detector:
 
 a backbone of your own instead of ImageNet's, from random weights (docs/soco.md):
   aligndet pretrain  --method soco --dataset outputs/proposals --backbone resnet50 --output_dir outputs/soco
-  aligndet knn       --dataset labelled/ --backbone outputs/soco/backbone --output_dir outputs/knn  # what it knows
+  aligndet knn       --dataset labelled/ --split train --backbone outputs/soco/backbone --output_dir outputs/knn
 
 what others published, and back (docs/checkpoints.md):
   aligndet convert   --from detr-r50.pth --output_dir outputs/detr  # or at once as --detector detr-r50.pth

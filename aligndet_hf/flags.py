@@ -9,6 +9,7 @@ the old one, or `None` (see [`with_new_names`]).
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import sys
 import textwrap
@@ -202,6 +203,26 @@ def given_flags(arguments) -> dict[str, Any]:
         if (default is REQUIRED or value != default) and not (value is False and default == "no"):
             given[item.name] = value
     return given
+
+
+def takes_arguments(command: Callable) -> Callable:
+    """
+    Has the function of a command say what it takes, where it is given anything but its arguments.
+
+    Raises:
+        TypeError: by the function.
+    """
+    takes = command.__annotations__["arguments"]
+
+    @functools.wraps(command)
+    def checked(arguments=None, **settings):
+        if settings or not isinstance(arguments, takes):
+            got = f"the arguments {', '.join(settings)}" if settings else f"a {type(arguments).__name__}"
+            name = takes.__name__
+            raise TypeError(f"{command.__name__} takes {name}, got {got}: {command.__name__}({name}(...))")
+        return command(arguments)
+
+    return checked
 
 
 def told_of(arguments) -> dict:

@@ -6,6 +6,7 @@ import math
 import numbers
 import os
 import typing
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,13 @@ def check_values(arguments) -> None:
             if not isinstance(number, kind) or isinstance(number, bool):
                 raise ValueError(f"{field.name} must be a {word}number, got {number!r}")
             require(field.name, number, allowed)
+        plain = [_plain(number) for number in value] if is_list else _plain(value)
+        setattr(arguments, field.name, tuple(plain) if isinstance(value, tuple) else plain)
+
+
+def _plain(number: numbers.Real) -> int | float:
+    """A number that JSON can hold, of one that may be NumPy's."""
+    return int(number) if isinstance(number, numbers.Integral) else float(number)
 
 
 def _require_kind(field: dataclasses.Field, value: typing.Any, kinds: set) -> None:
@@ -103,6 +111,8 @@ def _require_kind(field: dataclasses.Field, value: typing.Any, kinds: set) -> No
     if value is None:
         if due == kinds:
             raise ValueError(f"{field.name} must be given")
+    elif dict in due and str not in due and not isinstance(value, Mapping):
+        raise ValueError(f"{field.name} must be a dict, got {value!r}")
     elif list in due and str not in due and isinstance(value, str | int | float):
         raise ValueError(f"{field.name} must be a list, such as [{value!r}], got {value!r}")
     elif choices and value not in choices and due <= set(choices):

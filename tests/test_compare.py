@@ -401,6 +401,14 @@ def test_the_same_command_tries_only_what_failed(finished, settings, monkeypatch
     assert commands == [] and results["failures"] == {} and len(results["runs"]) == 8
 
 
+def test_runs_of_two_lengths_are_not_compared(finished, settings, monkeypatch):
+    """Lengthened, a run has had the learning rates of another schedule than one that begins now."""
+    monkeypatch.setattr(module, "run_stages", None)
+    longer = settings | {"common": settings["common"] | {"max_steps": 3}}
+    with pytest.raises(ValueError, match="was begun with max_steps 2, and now it is 3: .* Give another output_dir"):
+        compare(CompareArguments(**longer, output_dir=str(finished[0]), num_parallel=0))
+
+
 def test_a_finished_comparison_is_published(finished, settings, data, tmp_path):
     """What `model_cards/` holds: results, report and cards, which agree and name no place of this machine."""
     folder, _ = finished

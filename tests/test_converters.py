@@ -234,7 +234,7 @@ def test_a_file_of_something_else_is_refused(published):
         convert({"model": {"fc.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}})
     with pytest.raises(ValueError, match="it has no tensors"):
         convert({"epoch": 3})
-    with pytest.raises(ValueError, match="detr has no config field num_query"):
+    with pytest.raises(ValueError, match="detr has no config field num_query; did you mean 'num_queries'"):
         convert(published, {"num_query": 3})
 
 

@@ -112,6 +112,7 @@ def test_nothing_at_all_and_the_table():
     assert result["errors"]["missed"] == 1 and result["confusion"][0] == [0, 0, 1]
     text = format_diagnosis(result, ["cat", "dog"])
     assert "missed 1" in text and "small 0 of 1" in text
+    assert text.splitlines()[1].split() == ["cat", "1", "–", "0.00", "0.00", "0.00"]  # no threshold to recommend
 
 
 def test_errors_by_size_and_one_threshold_for_all():

@@ -122,6 +122,12 @@ def test_what_is_not_there_is_named(tmp_path):
         list_images([])
     with pytest.raises(DataError, match="expected images as paths, arrays"):
         list_images([3])
+    with pytest.raises(DataError, match="expected images as paths, arrays"):
+        list_images({"image": "a.jpg"})
+    with pytest.raises(DataError, match="https://mine.example/a.jpg.id=3: images are not downloaded"):
+        list_images("https://mine.example/a.jpg?id=3")
+    with pytest.raises(DataError, match="no column 'image'"):
+        list_images(datasets.Dataset.from_dict({"picture": ["a.jpg"]}))
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"bad\.png"):
         list_images(tmp_path / "bad.png").read(0)

@@ -83,6 +83,23 @@ def test_each_function_takes_what_the_one_before_returned(labelled, detector, tm
     assert aligndet_hf.ExportArguments(detector=tuned, output_dir="x").detector == str(tuned.output_dir)
 
 
+def test_a_look_leaves_a_model_in_the_mode_that_it_had(labelled, detector):
+    model = copy.deepcopy(detector).train()
+    model.model.backbone.eval()
+    modes = [part.training for part in model.modules()]
+    aligndet_hf.predict(model, labelled, image_processor=build_image_processor(model, 64), use_cpu=True)
+    assert [part.training for part in model.modules()] == modes and {True, False} == set(modes)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "check", "compare", "generate_proposals"])
+def test_functions_say_what_they_take(command):
+    function = getattr(aligndet_hf, command)
+    with pytest.raises(TypeError, match=rf"{command} takes (\w+)Arguments, got a dict: {command}\(\1Arguments\("):
+        function({"dataset": "photos"})
+    with pytest.raises(TypeError, match="got the arguments dataset"):
+        function(dataset="photos")
+
+
 def test_fine_tuning_starts_from_a_model_in_memory(labelled, detector, tmp_path, capsys):
     """With a seed of its own, so that only what was given can have the weights that are kept."""
     arguments = {"dataset": labelled, "do_eval": False, "output_dir": str(tmp_path), "learning_rate": 0.0}

@@ -294,6 +294,21 @@ def test_that_nothing_was_found_is_told_with_the_best_score(photos, tmp_path, ca
     assert "no box" not in capsys.readouterr().out
 
 
+def test_images_that_cannot_be_read_are_no_fault_of_the_detector(capsys):
+    broken = np.zeros((4, 4, 3))  # not uint8
+    assert look([broken])[0]["error"]
+    told = capsys.readouterr().out
+    assert "note: none of the 1 images can be read" in told and "no box" not in told
+
+
+def test_arguments_beside_arguments_are_refused():
+    given = PredictArguments(detector="d", images="a.jpg")
+    with pytest.raises(ValueError, match="PredictArguments have everything: give score_threshold to them"):
+        predict(given, score_threshold=0.9)
+    with pytest.raises(ValueError, match="give images to them"):
+        predict(given, "b.jpg")
+
+
 def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(photos, tmp_path, monkeypatch, output):
     monkeypatch.setattr("aligndet_hf.commands.predict._SHARD_SIZE", 2)
     settings = {"output_dir": str(tmp_path / "out"), "per_device_eval_batch_size": 1}

@@ -414,6 +414,7 @@ def test_a_random_backbone_is_trained_and_a_random_frozen_one_refused(arguments,
             pretrain(arguments(**new, aligndet_config=frozen))
     result = pretrain(arguments(**new))
     assert "starts from random numbers, so all of it is trained" in warnings_of.text
+    assert "otherwise give --freeze_batch_norm false too" in warnings_of.text
     assert not AutoModelForPreTraining.from_pretrained(result.output_dir).config.freeze_backbone
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import json
 import math
 from dataclasses import dataclass, field
 
 import datasets
+import numpy as np
 import pytest
 
 from aligndet_hf import AlignDetConfig, SoCoConfig
@@ -188,6 +190,7 @@ def test_an_unknown_class_is_refused_before_the_first_epoch():
         ({"image_sizes": 64}, r"image_sizes must be a list, such as \[64\], got 64"),
         ({"dataset": None}, "dataset must be given"),
         ({"detector": None}, "detector must be given"),
+        ({"detector_config": '{"num_queries": 12}'}, "detector_config must be a dict, got '{\"num_queries\": 12}'"),
         ({"dataset": {"image": []}}, "dataset must be text, got a dict"),
         ({"dataset": ["a.jpg"]}, "a data set or a model is expected, got a list. A data set is made of images or"),
     ],
@@ -196,6 +199,16 @@ def test_values_of_another_kind_are_refused_in_python_too(values, message):
     cls = getattr(importlib.import_module(COMMANDS["pretrain"].module), COMMANDS["pretrain"].arguments)
     with pytest.raises(ValueError, match=message):
         cls(**{"dataset": "images", "output_dir": "out"} | values)
+
+
+def test_numbers_of_numpy_are_numbers():
+    """Which records hold as JSON."""
+    cls = getattr(importlib.import_module(COMMANDS["pretrain"].module), COMMANDS["pretrain"].arguments)
+    numbers = {"max_steps": np.int64(3), "learning_rate": np.float32(0.5), "image_sizes": list(np.array([64, 96]))}
+    made = cls(dataset="images", output_dir="out", **numbers)
+    expected = {"max_steps": 3, "learning_rate": 0.5, "image_sizes": [64, 96]}
+    assert json.loads(json.dumps({name: getattr(made, name) for name in numbers})) == expected
+    assert json.loads(json.dumps({name: made.given[name] for name in numbers})) == expected
 
 
 def test_one_text_is_a_list_of_one():

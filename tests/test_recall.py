@@ -160,6 +160,10 @@ def test_statistics():
     statistics = BoxStatistics()
     statistics.update(np.array([[0, 0, 5, 5], [0, 0, 50, 50], [0, 0, 20, 10]], dtype=np.float32), (100, 100))
     statistics.update(np.zeros((0, 4), dtype=np.float32), (10, 10))
+    between = BoxStatistics()
+    between.update(np.array([[0, 0, 96, 96], [0, 0, 32, 32]], dtype=np.float32), (100, 100))
+    shares = between.compute()["share"]
+    assert [shares[name] for name in ("small", "medium", "large")] == [0, 0.5, 0.5]  # a box has one size
     assert statistics.compute()["per_image"] == {"min": 0, "median": 1.5, "mean": 1.5, "max": 3}
     share = statistics.compute()["share"]
     assert share["small"] == pytest.approx(2 / 3) and share["medium"] == pytest.approx(1 / 3) and share["large"] == 0

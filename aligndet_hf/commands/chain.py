@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ..arguments import OutputArguments, again
-from ..flags import flag, nearest
+from ..flags import flag, nearest, takes_arguments
 from ..pipelines.inputs import require_weights
 from ..pipelines.runner import is_finished, run_stages
 from ..pipelines.stages import Stage, command_of, fields_of, merged, resolve_stages
@@ -109,6 +109,7 @@ def plan_chain(arguments: ChainArguments) -> dict[str, Stage]:
     )
 
 
+@takes_arguments
 def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
     """
     Runs the stages of a chain one after the other, each as a process `aligndet <command>`.

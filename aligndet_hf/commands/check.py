@@ -30,7 +30,7 @@ from ..data.sampling import SampleKey
 from ..data.splits import Splits, spread_rows
 from ..data.views import PUBLISHED_SIZES, ViewConfig, choose_sizes, view_shape
 from ..files import write_json
-from ..flags import flag
+from ..flags import flag, takes_arguments
 from ..ranges import COUNT
 from ..reporting.drawing import contact_sheet, draw_boxes
 from ..runs import measuring_folder
@@ -147,6 +147,7 @@ class CheckReport:
         return 1 if self.all_problems else 0
 
 
+@takes_arguments
 def check(arguments: CheckArguments) -> CheckReport:
     """
     Looks at a data set as a training would, without one, and prints what it finds.

@@ -47,7 +47,7 @@ from ..detectors.build import open_detector
 from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..evaluation.feature_files import BATCH, FeatureFiles, seen_boxes
 from ..files import is_sound, seal_file
-from ..flags import flag, names_of
+from ..flags import flag, names_of, takes_arguments
 from ..hub import HubDatasetArguments, open_repository
 from ..processes import device_of, init_worker
 from ..proposals.clusters import Clustering, choose_num_clusters, fit_clusters
@@ -128,6 +128,7 @@ class ClustersArguments(HubDatasetArguments, RunArguments, LoadingArguments, Fea
             )
 
 
+@takes_arguments
 def cluster_proposals(arguments: ClustersArguments) -> datasets.Dataset | datasets.DatasetDict:
     """
     Sorts the proposals of a dataset into clusters and saves the dataset with them.

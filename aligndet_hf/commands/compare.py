@@ -13,7 +13,7 @@ from ..data.leakage import look_for_leaks
 from ..data.splits import nested_subsets
 from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..files import write_json
-from ..flags import flag, nearest
+from ..flags import flag, nearest, takes_arguments
 from ..pipelines.inputs import path_hash, require_weights
 from ..pipelines.outcomes import (
     START,
@@ -24,6 +24,7 @@ from ..pipelines.outcomes import (
     keeps_best,
     mean_costs,
     planned_images,
+    require_same_lengths,
     results_of,
     steps_for,
 )
@@ -163,15 +164,15 @@ class Job:
         return f"{self.arm}, {100 * self.fraction:g} % of the labels, seed {self.seed}"
 
 
+@takes_arguments
 def compare(arguments: CompareArguments) -> dict:
     """
     Fine-tunes from several starting points with the same labels, steps and evaluation, and says which is better.
 
     Writes to `output_dir`: `report.html` (one file with everything in it, also what all arms find in the same images),
-    `report.md` with its plots, `results.csv` (a line per run), `results.json` (these with
-    their learning curves, and the statistics), `label_subsets.json`, `leakage.json`, and the folders of all stages;
-    what several runs share is done once, in `shared/`. The same call again goes on with what is not finished, and
-    does nothing where all is.
+    `report.md` with its plots, `results.csv` (a line per run), `results.json` (these with their learning curves, and
+    the statistics), `label_subsets.json`, `leakage.json`, and the folders of all stages; what several runs share is
+    done once, in `shared/`. The same call again goes on with what is not finished, and does nothing where all is.
 
     Args:
         arguments ([`CompareArguments`]): The configuration.
@@ -180,8 +181,8 @@ def compare(arguments: CompareArguments) -> dict:
         `dict`: The content of `results.json`.
 
     Raises:
-        ValueError: a stage has settings that its command does not accept, or (unless it is allowed) evaluation images
-            are among the training images. Nothing was run.
+        ValueError: a stage has settings that its command does not accept, or another length than the run in its
+            folder; or (unless it is allowed) evaluation images are among the training images. Nothing was run.
         ChildProcessError: some runs failed, the others are done and reported. The message lists them.
         Interrupted: SIGTERM or SIGINT, which the running stages got too.
     """
@@ -193,6 +194,7 @@ def compare(arguments: CompareArguments) -> dict:
         jobs = plan_jobs(arguments)
         stages = list(dict.fromkeys(stage for job in jobs for stage in job.stages))
         parsed = {stage: stage.write_recipe() for stage in stages}
+        require_same_lengths(parsed)
         require_weights({stage: parsed[stage] for stage in stages if not is_finished(stage)}, arguments.variables)
         check = _check_data(arguments, jobs, parsed[jobs[0].measured], output_dir)
         measured = {job.measured: str(job) for job in reversed(jobs)}  # of arms that share it, the first
@@ -289,9 +291,8 @@ def _plan(arguments: CompareArguments, measured_folders: Mapping[str, Path] | No
 
     def resolve(owner: str, changes: Mapping, fraction: float, seed: int) -> list[Stage]:
         fraction = changes.get("fraction", fraction)
-        stages, skip, variables = _of_arm(
-            arguments, {key: value for key, value in changes.items() if key != "fraction"}
-        )
+        own = {key: value for key, value in changes.items() if key != "fraction"}
+        stages, skip, variables = _of_arm(arguments, own)
         values = {"fraction": fraction, "seed": seed}
 
         def place(name, command, settings, uses):
@@ -394,14 +395,8 @@ def _check_data(arguments: CompareArguments, jobs: list[Job], settings: Finetune
     """
     labelled = load_dataset_source(settings.dataset, settings.split, labels=True, image_dir=settings.image_dir)
     subsets = {seed: nested_subsets(len(labelled), arguments.fractions, seed) for seed in arguments.seeds}
-    write_json(
-        output_dir / SUBSETS,
-        {
-            "dataset": settings.dataset,
-            "split": settings.split,
-            "rows": {seed: {f"{share:g}": rows for share, rows in by.items()} for seed, by in subsets.items()},
-        },
-    )
+    rows = {seed: {f"{share:g}": chosen for share, chosen in by.items()} for seed, by in subsets.items()}
+    write_json(output_dir / SUBSETS, {"dataset": settings.dataset, "split": settings.split, "rows": rows})
     held_out = (settings.eval_dataset, settings.eval_split, settings.eval_image_dir)
     trained = [(stage, job.stages) for job in jobs for stage in job.stages if stage.command in TRAINED]
     origins = [origin(stage, stages) for stage, stages in trained for origin in (origin_of, pseudo_origin_of)]

@@ -13,7 +13,7 @@ from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
 from ..detectors.converters.layout import ConversionReport
 from ..files import clear_write_errors, write_json
-from ..flags import REQUIRED, flag
+from ..flags import REQUIRED, flag, takes_arguments
 from ..hub import HubArguments
 from ..ranges import COUNT
 from ..runs import RunFolder
@@ -70,6 +70,7 @@ class ConvertArguments(RunArguments):
             raise ValueError(f"family, detector_config and partial are for reading a file, not for --to {self.to}")
 
 
+@takes_arguments
 def convert(arguments: ConvertArguments) -> Path:
     """
     Converts a published checkpoint to a detector of transformers, or a detector to a file of another library.

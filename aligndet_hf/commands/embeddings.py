@@ -30,7 +30,7 @@ from ..detectors.build import detector_from_config, find_detector, open_detector
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages, normalization_of
 from ..files import write_json
-from ..flags import flag
+from ..flags import flag, takes_arguments
 from ..matching import match_queries
 from ..processes import device_of
 from ..reporting.pictures import PALETTE, legend_below, new_figure, plain_axes, save_figure
@@ -85,6 +85,7 @@ class ObjectEmbeddings:
     missed: int
 
 
+@takes_arguments
 def compare_embeddings(arguments: EmbeddingsArguments) -> dict:
     """
     Draws the embeddings of labelled objects by t-SNE (van der Maaten and Hinton, 2008), a panel for each detector, and

@@ -13,7 +13,7 @@ from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages, coco_detections, match_categories, predict_batches
 from ..evaluation.diagnosis import format_diagnosis
 from ..files import write_json, write_text
-from ..flags import flag
+from ..flags import flag, takes_arguments
 from ..processes import device_of
 from ..ranges import SHARE
 from ..reporting.html_report import REPORT, write_report
@@ -55,6 +55,7 @@ class EvaluateArguments(MeasureArguments, InferenceArguments, LabelledArguments,
             raise ValueError("save_predictions and num_pictures need an output_dir to write to")
 
 
+@takes_arguments
 def evaluate(arguments: EvaluateArguments) -> dict:
     """
     Measures a detector on labelled images and prints the COCO table with the AP of every class.

@@ -19,7 +19,7 @@ from ..exporting import run_onnx
 from ..exporting.onnx_graph import describe, export_onnx
 from ..exporting.parity import BOX_TOLERANCE, SCORE_TOLERANCE, compare
 from ..files import write_json
-from ..flags import flag
+from ..flags import flag, takes_arguments
 from ..objects import folder_of
 from ..ranges import COUNT, SHARE, check_values
 from ..runs import RunFolder
@@ -55,6 +55,7 @@ class ExportArguments(RunArguments, ReadyDetectorArguments):
         check_values(self)
 
 
+@takes_arguments
 def export(arguments: ExportArguments) -> dict:
     """
     Exports a detector to ONNX, and compares the export with the detector.

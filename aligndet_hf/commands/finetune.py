@@ -41,7 +41,7 @@ from ..evaluation.detections import EvaluationImages
 from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..evaluation.speed import measure_speed
 from ..files import clear_write_errors, write_json
-from ..flags import local_paths, names_of
+from ..flags import local_paths, names_of, takes_arguments
 from ..hub import open_repository
 from ..objects import Given
 from ..processes import require_one_gpu, warn_without_gpu
@@ -78,6 +78,7 @@ class FinetuneResult:
     metrics: dict
 
 
+@takes_arguments
 def finetune(arguments: FinetuneArguments) -> FinetuneResult:
     """
     Fine-tune a detector on labelled images: one that was pre-trained, any other checkpoint, or a new one.
@@ -394,7 +395,7 @@ def _start_detector(arguments: FinetuneArguments, categories: list[str]):
     if is_new(arguments):
         detector, report = load_detector(arguments, len(categories), id2label)
         is_frozen = arguments.freeze_backbone or arguments.trainable_backbone_stages is not None
-        if note := require_useful_backbone(detector, report is None, is_frozen):
+        if note := require_useful_backbone(detector, report is None, is_frozen, arguments.freeze_batch_norm):
             PartialState().print(f"note: {note}.")
     else:
         detector, report = transfer_detector(arguments.detector, len(categories), id2label, arguments.transfer)

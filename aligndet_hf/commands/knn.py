@@ -20,7 +20,7 @@ from ..data.errors import ImageError
 from ..data.formats import load_labelled
 from ..evaluation.box_features import BoxFeatures, BoxImages, around_backbone
 from ..files import write_json
-from ..flags import REQUIRED, flag, told_of
+from ..flags import REQUIRED, flag, takes_arguments, told_of
 from ..processes import device_of
 from ..runs import measuring_folder
 
@@ -90,6 +90,7 @@ class KnnArguments(MeasureArguments, DeviceArguments, NeighborArguments, Feature
     output_dir: str | None = again(MeasureArguments, "output_dir", help="folder for knn.json")
 
 
+@takes_arguments
 def measure_knn(arguments: KnnArguments) -> dict[str, dict[str, float]]:
     """
     Measures how well the neighbours of labelled objects tell their class, in the features of a backbone.

@@ -154,6 +154,8 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
     arguments = detector
     if not isinstance(detector, PredictArguments):
         arguments = PredictArguments(detector=detector, images=images, **settings)
+    elif images is not None or settings:
+        raise ValueError(f"PredictArguments have everything: give {', '.join(settings) or 'images'} to them")
     listed = list_images(arguments.images, arguments.split)
     if arguments.output_dir is not None:
         return _predict_to_folder(arguments, listed, image_processor)
@@ -172,7 +174,10 @@ def predict(detector, images=None, *, image_processor=None, **settings) -> list[
             "width": found.size[1],
             "error": found.error,
         }
-    if not any(len(found["scores"]) for found in results):
+    errors = [found["error"] for found in results if found["error"]]
+    if len(errors) == len(results):
+        print(f"note: none of the {len(results)} images can be read. {errors[0]}")
+    elif not any(len(found["scores"]) for found in results):
         _tell_nothing_found(arguments.score_threshold, best_score)
     return results
 
@@ -207,7 +212,12 @@ def _run(arguments: PredictArguments, detector, image_processor, images: ImageLi
     )
     disable = arguments.disable_tqdm or os.environ.get("RANK", "0") != "0"
     initial = len(images) - len(indices)
-    return iter(tqdm(found, total=len(images), initial=initial, desc="predicting", unit="image", disable=disable))
+    modes = {part: part.training for part in detector.modules()}
+    try:
+        yield from tqdm(found, total=len(images), initial=initial, desc="predicting", unit="image", disable=disable)
+    finally:
+        for part, mode in modes.items():  # somebody may be about to train it
+            part.training = mode
 
 
 # ---- to a folder ----

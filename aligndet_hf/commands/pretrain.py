@@ -15,7 +15,7 @@ from ..data.launch import Launch
 from ..data.shards import content_hash
 from ..data.views import choose_sizes
 from ..detectors.families import family_of
-from ..flags import local_paths
+from ..flags import local_paths, takes_arguments
 from ..hub import open_repository
 from ..models import AlignDetForPreTraining, SoCoForPreTraining
 from ..reporting.run_record import SUMMARY
@@ -65,6 +65,7 @@ class PretrainResult:
     backbone_dir: Path | None = None
 
 
+@takes_arguments
 def pretrain(arguments: PretrainArguments) -> PretrainResult:
     """
     Pre-train a detector, or with SoCo a backbone, on images with proposals, and export it.

@@ -39,7 +39,7 @@ from ..data.splits import Splits
 from ..data.stream_shards import read_rows, read_streams
 from ..data.streaming import load_stream, stream_splits
 from ..files import file_hash, is_sound
-from ..flags import local_paths
+from ..flags import local_paths, takes_arguments
 from ..hub import open_repository
 from ..runs import RunFolder
 
@@ -47,6 +47,7 @@ from ..runs import RunFolder
 _PRELOADED = [__name__, "aligndet_hf.proposals.kernels"]
 
 
+@takes_arguments
 def generate_proposals(arguments: ProposalsArguments) -> datasets.Dataset | datasets.DatasetDict:
     """
     Finds proposals in all images of a dataset and saves the dataset with them.

@@ -35,7 +35,7 @@ from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import check_classes, crop_features, suppress
 from ..files import write_json
-from ..flags import flag, local_paths, names_of
+from ..flags import flag, local_paths, names_of, takes_arguments
 from ..processes import device_of
 from ..proposals.clusters import match_labels
 from ..ranges import COUNT, SHARE
@@ -131,6 +131,7 @@ class PseudolabelArguments(
             self.labelled_image_dir = self.image_dir
 
 
+@takes_arguments
 def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
     """
     Labels images with the boxes of a teacher, for `aligndet finetune --pseudo_dataset`.

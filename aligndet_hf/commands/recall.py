@@ -17,7 +17,7 @@ from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..data.splits import spread_rows
 from ..files import write_json
-from ..flags import flag
+from ..flags import flag, takes_arguments
 from ..proposals.controls import grid_boxes, random_boxes
 from ..proposals.filters import box_iou
 from ..ranges import COUNT
@@ -65,6 +65,7 @@ class RecallArguments(MeasureArguments, ProgressArguments, DatasetArguments):
             raise ValueError("num_pictures needs an output_dir to write to")
 
 
+@takes_arguments
 def measure_recall(arguments: RecallArguments) -> dict:
     """
     Measures what the proposals of a data set find of its labels, and prints a table.
@@ -221,7 +222,7 @@ class BoxStatistics:
     def update(self, boxes: np.ndarray, image_size: tuple[int, int]) -> None:
         """Adds the boxes `[N, 4]` (absolute `xywh`) of an image of the size `(height, width)`."""
         self.counts.append(len(boxes))
-        for name, member in _size_groups(boxes.astype(np.float64), None, image_size).items():
+        for name, member in _size_groups(boxes.astype(np.float64), None, image_size, overlap=False).items():
             self.sizes[name] += int(member.sum())
 
     def compute(self) -> dict:
@@ -321,14 +322,17 @@ def _draw(dataset: datasets.Dataset, path: Path, num_pictures: int, num_boxes: i
     contact_sheet(pictures, [f"row {row}" for row in rows], side=_SHEET_SIDE, note=note).save(path)
 
 
-def _size_groups(boxes: np.ndarray, areas: np.ndarray | None, image_size: tuple[int, int] | None) -> dict:
-    """Which boxes `[N, 4]` (xywh) have each size: boolean masks `[N]`."""
+def _size_groups(
+    boxes: np.ndarray, areas: np.ndarray | None, image_size: tuple[int, int] | None, overlap: bool = True
+) -> dict:
+    """Which boxes `[N, 4]` (xywh) have each size: boolean masks `[N]`; one between two areas has both for COCO."""
     area = boxes[:, 2] * boxes[:, 3]
     size = np.full(len(boxes), np.nan) if image_size is None else np.sqrt(np.maximum(area, 0) / np.prod(image_size))
     if areas is not None:
         areas = np.asarray(areas, dtype=np.float64)
         area = np.where(np.isnan(areas), area, areas)  # a null in Arrow is NaN
-    groups = {name: (low <= area) & (area <= high) for name, (low, high) in AREAS.items()}
+    below = np.less_equal if overlap else np.less
+    groups = {name: (low <= area) & below(area, high) for name, (low, high) in AREAS.items()}
     return groups | {name: (low <= size) & (size < high) for name, (low, high) in RELATIVE_SIZES.items()}
 
 

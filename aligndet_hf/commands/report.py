@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..arguments import Arguments
 from ..files import similar_path
-from ..flags import REQUIRED, flag
+from ..flags import REQUIRED, flag, takes_arguments
 from ..reporting.html_report import REPORT, write_report
 from ..runs import RunFolder
 
@@ -18,6 +18,7 @@ class ReportArguments(Arguments):
     output: str | None = flag(None, "place", f"the HTML file; {REPORT} in the folder if not given")
 
 
+@takes_arguments
 def report(arguments: ReportArguments) -> Path:
     """
     Writes the report of a run.

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import datasets
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from ..files import file_hash
 from .bit_depth import pixel_window
-from .columns import arrow_batches, category_ids, image_ids
+from .columns import arrow_batches, category_ids, image_ids, require_columns
 from .door import OUTPUT, image_value, is_image_name, plain_parts, printable, visit
 from .errors import DataError, ImageError
 from .formats import category_names, load_dataset_source, split_names
@@ -81,6 +81,7 @@ class DatasetImages(Images):
     """The column `image` of a data set, and the ids of its images and categories if it has some."""
 
     def __init__(self, dataset: datasets.Dataset, source: str = "the data set"):
+        require_columns(dataset, ["image"], source)
         self.ids = image_ids(dataset, source) if "image_id" in dataset.column_names else None
         self.categories = {}
         if "objects" in dataset.column_names:
@@ -188,7 +189,7 @@ def list_images(sources, split: str | None = None) -> ImageList:
     Raises:
         [`DataError`]: a source does not exist or holds no image.
     """
-    is_one = isinstance(sources, (str, bytes, Path, np.ndarray, PIL.Image.Image, *_DATASETS))
+    is_one = isinstance(sources, (str, bytes, Path, Mapping, np.ndarray, PIL.Image.Image, *_DATASETS))
     parts, faults = [], []
     for source in [sources] if is_one else sources:
         parts += _parts_of(source, split, faults)
@@ -207,6 +208,8 @@ def _parts_of(source, split: str | None, faults: list[dict]) -> list:
         return [DatasetImages(load_dataset_source(source, name)) for name in ([split] if split else source)]
     if isinstance(source, (np.ndarray, PIL.Image.Image)):
         return [MemoryImage(source)]
+    if str(source).startswith(("http://", "https://")):
+        raise DataError(f"{source}: images are not downloaded. Save it to a file first.")
     if not isinstance(source, (str, Path)):
         raise DataError(f"expected images as paths, arrays, PIL images or a datasets.Dataset, got {type(source)}.")
     path = os.path.expanduser(source)

@@ -138,7 +138,8 @@ def _build(
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
     unknown = sorted(name for name in fields if name != "strides" and not hasattr(defaults, name))
     if unknown:
-        raise ValueError(f"{model_type} has no config field {', '.join(unknown)}")
+        near = nearest(unknown[0], defaults.to_dict())
+        raise ValueError(f"{model_type} has no config field {', '.join(unknown)}{near}")
     names = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}} if id2label else {}
     fields = dict(family.defaults) | fields | {"num_labels": num_labels, **names}
     checkpoint = ""
@@ -300,7 +301,9 @@ def _weights_of(arguments: DetectorArguments) -> str | None:
     return None if arguments.backbone_weights == "none" else arguments.backbone_weights
 
 
-def require_useful_backbone(detector: PreTrainedModel, is_random: bool, is_frozen: bool) -> str | None:
+def require_useful_backbone(
+    detector: PreTrainedModel, is_random: bool, is_frozen: bool, freeze_batch_norm: bool
+) -> str | None:
     """
     The rule of all commands for a backbone that starts from random numbers: it is trained, and that is told.
 
@@ -308,6 +311,7 @@ def require_useful_backbone(detector: PreTrainedModel, is_random: bool, is_froze
         detector (`PreTrainedModel`): with the backbone, if its family has one.
         is_random (`bool`): whether nothing gave the backbone weights.
         is_frozen (`bool`): whether some of it is asked to stay as it is.
+        freeze_batch_norm (`bool`): whether its norms are frozen, which suits trained ones.
 
     Returns:
         `str`, *optional*: what to tell.
@@ -325,7 +329,8 @@ def require_useful_backbone(detector: PreTrainedModel, is_random: bool, is_froze
         )
     return (
         f"the backbone starts from random numbers, so all of it is trained. {fix} to start from ImageNet's, which is "
-        "better unless there are very many images; otherwise give --freeze_batch_norm false too"
+        "better unless there are very many images"
+        + ("; otherwise give --freeze_batch_norm false too" if freeze_batch_norm else "")
     )
 
 

@@ -215,13 +215,18 @@ def _count_confusions(confusion: np.ndarray, iou: np.ndarray, labels: np.ndarray
         confusion[true_labels[place], background] += 1
 
 
+def threshold_text(found: Mapping) -> str:
+    """The best threshold of a class, if there is one: nothing right was found of some."""
+    return f"{found['best_threshold']:.2f}" if found["f1"] else "–"
+
+
 def format_diagnosis(diagnosis: dict, categories: Sequence[str]) -> str:
     """The best threshold of each class, and the kinds of error, as a table to print."""
     width = max(map(len, (*categories, "class")))
     lines = [f"{'class':<{width}}  objects  threshold  precision  recall     F1"]
     for name, found in diagnosis["per_class"].items():
         lines.append(
-            f"{name:<{width}}  {found['objects']:>7}  {found['best_threshold']:>9.2f}  {found['precision']:>9.2f}  "
+            f"{name:<{width}}  {found['objects']:>7}  {threshold_text(found):>9}  {found['precision']:>9.2f}  "
             f"{found['recall']:>6.2f}  {found['f1']:>5.2f}"
         )
     counts = ", ".join(f"{kind} {number}" for kind, number in diagnosis["errors"].items())

@@ -109,6 +109,8 @@ def detect(session, model, image, threshold=0.3):
 
 
 if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("usage: python run.py IMAGE ...")
     session, model = load(Path(__file__).parent)
     for name in sys.argv[1:]:
         for score, label, box in zip(*detect(session, model, read(model, name)), strict=True):

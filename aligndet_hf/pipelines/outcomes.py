@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..data.formats import category_names, load_dataset_source
 from ..flags import names_of
 from ..reporting.comparison_page import ARMS
 from ..reporting.predictions import plot_detectors
 from ..reporting.run_record import RESULTS, SUMMARY
+from ..runs import RECORD
 from ..training.finetune_arguments import FinetuneArguments
 from .runner import is_finished, record_of
 from .stages import Stage, setting
@@ -22,6 +24,30 @@ TRAINED = {"pretrain": SUMMARY, "finetune": RESULTS}  # the commands that see im
 def images_per_step(stage: Stage) -> int:
     """Images in an optimizer step of a stage that trains, of one process."""
     return setting(stage, "per_device_train_batch_size") * setting(stage, "gradient_accumulation_steps")
+
+
+def require_same_lengths(parsed: Mapping[Stage, Any]) -> None:
+    """
+    Refuses to lengthen runs that are to be compared: their schedules would be others than of runs that begin now.
+
+    Args:
+        parsed (`Mapping[Stage, Any]`): The stages, with the arguments of their commands.
+
+    Raises:
+        ValueError: the folder of a stage that trains has a run of another length.
+    """
+    for stage, arguments in parsed.items():
+        record = stage.folder / RECORD
+        if stage.command not in TRAINED or not record.is_file():
+            continue
+        name = "max_steps" if arguments.max_steps > 0 else "num_train_epochs"
+        before, now = json.loads(record.read_text(encoding="utf-8")).get("settings", {}), getattr(arguments, name)
+        if before.get(name, now) != now:
+            raise ValueError(
+                f"{stage.folder} was begun with {name} {before[name]}, and now it is {now}: a run that goes on keeps "
+                "the learning rates of its former length, and cannot be compared with runs that begin now. Give "
+                f"another output_dir, or remove {stage.folder} and all others of this length"
+            )
 
 
 def planned_images(stages: Sequence[Stage]) -> int:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..evaluation.diagnosis import SIZES
+from ..evaluation.diagnosis import SIZES, threshold_text
 from .page import Section, picture_uri
 from .pictures import has_matplotlib
 from .plots import plot_precision
@@ -31,7 +31,7 @@ def diagnosis_section(diagnosis: Mapping) -> Section:
     thresholds = [("class", "objects", "best threshold", "precision", "recall", "F1")]
     for name, found in per_class.items():
         numbers = [f"{100 * found[key]:.0f} %" for key in ("precision", "recall", "f1")]
-        thresholds.append((name, found["objects"], f"{found['best_threshold']:.2f}", *numbers))
+        thresholds.append((name, found["objects"], threshold_text(found), *numbers))
     text = (
         "A detection finds an object with an IoU of at least 0.5 and the same class. The best threshold of a class is "
         "the score at which F1, the harmonic mean of precision and recall, is highest; it was chosen on these images, "

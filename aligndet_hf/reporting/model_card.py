@@ -14,6 +14,7 @@ from ..cards import BEGIN, END, citations, hub_ids, inert, told, told_settings
 from ..data.dataset_card import describe_proposals
 from ..detectors.families import family_of
 from ..evaluation.coco_metrics import exists
+from ..evaluation.diagnosis import threshold_text
 from .run_record import RunRecord
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -124,7 +125,7 @@ def _per_class(record: RunRecord, measured: Mapping) -> list[tuple[str, str, str
     """Name, AP and best threshold of each class."""
     best = (record.diagnosis or {}).get("per_class", {})
     rows = percentages(measured.get("per_class", {}))
-    return [(name, ap, f"{best[name]['best_threshold']:.2f}" if name in best else "–") for name, ap in rows]
+    return [(name, ap, threshold_text(best[name]) if name in best else "–") for name, ap in rows]
 
 
 def _recipe(record: RunRecord) -> dict:

@@ -57,7 +57,7 @@ def build_model(
     detector.config.id2label, detector.config.label2id = id2label, {name: i for i, name in id2label.items()}
     config, is_random = dict(arguments.aligndet_config), is_new(arguments) and report is None
     is_frozen = config.get("freeze_backbone", False) or config.get("trainable_backbone_stages") is not None
-    if note := require_useful_backbone(detector, is_random, is_frozen):
+    if note := require_useful_backbone(detector, is_random, is_frozen, arguments.freeze_batch_norm):
         logger.warning(f"note: {note}.")
         config["freeze_backbone"] = False
     model = AlignDetForPreTraining.from_detector(detector, **config).train()

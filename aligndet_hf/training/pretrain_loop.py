@@ -273,5 +273,5 @@ def write_result(run: Run, model: MomentumModel) -> None:
             "command": command_line("pretrain", PretrainArguments, run.arguments.given),
         }
         write_json(output_dir / SUMMARY, summary)
-    place = output_dir if model.product == "detector" else output_dir / model.product
+    place = output_dir / model.product
     run.accelerator.print(f"Finished. The {model.product} is in {place}. Next: {model.next_stage} {place} ...")

@@ -285,7 +285,7 @@ def _columns_of(path: Path) -> _Table | None:
         return None
     sizes = next((size for group in _SIZES if (size := first(group)) and not set(size) & set(coordinates)), [])
     kind = bool(corners), coordinates == centres
-    return _Table(path, image, coordinates, *kind, column(_CLASS), column(_SPLIT), column(_CROWD), sizes, without_names)
+    return _Table(path, image, coordinates, *kind, *map(column, (_CLASS, _SPLIT, _CROWD)), sizes, without_names)
 
 
 def _names_of_row(cells: list[str]) -> list[str] | None:
