@@ -188,7 +188,7 @@ def test_a_card_can_be_bought_from(record):
         proposals={"settings": {"source": "selective_search"}, "boxes": 5000},
     )  # fmt: skip
     speed = {"milliseconds": 12.34, "height": 480, "width": 640, "dtype": "float32", "device": "cpu", "threads": 2}
-    best = {name: {"best_threshold": 0.25} for name in ("red cell", "white|cell", "platelet")}
+    best = {name: {"best_threshold": 0.25, "f1": 0.5} for name in ("red cell", "white|cell", "platelet")}
     metrics = dict.fromkeys(COCO_KEYS, 0.5) | {"per_class": dict.fromkeys(best, 0.5)}
     made = record(
         metrics=metrics, evaluation={"dataset": "someone/cells", "split": "test", "images": 9}, pretrained=pretrained,

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,10 +137,7 @@ def _build(
             + ", ".join(sorted(FAMILIES))
         )
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
-    unknown = sorted(name for name in fields if name != "strides" and not hasattr(defaults, name))
-    if unknown:
-        near = nearest(unknown[0], defaults.to_dict())
-        raise ValueError(f"{model_type} has no config field {', '.join(unknown)}{near}")
+    require_config_fields(defaults, fields.keys() - {"strides"})
     names = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}} if id2label else {}
     fields = dict(family.defaults) | fields | {"num_labels": num_labels, **names}
     checkpoint = ""
@@ -299,6 +297,13 @@ def _weights_of(arguments: DetectorArguments) -> str | None:
         has_backbone_of_choice = FAMILIES[arguments.detector].strides and arguments.backbone is None
         return "timm" if has_backbone_of_choice else None
     return None if arguments.backbone_weights == "none" else arguments.backbone_weights
+
+
+def require_config_fields(defaults: PreTrainedConfig, names: Iterable[str]) -> None:
+    """Raises a `ValueError` that names the fields that a config does not have, and what may be meant."""
+    if unknown := sorted(name for name in names if not hasattr(defaults, name)):
+        near = nearest(unknown[0], defaults.to_dict())
+        raise ValueError(f"{defaults.model_type} has no config field {', '.join(unknown)}{near}")
 
 
 def require_useful_backbone(

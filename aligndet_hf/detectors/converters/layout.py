@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForObjectDetection
 
-from ..build import detector_from_config
+from ..build import detector_from_config, require_config_fields
 from ..families import FAMILIES
 from ..weight_files import flatten
 
@@ -303,9 +303,7 @@ def convert_tensors(
 
 def _config(layout: Layout, found: Found, source: str, fields: Mapping[str, Any]) -> PreTrainedConfig:
     """The detector's config: the family's defaults, what the file says, what the user says."""
-    unknown = sorted(name for name in fields if not hasattr(AutoConfig.for_model(layout.family), name))
-    if unknown:
-        raise ValueError(f"{layout.family} has no config field {', '.join(unknown)}")
+    require_config_fields(AutoConfig.for_model(layout.family), fields)
     try:
         of_file = layout.config(found.tensors, found.options)
     except (KeyError, IndexError, ZeroDivisionError) as error:
