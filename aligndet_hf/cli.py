@@ -136,7 +136,14 @@ def main(argv: list[str] | None = None) -> int:
     if command == "recipes":
         from .recipes import find_recipe, recipe_names
 
-        print(find_recipe(rest[0]) if rest else "\n".join(recipe_names()))
+        if rest[:1] in (["-h"], ["--help"]):
+            print("usage: aligndet recipes [NAME]\n\nlist the recipes of the package, or say where one is")
+            return 0
+        try:
+            print(find_recipe(rest[0]) if rest else "\n".join(recipe_names()))
+        except FileNotFoundError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return 0
     if command == "--version":
         from aligndet_hf import __version__

@@ -101,5 +101,12 @@ def name_objects(arguments) -> None:
         value, hint = getattr(arguments, name), hints[name]
         if isinstance(value, list) and list in map(typing.get_origin, (hint, *typing.get_args(hint))):
             setattr(arguments, name, [as_source(one) for one in value])
-        elif not isinstance(value, int | float | Mapping) or hasattr(value, "column_names"):
+        elif _is_object(value):
             setattr(arguments, name, as_source(value))
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is no setting; a dict of data sets is one of splits."""
+    if isinstance(value, Mapping) and not hasattr(value, "column_names"):
+        return len(value) > 0 and all(hasattr(part, "column_names") for part in value.values())
+    return not isinstance(value, int | float)

@@ -260,6 +260,9 @@ def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch, capsys)
     assert cli.main(["recipes"]) == 0
     names = capsys.readouterr().out.split()
     assert {"aligndet_rt_detr_bccd", "accelerate_fsdp2"} <= set(names)
+    assert cli.main(["recipes", "--help"]) == 0 and "usage: aligndet recipes" in capsys.readouterr().out
+    assert cli.main(["recipes", "chain_bcd"]) == 2
+    assert "error: there is no file chain_bcd, and no recipe" in capsys.readouterr().err
     assert cli.main(["recipes", "accelerate_fsdp2"]) == 0
     assert "fsdp" in Path(capsys.readouterr().out.strip()).read_text()
 
@@ -272,6 +275,9 @@ def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch, capsys)
     )
     with pytest.raises(OSError, match="no recipe of that name; did you mean 'aligndet_rt_detr_bccd'?"):
         parse_arguments(PretrainArguments, ["--config", "aligndet_rtdetr_bccd", *given])
+    (tmp_path / "twice.yaml").write_text("image_sizes: 96\nmax_steps: 3\nimage_sizes: 128\n")
+    with pytest.raises(ValueError, match="twice.yaml is not valid YAML: the key 'image_sizes' is there twice"):
+        parse_arguments(PretrainArguments, ["--config", "twice.yaml", *given])
     with pytest.raises(OSError, match="no file nowhere.yaml, and no recipe of that name; there are .*chain_bccd"):
         parse_arguments(PretrainArguments, ["--config", "nowhere.yaml", *given])
 

@@ -51,6 +51,7 @@ from aligndet_hf.runs import Interrupted
 from aligndet_hf.training.batch_size import largest_batch
 from aligndet_hf.training.checkpointing import find_last_checkpoint, new_checkpoint
 from aligndet_hf.training.detection_trainer import DetectionTrainer
+from aligndet_hf.training.interrupts import StopSignals
 from aligndet_hf.training.parameter_groups import layer_depths, parameter_groups
 from aligndet_hf.training.weight_average import WEIGHTS
 
@@ -336,6 +337,18 @@ def _given(arguments: FinetuneArguments) -> dict:
     names = ("dataset", "detector", "output_dir", "image_sizes", "num_train_epochs", "per_device_train_batch_size")
     names += ("per_device_eval_batch_size", "logging_steps", "use_cpu", "disable_tqdm")
     return {name: getattr(arguments, name) for name in names}
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_loses_no_measurement(folder, tmp_path, monkeypatch):
+    received, steps = StopSignals.received, []
+    monkeypatch.setattr(StopSignals, "received", lambda self: steps.append(0) or (len(steps) == 2) * signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped after step 2"):
+        finetune(arguments_for(folder, tmp_path, logging_strategy="epoch"))
+    monkeypatch.setattr(StopSignals, "received", received)
+    finetune(arguments_for(folder, tmp_path, logging_strategy="epoch"))
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    for name in ("eval_AP", "loss"):
+        assert [entry["epoch"] for entry in history if name in entry] == [1, 2], name
 
 
 def test_a_run_killed_after_its_last_checkpoint_trains_no_further(folder, tmp_path, interrupt):

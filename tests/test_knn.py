@@ -78,19 +78,22 @@ def test_objects_are_measured_with_the_weights_and_with_random_ones(scenes, tmp_
     record = json.loads((tmp_path / "out" / "knn.json").read_text())
     assert record["results"] == results and record["num_neighbors"] == 3
     assert results["trained"] != results["random"]
-    assert results["random"] == measure_knn(KnnArguments(**settings))["random"]
+    with pytest.raises(ValueError, match="resnet10t has random weights, which are measured beside trained ones"):
+        KnnArguments(**settings)
     printed = capsys.readouterr().out
     assert f"accuracy {100 * results['trained']['accuracy']:.1f}, balanced accuracy" in printed
 
 
-def test_some_of_many_objects(scenes, capsys):
+def test_some_of_many_objects(scenes, tmp_path, capsys):
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.safetensors")
     settings = {"dataset": str(scenes), "backbone": "resnet10t", "short_side": 64, "disable_tqdm": True}
+    settings["backbone_weights"] = str(tmp_path / "weights.safetensors")
     measure_knn(KnnArguments(**settings, max_objects=20))
     assert capsys.readouterr().out.count(" 20 objects") == 2
 
 
 def test_without_labels_there_is_nothing_to_measure(proposal_folder):
     with pytest.raises(DataError, match="objects"):
-        measure_knn(KnnArguments(dataset=str(proposal_folder), backbone="resnet10t"))
+        measure_knn(KnnArguments(dataset=str(proposal_folder), backbone="resnet10t", backbone_weights="timm"))
     with pytest.raises(ValueError, match="num_neighbors must be positive"):
         KnnArguments(dataset="data", backbone="resnet10t", num_neighbors=0)

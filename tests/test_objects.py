@@ -154,6 +154,13 @@ def test_one_split_in_memory_leaves_nothing_to_measure_on(labelled, tmp_path):
         aligndet_hf.finetune(arguments)
 
 
+def test_a_dict_of_data_sets_has_splits(labelled, detector, tmp_path):
+    arguments = {"detector": detector, "output_dir": str(tmp_path), **QUICK, **QUICK_TUNING}
+    splits = {"train": labelled, "validation": labelled.select([1])}
+    tuned = aligndet_hf.finetune(aligndet_hf.FinetuneArguments(dataset=splits, **arguments))
+    assert tuned.metrics["AP"] >= 0
+
+
 def test_a_stream_is_no_labelled_data_set(labelled, tmp_path):
     arguments = aligndet_hf.FinetuneArguments(dataset=labelled.to_iterable_dataset(), output_dir=str(tmp_path))
     with pytest.raises(DataError, match=r"IterableDataset-\w+: a stream .* datasets.Dataset.from_list"):

@@ -94,6 +94,20 @@ def test_labels_of_a_teacher(folder, oracle, tmp_path):
         pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "out"), backbone_weights="timm"))
 
 
+def test_the_labels_are_those_that_the_teacher_learned_from(folder, oracle, tmp_path):
+    teacher = shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    learned = {"dataset": str(folder / "data"), "label_fraction": 0.5, "label_seed": 0}
+    (teacher / "finetune_settings.json").write_text(json.dumps(learned))
+    given = {"detector": str(teacher), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="learned from label_fraction 0.5 .* give --label_fraction 0.5"):
+        pseudolabel(arguments_for(folder, **given))
+    with pytest.raises(ValueError, match="give --label_seed 0"):
+        pseudolabel(arguments_for(folder, **given, label_fraction=0.5, label_seed=1))
+    assert len(pseudolabel(arguments_for(folder, **given, label_fraction=0.5))) == 6
+    (teacher / "finetune_settings.json").write_text(json.dumps(learned | {"dataset": "others"}))
+    assert len(pseudolabel(arguments_for(folder, **given | {"output_dir": str(tmp_path / "other")}))) == 9
+
+
 def test_shuffled_classes_are_a_control(folder, oracle, tmp_path):
     plain = pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "plain")))
     dealt = pseudolabel(arguments_for(folder, output_dir=str(tmp_path / "dealt"), shuffle_classes=True))

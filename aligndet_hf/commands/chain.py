@@ -152,7 +152,7 @@ def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
         )
     for stage, reason in failures.items():
         raise ChildProcessError(
-            f"stage {stage.name!r} (aligndet {stage.command} --config {stage.beside('.yaml')}) failed, {reason}. The "
-            "same command again goes on from there."
+            f"stage {stage.name!r} (aligndet {stage.command} --config {stage.beside('.yaml')}) failed, "
+            f"{reason.rstrip('.')}. When it is mended, the same command goes on from there."
         )
     return stages

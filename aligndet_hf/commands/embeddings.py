@@ -59,7 +59,12 @@ class EmbeddingsArguments(
     )
     output_dir: str = again(OutputArguments, "output_dir", help=f"folder for {PICTURE} and {RESULTS}")
     split: str | None = again(LabelledArguments, "split", default="validation", help="split of the dataset")
-    max_objects: int = again(NeighborArguments, "max_objects", default=2000)
+    max_objects: int = again(
+        NeighborArguments,
+        "max_objects",
+        default=2000,
+        help="draw a random choice of at most this many objects; the numbers take all",
+    )
     seed: int = again(
         OptimisationArguments, "seed", help="seed of the choice, of t-SNE, and of the untrained detector"
     )

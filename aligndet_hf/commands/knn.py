@@ -1,5 +1,6 @@
 """What features know without being trained further: the accuracy of nearest neighbours, and `aligndet knn`."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..arguments import (
     NeighborArguments,
     OptimisationArguments,
     again,
+    is_trained,
 )
 from ..data.arrow_boxes import read_values
 from ..data.errors import ImageError
@@ -62,7 +64,10 @@ def knn_accuracy(
         )
     features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     predicted = np.empty_like(labels)
-    for train, test in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(features, labels, groups):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The least populated class")  # a rare class is in fewer parts, no more
+        parts = list(StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(features, labels, groups))
+    for train, test in parts:
         # Of vectors of length 1, the nearest are the most similar.
         neighbours = KNeighborsClassifier(min(k, len(train)), weights="distance").fit(features[train], labels[train])
         predicted[test] = neighbours.predict(features[test])
@@ -88,6 +93,14 @@ class KnnArguments(MeasureArguments, DeviceArguments, NeighborArguments, Feature
         OptimisationArguments, "seed", help="seed of the choice, of the five parts, and of random weights"
     )
     output_dir: str | None = again(MeasureArguments, "output_dir", help="folder for knn.json")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not is_trained(self.backbone, self.backbone_weights):
+            raise ValueError(
+                f"{self.backbone} has random weights, which are measured beside trained ones anyway: give "
+                "backbone_weights (a .safetensors file, or 'timm' to download), or the folder of a backbone"
+            )
 
 
 @takes_arguments

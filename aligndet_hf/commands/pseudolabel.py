@@ -1,6 +1,7 @@
 """`aligndet pseudolabel`: what a teacher finds in unlabelled images, as labels for a student."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections import Counter
@@ -40,6 +41,7 @@ from ..processes import device_of
 from ..proposals.clusters import match_labels
 from ..ranges import COUNT, SHARE
 from ..reporting.predictions import write_sheet
+from ..reporting.run_record import SETTINGS
 from ..runs import RunFolder
 from ..training.start import start_hashes
 from .predict import PredictArguments, _identity, predict
@@ -118,7 +120,7 @@ class PseudolabelArguments(
         if self.ignore_threshold > self.score_threshold:
             raise ValueError(
                 f"ignore_threshold must be at most score_threshold, got {self.ignore_threshold} and "
-                f"{self.score_threshold}"
+                f"{self.score_threshold}: give both"
             )
         is_complete = self.backbone and is_trained(self.backbone, self.backbone_weights)
         if self.class_check == "neighbours" and (self.backbone or self.backbone_weights) and not is_complete:
@@ -160,6 +162,7 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
         split_flag="--labelled_split",
     )
     print(report)
+    _require_labels_of_teacher(arguments)
     rows = nested_subsets(len(labelled), [arguments.label_fraction], arguments.label_seed)[arguments.label_fraction]
     images = load_dataset_source(arguments.dataset, arguments.split, image_dir=arguments.image_dir)
     unseen = _unseen(images, labelled, rows, arguments)
@@ -175,6 +178,23 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
             return datasets.load_from_disk(str(folder.path))
         _label(arguments, images.select(unseen), labelled.select(rows), names, folder)
     return datasets.load_from_disk(str(folder.path))
+
+
+def _require_labels_of_teacher(arguments: PseudolabelArguments) -> None:
+    """Refuses a teacher that learned, as its folder tells, from other labels of these images."""
+    settings = Path(str(arguments.detector)) / SETTINGS
+    if not settings.is_file():
+        return
+    learned = json.loads(settings.read_text(encoding="utf-8"))
+    places = {Path(str(one)).expanduser().resolve() for one in (learned.get("dataset"), arguments.labelled_dataset)}
+    if len(places) == 1:
+        for name in ("label_fraction", "label_seed"):
+            if learned[name] != getattr(arguments, name):
+                raise ValueError(
+                    f"the teacher learned from {name} {learned[name]} of {learned['dataset']} ({settings}), not from "
+                    f"{getattr(arguments, name)}: give --{name} {learned[name]}, or images that it has learned from "
+                    "become pseudo-labelled ones"
+                )
 
 
 def _unseen(images, labelled, rows, arguments: PseudolabelArguments) -> list[int]:

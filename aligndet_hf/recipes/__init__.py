@@ -9,6 +9,18 @@ from ..flags import nearest
 FOLDER = Path(__file__).parent
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key is given once: of two values the first would be lost without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if again := [str(key) for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {again[0]!r} is there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def recipe_names() -> list[str]:
     """The names that [`find_recipe`] knows, in order."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -23,7 +35,7 @@ def read_recipe(name: str | Path) -> dict:
     """
     path = find_recipe(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -5,7 +5,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from transformers import IntervalStrategy, TrainerCallback
 
 from ..runs import Interrupted, NotedSignals
 
@@ -54,7 +54,11 @@ class StopAfterSaving(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.number = self.stop.received()
-        control.should_save = control.should_save or bool(self.number)
+        if self.number:
+            control.should_save = True
+            if state.epoch == int(state.epoch):  # the run that goes on begins with the next epoch
+                control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
+                control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
 
     def on_save(self, args, state, control, **kwargs):
         if self.number and state.global_step < state.max_steps:
