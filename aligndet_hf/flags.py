@@ -15,7 +15,9 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+
+Command = TypeVar("Command", bound=Callable)
 
 # The roles of a flag. The first three make a run what it is, and may not change when it is resumed.
 ROLES = {
@@ -205,7 +207,7 @@ def given_flags(arguments) -> dict[str, Any]:
     return given
 
 
-def takes_arguments(command: Callable) -> Callable:
+def takes_arguments(command: Command) -> Command:
     """
     Has the function of a command say what it takes, where it is given anything but its arguments.
 
@@ -222,7 +224,7 @@ def takes_arguments(command: Callable) -> Callable:
             raise TypeError(f"{command.__name__} takes {name}, got {got}: {command.__name__}({name}(...))")
         return command(arguments)
 
-    return checked
+    return cast(Command, checked)
 
 
 def told_of(arguments) -> dict:

@@ -187,14 +187,15 @@ def _require_labels_of_teacher(arguments: PseudolabelArguments) -> None:
         return
     learned = json.loads(settings.read_text(encoding="utf-8"))
     places = {Path(str(one)).expanduser().resolve() for one in (learned.get("dataset"), arguments.labelled_dataset)}
-    if len(places) == 1:
-        for name in ("label_fraction", "label_seed"):
-            if learned[name] != getattr(arguments, name):
-                raise ValueError(
-                    f"the teacher learned from {name} {learned[name]} of {learned['dataset']} ({settings}), not from "
-                    f"{getattr(arguments, name)}: give --{name} {learned[name]}, or images that it has learned from "
-                    "become pseudo-labelled ones"
-                )
+    if len(places) > 1 or len({learned.get("split"), arguments.labelled_split} - {None}) > 1:
+        return
+    for name in ("label_fraction", "label_seed")[: 1 if arguments.label_fraction == 1 else 2]:
+        now = getattr(arguments, name)
+        if (before := learned.get(name, now)) != now:
+            raise ValueError(
+                f"the teacher learned from {name} {before} of {learned['dataset']} ({settings}), not from {now}: give "
+                f"--{name} {before}, or images that it has learned from become pseudo-labelled ones"
+            )
 
 
 def _unseen(images, labelled, rows, arguments: PseudolabelArguments) -> list[int]:
