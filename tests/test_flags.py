@@ -130,6 +130,7 @@ def given(command: str, without=()) -> dict:
         for item in fields(CLASSES[command])
         if item.init and item.default is item.default_factory is MISSING
     }
+    values |= {"backbone_weights": "w"} if command == "knn" else {}  # a backbone of random ones is refused
     return {name: value for name, value in values.items() if name not in without}
 
 

@@ -63,7 +63,7 @@ class EmbeddingsArguments(
         NeighborArguments,
         "max_objects",
         default=2000,
-        help="draw a random choice of at most this many objects; the numbers take all",
+        help="look at a random choice of at most this many objects in the picture; the numbers take all",
     )
     seed: int = again(
         OptimisationArguments, "seed", help="seed of the choice, of t-SNE, and of the untrained detector"
