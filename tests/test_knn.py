@@ -78,6 +78,9 @@ def test_objects_are_measured_with_the_weights_and_with_random_ones(scenes, tmp_
     record = json.loads((tmp_path / "out" / "knn.json").read_text())
     assert record["results"] == results and record["num_neighbors"] == 3
     assert results["trained"] != results["random"]
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "other.safetensors")
+    others = measure_knn(KnnArguments(**settings, backbone_weights=str(tmp_path / "other.safetensors")))
+    assert results["random"] == others["random"] and results["trained"] != others["trained"]
     with pytest.raises(ValueError, match="resnet10t has random weights, which are measured beside trained ones"):
         KnnArguments(**settings)
     printed = capsys.readouterr().out
