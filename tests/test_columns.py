@@ -142,6 +142,9 @@ def test_corners_given_for_sides_are_refused():
         column = "objects" if make is labelled else "proposals"
         with pytest.raises(DataError, match=rf"row \d+, column '{column}'.*\[x1, y1, x2, y2\].*Subtract x1 from x2"):
             validate(make([[box] for box in corners.tolist()]))
+    as_centres = np.concatenate([low - (low + side) / 2, low + side], axis=1)
+    with pytest.raises(DataError, match=r"like corners .*, expected a centre, width and height: .*\(x1 \+ x2\) / 2"):
+        validate_objects(labelled([[box] for box in as_centres.tolist()]), ["a"])
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,10 @@ def test_sloppy_sides_are_not_taken_for_corners(box):
 def test_relative_boxes_are_refused():
     with pytest.raises(DataError, match="relative to the image.*Multiply"):
         validate_objects(labelled([[[0.1, 0.2, 0.5, 0.3]], [[0, 0, 1, 1]]]), ["a"])
-    assert validate_objects(labelled([[[0.1, 0.2, 0.5, 0.3]], [[0, 0, 9, 9]]]), ["a"]).boxes == 2
+    report = validate_objects(labelled([[[0.1, 0.2, 0.5, 0.3]], [[0, 0, 9, 9]]]), ["a"])
+    assert report.boxes == 2 and "1 boxes lie within the first pixel of their image (rows 0)" in report.notes[0]
+    with pytest.raises(DataError, match=r"row 1.*relative to the image \(75% have no number above 1\)"):
+        validate_objects(labelled([[[0.5, 0.2, 1.02, 0.3]], [[0.1, 0.2, 0.5, 0.3]] * 3]), ["a"])
 
 
 def test_nothing_usable():

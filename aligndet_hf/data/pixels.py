@@ -231,19 +231,26 @@ def check_box_format(boxes: np.ndarray, sizes: np.ndarray, rows: np.ndarray, col
 
     # Slips of annotators stay within the tolerance.
     overflow = (x + a > 1.02 * width + 1) | (y + b > 1.02 * height + 1)
-    fits_corners = (a > x) & (b > y) & (a <= width + 1) & (b <= height + 1)
+    before = (x < -0.02 * width - 1) | (y < -0.02 * height - 1)
     share = overflow.mean()
-    if share >= 0.2 and fits_corners.mean() >= 0.95:
-        number = int(np.flatnonzero(overflow)[0])
+    for taken_for, start_x, start_y, outside, fix in (
+        ("[x, y, width, height]", x, y, overflow, "Subtract x1 from x2 and y1 from y2."),
+        ("a centre, width and height", x + a / 2, y + b / 2, overflow | before,
+         "Write (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1."),
+    ):  # fmt: skip
+        fits_corners = (a > start_x) & (b > start_y) & (a <= width + 1) & (b <= height + 1)
+        if outside.mean() >= 0.2 and fits_corners.mean() >= 0.95:
+            number = int(np.flatnonzero(outside)[0])
+            raise DataError(
+                f"{where.format(rows[number])}like corners [x1, y1, x2, y2], expected {taken_for}: "
+                f"{outside.mean():.0%} of the boxes reach out of their image, e.g. {boxes[number].tolist()} in an "
+                f"image {width[number]} pixels wide and {height[number]} high. {fix}"
+            )
+    is_relative = (np.abs(boxes) <= 1).all(axis=1) & (np.minimum(width, height) > 2)
+    if is_relative.mean() > 0.5:
         raise DataError(
-            f"{where.format(rows[number])}like corners [x1, y1, x2, y2], expected [x, y, width, height]: {share:.0%} "
-            f"of the boxes reach out of their image, e.g. {boxes[number].tolist()} in an image {width[number]} pixels "
-            f"wide and {height[number]} high. Subtract x1 from x2 and y1 from y2."
-        )
-    if boxes.max() <= 1 and min(width.max(), height.max()) > 2:
-        raise DataError(
-            f"{where.format(rows[0])}relative to the image (none is above 1), expected [x, y, width, height] in "
-            "pixels. Multiply them by the image's width and height."
+            f"{where.format(rows[is_relative][0])}relative to the image ({is_relative.mean():.0%} have no number "
+            "above 1), expected [x, y, width, height] in pixels. Multiply them by the image's width and height."
         )
     right, bottom = x + a, y + b
     as_corners = (a > x) & (b > y)
@@ -262,10 +269,16 @@ def check_box_format(boxes: np.ndarray, sizes: np.ndarray, rows: np.ndarray, col
                 f"pixels wide and {height[number]} high. Expected [x, y, width, height] in pixels: multiply x by the "
                 f"image's width / {_SCALE}, y by its height / {_SCALE}."
             )
+    notes = []
+    if is_relative.any():
+        notes.append(
+            f"{is_relative.sum()} boxes lie within the first pixel of their image (rows "
+            f"{listed(np.unique(rows[is_relative]), _LISTED_ROWS)}): are they relative to its size?"
+        )
     reach = ((right / width).max(), (bottom / height).max())
     if len(boxes) >= 50 and len(np.unique(rows)) >= 10 and max(reach) < 0.55:
-        return [
+        notes.append(
             f"all boxes lie in the upper left {max(reach):.0%} of the width and height of their images: were they "
             "drawn on smaller copies?"
-        ]
-    return []
+        )
+    return notes
