@@ -1084,6 +1084,21 @@ def test_the_only_folder_of_a_folder_is_read(tmp_path, layout):
         assert outer.to_list() == inner.to_list() and len(inner) > 0
 
 
+@pytest.mark.parametrize("names", ["cat\n\ndog\nowl\n", "cat\ndog\ndog\n"])
+@pytest.mark.parametrize("name", ["classes.txt", "obj.names"])
+def test_lines_without_a_name_of_their_own(tmp_path, name, names):
+    yolo_beside(tmp_path)
+    (tmp_path / "classes.txt").unlink()
+    write_text(tmp_path / name, names)
+    write_text(tmp_path / "train.txt", "train/t0.png\n")
+    if name == "obj.names":
+        write_text(tmp_path / "obj.data", "train = train.txt\nnames = obj.names\n")
+    with pytest.raises(
+        DataError, match="(obj.data, 'names'|classes.txt): expected a list of different category names"
+    ):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
 def test_the_lists_of_darknet_are_splits(tmp_path):
     for split, name in (("train", "a"), ("valid", "b")):
         write_image(tmp_path / f"obj_{split}_data" / f"{name}.png", (40, 30), 0)
@@ -1178,6 +1193,7 @@ def test_a_folder_whose_name_holds_the_word_test_is_no_split(tmp_path):
         ("3 0.5 0.5 0.2 0.2", r"unknown class 3, expected 0 to 2 \(cat, dog, owl\)"),
         ("0 0.5 0.5 0.2 0.2 0.9", "six values, a detection with its score"),
         ("0 0.5 0.5 0.2 nan", "each value must be a number, got 'nan'"),
+        ("0 0.5 0.5 0.2 0.2 0.4 0.4 2 0.6 0.6 1", "got 2 in a polygon. Of key points data.yaml must give"),
     ],
 )
 def test_wrong_lines_of_yolo(tmp_path, line, message):

@@ -280,16 +280,16 @@ def list_of_names(given, where: str) -> list[str]:
     The names of categories that a label file gives, as a list or by their numbers: `{0: name, 1: name, ...}`.
 
     Raises:
-        [`DataError`]: if it gives something else, or a name twice.
+        [`DataError`]: if it gives something else, a name twice, or an empty one.
     """
     names = given
     if isinstance(given, dict):
         numbers = {int(key) if str(key).isdecimal() else -1: name for key, name in given.items()}
         names = [numbers[label] for label in sorted(numbers)] if sorted(numbers) == list(range(len(given))) else None
-    if not isinstance(names, list) or not names or len(set(map(str, names))) != len(names):
+    if not isinstance(names, list) or not names or len(set(map(str, names)) - {""}) != len(names):
         raise DataError(
-            f'{where}: expected a list of different category names, or {{"0": name, "1": name, ...}}, got '
-            f"{str(given)[:80]}."
+            f"{where}: expected a list of different category names, none of them empty, or "
+            f'{{"0": name, "1": name, ...}}, got {str(given)[:80]}.'
         )
     return list(map(str, names))
 

@@ -164,7 +164,7 @@ def _read_darknet(path: Path, content: dict[str, str]) -> dict | None:
     places = {key: find_inside(path.parent, tails(value)) for key, value in content.items()}
     if places.get("names") is None or not any(places.get(key) for key in _SPLIT_KEYS):
         return None
-    return content | {"names": _lines_of(places["names"], path.parent), "": path}
+    return content | {"names": _lines_of_names(places["names"], path.parent), "": path}
 
 
 def _config(path: Path) -> dict:
@@ -248,7 +248,12 @@ def _names(root: Path, config: dict) -> list[str] | None:
     places = [root, root / "labels", *split_folders(root).values()]
     of_darknet = [file.name for place in places for file in sorted(place.glob("*.names"))]
     file = next((found for place in places if (found := find_file(place, *_NAME_FILES, *of_darknet))), None)
-    return _lines_of(file, root) if file else None
+    return list_of_names(_lines_of_names(file, root), str(file)) if file else None
+
+
+def _lines_of_names(file: Path, root: Path) -> list[str]:
+    """The names of a file with one in each line: an empty line between them has a number as well."""
+    return [line.strip() for line in read_text(file, root).rstrip().splitlines()]
 
 
 def _lines_of(file: Path, root: Path) -> list[str]:
@@ -295,7 +300,10 @@ def _shape(values: list[float], keypoints: bool, where: str) -> tuple[list[float
     else:
         box, outline = box_around(values[::2], values[1::2]), values
     left, top, width, height = box
-    if max(map(abs, (left, top, left + width, top + height))) > 2:
-        shown = " ".join(f"{value:g}" for value in values[:4])
-        raise DataError(f"{where}: the numbers must be relative to the size of the image, from 0 to 1, got {shown}.")
+    if max(map(abs, (left, top, left + width, top + height))) >= 2:  # 2 marks a key point that is seen
+        shown = " ".join(f"{value:g}" for value in (values[:4] if outline is None else [max(outline, key=abs)]))
+        hint = "" if outline is None else " in a polygon. Of key points data.yaml must give the 'kpt_shape'"
+        raise DataError(
+            f"{where}: the numbers must be relative to the size of the image, from 0 to 1, got {shown}{hint}."
+        )
     return box, outline
