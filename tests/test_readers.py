@@ -397,7 +397,7 @@ def table_of_parts(root):
 def table_of_google(root):
     """AutoML: no names of columns, addresses, and coordinates from 0 to 1."""
     lines = []
-    for split, name in (("train", "TRAIN"), ("validation", "VALIDATION")):
+    for split, name in (("train", "TRAIN"), ("validation", "VALIDATE")):
         write_images(root / "images", split)
         for stem, (width, height), objects in scenes(split):
             boxes = [
@@ -907,6 +907,8 @@ def test_labels_in_a_format_that_is_not_known(tmp_path, name, text):
         ("file,class,x,y,w,h", "c.png,cat,1,2,3,4", "line 3: there is no image 'c.png' in .* Give the folder as"),
         ("file,class,x,y,w,h", "../../a.txt,cat,1,2,3,4", "line 3: there is no image '../../a.txt'"),
         ("file,class,x,y,w,h", "b,cat,1,2,3,4", "line 3: 'b' may be .*b.jpg or .*b.png"),
+        ("file,class,x,y,w,h", ",,,,,\na.png,cat,1,2,three,4", "line 4: column 'w' must be a number, got 'three'"),
+        ("file,class,x,y,w,h,Class", "a.png,cat,1,2,3,4,dog", "boxes.csv: 2 columns are called alike, class, Class."),
         ("file,class,bbox", "a.png,cat,1 2 3", r"line 3, column 'bbox' must hold four numbers \[x, y, width, h"),
         ("file,class,bbox", 'a.png,cat,"[1, 2]"', r"line 3, column 'bbox' must hold four numbers .* got '\[1, 2\]'"),
         ("file,class,bbox", "a.png,cat,1 2 x 4", "line 3, column 'bbox': a coordinate must be a number, got 'x'"),

@@ -155,9 +155,14 @@ class _Table:
         yield from found
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """The rows, each with its place; all values are texts, those that are missing empty."""
+        """
+        The rows, each with its place, but those without a value, as spreadsheets write them below the others; all
+        values are texts, those that are missing empty.
+        """
         for where, row in table_rows(self.path, _DELIMITERS, self.names):
-            yield where, {name: _as_text(value) for name, value in row.items()}
+            texts = {name: _as_text(value) for name, value in row.items()}
+            if any(texts.values()):
+                yield where, texts
 
     def cell(self, row: dict[str, str], column: str, where: str) -> str:
         """What a cell holds, which must not be empty."""
@@ -267,7 +272,12 @@ def _schema(path: Path) -> Iterable[pa.Field]:
 
 
 def _columns_of(path: Path) -> _Table | None:
-    """What the columns of a file are; `None` if there is none of images, or of boxes."""
+    """
+    What the columns of a file are; `None` if there is none of images, or of boxes.
+
+    Raises:
+        [`DataError`]: if a column that is needed is there twice.
+    """
     header = _header(path)
     without_names = _names_of_row(header)
     names = {_plain(name): name for name in without_names or header}
@@ -285,7 +295,12 @@ def _columns_of(path: Path) -> _Table | None:
         return None
     sizes = next((size for group in _SIZES if (size := first(group)) and not set(size) & set(coordinates)), [])
     kind = bool(corners), coordinates == centres
-    return _Table(path, image, coordinates, *kind, *map(column, (_CLASS, _SPLIT, _CROWD)), sizes, without_names)
+    others = list(map(column, (_CLASS, _SPLIT, _CROWD)))
+    for name in filter(None, [image, *coordinates, *others, *sizes]):
+        same = [other for other in without_names or header if _plain(other) == _plain(name)]
+        if len(same) > 1:
+            raise DataError(f"{path}: {len(same)} columns are called alike, {', '.join(same)}. Rename all but one.")
+    return _Table(path, image, coordinates, *kind, *others, sizes, without_names)
 
 
 def _names_of_row(cells: list[str]) -> list[str] | None:
