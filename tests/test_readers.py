@@ -444,7 +444,7 @@ def via_shape(box, label):
     if label == 0:
         return {"name": "rect", "x": x, "y": y, "width": w, "height": h}
     if label == 1:
-        return {"name": "ellipse", "cx": x + w / 2, "cy": y + h / 2, "rx": w / 2, "ry": h / 2}
+        return {"name": "ellipse", "cx": x + w / 2, "cy": y + h / 2, "rx": h / 2, "ry": w / 2, "theta": np.pi / 2}
     return {"name": "polygon", "all_points_x": [x, x + w, x + 1], "all_points_y": [y, y + 1, y + h]}
 
 
@@ -797,13 +797,14 @@ def test_turned_boxes_polygons_and_two_annotations_of_label_studio(tmp_path):
         # Turned by 90 degrees around (40, 20) pixels: 60 x 10 becomes 10 x 60, to the left of the corner and below.
         {"value": {"x": 20, "y": 20, "width": 30, "height": 10, "rotation": 90, "rectanglelabels": ["b"]}},
         {"value": {"points": [[10, 10], [20, 15], [15, 40]], "polygonlabels": ["a"]}},
-        {"value": {"x": 50, "y": 50, "radiusX": 5, "radiusY": 10, "ellipselabels": ["a"]}},
+        # Half-axes of 20 and 10 pixels, turned by 90 degrees.
+        {"value": {"x": 50, "y": 50, "radiusX": 10, "radiusY": 10, "rotation": 90, "ellipselabels": ["a"]}},
         {"value": {"x": 50, "y": 50, "width": 1, "keypointlabels": ["a"]}},
     ]
     task = {"data": {"image": "s3://bucket/a.png"}, "annotations": [{"result": [shape | size for shape in shapes]}]}
     write_text(tmp_path / "export.json", [task])
     (objects,) = load_dataset_source(tmp_path, labels=True)["objects"][:]
-    np.testing.assert_allclose(objects["bbox"], [[30, 20, 10, 60], [20, 10, 20, 30], [90, 40, 20, 20]], atol=1e-9)
+    np.testing.assert_allclose(objects["bbox"], [[30, 20, 10, 60], [20, 10, 20, 30], [90, 30, 20, 40]], atol=1e-9)
     assert objects["category"] == [1, 0, 0]
     turned, polygon, ellipse = objects["segmentation"]
     np.testing.assert_allclose(json.loads(turned), [[40, 20, 40, 80, 30, 80, 30, 20]], atol=1e-9)
@@ -866,11 +867,22 @@ def test_wrong_lines_of_kitti(tmp_path, caplog):
     load_dataset_source(tmp_path, "train", labels=True)
     assert "2 regions 'DontCare' are left out" in caplog.text
     write_text(tmp_path / "training/label_2/t1.txt", "cat 0 0 0 1 2 three 4 0 0 0 0 0 0 0\n")
-    with pytest.raises(DataError, match="t1.txt, line 1: a corner must be a number, got 'three'"):
+    with pytest.raises(DataError, match="t1.txt, line 1: each value after the class must be a number, got 'three'"):
+        load_dataset_source(tmp_path, "train", labels=True)
+    write_text(tmp_path / "training/label_2/t1.txt", "traffic light 0 0 0 1 2 3 4 0 0 0 0 0 0 0\n")
+    with pytest.raises(DataError, match="t1.txt, line 1: each value after the class must be a number, got 'light'"):
         load_dataset_source(tmp_path, "train", labels=True)
     write_text(tmp_path / "training/label_2/t1.txt", "\ncat 0 0 0 1 2 3 4\n")
     with pytest.raises(DataError, match="t1.txt, line 2: expected a class and 14 numbers, got 'cat 0 0 0 1 2 3 4'"):
         load_dataset_source(tmp_path, "train", labels=True)
+
+
+def test_many_files_without_objects_of_kitti_come_first(tmp_path):
+    for number in range(30):
+        write_image(tmp_path / "image_2" / f"{number:02}.png", (40, 30), 0)
+        write_text(tmp_path / "label_2" / f"{number:02}.txt", "" if number < 29 else "cat 0 0 0 1 2 3 4" + 7 * " 0")
+    dataset = load_dataset_source(tmp_path, labels=True)
+    assert [row["bbox"] for row in dataset["objects"]] == 29 * [[]] + [[[1, 2, 2, 2]]]
 
 
 @pytest.mark.parametrize("name, text", [("labels/a.txt", "10 20 50 20 50 60 10 60 plane 0"), ("a.tfrecord", "x")])
@@ -1359,11 +1371,12 @@ def test_turned_boxes_and_other_shapes_of_cvat(tmp_path, caplog):
     write_image(tmp_path / "images" / "a.png", (40, 30), 0)
     shapes = '<box label="cat" xtl="10" ytl="12" xbr="20" ybr="16" rotation="90"/><points label="cat" points="1,1"/>'
     shapes += '<ellipse label="dog" cx="20" cy="15" rx="6" ry="4"/>'
+    shapes += '<ellipse label="dog" cx="20" cy="15" rx="6" ry="4" rotation="90.00"/>'
     shapes += '<mask label="dog" left="1" top="2" width="3" height="4"/>'
     write_text(tmp_path / "annotations.xml", f'<annotations><image id="7" name="a.png">{shapes}</image></annotations>')
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset_source(tmp_path, labels=True)
-    boxes = [[13, 9, 4, 10], [14, 11, 12, 8], [1, 2, 3, 4]]
+    boxes = [[13, 9, 4, 10], [14, 11, 12, 8], [16, 9, 8, 12], [1, 2, 3, 4]]
     np.testing.assert_allclose(dataset[0]["objects"]["bbox"], boxes, atol=1e-9)
     assert list(dataset["image_id"]) == [7] and category_names(dataset) == ["cat", "dog"]
     assert "left out, for they have no box: 1 points" in caplog.text

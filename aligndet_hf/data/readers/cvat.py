@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import DataError
 from .files import called, list_files, number, read_start, read_xml, split_folders, split_of_folder
 from .listed import Entry, Object, collect
-from .rows import Labels, box_around, require_unique_ids
+from .rows import Labels, box_around, box_around_ellipse, require_unique_ids
 
 logger = logging.getLogger(__name__)
 
@@ -123,13 +123,12 @@ def _box(shape: ElementTree.Element, where: str) -> tuple[list[float], list[floa
 
     if shape.tag == "mask":
         return [attribute(name) for name in ("left", "top", "width", "height")], None
+    degrees = number(shape.get("rotation") or 0, where, "'rotation'")
     if shape.tag == "ellipse":
-        centre = attribute("cx"), attribute("cy")
-        half = attribute("rx"), attribute("ry")
-        return [centre[0] - half[0], centre[1] - half[1], 2 * half[0], 2 * half[1]], None
+        centre_and_radii = [attribute(name) for name in ("cx", "cy", "rx", "ry")]
+        return box_around_ellipse(*centre_and_radii, math.radians(degrees)), None
     if shape.tag == "box":
-        left, top, right, bottom = (attribute(name) for name in ("xtl", "ytl", "xbr", "ybr"))
-        return _around_turned(left, top, right, bottom, number(shape.get("rotation") or 0, where, "'rotation'")), None
+        return _around_turned(*(attribute(name) for name in ("xtl", "ytl", "xbr", "ybr")), degrees), None
     points = [point.split(",") for point in (shape.get("points") or "").split(";") if point]
     if not points or any(len(point) != 2 for point in points):
         raise DataError(f"{where}: 'points' must be pairs of numbers, got {(shape.get('points') or '')[:80]!r}.")

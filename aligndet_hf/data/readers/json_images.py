@@ -17,7 +17,7 @@ from ..door import is_image_name
 from ..errors import DataError
 from .files import read_json, read_start, split_of_file
 from .listed import PIXELS, Entry, Object, collect, grouped, label_files, require_own_splits, split_above
-from .rows import Labels, box_around
+from .rows import Labels, box_around, box_around_ellipse
 
 logger = logging.getLogger(__name__)
 
@@ -106,15 +106,11 @@ class _Dialect(NamedTuple):
     are_marked: bool = False
 
 
-def _around_centre(x: float, y: float, half_width: float, half_height: float) -> Shape:
-    return [x - half_width, y - half_height, 2 * half_width, 2 * half_height]
-
-
 def _create_ml(item: dict) -> Found:
     objects = []
     for annotation in item["annotations"] if "annotations" in item else item["annotation"]:
         x, y, width, height = (annotation["coordinates"][key] for key in ("x", "y", "width", "height"))
-        objects.append((_around_centre(x, y, width / 2, height / 2), annotation["label"]))
+        objects.append(([x - width / 2, y - height / 2, width, height], annotation["label"]))
     return item["image"] if "image" in item else item["imagefilename"], objects, None  # as Apple's own pages have it
 
 
@@ -131,7 +127,7 @@ def _via_shape(shape: dict) -> Shape:
         return [shape[key] for key in ("x", "y", "width", "height")]
     if kind in ("circle", "ellipse"):
         rx, ry = (shape["r"], shape["r"]) if kind == "circle" else (shape["rx"], shape["ry"])
-        return _around_centre(shape["cx"], shape["cy"], rx, ry)
+        return box_around_ellipse(shape["cx"], shape["cy"], rx, ry, shape.get("theta") or 0)
     return list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)) if kind == "polygon" else None
 
 
@@ -191,15 +187,18 @@ def _label_studio_shape(shape: dict, size: tuple[int, int]) -> Shape:
     """In percent of the image's sides."""
     if "points" in shape:
         return shape["points"]
+    angle = math.radians(shape.get("rotation") or 0)
+    across, down = (side / 100 for side in size) if angle else (1, 1)  # shapes turn in pixels
     if "radiusX" in shape:
-        return _around_centre(shape["x"], shape["y"], shape["radiusX"], shape["radiusY"])
+        centre, radii = (shape["x"] * across, shape["y"] * down), (shape["radiusX"] * across, shape["radiusY"] * down)
+        x, y, width, height = box_around_ellipse(*centre, *radii, angle)
+        return [x / across, y / down, width / across, height / down]
     if "height" not in shape:  # key points have a width
         return None
     x, y, width, height = (shape[key] for key in ("x", "y", "width", "height"))
-    angle = math.radians(shape.get("rotation") or 0)
     if not angle:
         return [x, y, width, height]
-    across, down = (side / 100 for side in size)  # it turns in pixels, around its first corner
+    # A box turns around its first corner.
     corners = [(a * width * across, b * height * down) for a, b in ((0, 0), (1, 0), (1, 1), (0, 1))]
     cos, sin = math.cos(angle), math.sin(angle)
     return [(x + (a * cos - b * sin) / across, y + (a * sin + b * cos) / down) for a, b in corners]

@@ -18,7 +18,7 @@ NAME = "KITTI"
 
 _SNIFFED_BYTES = 200
 _LINE = re.compile(r"[^\s\d]\S*(\s+-?\d+(\.\d+)?([eE][-+]?\d+)?){14}")  # a class that is a number is one of YOLO
-_CORNERS = slice(4, 8)
+_CORNERS = slice(3, 7)  # of the numbers
 _REGION = "dontcare"  # where nobody has labelled the objects
 
 
@@ -65,7 +65,8 @@ def _entry(file: Path, split: str, regions: list) -> Entry:
             continue
         if len(values) not in (15, 16):  # with a score
             raise DataError(f"{where}: expected a class and 14 numbers, got {line.strip()[:80]!r}.")
-        left, top, right, bottom = (number(value, where, "a corner") for value in values[_CORNERS])
+        numbers = [number(value, where, "each value after the class") for value in values[1:]]
+        left, top, right, bottom = numbers[_CORNERS]
         if values[0].lower() == _REGION:
             regions.append(split)
         else:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from ..errors import DataError
 from ..images import image_size
+from ..splits import spread_rows
 from .files import find_inside, list_files, list_images, split_of_folder, tell_unlisted
 from .rows import Categories, LabelledImage, Labels
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 10  # files of each folder
+_LOOKED_AT = 100  # files of each folder
 PIXELS = None  # what `Entry.parts` is of boxes in pixels
 
 
@@ -142,10 +143,13 @@ def require_own_splits(folder: Path, files: Iterable[tuple[str | None, Path]], w
 
 
 def label_files(folder: Path, ending: str, looks_right: Callable[[Path], bool]) -> Iterator[list[Path]]:
-    """The files with this ending, folder by folder: of all folders one of whose first files looks right."""
+    """
+    The files with this ending, folder by folder: of all folders one of whose files looks right, of many of them some
+    all over the folder, for those of images without objects may be empty.
+    """
     for _, files in groupby(list_files(folder, ending), lambda file: file.parent):
         files = list(files)
-        if any(map(looks_right, files[:_LOOKED_AT])):
+        if any(looks_right(files[row]) for row in spread_rows(len(files), _LOOKED_AT)):
             yield files
 
 

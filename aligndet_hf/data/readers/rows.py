@@ -1,6 +1,7 @@
 """What every reader makes of its files: labelled images and the categories, and the data set that is built of them."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -210,6 +211,14 @@ def _complete_masks(images: list[LabelledImage], source: str) -> bool:
 def box_around(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
     """The box around points, xywh in the unit of the points."""
     return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+
+
+def box_around_ellipse(x: float, y: float, half_width: float, half_height: float, angle: float = 0) -> list[float]:
+    """The box around an ellipse that is turned about its centre by an angle in radians, xywh."""
+    cosine, sine = math.cos(angle), math.sin(angle)
+    across = math.hypot(half_width * cosine, half_height * sine)
+    down = math.hypot(half_width * sine, half_height * cosine)
+    return [x - across, y - down, 2 * across, 2 * down]
 
 
 def is_box(value) -> bool:
