@@ -818,6 +818,18 @@ def create_ml_entry(image, coordinates, label="cat"):
     return {"image": image, "annotations": [{"label": label, "coordinates": coordinates}]}
 
 
+def via_entry(attributes):
+    shape = {"name": "rect", "x": 1, "y": 2, "width": 3, "height": 4}
+    regions = [{"shape_attributes": shape, "region_attributes": attributes}]
+    return {"a": {"filename": "a.png", "file_attributes": {}, "regions": regions}}
+
+
+def label_studio_result(kind, **value):
+    shape = {"x": 1, "y": 2, "width": 3, "height": 4} | value
+    result = {"id": kind, "type": kind, "value": shape, "original_width": 40, "original_height": 30}
+    return {"data": {"image": "a.png"}, "annotations": [{"result": [result]}]}
+
+
 def label_studio_entry(width):
     shape = {"x": 1, "y": 2, "width": 3, "height": 4, "rectanglelabels": ["cat"]}
     return [{"image": "a.png", "label": [shape | {"original_width": width, "original_height": 30}]}]
@@ -837,6 +849,10 @@ def label_studio_entry(width):
         (label_studio_entry("nan"), "entry 0: expected 'data' .*not supported between"),
         (label_studio_entry(0), "entry 0: expected 'data' .*no sides of 0 and 30 pixels"),
         (label_studio_entry(10**400), "entry 0: expected 'data' .*no sides of"),
+        ([label_studio_result("rectanglelabels", rectanglelabels=[])], r"entry 0: .*\(a region has no label\)"),
+        ([label_studio_result("rectangle")], r"entry 0: .*\(a region has no label\)"),
+        (via_entry({"sure": "yes", "animal": "cat"}), "entry 0: .*several attributes, sure, animal: call the one"),
+        (via_entry({"animal": {"cat": True, "dog": True}}), "entry 0: .*2 classes of one region: cat, dog"),
     ],
 )  # fmt: skip
 def test_json_of_images_that_is_wrong(tmp_path, content, message):

@@ -143,13 +143,19 @@ def via_objects(shape, attributes, where: str) -> list[Object]:
 
 
 def _via_class(attributes: dict) -> str:
-    """The value of the attribute that is called a class, or of the first; of options the one that is chosen."""
+    """The value of the attribute that is called a class, or of the only one; of options the one that is chosen."""
     if not attributes:
         return "object"
     by_name = {name.lower(): value for name, value in attributes.items()}
-    value = next((by_name[name] for name in _CLASS_NAMES if name in by_name), next(iter(attributes.values())))
+    called = next((name for name in _CLASS_NAMES if name in by_name), None)
+    if called is None and len(by_name) > 1:
+        raise ValueError(f"several attributes, {', '.join(attributes)}: call the one that is the class 'class'")
+    value = by_name[called or next(iter(by_name))]
     if isinstance(value, dict):
-        (value,) = (option for option, is_chosen in value.items() if is_chosen)
+        chosen = [option for option, is_chosen in value.items() if is_chosen]
+        if len(chosen) != 1:
+            raise ValueError(f"{len(chosen)} classes of one region: {', '.join(chosen) or 'choose one'}")
+        value = chosen[0]
     return value
 
 
@@ -171,14 +177,20 @@ def _label_studio(item: dict) -> Found:
         if len(annotations) > 1:
             raise ValueError(f"{len(annotations)} annotations: keep one")
         results = [result for one in annotations for result in one["result"]]
-        shapes = [result | result["value"] for result in results if result.get("type", "").endswith("labels")]
+        named = [result for result in results if result.get("type", "").endswith("labels")]
+        ids = {result.get("id") for result in named}  # a shape and its label may be two results
+        if any("original_width" in result and result.get("id") not in ids for result in results):
+            raise ValueError("a region has no label")
+        shapes = [result | result["value"] for result in named]
     else:
         lists = (value for value in item.values() if isinstance(value, list))
         shapes = [shape for value in lists for shape in value if isinstance(shape, dict) and "original_width" in shape]
     objects, size = [], None
     for shape in shapes:
         size = shape["original_width"], shape["original_height"]
-        classes = next(value for key, value in shape.items() if key.endswith("labels") and isinstance(value, list))
+        lists = (value for key, value in shape.items() if key.endswith("labels") and isinstance(value, list))
+        if not (classes := next(lists, [])):
+            raise ValueError("a region has no label")
         objects += [(_label_studio_shape(shape, size), name) for name in classes]
     return image, objects, size
 
