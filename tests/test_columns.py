@@ -163,6 +163,18 @@ def test_relative_boxes_are_refused():
         validate_objects(labelled([[[0.5, 0.2, 1.02, 0.3]], [[0.1, 0.2, 0.5, 0.3]] * 3]), ["a"])
 
 
+def test_names_of_categories_that_are_empty_or_alike():
+    dataset = labelled([[[1, 1, 9, 9]], [[5, 5, 9, 9]]])
+    with pytest.raises(
+        DataError, match="mine, row 0, column 'objects', field 'category': 0 is a category without a n"
+    ):
+        validate_objects(dataset, [" ", "cat"], "mine")
+    report = validate_objects(dataset, ["cat", "", "Cat ", "dog"], "mine")
+    assert report.notes == [
+        "the categories 'cat' and 'Cat ' differ in capitals or blanks only: if they are one, call them alike"
+    ]
+
+
 def test_nothing_usable():
     with pytest.raises(DataError, match="no box in any of its 2 rows"):
         validate_proposals(proposed([[], []]))

@@ -309,25 +309,28 @@ def validate_objects(
         [`BoxReport`]: the boxes that will be dropped, by reason. Boxes that reach out of the image are clipped.
 
     Raises:
-        [`DataError`]: for a missing column or field, lists of different lengths, an unknown category, a repeated image
-            id, images that cannot be read, sizes in the labels that the images do not have, boxes in another
-            format, more unusable boxes than usable ones.
+        [`DataError`]: for a missing column or field, lists of different lengths, a category that is unknown or has no
+            name, a repeated image id, images that cannot be read, sizes in the labels that the images do not have,
+            boxes in another format, more unusable boxes than usable ones.
     """
     _require_fields(dataset, "objects", ["bbox", "category"], source)
     image_ids(dataset, source)
     crowds = 0
+    nameless = [number for number, name in enumerate(categories) if not name.strip()]
     for start, table in arrow_batches(dataset, ["objects"]):
         values, counts = _check_lengths(table["objects"], "objects", "category", start, source)
-        wrong = np.flatnonzero(~((values >= 0) & (values < len(categories)) & (values == np.floor(values))))
+        is_known = (values >= 0) & (values < len(categories)) & (values == np.floor(values))
+        wrong = np.flatnonzero(~is_known | np.isin(values, nameless))
         if len(wrong):
             row = start + int(np.searchsorted(np.cumsum(counts), wrong[0], side="right"))
-            raise DataError(
-                f"{source}, row {row}, column 'objects', field 'category': {values[wrong[0]]} is not one of the "
-                f"{len(categories)} categories, expected 0 to {len(categories) - 1}."
-            )
+            reason = f"is not one of the {len(categories)} categories, expected 0 to {len(categories) - 1}."
+            if is_known[wrong[0]]:
+                reason = "is a category without a name. Name it, or remove the object."
+            raise DataError(f"{source}, row {row}, column 'objects', field 'category': {values[wrong[0]]} {reason}")
         if "iscrowd" in dataset.features["objects"]:
             crowds += int((_check_lengths(table["objects"], "objects", "iscrowd", start, source)[0] == 1).sum())
     report = _validate_boxes(dataset, "objects", source, images)
+    report.notes += _names_alike(categories)
     report.crowds = crowds
     if report.crowds == report.boxes:
         raise DataError(
@@ -335,6 +338,18 @@ def validate_objects(
             "CVAT writes this for every mask: export boxes or polygons, or set iscrowd to 0 in the label file."
         )
     return report
+
+
+def _names_alike(categories: list[str]) -> list[str]:
+    """A line on each group of categories that slips of annotators may have made of one."""
+    groups = {}
+    for name in categories:
+        groups.setdefault(" ".join(name.lower().split()), []).append(repr(name))
+    return [
+        f"the categories {' and '.join(names)} differ in capitals or blanks only: if they are one, call them alike"
+        for names in groups.values()
+        if len(names) > 1
+    ]
 
 
 def _check_lengths(column: pa.ChunkedArray, name: str, field_name: str, start: int, source: str):
