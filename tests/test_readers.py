@@ -1199,6 +1199,17 @@ def test_a_coco_file_without_annotations_has_no_labels(tmp_path):
         category_names(load_dataset_source(path), path)
 
 
+def test_images_that_are_in_no_coco_file_are_told(tmp_path, caplog):
+    """Of a folder that the splits share the images of the other split are none of them."""
+    for split in SCENES:
+        write_images(tmp_path / "images", split)
+        write_text(tmp_path / "annotations" / f"{split}.json", coco_content(split))
+    assert len(load_dataset_source(tmp_path, "train", labels=True)) == 3 and not caplog.text
+    write_image(tmp_path / "images" / "new.png", (40, 30), 0)
+    load_dataset_source(tmp_path, "train", labels=True)
+    assert "images: 1 images are left out, they are not in train.json (e.g. new.png)" in caplog.text
+
+
 def test_splits_that_disagree_about_a_category(tmp_path):
     coco_original(tmp_path)
     path = tmp_path / "annotations" / "instances_val2017.json"
@@ -1410,7 +1421,13 @@ def test_turned_boxes_and_other_shapes_of_cvat(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "name",
-    ["/home/bob/mine/images/one a.png", "https://data.example/x/one a.png", "C:\\mine\\one a.png", "one%20a.png"],
+    [
+        "/home/bob/mine/images/one a.png",
+        "https://data.example/x/one a.png",
+        "C:\\mine\\one a.png",
+        "one%20a.png",
+        "https://data.example/x/one%20a.png?key=1/2",
+    ],
 )
 def test_file_names_of_other_machines_in_coco(tmp_path, name):
     write_image(tmp_path / "images" / "one a.png", (40, 30), 0)

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from .files import (
     split_of_file,
     split_of_folder,
     tails,
+    tell_unlisted,
 )
 from .listed import require_own_splits
 from .rows import (
@@ -44,6 +45,7 @@ NAME = "COCO"
 _LABEL_FOLDER = re.compile(r"(coco[-_]?)?(annotations?|ann|anns|labels?|json)", re.IGNORECASE)
 _ELSEWHERE = re.compile(r"(\.\.)?[/\\]|[A-Za-z]:[/\\]|\w+://")  # how paths of a machine, and addresses, begin
 _LIST = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
+_FILE_NAME = re.compile(r'"(?:file_name|coco_url)"\s*:\s*("[^"\\]*(?:\\.[^"\\]*)*")')
 _NEEDED = {"images": {"id", "file_name"}, "categories": {"id", "name"}, "annotations": {"image_id"}}
 _SNIFFED_BYTES = 1 << 16
 _LOOKED_AT = 20  # images to find the folder of all by
@@ -91,10 +93,17 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
     }
     categories = _merge_categories(_without_groups(path, _without_stuff(listed, used), used, others))
 
-    images = []
+    images, folders = [], {}
     for file, content in contents.items():
         outer = path if path.is_dir() else _outer_folder(file)
-        images += _read_images(file, content, categories, image_dir, outer)
+        found_images, folder = _read_images(file, content, categories, image_dir, outer)
+        images += found_images
+        folders[folder] = file
+    listed = {name for image in images for name in (image.path, image.path.stem)}
+    for file, text in others.items():
+        listed |= {PureWindowsPath(parse_json(name, str(file))).stem for name in _FILE_NAME.findall(text)}
+    for folder, file in folders.items():
+        tell_unlisted(folder, listed, f"are not in {file.name}")
     if len(contents) > 1:  # each file numbers its own images
         require_unique_ids(images)
     names = [str(category["name"]) for category in categories]
@@ -273,7 +282,8 @@ def _without_groups(path: Path, listed: dict[Path, list[dict]], used: set, other
 
 def _read_images(
     path: Path, content: dict, categories: list[dict], image_dir: Path | None, outer: Path
-) -> list[LabelledImage]:
+) -> tuple[list[LabelledImage], Path]:
+    """The images of a file, and the folder that they are in."""
     for number, image in enumerate(content["images"]):
         _check_id(image["id"], f"{path}, entry {number} of 'images'")
         if not isinstance(image["file_name"], str) or not image["file_name"]:
@@ -304,7 +314,12 @@ def _read_images(
             logger.warning(
                 "%s: %d annotations have the id of another one, which pycocotools takes for both.", path, again
             )
-    return list(images.values())
+    return list(images.values()), base
+
+
+def _ends(name: str) -> list[str]:
+    """The ends of a path, or of an address, without what is asked of it: `?key=...`."""
+    return tails(name.partition("?")[0] if "://" in name else name)
 
 
 def _find_image(root: Path, name: str, where: str, base: Path) -> Path:
@@ -316,7 +331,7 @@ def _find_image(root: Path, name: str, where: str, base: Path) -> Path:
         return path
     is_elsewhere = _ELSEWHERE.match(name) and not is_inside(name, root)
     is_elsewhere = is_elsewhere or not (base / "".join(plain_parts(name)[:1])).exists()
-    return is_elsewhere and find_inside(root, tails(name), base) or inside(root, name, where, base)
+    return is_elsewhere and find_inside(root, _ends(name), base) or inside(root, name, where, base)
 
 
 def _size(image: dict, name: str, where: str) -> int | None:
@@ -398,7 +413,7 @@ def _image_folder(path: Path, image_dir: Path | None, outer: Path, names: list[s
         places += [*(called(folder, word) for word in words), folder]
     places.append(above)
     looked_at = [name.replace("\\", "/") for name in names[:_LOOKED_AT]]
-    ends = [tail for name in names[:_LOOKED_AT] for tail in tails(name)]
+    ends = [tail for name in names[:_LOOKED_AT] for tail in _ends(name)]
     for there in (looked_at, ends):
         for place in places:
             is_near = is_inside(place, here) or is_inside(place, above if there is looked_at else outer)  # no link out
