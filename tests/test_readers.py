@@ -850,6 +850,8 @@ def label_studio_entry(width):
         (label_studio_entry(0), "entry 0: expected 'data' .*no sides of 0 and 30 pixels"),
         (label_studio_entry(10**400), "entry 0: expected 'data' .*no sides of"),
         ([label_studio_result("rectanglelabels", rectanglelabels=[])], r"entry 0: .*\(a region has no label\)"),
+        ([label_studio_result("x") | {"data": {"thumb": "b.png", "photo": "a.png"}}],
+         "entry 0: .*several images in 'data', thumb, photo: call the one that is labelled 'image'"),
         ([label_studio_result("rectangle")], r"entry 0: .*\(a region has no label\)"),
         (via_entry({"sure": "yes", "animal": "cat"}), "entry 0: .*several attributes, sure, animal: call the one"),
         (via_entry({"animal": {"cat": True, "dog": True}}), "entry 0: .*2 classes of one region: cat, dog"),
@@ -1056,6 +1058,9 @@ def test_accents_in_either_form_of_unicode(tmp_path, stored, named):
     write_image(tmp_path / stored, (40, 30), 0)
     path = small_coco(tmp_path, images=[{"id": 2, "file_name": named}])
     assert load_dataset_source(path).with_format("arrow")[:]["image"][0]["path"].as_py() == str(tmp_path / stored)
+    write_image(tmp_path / "yolo" / "images" / stored, (40, 30), 0)
+    write_text(tmp_path / "yolo" / "labels" / f"{named[:-4]}.txt", "0 0.5 0.5 0.5 0.5")
+    assert load_dataset_source(tmp_path / "yolo", labels=True)[0]["objects"]["bbox"] == [[10, 7.5, 20, 15]]
 
 
 def test_a_name_with_other_capitals_is_told(tmp_path):

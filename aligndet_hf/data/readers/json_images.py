@@ -161,12 +161,15 @@ def _via_class(attributes: dict) -> str:
 
 def _label_studio(item: dict) -> Found:
     data = item.get("data", item)  # the export with little in it has the image beside the boxes
-    texts = [value for value in data.values() if isinstance(value, str)]
+    texts = {key: value for key, value in data.items() if isinstance(value, str)}
     # Without the key of a signed address.
-    texts = [text if "?d=" in text else text.partition("?")[0] for text in texts]
-    image = next((text for text in texts if is_image_name(text)), None)
-    if image is None:
+    texts = {key: text if "?d=" in text else text.partition("?")[0] for key, text in texts.items()}
+    images = {key: text for key, text in texts.items() if is_image_name(text)}
+    if not images:
         raise ValueError("no image in 'data'")
+    if len(images) > 1 and "image" not in images:
+        raise ValueError(f"several images in 'data', {', '.join(images)}: call the one that is labelled 'image'")
+    image = images.get("image") or next(iter(images.values()))
     image = image.partition("?d=")[2] or image
     if "/upload/" in image:
         image = image.replace("\\", "/").rpartition("/")[2]

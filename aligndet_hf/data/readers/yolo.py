@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from ..door import is_image_name, is_inside
+from ..door import is_image_name, is_inside, spelt_as_there
 from ..errors import DataError
 from ..images import image_size
 from .files import (
@@ -234,7 +234,8 @@ def _label_file(image: Path) -> Path:
     if images := [position for position, part in enumerate(parts) if part.lower() == "images"]:
         names = ["labels", *parts[images[-1] + 1 :]]
         folders.insert(0, functools.reduce(called, names, Path(*parts[: images[-1]])))
-    files = [folder / f"{image.stem}{ending}" for folder in folders for ending in (".txt", ".TXT")]
+    names = [f"{image.stem}{ending}" for ending in (".txt", ".TXT")]
+    files = [folder / spelt_as_there(folder, name) for folder in folders for name in names]
     return next(filter(is_file, files), files[0])
 
 
