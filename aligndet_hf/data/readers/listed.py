@@ -144,8 +144,8 @@ def require_own_splits(folder: Path, files: Iterable[tuple[str | None, Path]], w
 
 def label_files(folder: Path, ending: str, looks_right: Callable[[Path], bool]) -> Iterator[list[Path]]:
     """
-    The files with this ending, folder by folder: of all folders one of whose files looks right, of many of them some
-    all over the folder, for those of images without objects may be empty.
+    The files with this ending, folder by folder: of all folders one of whose files looks right. Of many files some all
+    over the folder are looked at: files of images without objects may be empty.
     """
     for _, files in groupby(list_files(folder, ending), lambda file: file.parent):
         files = list(files)
