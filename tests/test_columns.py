@@ -158,7 +158,7 @@ def test_relative_boxes_are_refused():
     with pytest.raises(DataError, match="relative to the image.*Multiply"):
         validate_objects(labelled([[[0.1, 0.2, 0.5, 0.3]], [[0, 0, 1, 1]]]), ["a"])
     report = validate_objects(labelled([[[0.1, 0.2, 0.5, 0.3]], [[0, 0, 9, 9]]]), ["a"])
-    assert report.boxes == 2 and "1 boxes lie within the first pixel of their image (rows 0)" in report.notes[0]
+    assert report.boxes == 2 and "boxes within the first pixel of their image: 1 (rows 0)" in report.notes[0]
     with pytest.raises(DataError, match=r"row 1.*relative to the image \(75% have no number above 1\)"):
         validate_objects(labelled([[[0.5, 0.2, 1.02, 0.3]], [[0.1, 0.2, 0.5, 0.3]] * 3]), ["a"])
 

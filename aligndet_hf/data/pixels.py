@@ -272,8 +272,8 @@ def check_box_format(boxes: np.ndarray, sizes: np.ndarray, rows: np.ndarray, col
     notes = []
     if is_relative.any():
         notes.append(
-            f"{is_relative.sum()} boxes lie within the first pixel of their image (rows "
-            f"{listed(np.unique(rows[is_relative]), _LISTED_ROWS)}): are they relative to its size?"
+            f"boxes within the first pixel of their image: {is_relative.sum()} (rows "
+            f"{listed(np.unique(rows[is_relative]), _LISTED_ROWS)}). Are they relative to its size?"
         )
     reach = ((right / width).max(), (bottom / height).max())
     if len(boxes) >= 50 and len(np.unique(rows)) >= 10 and max(reach) < 0.55:
