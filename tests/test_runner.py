@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,6 +194,23 @@ def test_what_was_made_from_a_stage_that_has_changed_since_is_a_failure(make, tm
     assert order(tmp_path) == ["first", "second", "first"] and ended[2:] == [("first", None), ("second", reason)]
 
 
+def test_what_other_settings_would_leave_behind_is_told_before_anything_runs(make, tmp_path):
+    first, middle = make("first"), make("middle")
+    middle.needs, stages = [first], [first, middle]
+    last = make("last", [middle])
+    assert run_stages([*stages, last]) == {}
+    first.settings |= {"split": "test", "dataset": "the same elsewhere"}
+    made = f"first was made with split 'validation' ('test' now), and {middle.folder}, {last.folder} from it"
+    with pytest.raises(ValueError, match=re.escape(made)):
+        run_stages([*stages, last])
+    assert order(tmp_path) == ["first", "middle", "last"]
+    for stage in (middle, last):
+        stage.folder.rmdir()
+    assert run_stages([*stages, last]) == {} and order(tmp_path)[3:] == ["first", "middle", "last"]
+    first.settings["disable_tqdm"] = True  # of no influence on what comes out
+    assert run_stages([*stages, last]) == {} and order(tmp_path)[6:] == ["first"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_stage_and_nothing_more_starts(make, tmp_path, number):
     first = make("first", seconds=3600)
@@ -233,7 +251,8 @@ def test_training_is_started_with_the_launcher():
 def test_a_broken_record_counts_as_none(make):
     stage = make("stage")
     stage.folder.mkdir()
-    for text in (json.dumps({"settings": stage.settings, "seconds": 1})[:-5], "[]", json.dumps({"settings": {}})):
+    cut = json.dumps({"settings": stage.settings, "seconds": 1})[:-5]
+    for text in (cut, "[]", '{"settings": {}}', '{"settings": 1, "seconds": 1}'):
         stage.beside(".json").write_text(text)
         assert not is_finished(stage)
 

@@ -125,7 +125,8 @@ def run_chain(arguments: ChainArguments) -> dict[str, Stage]:
         `dict[str, Stage]`: what was run, by name.
 
     Raises:
-        ValueError: a stage has settings that its command does not accept. Nothing was run.
+        ValueError: a stage has settings that its command does not accept, or others than when later stages were made
+            from it. Nothing was run.
         ChildProcessError: a stage failed; the message names it.
         Interrupted: SIGTERM or SIGINT; the stage that was running got it too.
     """

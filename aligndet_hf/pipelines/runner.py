@@ -10,14 +10,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
 from types import FrameType
 
 import torch
 
 from .. import cli
 from ..files import write_json
+from ..flags import names_of
 from ..runs import Interrupted, NotedSignals
-from .stages import Stage
+from .stages import Stage, arguments_class, needed_for, setting
 
 _INTERRUPTED = {128 + number: number for number in (signal.SIGINT, signal.SIGTERM)}
 _POLL_SECONDS = 0.1
@@ -57,7 +59,7 @@ def run_stages(
         `dict[Stage, str]`: what failed, or could not run for that, and why.
 
     Raises:
-        ValueError: a stage builds on output that is gone. Nothing was run.
+        ValueError: a stage builds on output that is gone, or that other settings would change. Nothing was run.
         Interrupted: SIGTERM or SIGINT, which the running stages got as well.
     """
     stages = list(stages)
@@ -66,6 +68,7 @@ def run_stages(
         if gone := [need for need in stage.needs if need in waiting and not need.folder.exists()]:
             if stage.folder.exists():
                 raise ValueError(f"{stage.folder} was made from {gone[0].folder}, which is gone: {ANEW}")
+        _refuse_to_outdate(stage, stages)
     running: dict[Stage, tuple[Callable[[], int | None], float, int]] = {}
     read = {}
     signals = _Signals()
@@ -122,15 +125,38 @@ def run_stages(
 
 def is_finished(stage: Stage) -> bool:
     """Whether a stage was run to its end with these settings, and files of this content."""
+    record = _sound_record(stage)
+    if record is None or record["settings"] != _plain(stage.settings):
+        return False
+    return "inputs" not in record or record["inputs"] == stage.inputs()  # earlier versions wrote none
+
+
+def _sound_record(stage: Stage) -> dict | None:
+    """The record of a stage that was run to its end, with whatever settings; `None` if there is none."""
     try:
         record = json.loads(stage.beside(".json").read_text())
     except (OSError, ValueError):
-        return False
-    if not isinstance(record, dict) or not record.keys() >= {"settings", "seconds"}:
-        return False
-    if record["settings"] != _plain(stage.settings) or not stage.folder.exists():
-        return False
-    return "inputs" not in record or record["inputs"] == stage.inputs()  # earlier versions wrote none
+        return None
+    is_sound = isinstance(record, dict) and isinstance(record.get("settings"), dict) and "seconds" in record
+    return record if is_sound and stage.folder.exists() else None
+
+
+def _refuse_to_outdate(stage: Stage, stages: list[Stage]) -> None:
+    """Refuses other settings for what later stages were made from: now, not after the hours that the stage takes."""
+    later = [str(one.folder) for one in stages if stage in needed_for([stage, one])[:-1] and one.folder.exists()]
+    record = _sound_record(stage)
+    if record is None or not later:
+        return
+    before, now = Stage(stage.name, stage.command, record["settings"]), replace(stage, settings=_plain(stage.settings))
+    cls = arguments_class(stage.command)
+    places = {item.name for item in fields(cls) if item.metadata.get("is_path")}  # what lies there decides
+    names = sorted(names_of(cls, "result", "data", "start") - places)
+    values = {name: (setting(before, name), setting(now, name)) for name in names}
+    if changed := [f"{name} {was!r} ({value!r} now)" for name, (was, value) in values.items() if was != value]:
+        raise ValueError(
+            f"{stage.folder} was made with {', '.join(changed)}, and {', '.join(later)} from it. Give the same again, "
+            f"or remove what was made from it, to do that anew, and {stage.folder} too unless it only gets longer."
+        )
 
 
 def record_of(stage: Stage) -> dict:
