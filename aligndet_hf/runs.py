@@ -10,6 +10,7 @@ import json
 import mimetypes
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import threading
@@ -357,7 +358,10 @@ class RunFolder:
 
     def _refusal(self, folder: Path, changes: dict[str, tuple], may_change: set[str] = frozenset()) -> str:
         told = {key: values for key, values in changes.items() if key not in may_change}
-        listed = ", ".join(f"{key}: {before!r} there, {now!r} now" for key, (before, now) in told.items())
+        listed = ", ".join(
+            f"{key}: not the same" if all(map(_is_hash, values)) else "{}: {!r} there, {!r} now".format(key, *values)
+            for key, values in told.items()
+        )
         return (
             f"{folder} holds a run of another configuration, or of other data ({listed}). Give the same to resume it, "
             f"another --output_dir to leave it alone, or --overwrite_output_dir to start anew."
@@ -405,6 +409,11 @@ def _is_in_finalizer(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_hash(value: Any) -> bool:
+    """Whether a value is a hash, which tells a reader nothing."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{32}", value) is not None
 
 
 def _differences(record: dict, parts: dict, places: set[str] = frozenset()) -> dict[str, tuple]:

@@ -140,6 +140,12 @@ def test_another_run_is_refused_untouched_or_cleared(tmp_path):
     assert names(tmp_path) == ["notes.txt", RECORD] and record_of(tmp_path)["settings"] == other
 
 
+def test_of_hashes_it_is_told_only_that_they_differ(tmp_path):
+    begin(tmp_path, "checkpoint-2", settings={"content": "a" * 32, "seed": 0})
+    with pytest.raises(ValueError, match=r"\(content: not the same, seed: 0 there, 1 now\)"):
+        begin(tmp_path, settings={"content": "b" * 32, "seed": 1})
+
+
 def test_starting_anew_clears_the_same_run_too_but_once(tmp_path):
     begin(tmp_path, "checkpoint-2")
     with training(tmp_path, overwrite=True) as run:
