@@ -394,6 +394,12 @@ def test_fewer_queries_than_proposals(arguments, capsys, monkeypatch):
     assert "The detector has 3 queries: at most 3 proposals per image are used." in capsys.readouterr().out
 
 
+def test_sizes_with_fewer_places_than_queries_are_told_before_any_forward_pass(arguments):
+    run = arguments("rt_detr", {"num_queries": 100}, write_report=True)
+    with pytest.raises(ValueError, match="image_sizes: the feature maps of 64 pixels have 84 places"):
+        pretrain(run)
+
+
 def test_sizes_that_suit_the_images_are_chosen_once(arguments, capsys):
     given = arguments(image_sizes=None, max_steps=2)
     result = pretrain(given)

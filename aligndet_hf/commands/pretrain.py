@@ -166,10 +166,10 @@ def _start(
     tell_weights(loaded, folder.path)
     if (window := pixel_window(dataset)) is not None:
         image_processor.pixel_window = list(window)
+    views, collate = method.build_views(arguments, accelerator, dataset, model.config)
     best_boxes = None
     if arguments.write_report and arguments.method == "aligndet" and not arguments.streaming:
         best_boxes = BestBoxes(model, dataset, image_processor) if accelerator.is_main_process else None
-    views, collate = method.build_views(arguments, accelerator, dataset, model.config)
     batches = build_batches(arguments, accelerator, views, collate)
     optimizer = build_optimizer(model, arguments)
     if arguments.torch_compile:
