@@ -157,7 +157,7 @@ def test_direct_pretraining_on_a_convnet(argv, ran, detector_folders, tmp_path):
 
 def test_nothing_runs_before_all_settings_are_right(argv, ran, tmp_path, capsys):
     assert cli.main([*argv, "start=detr", "finetune.learning_rat=1"]) == 2
-    assert "error: stage 'finetune': " in capsys.readouterr().err
+    assert f"error: stage 'finetune', for {tmp_path / 'out' / 'finetune'}: " in capsys.readouterr().err
     assert cli.main([*argv, "start=detr", "direct.dataset='${nothing}'"]) == 2
     assert "error: stage 'direct', dataset: ${nothing} is neither" in capsys.readouterr().err
     assert ran == []

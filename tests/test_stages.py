@@ -125,7 +125,9 @@ def test_the_recipe_of_a_stage_is_checked_by_its_command(tmp_path):
     assert stage.write_recipe().learning_rate == 1e-3
     assert yaml.safe_load(stage.beside(".yaml").read_text()) == stage.settings
     stage.settings["learning_rat"] = 1
-    with pytest.raises(ValueError, match="stage 'finetune': .*unknown key 'learning_rat'; did you mean 'learning_"):
+    with pytest.raises(
+        ValueError, match="stage 'finetune', for .*/finetune: .*unknown key 'learning_rat'; did you mean 'learning_"
+    ):
         stage.write_recipe()
 
 

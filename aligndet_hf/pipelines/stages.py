@@ -70,7 +70,7 @@ class Stage:
         try:
             return parse_arguments(arguments_class(self.command), ["--config", str(recipe)])
         except (ValueError, OSError) as error:
-            raise ValueError(f"stage {self.name!r}: {error}") from error
+            raise ValueError(f"stage {self.name!r}, for {self.folder}: {error}") from error
 
 
 def without_secrets(value: Any, stages: Iterable[Stage]) -> Any:
