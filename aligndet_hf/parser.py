@@ -109,9 +109,13 @@ class ArgumentParser(HfArgumentParser):
         required = self.take_required()  # while only the recipe is parsed
         for key, value in values.items():
             if key not in self.fields:
-                raise ValueError(
-                    f"{config}, as a recipe of {self.prog}: unknown key {key!r}{nearest(str(key), self.fields)}"
-                )
+                meant = nearest(str(key), self.fields)
+                # Recipes of the package begin with the command that takes them.
+                line = rf"(?:aligndet |scripts/)(\w+)(?:\.py)? --config {re.escape(config.stem)}\b"
+                owner = re.search(line, config.read_text(encoding="utf-8"))
+                if owner and self.prog != f"aligndet {owner[1]}":
+                    meant = f". It is a recipe of `aligndet {owner[1]}`"
+                raise ValueError(f"{config}, as a recipe of {self.prog}: unknown key {key!r}{meant}")
             if value is not None and value != []:
                 try:
                     value = getattr(self.parse_args(_as_flags(key, value)), key)

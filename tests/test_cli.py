@@ -10,9 +10,10 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
-from aligndet_hf import ChainArguments, PretrainArguments, cli
+from aligndet_hf import ChainArguments, FinetuneArguments, KnnArguments, PretrainArguments, cli
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.parser import parse_arguments
+from aligndet_hf.recipes import recipe_names
 
 
 @dataclass
@@ -280,6 +281,15 @@ def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch, capsys)
         parse_arguments(PretrainArguments, ["--config", "twice.yaml", *given])
     with pytest.raises(OSError, match="no file nowhere.yaml, and no recipe of that name; there are .*chain_bccd"):
         parse_arguments(PretrainArguments, ["--config", "nowhere.yaml", *given])
+
+
+def test_a_recipe_of_another_command_is_named_as_such():
+    for name in recipe_names():
+        if not name.startswith("accelerate"):
+            with pytest.raises(ValueError, match=r"unknown key '\w+'\. It is a recipe of `aligndet \w+`$"):
+                parse_arguments(KnnArguments, ["--config", name], "aligndet knn")
+    with pytest.raises(ValueError, match="of aligndet finetune: unknown key .*It is a recipe of `aligndet pretrain`"):
+        parse_arguments(FinetuneArguments, ["--config", "soco_r50_fpn_coco"], "aligndet finetune")
 
 
 def test_recipes_refer_to_others_beside_them(tmp_path, monkeypatch):
