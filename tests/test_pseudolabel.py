@@ -242,6 +242,10 @@ def test_labels_of_people_are_no_pseudo_labels(folder, tmp_path):
                               pseudo_split="train", dataloader_num_workers=0)  # fmt: skip
     with pytest.raises(DataError, match="no field 'ignore'. Expected what `aligndet pseudolabel` writes"):
         finetune(wrong)
+    Image.new("RGB", (8, 8)).save(tmp_path / "unlabelled.png")
+    with pytest.raises(DataError, match="--pseudo_dataset takes what `aligndet pseudolabel` writes. .*no column 'obj"):
+        finetune(FinetuneArguments(dataset=str(folder / "data"), pseudo_dataset=str(tmp_path), **student | {
+            "output_dir": str(tmp_path / "out")}, dataloader_num_workers=0))  # fmt: skip
     with pytest.raises(ValueError, match="labelled_share must be above 0 and below 1"):
         FinetuneArguments(dataset="x", labelled_share=1.0, **student)
 

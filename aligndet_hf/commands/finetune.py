@@ -382,9 +382,12 @@ def _train_images(arguments: FinetuneArguments, dataset, pseudo, categories: lis
 def _pseudo_images(arguments: FinetuneArguments) -> Dataset | None:
     if arguments.pseudo_dataset is None:
         return None
-    return load_dataset_source(
-        arguments.pseudo_dataset, arguments.pseudo_split, labels=True, split_flag="--pseudo_split"
-    )
+    try:
+        return load_dataset_source(
+            arguments.pseudo_dataset, arguments.pseudo_split, labels=True, split_flag="--pseudo_split"
+        )
+    except DataError as error:
+        raise DataError(f"--pseudo_dataset takes what `aligndet pseudolabel` writes. {error}") from error
 
 
 def _start_detector(arguments: FinetuneArguments, categories: list[str]):
