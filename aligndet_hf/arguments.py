@@ -228,9 +228,7 @@ class DeviceArguments(ProgressArguments):
 class LoadingArguments(DeviceArguments):
     """How a network gets its images."""
 
-    dataloader_num_workers: int = flag(
-        0, "run", "processes that load images, of each training process", was="num_workers"
-    )
+    dataloader_num_workers: int = flag(0, "run", "processes that load images", was="num_workers")
 
 
 @dataclass(kw_only=True)

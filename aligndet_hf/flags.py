@@ -7,13 +7,14 @@ do without it; and `was`, what the last release called it: its old name, or seve
 the old one, or `None` (see [`with_new_names`]).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -209,7 +210,8 @@ def given_flags(arguments) -> dict[str, Any]:
 
 def takes_arguments(command: Command) -> Command:
     """
-    Has the function of a command say what it takes, where it is given anything but its arguments.
+    Has the function of a command say what it takes, where it is given anything but its arguments; and has transformers
+    show no progress bars where the command is to show none.
 
     Raises:
         TypeError: by the function.
@@ -222,9 +224,23 @@ def takes_arguments(command: Command) -> Command:
             got = f"the arguments {', '.join(settings)}" if settings else f"a {type(arguments).__name__}"
             name = takes.__name__
             raise TypeError(f"{command.__name__} takes {name}, got {got}: {command.__name__}({name}(...))")
-        return command(arguments)
+        with _without_bars() if getattr(arguments, "disable_tqdm", False) else contextlib.nullcontext():
+            return command(arguments)
 
     return cast(Command, checked)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging  # not above: it takes a second
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def told_of(arguments) -> dict:

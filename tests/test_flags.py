@@ -9,9 +9,10 @@ from dataclasses import MISSING, dataclass, field, fields
 import pytest
 import yaml
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from aligndet_hf.cli import COMMANDS
-from aligndet_hf.flags import ROLES, SYNONYMS, names_of, nearest, roles, told_of
+from aligndet_hf.flags import ROLES, SYNONYMS, names_of, nearest, roles, takes_arguments, told_of
 from aligndet_hf.parser import parse_arguments
 from aligndet_hf.ranges import _kinds
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
@@ -181,6 +182,18 @@ def test_an_old_name_beside_the_new_one_is_an_error():
         CLASSES["evaluate"](**values, device="cdua")
     with pytest.raises(TypeError, match="unexpected keyword argument 'num_worker'"):
         CLASSES["evaluate"](**values, num_worker=1)
+
+
+def test_without_progress_bars_transformers_shows_none_either():
+    seen, cls = [], CLASSES["evaluate"]
+
+    @takes_arguments
+    def command(arguments: cls):
+        seen.append(logging.is_progress_bar_enabled())
+
+    for disable_tqdm in (True, False):
+        command(cls(**given("evaluate"), disable_tqdm=disable_tqdm))
+    assert seen == [False, True]
 
 
 def test_old_names_are_not_listed(capsys):

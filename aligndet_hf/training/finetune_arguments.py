@@ -111,7 +111,12 @@ class FinetuneArguments(
         "share of labelled images in each batch, beside pseudo-labelled ones",
         range=Range(0, 1, above=True, below=True),
     )
-    dataloader_num_workers: int = again(LoadingArguments, "dataloader_num_workers", default=2)
+    dataloader_num_workers: int = again(
+        LoadingArguments,
+        "dataloader_num_workers",
+        default=2,
+        help="processes that load images, of each training process",
+    )
     per_device_eval_batch_size: int = again(InferenceArguments, "per_device_eval_batch_size", was={})
     dataloader_persistent_workers: bool = flag(True, "run", "keep these processes from one epoch to the next")
     dataloader_drop_last: bool = flag(

@@ -77,6 +77,9 @@ class PretrainArguments(
         "use the proposals' clusters as classes instead of one class `object`; where they have clusters, if not given",
     )
 
+    dataloader_num_workers: int = again(
+        LoadingArguments, "dataloader_num_workers", help="processes that load images, of each training process"
+    )
     image_sizes: list[int] | None = again(
         AugmentationArguments,
         "image_sizes",
