@@ -22,6 +22,14 @@ def device_of(use_cpu: bool) -> str:
     return "mps" if not use_cpu and torch.backends.mps.is_available() else "cpu"
 
 
+def trains_on_cpu(use_cpu: bool) -> bool:
+    """Whether Accelerate is to use the CPU: not told so without a GPU, each process of a launcher trains alone."""
+    if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
+        return use_cpu
+    warn_without_gpu(use_cpu)
+    return True
+
+
 @functools.cache
 def warn_without_gpu(use_cpu: bool) -> None:
     """Warns, once a process, where a GPU would be used if there were one."""

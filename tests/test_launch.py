@@ -8,10 +8,13 @@ import forks
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
+from aligndet_hf import FinetuneArguments, PretrainArguments
 from aligndet_hf.commands import proposals as generate
 from aligndet_hf.commands.proposals import ProposalsArguments, generate_proposals
 from aligndet_hf.data.launch import Launch
+from aligndet_hf.training.pretrain_setup import build_accelerator
 
 
 def fail():
@@ -99,3 +102,15 @@ def test_a_rank_searches_its_shards_only(images, tmp_path, monkeypatch, rank):
     monkeypatch.setattr(OneOfThree, "wait", lambda self: None)
     with pytest.raises(generate.DataError, match="of 5 shards are not there.*same output_dir"):
         generate_proposals(run)
+
+
+def train_without_a_word_on_the_cpu(folder: Path) -> None:
+    fields = {"dataset": "d", "output_dir": str(folder)}
+    print("pretrain:", build_accelerator(PretrainArguments(**fields)).num_processes)
+    print("finetune:", FinetuneArguments(**fields).world_size)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="on a machine without a GPU")
+def test_processes_train_together_where_there_is_no_gpu(tmp_path):
+    for printed in forks.run_ranks(2, train_without_a_word_on_the_cpu, tmp_path, folder=tmp_path):
+        assert "pretrain: 2" in printed and "finetune: 2" in printed

@@ -222,7 +222,8 @@ def _start(
         processes.print(f"note: {note}")
     if family_of(detector.config).masks:
         processes.print(mask_note(dataset))
-    processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories.")
+    together = f", in {processes.num_processes} processes" if processes.num_processes > 1 else ""
+    processes.print(f"Fine-tuning on {len(dataset)} images with {len(categories)} categories{together}.")
     is_detr = not family_of(detector.config).own_loss
     if is_detr and (note := finetuning_note(trainer.total_steps())):
         processes.print(f"note: {note}")

@@ -191,6 +191,8 @@ def _start(
     if note := warmup_note(schedules.warmup_steps, schedules.total_steps):
         accelerator.print(f"note: {note}")
     run = Run(arguments, accelerator, model, prepared, optimizer, image_processor, batches, schedules, about)
+    if accelerator.num_processes > 1:
+        accelerator.print(f"Pre-training in {accelerator.num_processes} processes.")
     accelerator.print(schedules)
     run.resume(Launch().on_main)
     accelerator.init_trackers("aligndet", config={key: str(value) for key, value in configuration.items()})

@@ -23,6 +23,7 @@ from ..detectors.build import DetectorArguments, has_random_backbone
 from ..evaluation.coco_metrics import MASK_SUMMARY, SUMMARY
 from ..flags import flag, names_of, nearest
 from ..hub import HubModelArguments
+from ..processes import trains_on_cpu
 from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range
 
 
@@ -249,6 +250,7 @@ class FinetuneArguments(
                 "(lr_milestones: [] takes away what a recipe has)"
             )
         self._refuse_what_has_no_effect()
+        self.use_cpu = trains_on_cpu(self.use_cpu)
         TrainingArguments.__post_init__(self)
 
     @property

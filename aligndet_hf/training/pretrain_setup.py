@@ -18,7 +18,7 @@ from ..data.sampling import EpochBatches, EpochBatchSampler, StepBatches
 from ..data.streaming import first_rows, load_stream
 from ..data.view_stream import StreamBatches, ViewStream
 from ..flags import names_of
-from ..processes import init_worker, require_one_gpu, warn_without_gpu
+from ..processes import init_worker, require_one_gpu, trains_on_cpu, warn_without_gpu
 from .pretrain_arguments import PretrainArguments
 from .sharding import require_supported
 
@@ -31,7 +31,7 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
         require_one_gpu(torch.cuda.device_count(), "pretrain")
     warn_without_gpu(arguments.use_cpu)
     accelerator = Accelerator(
-        cpu=arguments.use_cpu,
+        cpu=trains_on_cpu(arguments.use_cpu),
         mixed_precision="bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None,  # or what the launcher says
         log_with=[name for name in arguments.report_to if name != "none"] or None,
         project_dir=arguments.output_dir,

@@ -13,7 +13,7 @@ from ..detectors.backbone_weights import BackboneReport, load_weights
 from ..detectors.backbones import build_backbone_config, image_statistics
 from ..detectors.build import backbone_source
 from ..models import SoCoConfig, SoCoForPreTraining
-from ..processes import is_distributed
+from ..processes import is_distributed, trains_on_cpu
 from .pretrain_arguments import PretrainArguments
 
 
@@ -35,7 +35,7 @@ def build_model(
         weights = checkpoint
     report = load_weights(model.encoder.backbone, backbone, weights) if weights else None
     model.update_momentum_encoder(0.0)
-    if is_distributed() and not arguments.use_cpu:
+    if is_distributed() and not trains_on_cpu(arguments.use_cpu):
         from timm.layers import convert_sync_batchnorm
 
         # The statistics are the whole batch's, as in the official code; PyTorch has that for GPUs alone.
