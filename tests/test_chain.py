@@ -197,6 +197,8 @@ def test_assignments_reach_into_mappings_and_keep_types():
     assert stages["pretrain"]["aligndet_config"]["b"] == 2
     with pytest.raises(ValueError, match="no stages"):
         ChainArguments(output_dir="out")
+    with pytest.raises(ValueError, match="--launcher 'acelerate launch': there is no program 'acelerate' on the PATH"):
+        ChainArguments(stages={"proposals": {}}, output_dir="out", launcher="acelerate launch")
 
 
 def run_command(argv):

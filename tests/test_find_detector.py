@@ -20,6 +20,7 @@ from aligndet_hf.detectors.build import (
     build_image_processor,
     find_detector,
     load_detector,
+    open_detector,
     save_image_processor,
 )
 from aligndet_hf.detectors.families import FAMILIES
@@ -63,6 +64,8 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_is_told(tmp_path, monkeypatc
 def test_a_name_that_is_nearly_a_family_is_told():
     with pytest.raises(OSError, match="^detector 'rtdetr': no such folder here, no family; did you mean 'rt_detr'\\?"):
         find_detector("rtdetr")
+    with pytest.raises(OSError, match=r"no such folder here, a family \(what `build_detector\('rt_detr'\)` builds"):
+        open_detector("rt_detr")
 
 
 def test_short_names_are_hub_ids(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """`aligndet chain`: several commands, each on the output of those before it, as one pipeline from one file."""
 
+import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,8 @@ class PipelineArguments(OutputArguments):
         super().__post_init__()
         if not self.stages:
             raise ValueError("there are no stages: give a file with `stages:` by --config")
+        if self.launcher and not shutil.which(program := shlex.split(self.launcher)[0]):
+            raise ValueError(f"--launcher {self.launcher!r}: there is no program {program!r} on the PATH")
         for assignment in self.set:
             self._assign(assignment)
 

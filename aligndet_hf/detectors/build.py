@@ -133,7 +133,7 @@ def _build(
     """[`build_detector`] with the report of the weights, if it has any: of SoCo's pyramid and head a transfer's."""
     if model_type not in FAMILIES:
         raise ValueError(
-            f"unknown detector family {model_type!r}{nearest(model_type, FAMILIES)}; supported are "
+            f"unknown detector family {model_type!r}{nearest(model_type, FAMILIES)}. Supported are "
             + ", ".join(sorted(FAMILIES))
         )
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
@@ -412,8 +412,10 @@ def _on_hub(source: str) -> str:
     try:
         cached_file(name, "config.json")
     except (OSError, ValueError) as error:
+        of_family = f"a family (what `build_detector({source!r})` builds is taken, and checkpoints)"
+        kind = of_family if source in FAMILIES else f"no family{nearest(source, FAMILIES)}"
         raise OSError(
-            f"detector {source!r}: no such folder here{similar_path(source)}, no family{nearest(source, FAMILIES)}, "
+            f"detector {source!r}: no such folder here{similar_path(source)}, {kind}, "
             f"and from the Hub it could not be loaded: {str(error).splitlines()[0]}"
         ) from error
     return name
