@@ -143,11 +143,13 @@ def _sound_record(stage: Stage) -> dict | None:
 
 def _refuse_to_outdate(stage: Stage, stages: list[Stage]) -> None:
     """Refuses other settings for what later stages were made from: now, not after the hours that the stage takes."""
-    later = [str(one.folder) for one in stages if stage in needed_for([stage, one])[:-1] and one.folder.exists()]
-    record = _sound_record(stage)
-    if record is None or not later:
+    record, plain = _sound_record(stage), _plain(stage.settings)
+    if record is None or record["settings"] == plain:
         return
-    before, now = Stage(stage.name, stage.command, record["settings"]), replace(stage, settings=_plain(stage.settings))
+    later = [str(one.folder) for one in stages if stage in needed_for([stage, one])[:-1] and one.folder.exists()]
+    if not later:
+        return
+    before, now = Stage(stage.name, stage.command, record["settings"]), replace(stage, settings=plain)
     cls = arguments_class(stage.command)
     places = {item.name for item in fields(cls) if item.metadata.get("is_path")}  # what lies there decides
     names = sorted(names_of(cls, "result", "data", "start") - places)

@@ -99,11 +99,11 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
         found_images, folder = _read_images(file, content, categories, image_dir, outer)
         images += found_images
         folders[folder] = file
-    listed = {name for image in images for name in (image.path, image.path.stem)}
+    named = {name for image in images for name in (image.path, image.path.stem)}
     for file, text in others.items():
-        listed |= {PureWindowsPath(parse_json(name, str(file))).stem for name in _FILE_NAME.findall(text)}
+        named |= {PureWindowsPath(parse_json(name, str(file))).stem for name in _FILE_NAME.findall(text)}
     for folder, file in folders.items():
-        tell_unlisted(folder, listed, f"are not in {file.name}")
+        tell_unlisted(folder, named, f"are not in {file.name}")
     if len(contents) > 1:  # each file numbers its own images
         require_unique_ids(images)
     names = [str(category["name"]) for category in categories]
