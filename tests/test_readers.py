@@ -1033,7 +1033,7 @@ def test_ids_of_every_type_are_kept(tmp_path, changes, image_ids, label_ids, own
         ({"annotations": annotation(area="big")}, "annotation 9: 'area' must be a number or null, got 'big'"),
         ({"annotations": annotation(iscrowd=2)}, "annotation 9: 'iscrowd' must be 0 or 1, got 2"),
         ({"annotations": annotation(bbox=[])}, r"annotation 9: 'bbox' must be four numbers .*, got \[\]"),
-        ({"categories": []}, "annotation 9: no category has the id 2; the file has no list 'categories'"),
+        ({"categories": []}, "annotation 9: no category has the id 2; the file has no 'categories'"),
         ({"annotations": None}, r"'annotations' must be a list, got None \(NoneType\)"),
         ({"images": [{"id": [1], "file_name": "a.png"}]}, r"entry 0 of 'images': an id .* got \[1\] of the type list"),
         ({"images": [{"id": True, "file_name": "a.png"}]}, "got True of the type bool"),
@@ -1374,6 +1374,13 @@ def test_wrong_files_of_voc(tmp_path, old, new, message):
         load_dataset_source(tmp_path, "train", labels=True)
 
 
+def test_empty_file_of_voc_is_no_missing_one(tmp_path):
+    voc_labelimg(tmp_path)
+    (tmp_path / "train" / "t2.xml").write_text("")
+    with pytest.raises(DataError, match="t2.xml: not valid XML"):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
 def test_difficult_objects_and_images_without_labels_are_told(tmp_path, caplog):
     voc_labelimg(tmp_path)
     path = tmp_path / "train" / "t0.xml"
@@ -1391,11 +1398,13 @@ def test_circles_and_points_of_labelme(tmp_path, caplog):
     shapes = [
         {"label": "ball", "shape_type": "circle", "points": [[20, 15], [23, 19]]},
         {"label": "spot", "shape_type": "point", "points": [[1, 1]]},
+        {"label": "ball", "shape_type": "mask", "points": [[2, 3], [5, 9]], "mask": "of 4 x 7 pixels"},
     ]
     write_text(tmp_path / "a.json", {"shapes": shapes, "imagePath": "a.png", "imageData": None})
     with caplog.at_level(logging.WARNING):
         dataset = load_dataset_source(tmp_path, labels=True)
-    assert category_names(dataset) == ["ball"] and dataset[0]["objects"]["bbox"] == [[15, 10, 10, 10]]
+    assert category_names(dataset) == ["ball"]
+    assert dataset[0]["objects"]["bbox"] == [[15, 10, 10, 10], [2, 3, 4, 7]]
     assert "1 points, lines or brushed masks are left out" in caplog.text
 
 
@@ -1419,6 +1428,11 @@ def test_turned_boxes_and_other_shapes_of_cvat(tmp_path, caplog):
         )
         with pytest.raises(DataError, match=f"a.png.*'rotation' must be a number, got '{rotation}'"):
             load_dataset_source(tmp_path, labels=True)
+    bird = "<label><name>bird</name><type>skeleton</type></label><label><name>1</name><parent>bird</parent></label>"
+    meta = f"<meta><job><labels><label><name>cat</name></label>{bird}</labels></job></meta>"
+    box = '<box label="cat" xtl="10" ytl="12" xbr="20" ybr="16"/>'
+    write_text(tmp_path / "annotations.xml", f'<annotations>{meta}<image name="a.png">{box}</image></annotations>')
+    assert category_names(load_dataset_source(tmp_path, labels=True)) == ["cat", "bird"]  # no key points
     write_text(tmp_path / "annotations.xml", '<annotations><track id="0" label="cat"/></annotations>')
     with pytest.raises(DataError, match="tracks of a video"):
         load_dataset_source(tmp_path, labels=True)

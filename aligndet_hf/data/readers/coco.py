@@ -359,7 +359,7 @@ def _add_annotation(annotation: dict, images: dict, labels: dict) -> None:
         )
     label = labels.get(_key(annotation.get("category_id")))
     if label is None:
-        known = f"found {list(labels)}" if labels else "the file has no list 'categories'"
+        known = f"found {list(labels)}" if labels else "the file has no 'categories'"
         raise DataError(f"no category has the id {annotation.get('category_id')!r}; {known}.")
     segmentation, area, crowd = (annotation.get(name) for name in ("segmentation", "area", "iscrowd"))
     box, crowd = annotation.get("bbox") or _around(segmentation), crowd or 0

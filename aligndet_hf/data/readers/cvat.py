@@ -86,7 +86,8 @@ def _subset(file: Path, image: ElementTree.Element) -> str:
 
 def _label_names(root: ElementTree.Element) -> list[str]:
     """The labels of the task, job or project, in their order; without them those in use."""
-    named = [(label.findtext("name") or "").strip() for label in root.iterfind("meta//labels/label")]
+    labels = [label for label in root.iterfind("meta//labels/label") if not label.findtext("parent")]  # no key points
+    named = [(label.findtext("name") or "").strip() for label in labels]
     used = {shape.get("label", "") for image in root.iter("image") for shape in image if shape.tag in _SHAPES}
     return [name for name in dict.fromkeys(named) if name] or sorted(used)
 

@@ -94,8 +94,10 @@ def _looks_like_voc(file: Path) -> bool:
 
 
 def _list_xml(folder: Path) -> list[Path]:
-    """The XML files of Pascal VOC in a folder, at any depth."""
-    return list(filter(_looks_like_voc, list_files(folder, ".xml")))
+    """The XML files of Pascal VOC in a folder, at any depth; an empty file beside them is one that lost its text."""
+    files = list(list_files(folder, ".xml"))
+    ours = set(filter(_looks_like_voc, files))
+    return [file for file in files if ours and (file in ours or not file.stat().st_size)]
 
 
 def _entry(file: Path, root: ElementTree.Element, split: str) -> Entry:
