@@ -426,6 +426,17 @@ def test_build_refuses_what_it_does_not_know():
         build_detector("detr", backbone="resnet10t", num_querries=3)
 
 
+def test_build_gives_as_many_classes_as_names():
+    for names in (["cat", "dog"], {0: "cat", 1: "dog"}, {"0": "cat", "1": "dog"}):
+        config = build_detector("detr", backbone="resnet10t", id2label=names).config
+        assert (config.num_labels, config.id2label[1], config.label2id["dog"]) == (2, "dog", 1)
+    with pytest.raises(ValueError, match="num_labels is 3, and id2label has 2 names"):
+        build_detector("detr", backbone="resnet10t", num_labels=3, id2label=["cat", "dog"])
+    for number in (0, "3", 2.0):
+        with pytest.raises(ValueError, match="num_labels must be a positive whole number"):
+            build_detector("detr", backbone="resnet10t", num_labels=number)
+
+
 def test_load_detector_builds_a_family_or_loads_a_folder(tmp_path):
     new = DetectorArguments(detector="detr", backbone="resnet10t", detector_config=SMALL["detr"] | {"num_queries": 7})
     detector, report = load_detector(new, num_labels=2, id2label={0: "cat", 1: "dog"})

@@ -26,6 +26,7 @@ from ..runs import RECORD
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
 from .class_losses import CLASS_LOSSES
+from .classes import class_fields
 from .families import FAMILIES, Family, backbone_path, family_of
 from .published import hub_id
 
@@ -83,8 +84,8 @@ def build_detector(
     backbone: str | PreTrainedConfig | None = None,
     backbone_weights: str | Path | None = None,
     freeze_batch_norm: bool = True,
-    num_labels: int = 1,
-    id2label: dict[int, str] | None = None,
+    num_labels: int | None = None,
+    id2label: dict[int, str] | list[str] | None = None,
     **config: Any,
 ) -> PreTrainedModel:
     """
@@ -99,13 +100,13 @@ def build_detector(
             [`~aligndet_hf.detectors.backbone_weights.load_backbone_weights`]. By default the weights of a transformers
             checkpoint; other backbones are random.
         freeze_batch_norm (`bool`, *optional*, defaults to `True`): whether the backbone's norms keep their statistics.
-        num_labels (`int`, *optional*, defaults to 1): number of classes.
-        id2label (`dict[int, str]`, *optional*): their names.
+        num_labels (`int`, *optional*): number of classes; as many as there are names, or one, if not given.
+        id2label (`dict[int, str]` or `list[str]`, *optional*): their names.
         config: further fields of the family's config. `strides` replaces the strides of the feature maps taken from
             the backbone, for instance `strides=[16]` for a DETR on a finer map.
 
     Raises:
-        `ValueError`: for an unknown family, backbone or config field.
+        `ValueError`: for an unknown family, backbone or config field, or another number of classes than of names.
 
     Example:
 
@@ -126,8 +127,8 @@ def _build(
     backbone: str | PreTrainedConfig | None,
     backbone_weights: str | Path | None,
     freeze_batch_norm: bool,
-    num_labels: int,
-    id2label: dict[int, str] | None,
+    num_labels: int | None,
+    id2label: dict[int, str] | list[str] | None,
     fields: dict[str, Any],
 ) -> tuple[PreTrainedModel, BackboneReport | TransferReport | None]:
     """[`build_detector`] with the report of the weights, if it has any: of SoCo's pyramid and head a transfer's."""
@@ -138,8 +139,7 @@ def _build(
         )
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
     require_config_fields(defaults, fields.keys() - {"strides"})
-    names = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}} if id2label else {}
-    fields = dict(family.defaults) | fields | {"num_labels": num_labels, **names}
+    fields = dict(family.defaults) | fields | class_fields(num_labels, id2label)
     checkpoint = ""
     if family.strides:
         of_backbone = _backbone_fields(family, defaults, backbone or "resnet50", freeze_batch_norm, fields)

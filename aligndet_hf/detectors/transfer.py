@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .backbones import check_backbone
 from .build import detector_from_config, open_detector
+from .classes import class_fields
 from .families import Family, family_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class TransferReport:
 def transfer_detector(
     source: PreTrainedModel | str | Path,
     num_labels: int,
-    id2label: dict[int, str] | None = None,
+    id2label: dict[int, str] | list[str] | None = None,
     preset: Preset = "keep-boxes",
 ) -> tuple[PreTrainedModel, TransferReport]:
     """
@@ -67,7 +68,7 @@ def transfer_detector(
         source (`PreTrainedModel`, `str` or `Path`): the pre-trained detector, or what
             [`~aligndet_hf.detectors.build.find_detector`] takes.
         num_labels (`int`): number of classes of the new detector.
-        id2label (`dict[int, str]`, *optional*): their names.
+        id2label (`dict[int, str]` or `list[str]`, *optional*): their names.
         preset (`str`, *optional*, defaults to `"keep-boxes"`): "keep-boxes" initialises the class layers anew;
             "paper" also the last layer of the box heads, as AlignDet's published transfer does; "encoder-only" keeps
             the backbone, the encoder and the projections around it, and initialises the decoder, the queries and all
@@ -78,17 +79,16 @@ def transfer_detector(
         `tuple[PreTrainedModel, TransferReport]`: the new detector, in training mode, and what became of its tensors.
 
     Raises:
-        `ValueError`: for an unknown preset or family, or a backbone that has lost its activations.
+        `ValueError`: for an unknown preset or family, another number of classes than of names, or a backbone that has
+            lost its activations.
     """
     if not isinstance(source, PreTrainedModel):
         source = open_detector(source)
     is_reset = _reset_rule(family_of(source.config), preset)
     check_backbone(source)
     config = copy.deepcopy(source.config)
-    config.num_labels = num_labels
-    if id2label is not None:
-        config.id2label = id2label
-        config.label2id = {name: index for index, name in id2label.items()}
+    for name, value in class_fields(num_labels, id2label).items():
+        setattr(config, name, value)
     detector = detector_from_config(config).train()
 
     report, target = TransferReport(preset), detector.state_dict(keep_vars=True)

@@ -18,6 +18,7 @@ from ..data.door import listed
 from ..data.errors import DataError, ImageError
 from ..data.images import decode_image
 from ..data.masks import FIELD, run_lengths
+from ..detectors.classes import are_unnamed
 from ..processes import init_worker
 from ..proposals.trained import with_both_sides
 from .coco_metrics import CocoMetrics
@@ -205,7 +206,7 @@ def match_categories(id2label: dict[int, str], categories: list[str]) -> list[in
             there are as many of them as categories.
     """
     names = [id2label[index] for index in sorted(id2label)]
-    if len(names) == len(categories) and all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+    if len(names) == len(categories) and are_unnamed(id2label):
         return list(range(len(names)))
     missing = [name for name in categories if name not in names]
     if missing:

@@ -10,6 +10,7 @@ from ..data.dataset import LabelledImages, MixedImages
 from ..data.formats import load_labelled
 from ..data.sampling import SampleKey
 from ..data.views import ViewConfig
+from ..detectors.classes import are_unnamed, class_fields
 from ..detectors.families import family_of
 from ..evaluation.detections import EvaluationImages
 
@@ -80,11 +81,26 @@ def evaluation_images(dataset, model, image_processor) -> Dataset:
 
 
 def _labelled(dataset: datasets.Dataset, model) -> tuple[datasets.Dataset, list[str]]:
-    """The data set in our form, checked, and its categories, which must be the first classes of the model."""
+    """
+    The data set in our form, checked, and its categories, which must be the first classes of the model. A model whose
+    classes have no names takes them.
+    """
     dataset, categories, _ = load_labelled(dataset)
-    if len(categories) > model.config.num_labels:
+    others = "`transfer_detector` of aligndet_hf.detectors.transfer gives it others, and so does `finetune`"
+    classes = model.config.id2label
+    if len(categories) > len(classes):
         raise ValueError(
-            f"the data set has {len(categories)} categories, the detector {model.config.num_labels} classes: "
-            "`transfer_detector` of aligndet_hf.detectors.transfer gives it others, and so does `finetune`"
+            f"the data set has {len(categories)} categories, the detector {len(classes)} classes: {others}"
+        )
+    if categories == [str(index) for index in range(len(categories))]:  # numbers, which have no names
+        return dataset, categories
+    if are_unnamed(classes):
+        if len(classes) == len(categories):
+            for name, value in class_fields(None, categories).items():
+                setattr(model.config, name, value)
+    elif wrong := [index for index, name in enumerate(categories) if classes[index] != name]:
+        raise ValueError(
+            f"category {wrong[0]} of the data set is {categories[wrong[0]]!r}, class {wrong[0]} of the detector "
+            f"{classes[wrong[0]]!r}: {others}"
         )
     return dataset, categories
