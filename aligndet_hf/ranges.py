@@ -117,6 +117,8 @@ def _require_kind(field: dataclasses.Field, value: typing.Any, kinds: set) -> No
         raise ValueError(f"{field.name} must be a list, such as [{value!r}], got {value!r}")
     elif choices and value not in choices and due <= set(choices):
         raise ValueError(f"{field.name} must be {' or '.join(sorted(choices))}, got {value!r}")
+    elif due == {bool} and value not in (True, False):
+        raise ValueError(f"{field.name} must be True or False, got {value!r}")
     elif due == {str} and type(value) in (dict, list, tuple):  # objects may stand for paths
         raise ValueError(f"{field.name} must be text, got a {type(value).__name__}")
 

@@ -124,6 +124,16 @@ def test_a_stream_is_pre_trained_on(proposal_folder, detector, tmp_path, capsys)
     assert "note: the run has 1 steps and the warm-up 1, so" in capsys.readouterr().out
 
 
+def test_proposals_are_searched_in_a_stream(labelled, tmp_path):
+    stream = labelled.select_columns(["image"]).to_iterable_dataset()
+    for number, given in enumerate((stream, datasets.IterableDatasetDict({"train": stream}))):
+        arguments = aligndet_hf.ProposalsArguments(
+            dataset=given, output_dir=str(tmp_path / str(number)), num_workers=1
+        )
+        found = aligndet_hf.generate_proposals(arguments)
+        assert arguments.streaming and len(found) == 4 and any(found[:]["proposals"][0]["bbox"])
+
+
 def test_a_model_is_measured_with_an_image_processor(labelled, detector):
     arguments = {"detector": detector, "dataset": labelled, "device": "cpu", "disable_tqdm": True}
     with pytest.raises(ValueError, match="give `image_processor`"):
@@ -195,6 +205,13 @@ def test_the_trainer_takes_plain_data_sets(labelled, detector, tmp_path):
     assert found.metrics["test_AP"] == numbers["eval_AP"] and found.predictions[3]["boxes"].shape[1] == 4
     assert len(found.predictions) == 4 and found.predictions[0]["scores"].size == found.predictions[0]["labels"].size
     assert set(aligndet_hf.DetectionTrainer(model, arguments, eval_dataset={"a": labelled}).eval_dataset) == {"a"}
+    names = labelled.features["objects"]["category"].feature.names
+    assert list(model.config.id2label.values()) == names and model.config.label2id[names[4]] == 4
+    model.config.id2label = dict(enumerate(reversed(names)))
+    with pytest.raises(
+        ValueError, match=f"category 0 of the data set is '{names[0]}', class 0 of the .* '{names[4]}'"
+    ):
+        aligndet_hf.DetectionTrainer(model, args=arguments, train_dataset=labelled)
     few = tiny_detector("detr", num_labels=1)
     with pytest.raises(ValueError, match="5 categories, the detector 1 classes"):
         aligndet_hf.DetectionTrainer(few, args=arguments, train_dataset=labelled)

@@ -190,6 +190,7 @@ def test_an_unknown_class_is_refused_before_the_first_epoch():
         ({"image_sizes": 64}, r"image_sizes must be a list, such as \[64\], got 64"),
         ({"dataset": None}, "dataset must be given"),
         ({"detector": None}, "detector must be given"),
+        ({"freeze_batch_norm": "false"}, "freeze_batch_norm must be True or False, got 'false'"),
         ({"detector_config": '{"num_queries": 12}'}, "detector_config must be a dict, got '{\"num_queries\": 12}'"),
         ({"dataset": {"image": []}}, "dataset must be text, got a dict"),
         ({"dataset": {}}, "dataset must be text, got a dict"),

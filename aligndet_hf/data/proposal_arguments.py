@@ -22,6 +22,7 @@ from ..proposals.selective_search import PRESETS
 from ..ranges import COUNT, POSITIVE, SHARE, Range
 from .bit_depth import parse_rule
 from .sources import SOURCES
+from .streaming import is_stream
 
 # Sources that find boxes everywhere, and what is kept of any source if nothing else is said. A detector that learns
 # from overlapping boxes finds every object several times (docs/results.md): of a search a few boxes that are apart.
@@ -162,6 +163,7 @@ class ProposalsArguments(
 
     def __post_init__(self):
         super().__post_init__()
+        self.streaming |= is_stream(self.dataset)
         is_paper = self.preset == "paper"
         self.preset = None if is_paper else self.preset
         for name, known in (("source", SOURCES), ("preset", PRESETS), ("mode", MODES)):

@@ -12,10 +12,15 @@ from ..objects import Given
 from .columns import require_columns
 from .door import hub_roots, require_inside
 from .errors import DataError
-from .formats import is_local_images, load_dataset_source
+from .formats import is_local_images, load_dataset_source, split_names
 
 _ROWS_AT_ONCE = 16
 _LOCAL_SHARDS = 64  # that data which lies on this machine is cut into
+
+
+def is_stream(source) -> bool:
+    """Whether a source is a stream in memory, or several, by split."""
+    return isinstance(getattr(source, "value", None), datasets.IterableDataset | datasets.IterableDatasetDict)
 
 
 def load_stream(source: str | Path, split: str) -> tuple[datasets.IterableDataset, str]:
@@ -74,6 +79,8 @@ def stream_splits(source: str | Path) -> list[str]:
     Raises:
         [`DataError`]: if there is no such source, or one that is not downloaded anyway.
     """
+    if isinstance(source, Given):
+        return split_names(source)
     if is_local_images(source):
         raise DataError(
             f"{source} lies on this machine, where images are read as they are needed: leave out --streaming."

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from datasets import IterableDataset
-
 from ..arguments import (
     AugmentationArguments,
     DatasetArguments,
@@ -13,6 +11,7 @@ from ..arguments import (
     TrainingRunArguments,
     again,
 )
+from ..data.streaming import is_stream
 from ..detectors.build import DetectorArguments
 from ..flags import flag
 from ..hub import HubModelArguments
@@ -151,7 +150,7 @@ class PretrainArguments(
     def __post_init__(self):
         super().__post_init__()
         join_config(self)
-        self.streaming |= isinstance(getattr(self.dataset, "value", None), IterableDataset)
+        self.streaming |= is_stream(self.dataset)
         defaults = DEFAULTS[self.method] | ({"color": True} if self.preset == "paper" else {})
         if self.method == "aligndet" and self.preset == "suited" and not self.streaming:
             del defaults["image_sizes"]  # which the images decide
