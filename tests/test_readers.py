@@ -1,6 +1,7 @@
 """Every layout of labelled images that people have reads as it is: the same images, boxes, names and splits."""
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -984,6 +985,17 @@ def annotation(**changes):
     return [{"id": 9, "image_id": 2, "category_id": 2, "bbox": [1, 2, 3, 4], "area": None} | changes]
 
 
+@pytest.mark.parametrize(("given", "own"), [([None, None], [1, 2]), ([7, None], [7, 8]), ([None, "7"], [8, "7"])])
+def test_annotations_without_an_id_get_free_ones(tmp_path, given, own):
+    """0 is not free: pycocotools takes it for no match."""
+    entries = [annotation(id=one)[0] for one in given]
+    for one in entries:
+        if one["id"] is None and given[0] is None:
+            del one["id"]
+    dataset = load_dataset_source(small_coco(tmp_path, annotations=entries), labels=True)
+    assert list(map(str, dataset[1]["objects"]["id"])) == list(map(str, own))
+
+
 UUIDS = ["6fa459ea-ee8a-3ca4-894e-db77e160355e", "16fd2706-8baf-433b-82eb-8c7fada847da"]
 
 
@@ -1266,6 +1278,34 @@ def test_what_yolo_does_not_use_is_told(tmp_path, caplog):
     write_text(tmp_path / "labels" / "a.txt", "0 0.5 0.5 0.1 0.1")
     with pytest.raises(DataError, match="there is no image in it, and no label file that names some is recognised"):
         load_dataset_source(tmp_path / "labels", labels=True)
+
+
+@pytest.mark.parametrize(("layout", "images"), [(yolo_ultralytics, "images/train"), (voc_challenge, "JPEGImages")])
+def test_images_that_are_links_to_elsewhere_are_told(tmp_path, caplog, layout, images):
+    layout(tmp_path / "mine")
+    image = tmp_path / "mine" / images / "t0.png"
+    image.rename(tmp_path / "t0.png")
+    image.symlink_to(tmp_path / "t0.png")
+    with contextlib.suppress(DataError):
+        assert len(load_dataset_source(tmp_path / "mine", "train", labels=True)) == 2
+        assert "left out: 1 (a link to a file outside the folder: give the folder of that file): " in caplog.text
+        assert "label files are not used" not in caplog.text
+        return
+    with pytest.raises(DataError, match=r"t0.xml: the image .*t0.png is not opened: a link to a file outside"):
+        load_dataset_source(tmp_path / "mine", "train", labels=True)
+
+
+def test_the_number_of_classes_of_yolo(tmp_path):
+    yolo_ultralytics(tmp_path)
+    text = (tmp_path / "dataset.yaml").read_text()
+    write_text(tmp_path / "dataset.yaml", f"{text}\nnc: 4\n")
+    with pytest.raises(DataError, match="dataset.yaml: 'nc' is 4, but 'names' has 3 names: correct one of them"):
+        load_dataset_source(tmp_path, "train", labels=True)
+    write_text(tmp_path / "dataset.yaml", "train: images/train\nval: images/val\nnc: 4\n")
+    assert category_names(load_dataset_source(tmp_path, "train", labels=True)) == ["0", "1", "2", "3"]
+    write_text(tmp_path / "dataset.yaml", "train: images/train\nval: images/val\nnc: four\n")
+    with pytest.raises(DataError, match="'nc', how many classes there are, must be a positive number, got 'four'"):
+        load_dataset_source(tmp_path, "train", labels=True)
 
 
 def test_key_points_of_yolo_follow_the_box(tmp_path):

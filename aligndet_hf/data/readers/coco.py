@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from itertools import count
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -343,9 +344,11 @@ def _size(image: dict, name: str, where: str) -> int | None:
 
 def _add_annotations(path: Path, annotations: list[dict], images: dict, categories: list[dict]) -> None:
     labels = {_key(category["id"]): label for label, category in enumerate(categories)}
+    own = [annotation.get("id") for annotation in annotations]
+    free = count(max((key for key in map(_key, own) if type(key) is int), default=0) + 1)  # for those without an id
     for number, annotation in enumerate(annotations):
         try:
-            _add_annotation({"id": number} | annotation, images, labels)
+            _add_annotation(annotation if own[number] is not None else annotation | {"id": next(free)}, images, labels)
         except DataError as error:
             raise DataError(f"{path}, annotation {annotation.get('id', f'number {number}')}: {error}") from None
 

@@ -3,7 +3,6 @@
 import ast
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .files import (
     table_rows,
     tell_unlisted,
 )
-from .listed import grouped
+from .listed import grouped, tell_left_out
 from .rows import Categories, LabelledImage, Labels, is_box
 from .spellings import COLUMNS, FORMATS, find_spelling, lists_of, require_our_format
 
@@ -92,9 +91,7 @@ def read_labels(folder: Path) -> list[str] | None:
 def _read_folder(folder: Path, root: Path) -> list[LabelledImage]:
     found = grouped((reason, path) for path, reason in door.visit(folder))
     files = found.pop(None, [])
-    for reason, paths in found.items():
-        names = door.listed(os.path.relpath(path, folder) for path in paths)
-        logger.warning("%s: left out: %d (%s): %s", folder, len(paths), reason, names)
+    tell_left_out(folder, found)
     images = _read_metadata(folder, root)
     if not images:
         return [LabelledImage(path=Path(path), where=str(folder)) for path in files]

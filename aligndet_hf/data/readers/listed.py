@@ -1,12 +1,14 @@
 """What label files that name their images have in common: finding the images, and putting their entries together."""
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, cached_property
 from itertools import groupby, takewhile
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
+from .. import door
 from ..errors import DataError
 from ..images import image_size
 from ..splits import spread_rows
@@ -120,9 +122,17 @@ def collect(
     numbers = {name: position for position, name in enumerate(categories)}
     for image in images.values():
         image.objects["category"] = [numbers[label] for label in image.objects["category"]]
+    tell_left_out(folder, finder.left_out)
     if missing is not None:
         tell_unlisted(folder, listed, missing)
     return Labels(list(images.values()), Categories(categories) if categories else None)
+
+
+def tell_left_out(folder: Path, found: dict[str, list[str]]) -> None:
+    """Warns of the images of a folder that are not opened: their paths by the reasons."""
+    for reason, paths in found.items():
+        names = door.listed(os.path.relpath(path, folder) for path in paths)
+        logger.warning("%s: left out: %d (%s): %s", folder, len(paths), reason, names)
 
 
 def require_own_splits(folder: Path, files: Iterable[tuple[str | None, Path]], what: str) -> None:
@@ -194,6 +204,11 @@ class _Finder:
     def by_name(self) -> dict[str, list[Path]]:
         return grouped((name, path) for path in list_images(self.folder) for name in (path.name, path.stem))
 
+    @cached_property
+    def left_out(self) -> dict[str, list[str]]:
+        """The images that are not opened, by the reasons; what commands have written is none."""
+        return grouped((reason, path) for path, reason in door.visit(self.folder) if reason not in (None, door.OUTPUT))
+
     def find(self, entry: Entry) -> Path:
         key = entry.image, entry.base, entry.also, entry.split
         if key not in self.found:
@@ -217,6 +232,9 @@ class _Finder:
             found = [path for path in found if way(path) == best]
         if len(found) > 1:
             raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
+        for reason, paths in self.left_out.items() if not found else ():
+            if path := next((path for path in map(Path, paths) if plain in (path.name, path.stem)), None):
+                raise DataError(f"{where}: the image {path} is not opened: {reason}.")
         if not found:
             raise DataError(f"{where}: there is no image {name!r} in {self.folder}. Give the folder as image_dir.")
         return found[0]

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from ..door import is_image_name, is_inside, spelt_as_there
+from ..door import is_image_name, is_inside, spelt_as_there, visit
 from ..errors import DataError
 from ..images import image_size
 from .files import (
@@ -120,7 +120,8 @@ def _tell_unused(path: Path, root: Path, found: dict[str, list[Path]]) -> None:
     """Warns of label files without an image: those that were renamed, for one. Lists may leave some out."""
     used = {file for places in found.values() for _, file in _pairs(root, [one for one in places if one.is_dir()])}
     files = (file for folder in sorted({file.parent for file in used}) for file in sorted(folder.glob("*.txt")))
-    unused = [file for file in files if file not in used and _is_label_file(file)]
+    left_out = {Path(image).stem for image, reason in visit(root) if reason}  # which the reading tells
+    unused = [file for file in files if file not in used and file.stem not in left_out and _is_label_file(file)]
     if unused:
         message = "%s: %d label files are not used, there is no image of that name (e.g. %s)."
         logger.warning(message, path, len(unused), unused[0])
@@ -152,12 +153,12 @@ def _read_config(path: Path) -> dict | None:
         if path.name in _CONFIGS:
             raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
         return None
-    if not isinstance(content, dict) or "names" not in content:
+    if not isinstance(content, dict) or not {"names", "nc"} & set(content):
         return None
     if not set(_SPLIT_KEYS) & set(content) and path.name not in _CONFIGS:
         return None
-    texts = yaml.load(text, yaml.BaseLoader)["names"]  # a class may be called `no`, which is not False
-    return content | {"": path} | ({"names": texts} if content["names"] else {})
+    texts = yaml.load(text, yaml.BaseLoader).get("names")  # a class may be called `no`, which is not False
+    return content | {"": path} | ({"names": texts} if content.get("names") else {})
 
 
 def _read_darknet(path: Path, content: dict[str, str]) -> dict | None:
@@ -243,13 +244,20 @@ def _label_file(image: Path) -> Path:
 
 
 def _names(root: Path, config: dict) -> list[str] | None:
-    names = config.get("names")
+    names, count = config.get("names"), config.get("nc")
+    if count is not None and (type(count) is not int or count < 1):
+        raise DataError(f"{config['']}: 'nc', how many classes there are, must be a positive number, got {count!r}.")
     if names is not None:
-        return list_of_names(names, f"{config['']}, 'names'")
+        names = list_of_names(names, f"{config['']}, 'names'")
+        if count not in (None, len(names)):
+            raise DataError(f"{config['']}: 'nc' is {count}, but 'names' has {len(names)} names: correct one of them.")
+        return names
     places = [root, root / "labels", *split_folders(root).values()]
     of_darknet = [file.name for place in places for file in sorted(place.glob("*.names"))]
     file = next((found for place in places if (found := find_file(place, *_NAME_FILES, *of_darknet))), None)
-    return list_of_names(_lines_of_names(file, root), str(file)) if file else None
+    if file is None:
+        return list(map(str, range(count))) if count else None
+    return list_of_names(_lines_of_names(file, root), str(file))
 
 
 def _lines_of_names(file: Path, root: Path) -> list[str]:
