@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from aligndet_hf.cli import main
+from aligndet_hf.commands.export import ExportArguments
 from aligndet_hf.commands.predict import predict
 from aligndet_hf.data.image_list import list_images
 from aligndet_hf.data.images import decode_image
@@ -31,6 +32,7 @@ from aligndet_hf.detectors.families import family_of
 from aligndet_hf.exporting import run_onnx
 from aligndet_hf.exporting.onnx_graph import _postprocessing, describe, export_onnx
 from aligndet_hf.exporting.parity import compare
+from aligndet_hf.proposals.trained import with_both_sides
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -234,6 +236,19 @@ def test_the_size_is_that_of_the_image_processor(shape):
     assert run_onnx.resized(shape[1], shape[0], {"shortest_edge": 200, "longest_edge": 333}) == (width, height)
 
 
+@pytest.mark.parametrize("shape", [(2, 3000), (1500, 7), (40, 60)])
+def test_very_long_images_have_both_sides(shape):
+    """As they are prepared everywhere else."""
+    size = {"shortest_edge": 64, "longest_edge": 107}
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    repeated = run_onnx.with_both_sides(image, size)
+    np.testing.assert_array_equal(repeated, with_both_sides(image, size))
+    assert min(run_onnx.resized(*repeated.shape[1::-1], size)) > 0
+    steps = {"size": size, "resample": 2, "rescale_factor": 1 / 255, "mean": [0.0] * 3, "std": [1.0] * 3}
+    inputs = run_onnx.prepare({"preprocessing": steps, "inputs": []}, PIL.Image.fromarray(image))
+    assert max(inputs["pixel_values"].shape) > 64
+
+
 @pytest.mark.parametrize("family", CONVNETS)
 def test_convnets_are_refused_with_the_reason(family, tmp_path):
     detector = detector_from_config(tiny_config(family))
@@ -256,6 +271,13 @@ def test_images_are_resized_to_the_grey_level_as_the_image_processor_does(family
         image = (image + np.random.default_rng(1).integers(-9, 9, image.shape)).clip(0, 255).astype(np.uint8)
         expected = processor(images=image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
         np.testing.assert_array_equal(run_onnx.prepare(model, PIL.Image.fromarray(image))["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(("opset", "message"), [(17, "opset must be 18 or more"), (99, r"opset must be at most \d+")])
+def test_operators_of_a_version_that_does_not_exist(opset, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ExportArguments(detector=str(tmp_path), output_dir=str(tmp_path / "out"), opset=opset)
+        export_onnx(detector_from_config(tiny_config("rt_detr")), tmp_path / "model.onnx", (64, 64), opset=opset)
 
 
 def test_what_is_lacking_is_named(tmp_path, capsys):

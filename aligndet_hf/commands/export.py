@@ -21,9 +21,10 @@ from ..exporting.parity import BOX_TOLERANCE, SCORE_TOLERANCE, compare
 from ..files import write_json
 from ..flags import flag, takes_arguments
 from ..objects import folder_of
-from ..ranges import COUNT, SHARE, check_values
+from ..ranges import COUNT, SHARE, Range, check_values
 from ..runs import RunFolder
 
+OPSETS = Range(18)  # torch writes no older operators
 _COMPLETE = "complete"
 
 
@@ -33,7 +34,12 @@ class ExportArguments(RunArguments, ReadyDetectorArguments):
 
     help_groups = {"opset": "The graph", "images": "Comparison"}
 
-    opset: int | None = flag(None, "result", "write operators of this version of ONNX; the newest if not given")
+    opset: int | None = flag(
+        None,
+        "result",
+        "write operators of this version of ONNX, 18 or newer; torch's default if not given",
+        range=OPSETS,
+    )
     fp16: bool = flag(False, "result", "store weights and calculate in float16")
 
     images: list[str] | None = flag(
@@ -103,16 +109,20 @@ def export(arguments: ExportArguments) -> dict:
         model["precision"] = "float16" if arguments.fp16 else "float32"
         model["versions"] = {name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")}
         write_json(complete / "model.json", model)
-        session, _ = run_onnx.load(complete)
+        graph = f"the graph of this {detector.config.model_type}"
+        try:
+            session, _ = run_onnx.load(complete)
+        except Exception as error:  # ONNX Runtime has exceptions of its own
+            raise ValueError(f"{graph} cannot be loaded by ONNX Runtime, so nothing was written: {error}") from error
 
         def run(given):
             try:
                 return session.run(["logits", "pred_boxes"], given)
-            except Exception as error:  # ONNX Runtime has exceptions of its own
+            except Exception as error:
                 height, width = given["pixel_values"].shape[2:]
                 raise ValueError(
-                    f"the graph of this {detector.config.model_type} does not run in ONNX Runtime on an image of "
-                    f"{width} x {height} pixels, so nothing was written: {str(error).split(': ')[-1]}"
+                    f"{graph} does not run in ONNX Runtime on an image of {width} x {height} pixels, so nothing was "
+                    f"written: {str(error).split(': ')[-1]}"
                 ) from error
 
         model["opset"] = _opset(complete / "model.onnx")

@@ -39,7 +39,7 @@ def export_onnx(
         detector (`PreTrainedModel`): The detector, on the CPU.
         path (`Path`): The file to write.
         image_size (`tuple[int, int]`): Height and width of the images; an example for families that take any size.
-        opset (`int`, *optional*): Version of ONNX's operators; the newest that onnxscript knows if not given.
+        opset (`int`, *optional*): Version of ONNX's operators; torch's default if not given.
         half (`bool`, *optional*, defaults to `False`): Whether the weights and the arithmetic are float16. Inputs and
             outputs stay float32.
 
@@ -63,6 +63,8 @@ def export_onnx(
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     except ImportError as error:
         raise ImportError('Exporting needs onnx and onnxscript: pip install "aligndet-hf[export]"') from error
+    if opset is not None and opset > (newest := onnx.defs.onnx_opset_version()):
+        raise ValueError(f"opset must be at most {newest}, the newest that the installed onnx knows, got {opset}")
 
     sample, dynamic = _sample(detector, image_size)
     try:

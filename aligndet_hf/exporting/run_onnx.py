@@ -30,6 +30,15 @@ def resized(width, height, size):
     return (small_side, large_side) if width < height else (large_side, small_side)
 
 
+def with_both_sides(pixels, size):
+    """Pixels that can be resized: of a very long image, whose short side would have 0 pixels, each line repeated."""
+    longest, short, long = size.get("longest_edge"), min(pixels.shape[:2]), max(pixels.shape[:2])
+    if not longest or short * longest >= long:
+        return pixels
+    enough = -(-long // longest)
+    return np.repeat(pixels, -(-enough // short), axis=int(pixels.shape[1] < pixels.shape[0]))
+
+
 def read(model, name):
     """An image file as an RGB image of Pillow. Images with more than 8 bits are scaled as in training."""
     from PIL import Image, ImageOps
@@ -76,9 +85,10 @@ def resize(pixels, length, axis, resample, antialias=True):
 def prepare(model, image):
     """An RGB image of Pillow as the inputs of the graph: float32 [1, 3, height, width]."""
     steps = model["preprocessing"]
-    width, height = resized(*image.size, steps["size"])
+    pixels = with_both_sides(np.asarray(image), steps["size"])
+    width, height = resized(*pixels.shape[1::-1], steps["size"])
     how = steps["resample"], steps.get("antialias", True)
-    pixels = resize(resize(np.asarray(image), width, 1, *how), height, 0, *how)
+    pixels = resize(resize(pixels, width, 1, *how), height, 0, *how)
     pixels = (pixels.astype(np.float32) * steps["rescale_factor"] - steps["mean"]) / steps["std"]
     inputs = {"pixel_values": pixels.transpose(2, 0, 1)[None].astype(np.float32)}
     if "pixel_mask" in model["inputs"]:
