@@ -189,7 +189,13 @@ class TakesOldNames(type):
         return "\n".join(lines)
 
     def __call__(cls, *args, **given):
-        return super().__call__(*args, **with_new_names(cls, given))
+        given = with_new_names(cls, given)
+        known = (
+            [item.name for item in dataclasses.fields(cls) if item.init] if dataclasses.is_dataclass(cls) else given
+        )
+        if unknown := next((name for name in given if name not in known), None):
+            raise TypeError(f"{cls.__name__} has no {unknown!r}{nearest(unknown, known)}")
+        return super().__call__(*args, **given)
 
 
 def given_flags(arguments) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .ranges import SHARE, require
+
 
 def cosine_momentum(step: int, total_steps: int, base: float = 0.996, end: float = 1.0) -> float:
     """
@@ -73,9 +75,11 @@ def update_momentum(
             detectors; the official code shares their storage, this one never does.
 
     Raises:
-        `ValueError`: if a pair of modules hold tensors or modules of other names, as where adapters (LoRA) or
-            parametrizations were put into one of them: what they learn would never reach the other.
+        `ValueError`: for a momentum out of its range, or if a pair of modules hold tensors or modules of other names,
+            as where adapters (LoRA) or parametrizations were put into one of them: what they learn would never reach
+            the other.
     """
+    require("momentum", momentum, SHARE)
     lists = defaultdict(list)  # of pairs that one call can move
     for name, target, source in dict(_pairs(online, momentum_module)).values():
         is_averaged = isinstance(target, nn.Parameter) and not any(part in name for part in copied)

@@ -119,8 +119,9 @@ def _require_kind(field: dataclasses.Field, value: typing.Any, kinds: set) -> No
         raise ValueError(f"{field.name} must be {' or '.join(sorted(choices))}, got {value!r}")
     elif due == {bool} and value not in (True, False):
         raise ValueError(f"{field.name} must be True or False, got {value!r}")
-    elif due == {str} and type(value) in (dict, list, tuple):  # objects may stand for paths
-        raise ValueError(f"{field.name} must be text, got a {type(value).__name__}")
+    elif due == {str} and isinstance(value, dict | list | tuple | numbers.Number):  # objects may stand for paths
+        got = repr(value) if isinstance(value, numbers.Number) else f"a {type(value).__name__}"
+        raise ValueError(f"{field.name} must be text, got {got}")
 
 
 def require(name: str, number: float, allowed: Range) -> None:

@@ -364,6 +364,14 @@ def test_backbones_that_cannot_serve_are_refused_with_the_reason(backbone, messa
         build_backbone_config(backbone, (2,))
 
 
+def test_a_run_of_soco_has_its_backbone_inside(tmp_path):
+    """The folder around it is of a model that is none."""
+    for folder in (tmp_path, tmp_path / "backbone"):
+        MobileNetV2Config().save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"no backbone of type 'mobilenet_v2' .*: give {tmp_path / 'backbone'}$"):
+        build_backbone_config(str(tmp_path), (32,))
+
+
 def test_a_checkpoint_that_is_nowhere_is_one_clear_error():
     with pytest.raises(OSError, match="backbone 'someone/something' is not a folder with a config.json"):
         build_backbone_config("someone/something", (32,))

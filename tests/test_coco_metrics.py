@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from aligndet_hf.data.errors import DataError
 from aligndet_hf.evaluation import CocoMetrics, format_table
 from aligndet_hf.evaluation.coco_metrics import SUMMARY
 
@@ -303,6 +304,21 @@ def test_from_dataset_with_and_without_areas_and_ids():
     assert [annotation["bbox"] for annotation in metrics.truth[1]] == [[100, 100, 100, 100], [5, 5, 0, 10]]
 
 
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("data", "expected a datasets.Dataset, got a str: load_dataset_source reads one"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"a": [1]})), "got a DatasetDict: give one of its spl"),
+        (datasets.Dataset.from_dict({"image": [1]}), "no column 'objects'"),
+        (datasets.Dataset.from_dict({"objects": [[{"bbox": [0, 0, 1, 1], "category": 0}]]}), "struct of lists with"),
+        (datasets.Dataset.from_dict({"objects": [{"bboxes": [[0, 0, 1, 1]], "labels": [0]}]}), "struct of lists with"),
+    ],
+)
+def test_datasets_in_another_form_are_refused(dataset, message):
+    with pytest.raises(DataError, match=message):
+        CocoMetrics.from_dataset(dataset, ["cat"])
+
+
 def test_crowds_of_a_dataset_are_ignored_not_missed():
     objects = {"bbox": [[0, 0, 10, 10], [50, 50, 100, 100]], "category": [0, 0], "iscrowd": [0, 1]}
     metrics = CocoMetrics.from_dataset(datasets.Dataset.from_dict({"objects": [objects]}), ["cat"])
@@ -316,6 +332,7 @@ def test_crowds_of_a_dataset_are_ignored_not_missed():
     [
         ([{"scores": [], "labels": [], "boxes": []}], [1], "Image 1 is not in the ground truth"),
         ([{"scores": [1.0], "labels": [], "boxes": []}], [7], "Image 7: 1 scores, 0 labels and 0 boxes"),
+        ([{"scores": [1.0], "labels": ["cat"], "boxes": [[0, 0, 1, 1]]}], [7], "Image 7: labels must be category ids"),
         ([], [7], "0 predictions for 1 image ids"),
     ],
 )

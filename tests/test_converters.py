@@ -54,6 +54,14 @@ def convert(content: dict, fields: dict | None = None, partial: bool = False):
     return convert_tensors(find_detector_in(content, LAYOUTS, "published.pth"), "published.pth", fields, partial)
 
 
+@pytest.mark.parametrize(("build", "points"), [(lambda: Detr(91), None), (lambda: DeformableDetr(), 8)])
+def test_the_heads_that_are_given_are_of_both_parts(build, points):
+    """Half of them have twice as many sampling points each, in tensors of the same shape."""
+    config = convert({"model": build().state_dict()}, {"encoder_attention_heads": 4})[0].config
+    assert config.encoder_attention_heads == config.decoder_attention_heads == 4
+    assert points is None or config.encoder_n_points == config.decoder_n_points == points
+
+
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_outputs_are_those_of_the_original(name):
     build, beside, fields, family = ORIGINALS[name]

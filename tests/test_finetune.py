@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import forks
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -29,6 +30,7 @@ from transformers import (
 
 from aligndet_hf.commands.finetune import (
     FinetuneArguments,
+    _load_labelled,
     _start_detector,
     finetune,
     settings_of,
@@ -36,7 +38,7 @@ from aligndet_hf.commands.finetune import (
 from aligndet_hf.data.collate import collate_labelled
 from aligndet_hf.data.dataset import LabelledImages
 from aligndet_hf.data.errors import DataError
-from aligndet_hf.data.formats import load_dataset_source
+from aligndet_hf.data.formats import category_names, load_dataset_source, load_labelled
 from aligndet_hf.data.label_export import export_labels
 from aligndet_hf.data.sampling import SampleKey
 from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, make_synthetic_dataset, write_synthetic_folder
@@ -634,11 +636,33 @@ def test_a_pretraining_run_gives_its_detector(folder, tmp_path):
         finetune(arguments_for(folder, tmp_path / "wrong", detector=str(folder / "data")))
 
 
-def test_both_datasets_must_number_their_categories_alike(folder, tmp_path):
+def test_what_is_measured_on_has_the_categories_of_training(folder, tmp_path):
     shutil.copytree(folder / "data", tmp_path / "data")
-    (tmp_path / "data" / "labels.json").write_text(json.dumps(SYNTHETIC_CATEGORIES[::-1]))
-    with pytest.raises(DataError, match="other categories.*ring, star.*instead of disk"):
+    (tmp_path / "data" / "labels.json").write_text(json.dumps(["moon", *SYNTHETIC_CATEGORIES[1:]]))
+    with pytest.raises(DataError, match=f"other categories.*: moon, which are not among {SYNTHETIC_CATEGORIES[0]}, "):
         finetune(arguments_for(folder, tmp_path / "run", eval_dataset=str(tmp_path / "data"), eval_split="validation"))
+
+
+def test_categories_of_other_numbers_are_matched_by_name(tmp_path):
+    """A label file of its own may have them in another order, and fewer of them."""
+    image, categories = tmp_path / "a.png", ["ant", "bee", "cat"]
+    PIL.Image.new("RGB", (40, 40)).save(image)
+    boxes = [[1.0, 1.0, 9.0, 9.0], [20.0, 20.0, 9.0, 9.0]]
+    for number, names in enumerate((categories, ["cat", "bee"])):
+        content = {
+            "images": [{"id": 1, "file_name": "a.png"}],
+            "categories": [{"id": place, "name": name} for place, name in enumerate(names, start=1)],
+            "annotations": [
+                {"id": own, "image_id": 1, "category_id": names.index(name) + 1, "bbox": box}
+                for own, (name, box) in enumerate(zip(("bee", "cat"), boxes, strict=True), start=1)
+            ],
+        }
+        (tmp_path / f"{number}.json").write_text(json.dumps(content))
+    expected, names, _ = load_labelled(tmp_path / "0.json")
+    found, same_names, _ = _load_labelled(str(tmp_path / "1.json"), None, None, names)
+    assert names == same_names == category_names(found) == categories
+    assert found[0]["objects"]["category"] == expected[0]["objects"]["category"] == [1, 2]
+    assert found[0]["objects"]["bbox"] == boxes
 
 
 # ---- checkpoints ----

@@ -180,7 +180,7 @@ def test_an_old_name_beside_the_new_one_is_an_error():
         CLASSES["evaluate"](**values, device="cuda:1")
     with pytest.raises(ValueError, match="device must be cpu or cuda, got 'cdua'"):
         CLASSES["evaluate"](**values, device="cdua")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'num_worker'"):
+    with pytest.raises(TypeError, match="has no 'num_worker'; did you mean 'dataloader_num_workers'"):
         CLASSES["evaluate"](**values, num_worker=1)
 
 

@@ -133,6 +133,9 @@ def test_names_that_lead_out_or_meet(tmp_path):
 def test_what_cannot_be_written_to(tmp_path):
     with pytest.raises(DataError, match="Unknown layout 'xml' of labels: expected one of coco, yolo, voc"):
         export_labels({}, [], tmp_path / "x", "xml")
+    for name in ("a\x07", "cat ", "a\tb"):
+        with pytest.raises(DataError, match="the category '.*' cannot be written to Pascal VOC's XML as it is"):
+            export_labels({}, ["dog", name], tmp_path / "voc", "voc")
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(DataError, match="expected a new or empty folder"):
         export_labels({}, [], tmp_path, "coco")

@@ -359,6 +359,23 @@ def test_one_view_alone_is_refused_and_no_labels_mean_prediction():
     model = pretraining_model("detr")
     with pytest.raises(ValueError, match="two views"):
         model(**random_batch())
+    batch = random_batch()
+    for change, message in (
+        (lambda labels: labels[:1], "labels must be a list with a dict for each of the 2 images, got 1"),
+        (lambda labels: labels[0], "labels must be a list with a dict for each of the 2 images, got one dict"),
+        (lambda labels: [{}, labels[1]], r"labels\[0\] must have boxes, .*, boxes is missing"),
+        (
+            lambda labels: [labels[0], labels[1] | {"proposal_ids": torch.zeros(0)}],
+            r"labels\[1\] must have as many of each, got \d boxes, \d class_labels, 0 proposal_ids",
+        ),
+    ):
+        labels = [label | {"proposal_ids": torch.arange(len(label["boxes"]))} for label in batch["labels"]]
+        for view in ("labels", "momentum_labels"):
+            both = {"labels": labels, "momentum_labels": labels} | {view: change(labels)}
+            with pytest.raises(ValueError, match=f"^{'momentum_' if view != 'labels' else ''}{message}"):
+                model(**batch | {"momentum_pixel_values": batch["pixel_values"]} | both)
+    with pytest.raises(ValueError, match="no config field projection_dims; did you mean 'projection_dim'"):
+        AlignDetForPreTraining.from_detector(model.online_detector, projection_dims=3)
     outputs = model(pixel_values=random_batch()["pixel_values"])
     assert outputs.loss is None and outputs.logits.shape == (2, NUM_QUERIES, 4)
 

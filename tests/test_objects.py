@@ -212,6 +212,10 @@ def test_the_trainer_takes_plain_data_sets(labelled, detector, tmp_path):
         ValueError, match=f"category 0 of the data set is '{names[0]}', class 0 of the .* '{names[4]}'"
     ):
         aligndet_hf.DetectionTrainer(model, args=arguments, train_dataset=labelled)
+    with pytest.raises(ValueError, match="compute_metrics would have no effect: .* `trainer.measured` holds"):
+        aligndet_hf.DetectionTrainer(detector, args=arguments, train_dataset=labelled, compute_metrics=len)
+    with pytest.raises(ValueError, match="got a IterableDataset; .* makes one of a stream"):
+        aligndet_hf.DetectionTrainer(detector, args=arguments, train_dataset=labelled.to_iterable_dataset())
     few = tiny_detector("detr", num_labels=1)
     with pytest.raises(ValueError, match="5 categories, the detector 1 classes"):
         aligndet_hf.DetectionTrainer(few, args=arguments, train_dataset=labelled)

@@ -193,6 +193,7 @@ def test_an_unknown_class_is_refused_before_the_first_epoch():
         ({"freeze_batch_norm": "false"}, "freeze_batch_norm must be True or False, got 'false'"),
         ({"detector_config": '{"num_queries": 12}'}, "detector_config must be a dict, got '{\"num_queries\": 12}'"),
         ({"dataset": {"image": []}}, "dataset must be text, got a dict"),
+        ({"split": 3}, "split must be text, got 3"),
         ({"dataset": {}}, "dataset must be text, got a dict"),
         ({"dataset": ["a.jpg"]}, "a data set or a model is expected, got a list. A data set is made of images or"),
     ],

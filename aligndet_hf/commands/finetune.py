@@ -15,9 +15,11 @@ from ..data.bit_depth import saved_window, settle_pixel_window, window_line
 from ..data.checks import leak_note, mask_note, metric_note, objects_per_image, query_note
 from ..data.columns import validate_objects
 from ..data.dataset import LabelledImages, MixedImages
+from ..data.door import listed
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, load_labelled, split_names
 from ..data.launch import Launch
+from ..data.readers.spellings import with_categories
 from ..data.shards import content_hash
 from ..data.sources import model_hash
 from ..data.splits import nested_subsets
@@ -347,10 +349,12 @@ def _load_labelled(source: str, split: str | None, image_dir: str | None, catego
     flag = "--split" if categories is None else "--eval_split"
     dataset, names, report = load_labelled(source, split, image_dir, flag)
     if categories not in (None, names):
-        raise DataError(
-            f"{source} (split {split}) has other categories than the training data: {', '.join(names)} instead of "
-            f"{', '.join(categories)}. Number them alike in both."
-        )
+        if others := [name for name in names if name not in categories]:
+            raise DataError(
+                f"{source} (split {split}) has other categories than the training data: {listed(others, 8)}, which "
+                f"are not among {listed(categories, 8)}. Rename them."
+            )
+        dataset, names = with_categories(dataset, names, categories), categories
     PartialState().print(report)
     return dataset, names, report
 

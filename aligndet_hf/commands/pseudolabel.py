@@ -241,7 +241,8 @@ def _label(arguments: PseudolabelArguments, images, labelled, names: list[str], 
         raise DataError(
             f"no box has a score of at least {arguments.score_threshold:g}, the score_threshold; "
             + (f"the best score is {best:.3g}" if best else f"all are below {arguments.ignore_threshold:g}, too")
-            + ". Lower --score_threshold and --ignore_threshold, or train the teacher for longer."
+            + ". Lower --score_threshold and --ignore_threshold, with another --output_dir or --overwrite_output_dir, "
+            "or train the teacher for longer."
         )
     report = {"images": len(images), "skipped": len(images) - len(found), "boxes": sum(map(len, boxes))}
     if arguments.class_check == "neighbours":

@@ -106,6 +106,10 @@ def require_columns(dataset: datasets.Dataset, columns: list[str], source: str =
     Raises:
         [`DataError`]: names the missing column, the columns found and the nearest of them.
     """
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        is_several = isinstance(dataset, datasets.DatasetDict | datasets.IterableDatasetDict)
+        fix = "give one of its splits" if is_several else "load_dataset_source reads one"
+        raise DataError(f"{source}: expected a datasets.Dataset, got a {type(dataset).__name__}: {fix}.")
     for column in columns:
         if column not in dataset.column_names:
             labels = " The file has no list 'annotations'." if str(source).lower().endswith(".json") else ""

@@ -200,6 +200,7 @@ def _export_yolo(splits: Splits, categories: list[str], folder: Path) -> list[st
 
 
 def _export_voc(splits: Splits, categories: list[str], folder: Path) -> list[str]:
+    _require_names(categories)
     left_out, taken = Counter(), set()
     for split, dataset in splits.items():
         stems = []
@@ -210,6 +211,12 @@ def _export_voc(splits: Splits, categories: list[str], folder: Path) -> list[str
             stems.append(row.name.stem)
         _write(folder / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
     return _told(left_out)
+
+
+def _require_names(categories: list[str]) -> None:
+    """Refuses names that XML, or those who read it, would change."""
+    if bad := [name for name in categories if not name.isprintable() or name != name.strip()]:
+        raise DataError(f"the category {bad[0]!r} cannot be written to Pascal VOC's XML as it is: rename it.")
 
 
 def _voc_xml(row: _Row, boxes: np.ndarray, labels: np.ndarray, categories: list[str]) -> bytes:

@@ -87,7 +87,7 @@ def _fitted(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str
             fitted[name] = tensor
         elif int(level[2]) >= surplus:  # the coarser levels are those that all pyramids have
             fitted[f"{level[1]}{int(level[2]) - surplus}{level[3]}"] = tensor
-    for name in [name for name in fitted if name.endswith(".0.weight")]:
+    for name in [name for name in fitted if name.endswith(".0.weight") and name in names]:
         part = name.removesuffix("0.weight")
         if f"{part}1.running_var" in fitted and f"{part}1.running_var" not in names:
             norm = {key: fitted.pop(f"{part}1.{key}") for key in ("weight", "bias", "running_mean", "running_var")}

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..files import similar_path
+
 # How files of `torch.save` begin: as an archive, or before PyTorch 1.6 as the pickle of a number.
 TORCH_BEGINNINGS = (b"PK\x03\x04", bytes.fromhex("80028a0a6cfc9c46f920"))
 
@@ -40,7 +42,7 @@ def read_checkpoint(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
+        raise FileNotFoundError(f"{path} is not a file{': it is a folder' if path.is_dir() else similar_path(path)}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -17,7 +17,8 @@ from transformers.utils import logging
 
 from ..data.arrow_boxes import read_boxes, read_values
 from ..data.checks import COCO_DETECTIONS, metric_note
-from ..data.columns import image_numbers
+from ..data.columns import image_numbers, require_columns
+from ..data.errors import DataError
 from ..data.masks import FIELD, coco_run_lengths, has_regions, run_lengths
 from .diagnosis import agreeing, in_crowd
 
@@ -122,7 +123,19 @@ class CocoMetrics:
                 [`~aligndet_hf.data.columns.image_numbers`]. Boxes without area count as missed, as in pycocotools;
                 those that are not finite do not.
             categories (`list[str]`): Names of the categories; label `k` of a prediction means `categories[k]`.
+
+        Raises:
+            [`DataError`]: The dataset has another form: `load_dataset_source` brings it into this one.
         """
+        if isinstance(categories, str):
+            raise ValueError(f"categories must be a list of names, got the text {categories!r}")
+        require_columns(dataset, ["objects"])
+        fields = dataset.features["objects"]
+        if not isinstance(fields, dict) or not {"bbox", "category"} <= set(fields):
+            raise DataError(
+                "The column 'objects' must be a struct of lists with the fields 'bbox' and 'category', got "
+                f"{fields}: `load_dataset_source` brings a data set into this form."
+            )
         objects = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
         boxes, counts = read_boxes(objects, np.float64)
         fields = {"category_id": read_values(objects, "category")[0].astype(np.int64)}
@@ -171,6 +184,8 @@ class CocoMetrics:
             if image_id not in self._numbers:
                 raise ValueError(f"Image {image_id} is not in the ground truth.")
             scores, labels = _to_numpy(prediction["scores"]), _to_numpy(prediction["labels"])
+            if len(labels) and labels.dtype.kind not in "iuf":
+                raise ValueError(f"Image {image_id}: labels must be category ids, got {labels[0]!r}.")
             boxes = _to_numpy(prediction["boxes"]).reshape(-1, 4)
             if not len(scores) == len(labels) == len(boxes):
                 raise ValueError(

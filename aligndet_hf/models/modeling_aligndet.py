@@ -20,7 +20,7 @@ from ..detectors.backbones import (
     normalize_in_one_pass,
     set_backbone_trainable,
 )
-from ..detectors.build import open_detector, save_image_processor
+from ..detectors.build import open_detector, require_config_fields, save_image_processor
 from ..detectors.criterion import NORMALIZER_EPSILON, use_no_loss, use_pretraining_loss
 from ..detectors.families import Family, ObjectRows, backbone_path, family_of
 from ..losses import best_box_diagnostics, contrastive_diagnostics, count_ids, object_contrastive_loss
@@ -154,6 +154,7 @@ class AlignDetForPreTraining(MomentumModel):
         """
         if not isinstance(detector, PreTrainedModel):
             detector = open_detector(detector)
+        require_config_fields(AlignDetConfig(), config)
         detector_config = copy.deepcopy(detector.config)
         detector_config._name_or_path = ""  # inside another config it would be saved
         model = cls(AlignDetConfig(detector_config=detector_config, **config))
@@ -239,7 +240,7 @@ class AlignDetForPreTraining(MomentumModel):
                 arguments for both detectors.
 
         Raises:
-            `ValueError`: if there are labels, but no second view with its own.
+            `ValueError`: if there are labels, but no second view with its own, or labels that are not as said above.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -253,6 +254,9 @@ class AlignDetForPreTraining(MomentumModel):
             return AlignDetOutput(logits=online.logits, pred_boxes=online.pred_boxes, hidden_states=hidden_states)
         if momentum_pixel_values is None or momentum_labels is None:
             raise ValueError("pre-training needs two views: momentum_pixel_values and momentum_labels are missing")
+
+        _require_labels(labels, len(pixel_values), "labels")
+        _require_labels(momentum_labels, len(momentum_pixel_values), "momentum_labels")
 
         # The momentum detector comes first: its matching is done when the one wait for the other's is over.
         with torch.no_grad():
@@ -341,6 +345,20 @@ class AlignDetForPreTraining(MomentumModel):
         self.online_detector.save_pretrained(path)
         if image_processor is not None:
             save_image_processor(image_processor, path)
+
+
+def _require_labels(labels: list[dict[str, Tensor]], images: int, name: str) -> None:
+    """Refuses labels of other images, or without what they need, where a detector would fail deep inside."""
+    if isinstance(labels, dict) or len(labels) != images:
+        got = "one dict" if isinstance(labels, dict) else len(labels)
+        raise ValueError(f"{name} must be a list with a dict for each of the {images} images, got {got}")
+    needed = ("boxes", "class_labels", "proposal_ids")
+    for number, label in enumerate(labels):
+        if missing := [key for key in needed if key not in label]:
+            raise ValueError(f"{name}[{number}] must have {', '.join(needed)}, {missing[0]} is missing")
+        if len({len(label[key]) for key in needed}) > 1:
+            counts = ", ".join(f"{len(label[key])} {key}" for key in needed)
+            raise ValueError(f"{name}[{number}] must have as many of each, got {counts}")
 
 
 def _from_all_processes(online_rows: Tensor, momentum_rows: Tensor, online_ids: Tensor) -> dict[str, Tensor]:

@@ -76,6 +76,9 @@ def _ended_early(state: TrainerState) -> bool:
     return stopping["attributes"]["early_stopping_patience_counter"] >= stopping["args"]["early_stopping_patience"]
 
 
+_WITHOUT_EFFECT = {"compute_metrics", "preprocess_logits_for_metrics"}  # of the arguments of `Trainer`
+
+
 class DetectionTrainer(Trainer):
     """
     `transformers.Trainer` for detectors.
@@ -103,7 +106,8 @@ class DetectionTrainer(Trainer):
             default one for images of 640 pixels.
         transferred (`Collection[str]`, *optional*): Names of the tensors that a checkpoint passed on, for
             `transferred_learning_rate` and `layer_decay`.
-        kwargs: Further arguments of `Trainer`.
+        kwargs: Further arguments of `Trainer`, but for `compute_metrics`, `preprocess_logits_for_metrics` and
+            `model_init`.
     """
 
     def __init__(
@@ -122,6 +126,12 @@ class DetectionTrainer(Trainer):
                 f"model must be a detector, got {model!r}: AutoModelForObjectDetection.from_pretrained(...) loads "
                 "one, aligndet_hf.build_detector(...) makes a new one"
             )
+        for name in _WITHOUT_EFFECT & kwargs.keys():
+            if kwargs[name] is not None:
+                raise ValueError(
+                    f"{name} would have no effect: evaluation measures COCO's numbers itself, `trainer.measured` "
+                    "holds the CocoMetrics of the last one. For numbers of your own override `evaluate`"
+                )
         args = args or TrainingArguments(output_dir="outputs/trained", remove_unused_columns=False)
         processing_class = processing_class or build_image_processor(model, DEFAULT_SIZE)
         train_dataset = training_images(train_dataset, model, args, processing_class)

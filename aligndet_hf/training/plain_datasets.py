@@ -30,10 +30,11 @@ def training_images(dataset, model, args, image_processor) -> Dataset:
     Images are flipped at random; their sizes are `image_sizes` of the arguments, or the size of the image processor.
     """
     if not isinstance(dataset, datasets.Dataset):
-        if not isinstance(dataset, Dataset | None):
+        if not isinstance(dataset, Dataset | None) or isinstance(dataset, datasets.IterableDataset):
             raise ValueError(
                 "train_dataset must be a datasets.Dataset with the columns image and objects, got a "
-                f"{type(dataset).__name__}; load_dataset_source reads one"
+                f"{type(dataset).__name__}; load_dataset_source reads one, datasets.Dataset.from_list(list(stream), "
+                "features=stream.features) makes one of a stream"
             )
         return dataset
     dataset, _ = _labelled(dataset, model)

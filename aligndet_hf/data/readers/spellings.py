@@ -220,6 +220,14 @@ def _numbered(dataset: datasets.Dataset, names: list[str], source: str) -> datas
     return _with_field(dataset, "category", category, datasets.ClassLabel(names=names))
 
 
+def with_categories(dataset: datasets.Dataset, names: list[str], categories: list[str]) -> datasets.Dataset:
+    """A data set in our form whose categories, called `names`, get the numbers of their names among others."""
+    lists = _column_of(dataset, "objects").field("category")
+    numbers = pa.array([categories.index(name) for name in names], pa.int64()).take(lists.flatten().cast(pa.int64()))
+    category = pa.ListArray.from_arrays(_offsets(lists), numbers)
+    return _with_field(dataset, "category", category, datasets.ClassLabel(names=categories))
+
+
 def _with_names(dataset: datasets.Dataset, names: list[str]) -> datasets.Dataset:
     category = dataset.features["objects"]["category"]
     feature = dict(dataset.features["objects"]) | {"category": type(category)(datasets.ClassLabel(names=names))}

@@ -301,11 +301,15 @@ def convert_tensors(
     return type(blank).from_pretrained(None, config=config, state_dict=state), report
 
 
+_HEADS = "encoder_attention_heads"  # that no tensor tells
+
+
 def _config(layout: Layout, found: Found, source: str, fields: Mapping[str, Any]) -> PreTrainedConfig:
     """The detector's config: the family's defaults, what the file says, what the user says."""
     require_config_fields(AutoConfig.for_model(layout.family), fields)
+    heads = {"nheads": fields[_HEADS]} if _HEADS in fields else {}  # of the decoder, too, and sampling points follow
     try:
-        of_file = layout.config(found.tensors, found.options)
+        of_file = layout.config(found.tensors, found.options | heads)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f"{source} is {layout.name}, but its tensors say no size: {error} is missing") from error
     return AutoConfig.for_model(layout.family, **{**dict(FAMILIES[layout.family].defaults), **of_file, **fields})
