@@ -189,11 +189,9 @@ class TakesOldNames(type):
         return "\n".join(lines)
 
     def __call__(cls, *args, **given):
-        given = with_new_names(cls, given)
-        known = (
-            [item.name for item in dataclasses.fields(cls) if item.init] if dataclasses.is_dataclass(cls) else given
-        )
-        if unknown := next((name for name in given if name not in known), None):
+        given, known = with_new_names(cls, given), inspect.signature(cls.__init__).parameters
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
+        if unknown := next((name for name in given if name not in known and not takes_any), None):
             raise TypeError(f"{cls.__name__} has no {unknown!r}{nearest(unknown, known)}")
         return super().__call__(*args, **given)
 

@@ -440,7 +440,12 @@ def test_build_gives_as_many_classes_as_names():
         assert (config.num_labels, config.id2label[1], config.label2id["dog"]) == (2, "dog", 1)
     with pytest.raises(ValueError, match="num_labels is 3, and id2label has 2 names"):
         build_detector("detr", backbone="resnet10t", num_labels=3, id2label=["cat", "dog"])
-    for number in (0, "3", 2.0):
+    for names in ("ab", ["cat", "cat"], {1: "cat", 2: "dog"}):
+        with pytest.raises(
+            ValueError, match="id2label must have a name of its own for each of the classes 0 to 1, got"
+        ):
+            build_detector("detr", backbone="resnet10t", id2label=names)
+    for number in (0, "3", 2.0, True):
         with pytest.raises(ValueError, match="num_labels must be a positive whole number"):
             build_detector("detr", backbone="resnet10t", num_labels=number)
 

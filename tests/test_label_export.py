@@ -133,6 +133,7 @@ def test_names_that_lead_out_or_meet(tmp_path):
 def test_what_cannot_be_written_to(tmp_path):
     with pytest.raises(DataError, match="Unknown layout 'xml' of labels: expected one of coco, yolo, voc"):
         export_labels({}, [], tmp_path / "x", "xml")
+    export_labels({}, ["می\u200cخواهم", "\U0001f9d1\u200d\U0001f33e"], tmp_path / "names", "voc")
     for name in ("a\x07", "cat ", "a\tb"):
         with pytest.raises(DataError, match="the category '.*' cannot be written to Pascal VOC's XML as it is"):
             export_labels({}, ["dog", name], tmp_path / "voc", "voc")

@@ -208,8 +208,14 @@ def test_the_trainer_takes_plain_data_sets(labelled, detector, tmp_path):
     names = labelled.features["objects"]["category"].feature.names
     assert list(model.config.id2label.values()) == names and model.config.label2id[names[4]] == 4
     model.config.id2label = dict(enumerate(reversed(names)))
+    turned = aligndet_hf.DetectionTrainer(model, args=arguments, train_dataset=labelled, eval_dataset=labelled)
+    number = labelled[0]["objects"]["category"]
+    for rows in (turned.train_dataset.rows.with_format(None), turned.eval_dataset.dataset):
+        assert rows[0]["objects"]["category"] == [4 - one for one in number]  # by name
+    assert list(turned.eval_dataset.categories) == names[::-1]
+    model.config.id2label[1] = "moon"
     with pytest.raises(
-        ValueError, match=f"category 0 of the data set is '{names[0]}', class 0 of the .* '{names[4]}'"
+        ValueError, match=f"the detector has no class {names[3]}, it has the classes {names[4]}, moon,"
     ):
         aligndet_hf.DetectionTrainer(model, args=arguments, train_dataset=labelled)
     with pytest.raises(ValueError, match="compute_metrics would have no effect: .* `trainer.measured` holds"):

@@ -1290,6 +1290,9 @@ def test_images_that_are_links_to_elsewhere_are_told(tmp_path, caplog, layout, i
         assert len(load_dataset_source(tmp_path / "mine", "train", labels=True)) == 2
         assert "left out: 1 (a link to a file outside the folder: give the folder of that file): " in caplog.text
         assert "label files are not used" not in caplog.text
+        write_text(tmp_path / "mine/labels/val/t0.txt", "0 0.5 0.5 0.1 0.1")  # of the name of a link elsewhere
+        load_dataset_source(tmp_path / "mine", "train", labels=True)
+        assert "1 label files are not used, there is no image of that name" in caplog.text
         return
     with pytest.raises(DataError, match=r"t0.xml: the image .*t0.png is not opened: a link to a file outside"):
         load_dataset_source(tmp_path / "mine", "train", labels=True)
@@ -1299,13 +1302,14 @@ def test_the_number_of_classes_of_yolo(tmp_path):
     yolo_ultralytics(tmp_path)
     text = (tmp_path / "dataset.yaml").read_text()
     write_text(tmp_path / "dataset.yaml", f"{text}\nnc: 4\n")
-    with pytest.raises(DataError, match="dataset.yaml: 'nc' is 4, but 'names' has 3 names: correct one of them"):
+    with pytest.raises(DataError, match="dataset.yaml: 'nc' is 4, but there are 3 names: correct one of the two"):
         load_dataset_source(tmp_path, "train", labels=True)
+    write_text(tmp_path / "dataset.yaml", f"{text}\nnc: '3'\n")
+    assert category_names(load_dataset_source(tmp_path, "train", labels=True)) == list(NAMES)
     write_text(tmp_path / "dataset.yaml", "train: images/train\nval: images/val\nnc: 4\n")
     assert category_names(load_dataset_source(tmp_path, "train", labels=True)) == ["0", "1", "2", "3"]
-    write_text(tmp_path / "dataset.yaml", "train: images/train\nval: images/val\nnc: four\n")
-    with pytest.raises(DataError, match="'nc', how many classes there are, must be a positive number, got 'four'"):
-        load_dataset_source(tmp_path, "train", labels=True)
+    (tmp_path / "dataset.yaml").rename(tmp_path / "training.yaml")  # anything may have an `nc`
+    assert category_names(load_dataset_source(tmp_path, "train", labels=True)) == ["0", "1", "2"]
 
 
 def test_key_points_of_yolo_follow_the_box(tmp_path):
@@ -1416,6 +1420,8 @@ def test_wrong_files_of_voc(tmp_path, old, new, message):
 
 def test_empty_file_of_voc_is_no_missing_one(tmp_path):
     voc_labelimg(tmp_path)
+    (tmp_path / "notes.xml").write_text("")
+    assert len(load_dataset_source(tmp_path, "train", labels=True)) == 3
     (tmp_path / "train" / "t2.xml").write_text("")
     with pytest.raises(DataError, match="t2.xml: not valid XML"):
         load_dataset_source(tmp_path, "train", labels=True)
@@ -1438,7 +1444,7 @@ def test_circles_and_points_of_labelme(tmp_path, caplog):
     shapes = [
         {"label": "ball", "shape_type": "circle", "points": [[20, 15], [23, 19]]},
         {"label": "spot", "shape_type": "point", "points": [[1, 1]]},
-        {"label": "ball", "shape_type": "mask", "points": [[2, 3], [5, 9]], "mask": "of 4 x 7 pixels"},
+        {"label": "ball", "shape_type": "mask", "points": [[5, 9], [2, 3]], "mask": "of 4 x 7 pixels"},
     ]
     write_text(tmp_path / "a.json", {"shapes": shapes, "imagePath": "a.png", "imageData": None})
     with caplog.at_level(logging.WARNING):

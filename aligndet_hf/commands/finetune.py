@@ -352,7 +352,7 @@ def _load_labelled(source: str, split: str | None, image_dir: str | None, catego
         if others := [name for name in names if name not in categories]:
             raise DataError(
                 f"{source} (split {split}) has other categories than the training data: {listed(others, 8)}, which "
-                f"are not among {listed(categories, 8)}. Rename them."
+                f"are not among {listed(categories, 8)}. Rename or remove them."
             )
         dataset, names = with_categories(dataset, names, categories), categories
     PartialState().print(report)

@@ -234,6 +234,7 @@ def _joined(splits: Splits, split: str | None, source: str | Path, flag: str = "
 def _choose_splits(available: list[str], split: str | None, source: str | Path, flag: str = "--split") -> list[str]:
     if split is None and len(available) == 1:
         return available
+    split = str(split) if isinstance(split, datasets.NamedSplit) else split
     if not isinstance(split, str | None):
         raise DataError(f"{source}: a split must be text, several are joined as in 'train+test', got {split!r}.")
     chosen = split.split("+") if split else []

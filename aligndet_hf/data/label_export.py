@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from .splits import Splits
 
 logger = logging.getLogger(__name__)
 
+_NO_XML = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # what XML may not hold, or has readers change
 _FOLDERS = {"validation": "val"}  # splits whose folders are called otherwise
 
 
@@ -215,7 +217,7 @@ def _export_voc(splits: Splits, categories: list[str], folder: Path) -> list[str
 
 def _require_names(categories: list[str]) -> None:
     """Refuses names that XML, or those who read it, would change."""
-    if bad := [name for name in categories if not name.isprintable() or name != name.strip()]:
+    if bad := [name for name in categories if _NO_XML.search(name) or name != name.strip()]:
         raise DataError(f"the category {bad[0]!r} cannot be written to Pascal VOC's XML as it is: rename it.")
 
 

@@ -208,8 +208,8 @@ def find_backbone(backbone: str | PreTrainedConfig) -> PreTrainedConfig:
             f"{backbone!r} is no timm model, transformers model type or checkpoint; similar: {', '.join(similar)}"
         )
     if type(config) not in MODEL_FOR_BACKBONE_MAPPING:
-        inside = Path(backbone, "backbone") if isinstance(backbone, str) else Path()
-        hint = f": give {inside}" if (inside / "config.json").is_file() else ""  # a run of SoCo
+        inside = Path(backbone, "backbone") if isinstance(backbone, str | Path) else None
+        hint = f": give {inside}" if inside and (inside / "config.json").is_file() else ""  # a run of SoCo
         raise ValueError(f"transformers has no backbone of type {config.model_type!r} (from {backbone!r}){hint}")
     name = config._name_or_path
     # Through JSON: some defaults are tuples where the models need lists, as they are in every saved config.

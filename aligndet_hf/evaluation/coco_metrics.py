@@ -130,11 +130,12 @@ class CocoMetrics:
         if isinstance(categories, str):
             raise ValueError(f"categories must be a list of names, got the text {categories!r}")
         require_columns(dataset, ["objects"])
-        fields = dataset.features["objects"]
-        if not isinstance(fields, dict) or not {"bbox", "category"} <= set(fields):
+        feature = (dataset.features or {}).get("objects")
+        has_form = isinstance(feature, dict) and {"bbox", "category"} <= set(feature)
+        if not has_form or not isinstance(dataset, datasets.Dataset):
             raise DataError(
-                "The column 'objects' must be a struct of lists with the fields 'bbox' and 'category', got "
-                f"{fields}: `load_dataset_source` brings a data set into this form."
+                "The column 'objects' of a `datasets.Dataset` must be a struct of lists with the fields 'bbox' and "
+                f"'category', got {feature} of a {type(dataset).__name__}: `load_dataset_source` makes one."
             )
         objects = dataset.select_columns(["objects"]).with_format("arrow")[:]["objects"]
         boxes, counts = read_boxes(objects, np.float64)

@@ -7,7 +7,9 @@ import torch
 from torch.utils.data import Dataset
 
 from ..data.dataset import LabelledImages, MixedImages
+from ..data.door import listed
 from ..data.formats import load_labelled
+from ..data.readers.spellings import with_categories
 from ..data.sampling import SampleKey
 from ..data.views import ViewConfig
 from ..detectors.classes import are_unnamed, class_fields
@@ -83,25 +85,27 @@ def evaluation_images(dataset, model, image_processor) -> Dataset:
 
 def _labelled(dataset: datasets.Dataset, model) -> tuple[datasets.Dataset, list[str]]:
     """
-    The data set in our form, checked, and its categories, which must be the first classes of the model. A model whose
-    classes have no names takes them.
+    The data set in our form, checked, and its categories, which become the classes of the model: by name, if both have
+    names, else in order. A model whose classes have no names takes them.
     """
     dataset, categories, _ = load_labelled(dataset)
+    classes = [model.config.id2label[index] for index in range(model.config.num_labels)]
     others = "`transfer_detector` of aligndet_hf.detectors.transfer gives it others, and so does `finetune`"
-    classes = model.config.id2label
     if len(categories) > len(classes):
         raise ValueError(
             f"the data set has {len(categories)} categories, the detector {len(classes)} classes: {others}"
         )
     if categories == [str(index) for index in range(len(categories))]:  # numbers, which have no names
         return dataset, categories
-    if are_unnamed(classes):
+    if are_unnamed(model.config.id2label):
         if len(classes) == len(categories):
             for name, value in class_fields(None, categories).items():
                 setattr(model.config, name, value)
-    elif wrong := [index for index, name in enumerate(categories) if classes[index] != name]:
+        return dataset, categories
+    if unknown := [name for name in categories if name not in classes]:
         raise ValueError(
-            f"category {wrong[0]} of the data set is {categories[wrong[0]]!r}, class {wrong[0]} of the detector "
-            f"{classes[wrong[0]]!r}: {others}"
+            f"the detector has no class {listed(unknown, 8)}, it has the classes {listed(classes, 8)}: {others}"
         )
+    if categories != classes[: len(categories)]:
+        dataset, categories = with_categories(dataset, categories, classes), classes
     return dataset, categories

@@ -350,7 +350,8 @@ def _add_annotations(path: Path, annotations: list[dict], images: dict, categori
         try:
             _add_annotation(annotation if own[number] is not None else annotation | {"id": next(free)}, images, labels)
         except DataError as error:
-            raise DataError(f"{path}, annotation {annotation.get('id', f'number {number}')}: {error}") from None
+            named = f"number {number}" if own[number] is None else own[number]
+            raise DataError(f"{path}, annotation {named}: {error}") from None
 
 
 def _add_annotation(annotation: dict, images: dict, labels: dict) -> None:

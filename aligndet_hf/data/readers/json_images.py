@@ -265,8 +265,8 @@ def _labelme_shape(shape: dict) -> Shape:
         (x1, y1), (x2, y2) = points[0], points[len(points) // 2]  # two corners, or all four
         return [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
     if kind == "mask":  # its first and its last pixel
-        (x1, y1), (x2, y2) = points
-        return [x1, y1, x2 - x1 + 1, y2 - y1 + 1]
+        xs, ys = zip(*points, strict=True)
+        return [min(xs), min(ys), max(xs) - min(xs) + 1, max(ys) - min(ys) + 1]
     return points
 
 

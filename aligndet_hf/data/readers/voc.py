@@ -97,7 +97,8 @@ def _list_xml(folder: Path) -> list[Path]:
     """The XML files of Pascal VOC in a folder, at any depth; an empty file beside them is one that lost its text."""
     files = list(list_files(folder, ".xml"))
     ours = set(filter(_looks_like_voc, files))
-    return [file for file in files if ours and (file in ours or not file.stat().st_size)]
+    folders = {file.parent for file in ours}
+    return [file for file in files if file in ours or (file.parent in folders and not file.stat().st_size)]
 
 
 def _entry(file: Path, root: ElementTree.Element, split: str) -> Entry:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from ..door import is_image_name, is_inside, spelt_as_there, visit
+from ..door import OUTPUT, is_image_name, is_inside, spelt_as_there, visit
 from ..errors import DataError
 from ..images import image_size
 from .files import (
@@ -96,17 +96,20 @@ def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir:
         [`ImageError`]: for an image whose size cannot be read.
     """
     root, config = _root(path), _config(path)
-    names = _names(root, config)
+    names, count = _names(root, config), config.get("nc")
+    count = count if type(count) is int and count > 0 else None
+    if names and count not in (None, len(names)):
+        raise DataError(f"{config['']}: 'nc' is {count}, but there are {len(names)} names: correct one of the two.")
     _tell_unused(path, root, found)
     if names is None:
-        below = next(filter(_read_config, list_files(root, ".yaml", ".yml")), None)
+        below = None if config else next(filter(_read_config, list_files(root, ".yaml", ".yml")), None)
         if below is not None:
             raise DataError(
                 f"{path}: no data.yaml in it, but further down there is {below}. Give that file or its folder."
             )
         files = [file for places in found.values() for _, file in _pairs(root, places)]
         labels = [label for file in files for _, label, _ in _lines(file, root)]
-        names = [str(label) for label in range(max(labels, default=0) + 1)]
+        names = list(map(str, range(count or max(labels, default=0) + 1)))
         logger.warning("%s: no data.yaml or classes.txt names the classes: they are called by their numbers.", path)
     keypoints = bool(config.get("kpt_shape"))
     pairs = [(split, *pair) for split in splits for pair in dict(_pairs(root, found[split])).items()]
@@ -120,8 +123,9 @@ def _tell_unused(path: Path, root: Path, found: dict[str, list[Path]]) -> None:
     """Warns of label files without an image: those that were renamed, for one. Lists may leave some out."""
     used = {file for places in found.values() for _, file in _pairs(root, [one for one in places if one.is_dir()])}
     files = (file for folder in sorted({file.parent for file in used}) for file in sorted(folder.glob("*.txt")))
-    left_out = {Path(image).stem for image, reason in visit(root) if reason}  # which the reading tells
-    unused = [file for file in files if file not in used and file.stem not in left_out and _is_label_file(file)]
+    left_out = (Path(image) for image, reason in visit(root) if reason not in (None, OUTPUT))
+    used |= {_label_file(image) for image in left_out}  # reading tells these images
+    unused = [file for file in files if file not in used and _is_label_file(file)]
     if unused:
         message = "%s: %d label files are not used, there is no image of that name (e.g. %s)."
         logger.warning(message, path, len(unused), unused[0])
@@ -153,7 +157,7 @@ def _read_config(path: Path) -> dict | None:
         if path.name in _CONFIGS:
             raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}).") from error
         return None
-    if not isinstance(content, dict) or not {"names", "nc"} & set(content):
+    if not isinstance(content, dict) or not ({"names"} | ({"nc"} if path.name in _CONFIGS else set())) & set(content):
         return None
     if not set(_SPLIT_KEYS) & set(content) and path.name not in _CONFIGS:
         return None
@@ -244,20 +248,12 @@ def _label_file(image: Path) -> Path:
 
 
 def _names(root: Path, config: dict) -> list[str] | None:
-    names, count = config.get("names"), config.get("nc")
-    if count is not None and (type(count) is not int or count < 1):
-        raise DataError(f"{config['']}: 'nc', how many classes there are, must be a positive number, got {count!r}.")
-    if names is not None:
-        names = list_of_names(names, f"{config['']}, 'names'")
-        if count not in (None, len(names)):
-            raise DataError(f"{config['']}: 'nc' is {count}, but 'names' has {len(names)} names: correct one of them.")
-        return names
+    if config.get("names") is not None:
+        return list_of_names(config["names"], f"{config['']}, 'names'")
     places = [root, root / "labels", *split_folders(root).values()]
     of_darknet = [file.name for place in places for file in sorted(place.glob("*.names"))]
     file = next((found for place in places if (found := find_file(place, *_NAME_FILES, *of_darknet))), None)
-    if file is None:
-        return list(map(str, range(count))) if count else None
-    return list_of_names(_lines_of_names(file, root), str(file))
+    return list_of_names(_lines_of_names(file, root), str(file)) if file else None
 
 
 def _lines_of_names(file: Path, root: Path) -> list[str]:

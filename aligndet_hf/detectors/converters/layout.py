@@ -307,6 +307,8 @@ _HEADS = "encoder_attention_heads"  # that no tensor tells
 def _config(layout: Layout, found: Found, source: str, fields: Mapping[str, Any]) -> PreTrainedConfig:
     """The detector's config: the family's defaults, what the file says, what the user says."""
     require_config_fields(AutoConfig.for_model(layout.family), fields)
+    if _HEADS in fields and (type(fields[_HEADS]) is not int or fields[_HEADS] < 1):
+        raise ValueError(f"{_HEADS} must be a positive whole number, got {fields[_HEADS]!r}")
     heads = {"nheads": fields[_HEADS]} if _HEADS in fields else {}  # of the decoder, too, and sampling points follow
     try:
         of_file = layout.config(found.tensors, found.options | heads)
