@@ -14,8 +14,8 @@ def class_fields(num_labels: int | None, id2label: Mapping[int, str] | Sequence[
         id2label (`dict[int, str]` or `list[str]`, *optional*): their names.
 
     Raises:
-        `ValueError`: for a number that is not positive, or another one than there are names, and for names that are
-            not those of the classes 0, 1, ...
+        `ValueError`: for a number that is not positive, another one than there are names, or names that do not name
+            the classes 0, 1, ... one by one.
     """
     names = dict(id2label if isinstance(id2label, Mapping) else enumerate(id2label or ()))
     count = num_labels if num_labels is not None else len(names) or 1
