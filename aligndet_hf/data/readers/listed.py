@@ -232,9 +232,9 @@ class _Finder:
             found = [path for path in found if way(path) == best]
         if len(found) > 1:
             raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
-        for reason, paths in self.left_out.items() if not found else ():
-            if path := next((path for path in map(Path, paths) if plain in (path.name, path.stem)), None):
-                raise DataError(f"{where}: the image {path} is not opened: {reason}.")
         if not found:
+            for reason, paths in self.left_out.items():
+                if path := next((path for path in map(Path, paths) if plain in (path.name, path.stem)), None):
+                    raise DataError(f"{where}: the image {path} is not opened: {reason}.")
             raise DataError(f"{where}: there is no image {name!r} in {self.folder}. Give the folder as image_dir.")
         return found[0]

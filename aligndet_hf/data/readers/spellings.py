@@ -216,16 +216,20 @@ def _numbered(dataset: datasets.Dataset, names: list[str], source: str) -> datas
     numbers = pa.compute.index_in(lists.flatten(), pa.array(names, lists.type.value_type))
     if numbers.null_count:
         raise DataError(f"{source}, column 'objects', field 'category': a category is null, expected a name.")
-    category = pa.ListArray.from_arrays(_offsets(lists), numbers.cast(pa.int64()))
-    return _with_field(dataset, "category", category, datasets.ClassLabel(names=names))
+    return _with_numbers(dataset, lists, numbers.cast(pa.int64()), names)
 
 
 def with_categories(dataset: datasets.Dataset, names: list[str], categories: list[str]) -> datasets.Dataset:
     """A data set in our form whose categories, called `names`, get the numbers of their names among others."""
     lists = _column_of(dataset, "objects").field("category")
     numbers = pa.array([categories.index(name) for name in names], pa.int64()).take(lists.flatten().cast(pa.int64()))
+    return _with_numbers(dataset, lists, numbers, categories)
+
+
+def _with_numbers(dataset: datasets.Dataset, lists: pa.Array, numbers: pa.Array, names: list[str]) -> datasets.Dataset:
+    """The data set with these numbers in its lists of categories, and the names that they stand for."""
     category = pa.ListArray.from_arrays(_offsets(lists), numbers)
-    return _with_field(dataset, "category", category, datasets.ClassLabel(names=categories))
+    return _with_field(dataset, "category", category, datasets.ClassLabel(names=names))
 
 
 def _with_names(dataset: datasets.Dataset, names: list[str]) -> datasets.Dataset:

@@ -123,9 +123,10 @@ def _tell_unused(path: Path, root: Path, found: dict[str, list[Path]]) -> None:
     """Warns of label files without an image: those that were renamed, for one. Lists may leave some out."""
     used = {file for places in found.values() for _, file in _pairs(root, [one for one in places if one.is_dir()])}
     files = (file for folder in sorted({file.parent for file in used}) for file in sorted(folder.glob("*.txt")))
-    left_out = (Path(image) for image, reason in visit(root) if reason not in (None, OUTPUT))
-    used |= {_label_file(image) for image in left_out}  # reading tells these images
-    unused = [file for file in files if file not in used and _is_label_file(file)]
+    if unused := [file for file in files if file not in used and _is_label_file(file)]:
+        left_out = (Path(image) for image, reason in visit(root) if reason not in (None, OUTPUT))
+        told = {_label_file(image) for image in left_out}  # with their images, by the reading
+        unused = [file for file in unused if file not in told]
     if unused:
         message = "%s: %d label files are not used, there is no image of that name (e.g. %s)."
         logger.warning(message, path, len(unused), unused[0])
