@@ -253,7 +253,10 @@ def test_an_image_in_which_nothing_is_found(model):
         detector.detector.rpn.score_thresh = 1.1  # not even a proposal
     with torch.no_grad():
         outputs = detector(torch.zeros(2, 3, 64, 64), output_hidden_states=True)
-    assert (outputs.logits == -50).all() and not outputs.pred_boxes.any() and not outputs.object_features.any()
+    # No threshold lets through what was not found, not even 0.
+    assert not outputs.logits.sigmoid().any() and not outputs.pred_boxes.any() and not outputs.object_features.any()
+    found = DeformableDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0)
+    assert [len(one["scores"]) for one in found] == [0, 0]
 
 
 @each_model
@@ -328,6 +331,17 @@ def test_noise_follows_from_the_boxes_and_not_from_the_batch_or_the_generator():
     first, second = sampling_noise(plain, 1000), sampling_noise(plain, 1000)
     torch.manual_seed(1)
     assert torch.equal(sampling_noise(plain, 1000), first) and not torch.equal(first, second)
+
+
+@each_model
+def test_a_measured_loss_depends_on_the_weights_alone(model):
+    """Or the checkpoint with the lowest `eval_loss` of the stock Trainer would be drawn by lot."""
+    detector, batch = small(model, **{"roi_batch_size": 8} if model in MODELS[2:] else {}).eval(), random_batch((5, 3))
+    del batch["labels"][0]["proposal_ids"], batch["labels"][1]["proposal_ids"]
+    with torch.no_grad():
+        state = torch.get_rng_state()
+        losses = {float(detector(**batch).loss) for _ in range(3)}
+    assert len(losses) == 1 and torch.equal(torch.get_rng_state(), state)
 
 
 def test_regions_are_pooled_at_the_strides_of_the_maps_whatever_came_first():

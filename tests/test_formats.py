@@ -533,6 +533,26 @@ def test_a_column_that_says_the_format_of_boxes():
             load_dataset_source(dataset)
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("form", ["struct", "bytes"])
+def test_a_parquet_file_that_others_wrote_is_a_data_set(tmp_path, form, large):
+    """As pandas, polars and pyarrow write one again: nothing says any more that the bytes are images."""
+    (tmp_path / "data").mkdir()
+    content = pa.large_binary() if large else pa.binary()
+    dataset = small_dataset({"bbox": [[1, 2, 3, 4]], "category": [0]})
+    (row,) = dataset.cast_column("image", datasets.Image(decode=False))
+    image = row["image"] if form == "struct" else row["image"]["bytes"]
+    kind = pa.struct({"bytes": content, "path": pa.large_string() if large else pa.string()})
+    columns = {
+        "image": pa.array([image], kind if form == "struct" else content),
+        "objects": pa.array([{"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": [0]}]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "data" / "train-00000-of-00001.parquet")
+    for source in (tmp_path, tmp_path / "data", tmp_path / "data" / "train-00000-of-00001.parquet"):
+        (read,) = load_dataset_source(source, "train", labels=True)
+        assert read["image"]["bytes"] == row["image"]["bytes"] and read["objects"]["bbox"] == [[1, 2, 3, 4]]
+
+
 @pytest.mark.parametrize("split", [None, "validation"])
 def test_a_parquet_file_with_images_is_a_data_set(tmp_path, split):
     small_dataset({"bbox": [[1, 2, 3, 4]], "category": [0]}).to_parquet(tmp_path / "x.parquet")

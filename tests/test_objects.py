@@ -7,12 +7,13 @@ import datasets
 import pytest
 import torch
 from tiny_detectors import tiny_detector
-from transformers import AutoModelForObjectDetection, TrainingArguments
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, TrainingArguments
 
 import aligndet_hf
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.synthetic import make_synthetic_dataset
 from aligndet_hf.detectors.build import build_image_processor
+from aligndet_hf.detectors.transfer import transfer_detector
 from aligndet_hf.objects import Given, as_source
 
 QUICK = {"use_cpu": True, "disable_tqdm": True, "write_report": False, "image_sizes": [64], "max_steps": 1}
@@ -225,6 +226,46 @@ def test_the_trainer_takes_plain_data_sets(labelled, detector, tmp_path):
     few = tiny_detector("detr", num_labels=1)
     with pytest.raises(ValueError, match="5 categories, the detector 1 classes"):
         aligndet_hf.DetectionTrainer(few, args=arguments, train_dataset=labelled)
+
+
+def test_a_detector_in_half_precision_is_measured_and_trained(labelled, tmp_path):
+    """As transformers loads what was saved so. Training would lose the steps that bfloat16 has no bits for."""
+    half = tiny_detector("rt_detr", num_labels=5).to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    build_image_processor(half, 64).save_pretrained(tmp_path)
+    assert AutoModelForObjectDetection.from_pretrained(tmp_path).dtype == torch.bfloat16
+    measured = {"dataset": labelled, "use_cpu": True, "disable_tqdm": True}
+    numbers = [
+        aligndet_hf.evaluate(aligndet_hf.EvaluateArguments(detector=given, image_processor=str(tmp_path), **measured))
+        for given in (str(tmp_path), half)
+    ]
+    assert numbers[0] == numbers[1] and half.dtype == torch.bfloat16
+    images = [labelled.cast_column("image", datasets.Image())[0]["image"]]
+    for given in (str(tmp_path), half):
+        processor = AutoImageProcessor.from_pretrained(tmp_path)
+        (found,) = aligndet_hf.predict(given, images, score_threshold=0.0, image_processor=processor, use_cpu=True)
+        assert len(found["scores"]) == 20
+    assert half.dtype == torch.bfloat16
+    for start in (transfer_detector(tmp_path, 3)[0], aligndet_hf.AlignDetForPreTraining.from_detector(tmp_path)):
+        assert {parameter.dtype for parameter in start.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match=r"the weights are bfloat16, .* give model.float\(\)"):
+        aligndet_hf.DetectionTrainer(half, train_dataset=labelled)
+
+
+def test_the_trainer_refuses_at_once_to_keep_the_best_by_what_is_not_measured(labelled, detector, tmp_path):
+    """`load_best_model_at_end` alone goes by the loss: transformers says after an epoch that there is none."""
+    best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "use_cpu": True}
+    with pytest.raises(ValueError, match="metric_for_best_model: there is no 'loss'. There are AP, AP50"):
+        aligndet_hf.DetectionTrainer(detector, TrainingArguments(str(tmp_path), **best), eval_dataset=labelled)
+    for name in ("AP75", "eval_AP_disk"):
+        arguments = TrainingArguments(str(tmp_path), metric_for_best_model=name, **best)
+        aligndet_hf.DetectionTrainer(detector, arguments, eval_dataset=labelled)
+
+    class Own(aligndet_hf.DetectionTrainer):
+        def evaluate(self, *args, **kwargs):
+            return {"eval_loss": 1.0}
+
+    Own(detector, TrainingArguments(str(tmp_path), **best), eval_dataset=labelled)
 
 
 class Rows(torch.utils.data.Dataset):

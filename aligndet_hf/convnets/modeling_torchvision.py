@@ -49,7 +49,7 @@ from transformers.utils import ModelOutput
 Maps = OrderedDict[str, Tensor]  # of the levels of a pyramid
 Targets = list[dict[str, Tensor]]  # labels, and the boxes as `pixels`, xyxy
 BACKGROUND, IGNORED = -1, -2  # in place of the index of a box
-NO_LOGIT = -50.0  # of a class that a detection is not of: a probability of 2e-22
+NO_LOGIT = -1000.0  # of a class that a detection is not of: a probability of 0, which no threshold lets through
 CLASS_PRIOR = 0.01  # Lin et al., ICCV 2017, 3.3
 # How torchvision starts the convolutions of the parts of a detector. By name: on loading, transformers puts functions
 # in the place of these that leave alone what a checkpoint has.
@@ -207,8 +207,8 @@ class TorchvisionDetectorOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`): weighted sum of the terms.
         loss_dict (`dict[str, torch.Tensor]`): the terms without weights.
         logits (`torch.Tensor` of shape `[images, N, classes]`): detections after non-maximum suppression, best first:
-            the logit of the score at the class that was found, -50 elsewhere. A sigmoid gives the scores back. Only
-            without labels, or in evaluation mode.
+            the logit of the score at the class that was found, -1000 elsewhere. A sigmoid gives the scores back.
+            Only without labels, or in evaluation mode.
         pred_boxes (`torch.Tensor` of shape `[images, N, 4]`): their boxes, `cxcywh` normalised to the image without
             padding.
         pred_masks (`torch.Tensor` of shape `[images, N, 28, 28]`): Mask R-CNN: logits of the masks, each in its box.
@@ -325,16 +325,17 @@ def sample(matched: Tensor, noise: Tensor, count: int, max_objects: int | None =
     return torch.cat([objects, chosen(matched == BACKGROUND, count - len(objects))])
 
 
-def sampling_noise(labels: list[dict[str, Tensor]], length: int) -> Tensor:
+def sampling_noise(labels: list[dict[str, Tensor]], length: int, training: bool = True) -> Tensor:
     """
     Random numbers in 0..1 for the rows of every image, `[images, length]`.
 
     They follow from the image's boxes, and so are the same whichever process has the image. In pre-training the boxes
     of an image change with its view: with every crop, and without crops with the size and the flip. In fine-tuning the
-    same boxes return every epoch, and one number of torch's generator is mixed in.
+    same boxes return every epoch, and one number of torch's generator is mixed in; not to measure a loss, which is
+    then the same for the same weights.
     """
     bits = torch.stack([label["boxes"].float().contiguous().view(torch.int32).sum() for label in labels])
-    if any("proposal_ids" not in label for label in labels):
+    if training and any("proposal_ids" not in label for label in labels):
         bits = bits + torch.randint(2**31, ()).to(bits.device, non_blocking=True)
     x = bits[:, None] * 2654435761 + torch.arange(length, device=bits.device)
     for _ in range(3):  # the rounds of a hash of 32 bits
@@ -678,7 +679,7 @@ class DenseDetector(TorchvisionDetector):
         if not self.rows_only:
             outputs.loss_dict = self.losses(self._predictions(maps, towers), anchors, matched, targets)
         if wants_rows:
-            noise = sampling_noise(targets, len(anchors))
+            noise = sampling_noise(targets, len(anchors), self.training)
             rows = [sample(*pair, self.config.rows_per_image) for pair in zip(matched, noise, strict=True)]
             flat = torch.cat([tower.flatten(2) for tower in towers], 2)  # [images, width, locations]
             features = [flat[image, :, row // self.config.num_anchors].T for image, row in enumerate(rows)]
@@ -924,7 +925,7 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         roi, anchors = self.detector.roi_heads, self._anchors(images, maps)[0]
         proposals, rpn_outputs = self._propose(images, maps)
         longest = max(map(len, [anchors, *proposals])) + max(len(target["boxes"]) for target in targets)
-        noise = sampling_noise(targets, longest)
+        noise = sampling_noise(targets, longest, self.training)
         regions = [self._sample(*item) for item in zip(proposals, targets, noise, strict=True)]
         features = roi.box_head(self._pooled(roi.box_roi_pool, maps, [own.boxes for own in regions], images))
         outputs = TorchvisionDetectorOutput()

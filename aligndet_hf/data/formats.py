@@ -83,7 +83,7 @@ def load_dataset_source(
         dataset = build_dataset(reader.read(path, found, chosen, Path(image_dir) if image_dir else None), str(path))
     else:
         dataset, roots = _load_hub(str(source), split), door.hub_roots(source)
-        if path.exists() and not any(isinstance(one, datasets.Image) for one in dataset.features.values()):
+        if path.exists() and not _holds_images(dataset):
             raise DataError(
                 f"{path}: there is no image in it, and no label file that names some is recognised. Give the folder "
                 f"that holds both, or labels as {_formats()}."
@@ -101,6 +101,14 @@ def load_dataset_source(
     if roots is not None:
         door.require_inside(dataset.data.column("image"), roots, str(source))  # those that are not selected as well
     return dataset
+
+
+def _holds_images(dataset: datasets.Dataset) -> bool:
+    """Whether a column holds images: as `datasets` marks them, or `image` their bytes, as other libraries write it."""
+    image = dataset.features.get("image")
+    content = image.get("bytes") if isinstance(image, dict) else image
+    is_bytes = isinstance(content, datasets.Value) and content.dtype in ("binary", "large_binary")
+    return is_bytes or any(isinstance(feature, datasets.Image) for feature in dataset.features.values())
 
 
 def _formats() -> str:

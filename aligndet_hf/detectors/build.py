@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
@@ -273,10 +274,15 @@ def load_detector(
 
 
 def open_detector(source: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """The detector of a path or Hub id (see [`find_detector`]), or a copy of one that is given as a model."""
+    """
+    The detector of a path or Hub id (see [`find_detector`]), or a copy of one that is given as a model. In float32 if
+    it is in half precision, in which training loses its small steps.
+    """
     source = as_source(source)
-    given = copy_of(source)
-    return AutoModelForObjectDetection.from_pretrained(find_detector(source)) if given is None else given
+    detector = copy_of(source) or AutoModelForObjectDetection.from_pretrained(find_detector(source))
+    if detector.dtype in (torch.float16, torch.bfloat16):
+        detector.float().config.dtype = torch.float32  # also of what is built like it
+    return detector
 
 
 def open_image_processor(source: str | Path | BaseImageProcessor) -> BaseImageProcessor:
@@ -398,7 +404,7 @@ def find_detector(source: str | Path) -> str:
         from .converters.folder import detector_folder  # which builds detectors
 
         return str(detector_folder(folder))
-    found = {place: _model_type(place) for place in (folder / "detector", folder)}
+    found = {place: _said(place / "config.json", "model_type") for place in (folder / "detector", folder)}
     for place, model_type in found.items():
         if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in AutoModelForObjectDetection._model_mapping:
             return str(place)
@@ -421,10 +427,6 @@ def _on_hub(source: str) -> str:
     return name
 
 
-def _model_type(folder: Path) -> str | None:
-    return _said(folder / "config.json", "model_type")
-
-
 def _said(path: Path, key: str) -> str | None:
     """A value of a JSON file, `None` where it has none."""
     try:
@@ -437,7 +439,7 @@ def _what_is_there(folder: Path, model_type: str | None) -> str:
     """What a folder without a detector is, and what to take instead."""
     if not folder.exists():
         return f"there is no such folder{similar_path(folder)}"
-    if _model_type(folder / "backbone"):
+    if _said(folder / "backbone" / "config.json", "model_type"):
         return f"it holds a backbone. A detector gets it by --backbone {folder / 'backbone'}"
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     if checkpoints:
@@ -466,10 +468,8 @@ def build_image_processor(detector: PreTrainedModel, size: int, max_size: int | 
     """
     family = family_of(detector.config)
     mean, std = image_statistics(detector.config)
-    if family.resize == "square":
-        extent = {"height": size, "width": size}
-    else:
-        extent = {"shortest_edge": size, "longest_edge": max_size or round(size * 1333 / 800)}
+    edges = {"shortest_edge": size, "longest_edge": max_size or round(size * 1333 / 800)}
+    extent = {"height": size, "width": size} if family.resize == "square" else edges
     processor_class = getattr(transformers, family.image_processor)
     return processor_class(size=extent, do_normalize=True, image_mean=mean, image_std=std)
 

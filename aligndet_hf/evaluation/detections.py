@@ -135,11 +135,11 @@ def predict_batches(
         suppression.
     """
     detector.eval()
-    device = next(detector.parameters()).device
-    normalization = normalization_of(image_processor)
+    parameter = next(detector.parameters())
+    normalization = normalization_of(image_processor) | {"dtype": parameter.dtype}
     classes = None if classes is None else np.asarray(classes)
     for batch in batches:
-        pixel_values, pixel_mask = (batch[name].to(device) for name in ("pixel_values", "pixel_mask"))
+        pixel_values, pixel_mask = (batch[name].to(parameter.device) for name in ("pixel_values", "pixel_mask"))
         outputs = detector(
             pixel_values=normalize_images(pixel_values, pixel_mask, **normalization), pixel_mask=pixel_mask
         )

@@ -23,6 +23,7 @@ from ..evaluation.detections import EvaluationImages, normalization_of, predict_
 from ..files import UNFINISHED, clear_write_errors
 from ..processes import init_worker, require_one_gpu
 from .checkpointing import STATE, damage_of, require_within, rotate, seal
+from .finetune_arguments import require_metric
 from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
 from .plain_datasets import DEFAULT_SIZE, evaluation_images, require_items, training_images
@@ -126,6 +127,11 @@ class DetectionTrainer(Trainer):
                 f"model must be a detector, got {model!r}: AutoModelForObjectDetection.from_pretrained(...) loads "
                 "one, aligndet_hf.build_detector(...) makes a new one"
             )
+        if model.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the weights are {str(model.dtype).removeprefix('torch.')}, in which training loses its small steps: "
+                "give model.float(). bf16=True of the arguments calculates in bfloat16 where that is enough"
+            )
         for name in _WITHOUT_EFFECT & kwargs.keys():
             if kwargs[name] is not None:
                 raise ValueError(
@@ -138,6 +144,9 @@ class DetectionTrainer(Trainer):
         if "data_collator" not in kwargs:
             require_items(train_dataset)
         eval_dataset = evaluation_images(eval_dataset, model, processing_class)
+        has_numbers_of_ours = isinstance(eval_dataset, EvaluationImages) and type(self).evaluate is Trainer.evaluate
+        if args.eval_strategy != "no" and has_numbers_of_ours:
+            require_metric(args.metric_for_best_model, eval_dataset.categories)  # not after an epoch
         require_one_gpu(args.n_gpu, "finetune")  # `Trainer` would take `DataParallel`, which cannot split labels
         kwargs.setdefault("data_collator", collate_labelled)
         super().__init__(

@@ -259,9 +259,11 @@ def _header(path: Path) -> list[str]:
 
 
 def _holds_images(path: Path) -> bool:
-    """Whether a Parquet file has images in it, as `datasets` writes them."""
-    types = (field.type for field in _schema(path)) if path.suffix.lower() == ".parquet" else ()
-    return any(pa.types.is_struct(type_) and type_.get_field_index("bytes") >= 0 for type_ in types)
+    """Whether a Parquet file has images in it, as `datasets` writes them, or as bytes in the column `image`."""
+    types = {field.name: field.type for field in _schema(path)} if path.suffix.lower() == ".parquet" else {}
+    image = types.get("image", pa.null())
+    is_bytes = pa.types.is_binary(image) or pa.types.is_large_binary(image)
+    return is_bytes or any(pa.types.is_struct(one) and one.get_field_index("bytes") >= 0 for one in types.values())
 
 
 def _schema(path: Path) -> Iterable[pa.Field]:
