@@ -11,7 +11,6 @@ from pathlib import Path
 import datasets
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForObjectDetection
 
 from ..arguments import DatasetArguments, InferenceArguments, ReadyDetectorArguments, RunArguments, again
 from ..data.errors import DataError
@@ -21,7 +20,7 @@ from ..data.label_export import export_labels
 from ..data.launch import Launch
 from ..data.shards import data_folder, require_all, save_split
 from ..data.sources import model_hash
-from ..detectors.build import find_detector, open_image_processor
+from ..detectors.build import find_detector, open_detector, open_image_processor
 from ..evaluation.predicted_rows import join_predictions, write_coco, write_predictions, write_results
 from ..evaluation.predictions import Prediction, Tiling, predict_images
 from ..files import is_sound, write_json
@@ -187,7 +186,7 @@ def _load(arguments: PredictArguments, image_processor) -> tuple:
     detector = arguments.detector
     if isinstance(detector, (str, Path)):
         source = find_detector(detector)
-        detector = AutoModelForObjectDetection.from_pretrained(source)
+        detector = open_detector(source)
     elif image_processor is None:
         source = detector.config._name_or_path or detector
     return detector.to(device_of(arguments.use_cpu)), image_processor or open_image_processor(source)

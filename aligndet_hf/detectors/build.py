@@ -25,6 +25,7 @@ from ..objects import Given, as_source, copy_of
 from ..runs import RECORD
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
+from .checkpoint import open_checkpoint
 from .class_losses import CLASS_LOSSES
 from .classes import class_fields
 from .families import FAMILIES, Family, backbone_path, family_of
@@ -266,17 +267,16 @@ def load_detector(
             id2label,
             arguments.detector_config or {},
         )
-    detector = open_detector(arguments.detector)
+    detector = open_detector(arguments.detector, is_whole=False)
     family_of(detector.config)
     check_backbone(detector)
     return detector, None
 
 
-def open_detector(source: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """The detector of a path or Hub id (see [`find_detector`]), or a copy of one that is given as a model."""
-    source = as_source(source)
-    given = copy_of(source)
-    return AutoModelForObjectDetection.from_pretrained(find_detector(source)) if given is None else given
+def open_detector(source: str | Path | PreTrainedModel, is_whole: bool = True) -> PreTrainedModel:
+    """The detector of a path or Hub id ([`find_detector`], [`open_checkpoint`]), or a copy of one given as a model."""
+    given = copy_of(source := as_source(source))
+    return open_checkpoint(find_detector(source), is_whole) if given is None else given
 
 
 def open_image_processor(source: str | Path | BaseImageProcessor) -> BaseImageProcessor:
