@@ -112,7 +112,7 @@ class ArgumentParser(HfArgumentParser):
                 meant = nearest(str(key), self.fields)
                 # Recipes of the package begin with the command that takes them.
                 line = rf"(?:aligndet |scripts/)(\w+)(?:\.py)? --config {re.escape(config.stem)}\b"
-                owner = re.search(line, config.read_text(encoding="utf-8"))
+                owner = re.search(line, config.read_text(encoding="utf-8", errors="replace"))
                 if owner and self.prog != f"aligndet {owner[1]}":
                     meant = f". It is a recipe of `aligndet {owner[1]}`"
                 raise ValueError(f"{config}, as a recipe of {self.prog}: unknown key {key!r}{meant}")

@@ -279,6 +279,14 @@ def test_recipes_of_the_package_are_found_by_name(tmp_path, monkeypatch, capsys)
     (tmp_path / "twice.yaml").write_text("image_sizes: 96\nmax_steps: 3\nimage_sizes: 128\n")
     with pytest.raises(ValueError, match="twice.yaml is not valid YAML: the key 'image_sizes' is there twice"):
         parse_arguments(PretrainArguments, ["--config", "twice.yaml", *given])
+    (tmp_path / "latin.yaml").write_bytes("run_name: hérisson\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.yaml is not valid YAML: unacceptable character #x00e9"):
+        parse_arguments(PretrainArguments, ["--config", "latin.yaml", *given])
+    (tmp_path / "wide.yaml").write_text("max_steps: 3\n", encoding="utf-16")
+    assert parse_arguments(PretrainArguments, ["--config", "wide.yaml", *given]).max_steps == 3
+    (tmp_path / "wide.yaml").write_text("max_step: 3\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="unknown key 'max_step'; did you mean 'max_steps'?"):
+        parse_arguments(PretrainArguments, ["--config", "wide.yaml", *given])
     with pytest.raises(OSError, match="no file nowhere.yaml, and no recipe of that name; there are .*chain_bccd"):
         parse_arguments(PretrainArguments, ["--config", "nowhere.yaml", *given])
 

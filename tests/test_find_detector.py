@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 import re
 import shutil
 from dataclasses import MISSING, fields
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_detectors import tiny_detector
 from transformers import AutoModelForObjectDetection
 
@@ -198,3 +201,56 @@ def test_runs_checkpoints_folders_and_hub_ids_are_taken_alike(command, places, p
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
     assert found == expected
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny_detector("rt_detr", num_labels=2).save_pretrained(tmp_path / "det")
+    return tmp_path / "det"
+
+
+def rewritten(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def test_damaged_weights_are_one_error(saved):
+    path = saved / "model.safetensors"
+    for content in (path.read_bytes()[:1000], b"", b"version https://git-lfs", b"<!DOCTYPE html>"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{saved}: its weights are damaged or no weights"):
+            open_detector(saved)
+    path.unlink()
+    (saved / "pytorch_model.bin").write_bytes(pickle.dumps(print))
+    with pytest.raises(ValueError, match="its weights are damaged or no weights"):
+        open_detector(saved)
+
+
+def test_weights_that_do_not_fit_are_one_error(saved):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"num_queries": 30, "d_model": 64}))
+    with pytest.raises(ValueError, match=r"tensors have other shapes than its config\.json makes, such as .* with \["):
+        open_detector(saved)
+
+
+def test_weights_that_are_not_numbers_are_one_error(saved):
+    name = "model.enc_score_head.weight"
+    rewritten(saved, lambda tensors: tensors | {name: tensors[name] * float("nan")})
+    for is_whole in (True, False):
+        with pytest.raises(ValueError, match=f"1 tensors hold NaN or infinite numbers, such as {name}"):
+            open_detector(saved, is_whole)
+
+
+def test_layers_that_are_not_there_are_told_where_they_are_trained_only(saved, capsys):
+    gone = "model.enc_score_head."
+    rewritten(saved, lambda tensors: {name: tensors[name] for name in tensors if not name.startswith(gone)})
+    with pytest.raises(ValueError, match=f"lacks 2 tensors of its detector, such as {gone}bias"):
+        open_detector(saved)
+    open_detector(saved, is_whole=False)
+    assert f"lacks 2 tensors of its detector, such as {gone}bias, which start from random" in capsys.readouterr().out
+
+
+def test_half_precision_becomes_float32(saved):
+    whole = open_detector(saved)
+    whole.half().save_pretrained(saved)
+    assert open_detector(saved).dtype == torch.float32

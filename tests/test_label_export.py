@@ -140,3 +140,17 @@ def test_what_cannot_be_written_to(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(DataError, match="expected a new or empty folder"):
         export_labels({}, [], tmp_path, "coco")
+
+
+def test_part_of_a_data_set_does_not_pass_for_all_of_it(source, tmp_path):
+    image = source / "images" / "val" / "other" / "b.png"
+    content, splits = image.read_bytes(), load(source)
+    image.unlink()
+    with pytest.raises(DataError, match=r"other/b\.png: No such file"):
+        export(splits, tmp_path / "out", "coco")
+    assert not (tmp_path / "out").exists()
+    image.write_bytes(content)
+    (tmp_path / "out").mkdir()
+    export(splits, tmp_path / "out", "coco")
+    assert len(load(tmp_path / "out")["validation"]) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from aligndet_hf import AlignDetConfig, PretrainArguments, ProposalsArguments, SoCoConfig
+from aligndet_hf import AlignDetConfig, FinetuneArguments, PretrainArguments, ProposalsArguments, SoCoConfig
 from aligndet_hf.parser import parse_arguments
+from aligndet_hf.training import finetune_arguments, pretrain_arguments
 from aligndet_hf.training.schedules import Schedules
 
 GIVEN = {"dataset": "d", "output_dir": "o"}
@@ -93,3 +94,21 @@ def test_few_boxes_that_are_apart(settings, boxes, overlap, sizes):
     assert arguments.preset == {"tiny": "tiny"}.get(
         settings.get("preset"), None if "source" in settings else "default"
     )
+
+
+@pytest.mark.parametrize(
+    "arguments, module, installed",
+    [
+        (PretrainArguments, pretrain_arguments, "get_available_trackers"),
+        (FinetuneArguments, finetune_arguments, "get_available_reporting_integrations"),
+    ],
+)
+def test_trackers_that_are_not_installed_are_refused_before_any_work(
+    arguments, module, installed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, installed, lambda: ["tensorboard"])
+    given = {"dataset": "x", "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="^report_to: wandb is not installed; installed are tensorboard. Install it"):
+        arguments(**given, report_to=["tensorboard", "wandb"])
+    for names in (["tensorboard"], ["none"], []):
+        arguments(**given, report_to=names)

@@ -935,6 +935,7 @@ def test_labels_in_a_format_that_is_not_known(tmp_path, name, text):
         ("file,class,x,y,w,h", "a.png,,1,2,3,4", "line 3: column 'class' is empty"),
         ("file,class,x,y,w,h", ",cat,1,2,3,4", "line 3: column 'file' is empty"),
         ("file,class,x,y,w,h", "a.png,cat,1,2,3,4,5", "line 3: more cells than the first line has names"),
+        ("file,class,x,y,w,h", 'a.png,"cat\na.png,dog,1,2,3,4', "line 4: a quotation mark that nothing closes"),
         ("file,class,x,y,w,h", "c.png,cat,1,2,3,4", "line 3: there is no image 'c.png' in .* Give the folder as"),
         ("file,class,x,y,w,h", "../../a.txt,cat,1,2,3,4", "line 3: there is no image '../../a.txt'"),
         ("file,class,x,y,w,h", "b,cat,1,2,3,4", "line 3: 'b' may be .*b.jpg or .*b.png"),

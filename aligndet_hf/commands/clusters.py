@@ -213,7 +213,7 @@ def _deciding(report: dict) -> dict:
 def load_features(arguments: ClustersArguments) -> BoxFeatures:
     """The features of boxes that the arguments ask for."""
     if arguments.detector is not None:
-        detector = open_detector(arguments.detector)
+        detector = open_detector(arguments.detector, is_whole=False)  # its features
         check_backbone(detector)
     else:
         detector = around_backbone(arguments.backbone, arguments.backbone_weights, arguments.strides)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import numpy as np
 import PIL.Image
 import yaml
 
+from ..files import UNFINISHED, sync_folder
 from . import door
 from .arrow_boxes import clean_boxes, read_boxes, read_crowds, read_values
 from .columns import category_ids, image_ids
@@ -50,7 +53,7 @@ def export_labels(splits: Splits, categories: list[str], output_dir: str | Path,
         categories (`list[str]`):
             Names of the categories 0..C-1.
         output_dir (`str` or `Path`):
-            A folder that is new or empty.
+            A folder that is new or empty. It is there when it is complete.
         layout (`str`):
             `"coco"`: `annotations/instances_<split>.json` and `images/<split>`, with all ids, areas, crowds and masks
             as they came in. `"yolo"`: `data.yaml`, `images/<split>` and `labels/<split>`. `"voc"`: `Annotations`,
@@ -68,8 +71,16 @@ def export_labels(splits: Splits, categories: list[str], output_dir: str | Path,
     folder = Path(output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder}: expected a new or empty folder to write labels to.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return LAYOUTS[layout]({_FOLDERS.get(name, name): split for name, split in splits.items()}, categories, folder)
+    unfinished = folder.with_name(UNFINISHED + folder.name)  # part of a data set must not pass for all of it
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    named = {_FOLDERS.get(name, name): split for name, split in splits.items()}
+    left_out = LAYOUTS[layout](named, categories, unfinished)
+    sync_folder(unfinished)
+    if folder.exists():
+        folder.rmdir()  # Windows replaces no folder, not even an empty one
+    os.replace(unfinished, folder)
+    return left_out
 
 
 # ---- what all layouts have in common ----

@@ -26,6 +26,7 @@ from ..objects import Given, as_source, copy_of
 from ..runs import RECORD
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
+from .checkpoint import open_checkpoint
 from .class_losses import CLASS_LOSSES
 from .classes import class_fields
 from .families import FAMILIES, Family, backbone_path, family_of
@@ -267,20 +268,18 @@ def load_detector(
             id2label,
             arguments.detector_config or {},
         )
-    detector = open_detector(arguments.detector)
+    detector = open_detector(arguments.detector, is_whole=False)
     family_of(detector.config)
     check_backbone(detector)
     return detector, None
 
 
-def open_detector(source: str | Path | PreTrainedModel) -> PreTrainedModel:
-    """
-    The detector of a path or Hub id (see [`find_detector`]), or a copy of one that is given as a model. In float32 if
-    it is in half precision, in which training loses its small steps.
-    """
-    source = as_source(source)
-    detector = copy_of(source) or AutoModelForObjectDetection.from_pretrained(find_detector(source))
-    if detector.dtype in (torch.float16, torch.bfloat16):
+def open_detector(source: str | Path | PreTrainedModel, is_whole: bool = True) -> PreTrainedModel:
+    """The detector of a path or Hub id ([`open_checkpoint`]), or a copy of one given as a model; in float32."""
+    detector = copy_of(source := as_source(source))
+    if detector is None:
+        detector = open_checkpoint(find_detector(source), is_whole)
+    elif detector.dtype in (torch.float16, torch.bfloat16):
         detector.float().config.dtype = torch.float32  # also of what is built like it
     return detector
 

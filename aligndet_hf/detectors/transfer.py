@@ -83,7 +83,7 @@ def transfer_detector(
             lost its activations.
     """
     if not isinstance(source, PreTrainedModel):
-        source = open_detector(source)
+        source = open_detector(source, is_whole=False)
     is_reset = _reset_rule(family_of(source.config), preset)
     check_backbone(source)
     config = copy.deepcopy(source.config)

@@ -153,7 +153,7 @@ class AlignDetForPreTraining(MomentumModel):
                 after adding adapters.
         """
         if not isinstance(detector, PreTrainedModel):
-            detector = open_detector(detector)
+            detector = open_detector(detector, is_whole=False)
         require_config_fields(AlignDetConfig(), config)
         detector_config = copy.deepcopy(detector.config)
         detector_config._name_or_path = ""  # inside another config it would be saved

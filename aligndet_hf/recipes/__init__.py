@@ -35,7 +35,7 @@ def read_recipe(name: str | Path) -> dict:
     """
     path = find_recipe(name)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        values = yaml.load(path.read_bytes(), _Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -5,6 +5,10 @@ from typing import Literal
 
 from datasets import Dataset
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from ..arguments import (
     AugmentationArguments,
@@ -25,6 +29,7 @@ from ..flags import flag, names_of, nearest
 from ..hub import HubModelArguments
 from ..processes import trains_on_cpu
 from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range
+from .trackers import require_trackers
 
 
 @dataclass(kw_only=True)
@@ -252,6 +257,7 @@ class FinetuneArguments(
         self._refuse_what_has_no_effect()
         self.use_cpu = trains_on_cpu(self.use_cpu)
         TrainingArguments.__post_init__(self)
+        require_trackers(self.report_to, INTEGRATION_TO_CALLBACK, get_available_reporting_integrations())
 
     @property
     def is_led_by_measurements(self) -> bool:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
 from ..arguments import (
     AugmentationArguments,
     DatasetArguments,
@@ -17,6 +19,7 @@ from ..flags import flag
 from ..hub import HubModelArguments
 from ..ranges import COUNT, POSITIVE
 from .method_arguments import MethodArguments, join_config
+from .trackers import require_trackers
 
 # What is not given depends on the method.
 DEFAULTS = {
@@ -176,3 +179,4 @@ class PretrainArguments(
             )
         if self.optim == "lars" and not self.weight_decay > 0:
             raise ValueError("LARS adapts the rates of the layers that decay: weight_decay must be positive")
+        require_trackers(self.report_to, LOGGER_TYPE_TO_CLASS, {str(one) for one in get_available_trackers()})

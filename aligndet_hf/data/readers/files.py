@@ -242,11 +242,14 @@ def table_rows(path: Path, delimiters: str = ",", names: list[str] | None = None
     text = read_text(path)
     lines = io.StringIO(text, newline="")
     reader = csv.DictReader(lines, names, delimiter=delimiter_of(text, delimiters), restval="")
+    last = sum(1 for _ in io.StringIO(text, newline="")) if text.count('"') % 2 else 0
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num}"
             if None in row:
                 raise DataError(f"{where}: more cells than the first line has names of columns.")
+            if reader.line_num == last and any("\n" in cell for cell in row.values()):
+                raise DataError(f"{where}: a quotation mark that nothing closes takes all rows after it. Close it.")
             yield where, row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
