@@ -46,7 +46,7 @@ from ..files import clear_write_errors, write_json
 from ..flags import local_paths, names_of, takes_arguments
 from ..hub import open_repository
 from ..objects import Given
-from ..processes import require_one_gpu, warn_without_gpu
+from ..processes import require_one_gpu
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
 from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
 from ..runs import RunFolder
@@ -105,7 +105,6 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         Interrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
     require_one_gpu(arguments.n_gpu, "finetune")
-    warn_without_gpu(arguments.use_cpu)
     processes = PartialState()
     with training_folder(arguments, "finetune", WRITTEN, RESULTS) as folder:
         settings = settings_of(arguments)

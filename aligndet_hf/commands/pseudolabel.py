@@ -30,7 +30,7 @@ from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, load_labelled
 from ..data.images import decode_image
 from ..data.shards import content_hash, data_folder, save_split
-from ..data.splits import nested_subsets
+from ..data.splits import is_same_split, nested_subsets
 from ..detectors.build import build_detector, find_detector, open_detector
 from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
@@ -186,8 +186,8 @@ def _require_labels_of_teacher(arguments: PseudolabelArguments) -> None:
     if not settings.is_file():
         return
     learned = json.loads(settings.read_text(encoding="utf-8"))
-    places = {Path(str(one)).expanduser().resolve() for one in (learned.get("dataset"), arguments.labelled_dataset)}
-    if len(places) > 1 or len({learned.get("split"), arguments.labelled_split} - {None}) > 1:
+    labels = (learned.get("dataset"), learned.get("split")), (arguments.labelled_dataset, arguments.labelled_split)
+    if not is_same_split(*labels):
         return
     for name in ("label_fraction", "label_seed")[: 1 if arguments.label_fraction == 1 else 2]:
         now = getattr(arguments, name)

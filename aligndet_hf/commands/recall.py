@@ -16,6 +16,7 @@ from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..data.splits import spread_rows
+from ..evaluation.diagnosis import SIZES
 from ..files import write_json
 from ..flags import flag, takes_arguments
 from ..proposals.controls import grid_boxes, random_boxes
@@ -30,8 +31,6 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 LIMITS = (10, 50, 100, 300, 1000)
 RANKS = (1, 4, 10)  # pre-training takes no more than the first few boxes of an image
 
-# Bounds of the area in pixels, inclusive on both sides as in pycocotools.
-AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 # Bounds of sqrt(area of the box / area of the image), the lower one inclusive.
 RELATIVE_SIZES = {"below 0.1": (0, 0.1), "0.1 to 0.3": (0.1, 0.3), "above 0.3": (0.3, np.inf)}
 _SHEET_SIDE = 480  # of a picture in pixels
@@ -140,7 +139,7 @@ class RecallMeter:
         self.first = np.zeros(len(RANKS), dtype=np.int64)  # boxes among the first k of their image
         self.right = np.zeros(len(RANKS), dtype=np.int64)
         self.images_with_objects, self.images_found = 0, np.zeros(len(RANKS), dtype=np.int64)
-        self.groups = ["all", *AREAS, *RELATIVE_SIZES]
+        self.groups = ["all", *SIZES, *RELATIVE_SIZES]
         self.objects = np.zeros(len(self.groups), dtype=np.int64)
         self.found = np.zeros((len(self.groups), len(limits), len(IOU_THRESHOLDS)), dtype=np.int64)
         self.images = self.boxes = 0
@@ -217,7 +216,7 @@ class BoxStatistics:
 
     def __init__(self):
         self.counts = []
-        self.sizes = dict.fromkeys([*AREAS, *RELATIVE_SIZES], 0)
+        self.sizes = dict.fromkeys([*SIZES, *RELATIVE_SIZES], 0)
 
     def update(self, boxes: np.ndarray, image_size: tuple[int, int]) -> None:
         """Adds the boxes `[N, 4]` (absolute `xywh`) of an image of the size `(height, width)`."""
@@ -239,8 +238,8 @@ def format_statistics(statistics: Mapping) -> str:
     lines = [
         f"boxes an image: mean {counts['mean']:.1f}, min {counts['min']:g}, median {counts['median']:g}, "
         f"max {counts['max']:g}",
-        f"  by area: {', '.join(shares[: len(AREAS)])}",
-        f"  by size relative to the image: {', '.join(shares[len(AREAS) :])}",
+        f"  by area: {', '.join(shares[: len(SIZES)])}",
+        f"  by size relative to the image: {', '.join(shares[len(SIZES) :])}",
     ]
     return "\n".join(lines)
 
@@ -331,8 +330,8 @@ def _size_groups(
     if areas is not None:
         areas = np.asarray(areas, dtype=np.float64)
         area = np.where(np.isnan(areas), area, areas)  # a null in Arrow is NaN
-    below = np.less_equal if overlap else np.less
-    groups = {name: (low <= area) & below(area, high) for name, (low, high) in AREAS.items()}
+    below = np.less_equal if overlap else np.less  # pycocotools has both bounds inclusive
+    groups = {name: (low <= area) & below(area, high) for name, (low, high) in SIZES.items()}
     return groups | {name: (low <= size) & (size < high) for name, (low, high) in RELATIVE_SIZES.items()}
 
 

@@ -104,7 +104,7 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
     for file, text in others.items():
         named |= {PureWindowsPath(parse_json(name, str(file))).stem for name in _FILE_NAME.findall(text)}
     for folder, file in folders.items():
-        tell_unlisted(folder, named, f"are not in {file.name}")
+        tell_unlisted(folder, list_images(folder), named, f"are not in {file.name}")
     if len(contents) > 1:  # each file numbers its own images
         require_unique_ids(images)
     names = [str(category["name"]) for category in categories]

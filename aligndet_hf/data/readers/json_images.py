@@ -182,8 +182,7 @@ def _label_studio(item: dict) -> Found:
         results = [result for one in annotations for result in one["result"]]
         named = [result for result in results if result.get("type", "").endswith("labels")]
         ids = {result.get("id") for result in named}  # a shape and its label may be two results
-        if any("original_width" in result and result.get("id") not in ids for result in results):
-            raise ValueError("a region has no label")
+        named += [result for result in results if "original_width" in result and result.get("id") not in ids]
         shapes = [result | result["value"] for result in named]
     else:
         lists = (value for value in item.values() if isinstance(value, list))

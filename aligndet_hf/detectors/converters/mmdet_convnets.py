@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .detr import class_fields
+from .detr import published_classes
 from .layout import COUNTERS, Layout, Prepared, Tensors
 from .mmdet_detr import class_names, refuse_caffe
 from .resnet import resnet_config
@@ -125,7 +125,7 @@ def _fields(tensors: Tensors, options: Mapping[str, Any], maps: tuple[int, ...],
     refuse_caffe(options)
     return {
         **CONVENTIONS,
-        **class_fields(classes, class_names(options)),
+        **published_classes(classes, class_names(options)),
         "hidden_size": tensors["neck.fpn_convs.0.conv.weight"].shape[0],
         "backbone_config": resnet_config(tensors, "backbone.", maps),
     }
