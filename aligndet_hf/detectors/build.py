@@ -134,12 +134,14 @@ def _build(
     """[`build_detector`] with the report of the weights, if it has any: of SoCo's pyramid and head a transfer's."""
     if model_type not in FAMILIES:
         raise ValueError(
-            f"unknown detector family {model_type!r}{nearest(model_type, FAMILIES)}. Supported are "
+            f"unknown detector family {model_type!r}{nearest(str(model_type), FAMILIES)}. Supported are "
             + ", ".join(sorted(FAMILIES))
         )
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
     require_config_fields(defaults, fields.keys() - {"strides"})
     fields = dict(family.defaults) | fields | class_fields(num_labels, id2label)
+    if isinstance(own := fields.get("backbone_config"), dict):
+        fields["backbone_config"] = {"model_type": defaults.backbone_config.model_type} | own
     checkpoint = ""
     if family.strides:
         of_backbone = _backbone_fields(family, defaults, backbone or "resnet50", freeze_batch_norm, fields)
@@ -398,7 +400,7 @@ def find_detector(source: str | Path) -> str:
         from .converters.folder import detector_folder  # which builds detectors
 
         return str(detector_folder(folder))
-    found = {place: _model_type(place) for place in (folder / "detector", folder)}
+    found = {place: _said(place / "config.json", "model_type") for place in (folder / "detector", folder)}
     for place, model_type in found.items():
         if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in AutoModelForObjectDetection._model_mapping:
             return str(place)
@@ -421,10 +423,6 @@ def _on_hub(source: str) -> str:
     return name
 
 
-def _model_type(folder: Path) -> str | None:
-    return _said(folder / "config.json", "model_type")
-
-
 def _said(path: Path, key: str) -> str | None:
     """A value of a JSON file, `None` where it has none."""
     try:
@@ -437,7 +435,7 @@ def _what_is_there(folder: Path, model_type: str | None) -> str:
     """What a folder without a detector is, and what to take instead."""
     if not folder.exists():
         return f"there is no such folder{similar_path(folder)}"
-    if _model_type(folder / "backbone"):
+    if _said(folder / "backbone" / "config.json", "model_type"):
         return f"it holds a backbone. A detector gets it by --backbone {folder / 'backbone'}"
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     if checkpoints:
