@@ -8,8 +8,6 @@ import os
 import typing
 from collections.abc import Mapping
 
-from .flags import default_of
-
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -91,7 +89,7 @@ def check_values(arguments) -> None:
         if value is None or kinds.isdisjoint({int, float}) or (isinstance(value, str) and str in kinds):
             continue
         is_list = isinstance(value, list | tuple)
-        if is_list and not value and default_of(field) != []:
+        if is_list and not value and (field.default_factory is dataclasses.MISSING or field.default_factory()):
             raise ValueError(f"{field.name} must not be empty")
         kind, word = (numbers.Real, "") if float in kinds else (numbers.Integral, "whole ")
         for number in value if is_list else [value]:

@@ -17,6 +17,7 @@ from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..data.splits import spread_rows
 from ..evaluation.diagnosis import SIZES
+from ..evaluation.image_matches import THRESHOLDS
 from ..files import write_json
 from ..flags import flag, takes_arguments
 from ..proposals.controls import grid_boxes, random_boxes
@@ -26,8 +27,6 @@ from ..reporting.drawing import contact_sheet, draw_boxes, enlarged
 from ..reporting.pictures import new_figure, plot_recall
 from ..runs import measuring_folder
 
-# pycocotools' thresholds: .50:.05:.95
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 LIMITS = (10, 50, 100, 300, 1000)
 RANKS = (1, 4, 10)  # pre-training takes no more than the first few boxes of an image
 
@@ -141,7 +140,7 @@ class RecallMeter:
         self.images_with_objects, self.images_found = 0, np.zeros(len(RANKS), dtype=np.int64)
         self.groups = ["all", *SIZES, *RELATIVE_SIZES]
         self.objects = np.zeros(len(self.groups), dtype=np.int64)
-        self.found = np.zeros((len(self.groups), len(limits), len(IOU_THRESHOLDS)), dtype=np.int64)
+        self.found = np.zeros((len(self.groups), len(limits), len(THRESHOLDS)), dtype=np.int64)
         self.images = self.boxes = 0
 
     def update(
@@ -174,7 +173,7 @@ class RecallMeter:
 
     def _count_right(self, boxes: np.ndarray, objects: np.ndarray) -> None:
         """Adds the first boxes of an image to the counts of precision."""
-        is_right = (box_iou(boxes, objects) >= IOU_THRESHOLDS[0]).any(axis=1)
+        is_right = (box_iou(boxes, objects) >= THRESHOLDS[0]).any(axis=1)
         self.images_with_objects += len(objects) > 0
         for place, rank in enumerate(RANKS):
             self.first[place] += len(boxes[:rank])
@@ -345,14 +344,14 @@ def _ranks_of_finders(boxes: np.ndarray, truth: np.ndarray, member: np.ndarray) 
     Returns:
         `np.ndarray` of shape `[groups, thresholds, M]`.
     """
-    ranks = np.full((len(member), len(IOU_THRESHOLDS), len(truth)), np.iinfo(np.int64).max)
+    ranks = np.full((len(member), len(THRESHOLDS), len(truth)), np.iinfo(np.int64).max)
     if not len(truth) or not len(boxes):
         return ranks
     # The last of equal overlaps wins in pycocotools: reversed, it is the first, which `argmax` finds.
     overlaps = box_iou(boxes, truth[::-1])
-    free = np.repeat(member[:, None, ::-1], len(IOU_THRESHOLDS), axis=1)
-    for rank in np.flatnonzero(overlaps.max(axis=1) >= IOU_THRESHOLDS[0]):
-        candidates = np.where(free & (overlaps[rank] >= IOU_THRESHOLDS[:, None]), overlaps[rank], 0)
+    free = np.repeat(member[:, None, ::-1], len(THRESHOLDS), axis=1)
+    for rank in np.flatnonzero(overlaps.max(axis=1) >= THRESHOLDS[0]):
+        candidates = np.where(free & (overlaps[rank] >= THRESHOLDS[:, None]), overlaps[rank], 0)
         group, threshold = np.nonzero(candidates.any(axis=2))
         best = candidates.argmax(axis=2)[group, threshold]
         ranks[group, threshold, best] = rank

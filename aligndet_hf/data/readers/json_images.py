@@ -269,10 +269,6 @@ def _labelme_shape(shape: dict) -> Shape:
     return points
 
 
-def _via_items(content: dict) -> Iterable:
-    return content.get("_via_img_metadata", content).values()
-
-
 # A new dialect is a row here.
 _DIALECTS = {
     "CreateML": _Dialect(
@@ -280,7 +276,8 @@ _DIALECTS = {
         "'image' and 'annotations', each with 'label' and 'coordinates' (x, y, width, height)",
     ),
     "VIA": _Dialect(
-        b"{", (b'"regions"', b'"file_attributes"'), _via_items, _via,
+        b"{", (b'"regions"', b'"file_attributes"'),
+        lambda content: content.get("_via_img_metadata", content).values(), _via,
         "'filename' and 'regions', each with 'shape_attributes' and 'region_attributes'",
     ),
     "Label Studio": _Dialect(

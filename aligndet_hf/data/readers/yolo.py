@@ -196,8 +196,9 @@ def _layout(folder: Path) -> dict[str, Path]:
 
 
 def _lists_images(file: Path, folder: Path) -> bool:
-    lines = _lines_of(file, folder) if is_file(file) and is_inside(file, folder) else []
-    return bool(lines) and is_image_name(lines[0]) and find_inside(folder, [lines[0], *tails(lines[0])]) is not None
+    text = read_text(file, folder).strip() if is_file(file) and is_inside(file, folder) else ""
+    first = text and text.splitlines()[0].strip()
+    return is_image_name(first) and find_inside(folder, [first, *tails(first)]) is not None
 
 
 def _has_labels(root: Path, place: Path) -> bool:
@@ -261,10 +262,6 @@ def _names(root: Path, config: dict) -> list[str] | None:
 def _lines_of_names(file: Path, root: Path) -> list[str]:
     """The names of a file with one in each line: an empty line between them has a number as well."""
     return [line.strip() for line in read_text(file, root).rstrip().splitlines()]
-
-
-def _lines_of(file: Path, root: Path) -> list[str]:
-    return [line.strip() for line in read_text(file, root).splitlines() if line.strip()]
 
 
 def _lines(file: Path, root: Path) -> Iterator[tuple[str, int, list[float]]]:

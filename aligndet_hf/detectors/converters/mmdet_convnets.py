@@ -39,7 +39,7 @@ FOLDED = "its norm was folded into it"
 # ---- what renaming cannot do ----
 
 
-def fold_norms(tensors: dict[str, Tensor], norm: str = "bn") -> Prepared:
+def fold_norms(tensors: dict[str, Tensor]) -> Prepared:
     """
     Folds the norms beside convolutions of pyramid and heads into them, where there are any: the family has none.
 
@@ -48,9 +48,7 @@ def fold_norms(tensors: dict[str, Tensor], norm: str = "bn") -> Prepared:
     changed, dropped = {}, {}
     for name in [name for name in tensors if re.match(r"(neck|bbox_head|rpn_head|roi_head)\..*\.conv\.weight$", name)]:
         place = name.removesuffix("conv.weight")
-        parts = {
-            part: tensors.get(f"{place}{norm}.{part}") for part in ("weight", "bias", "running_mean", "running_var")
-        }
+        parts = {part: tensors.get(f"{place}bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")}
         if any(part is None for part in parts.values()):
             continue
         factor = parts["weight"] / (parts["running_var"] + EPSILON).sqrt()
@@ -59,8 +57,8 @@ def fold_norms(tensors: dict[str, Tensor], norm: str = "bn") -> Prepared:
         tensors[f"{place}conv.bias"] = (bias - parts["running_mean"]) * factor + parts["bias"]
         changed |= {name: FOLDED, f"{place}conv.bias": FOLDED}
         for part in (*parts, "num_batches_tracked"):
-            if tensors.pop(f"{place}{norm}.{part}", None) is not None:
-                dropped[f"{place}{norm}.{part}"] = f"folded into {place}conv"
+            if tensors.pop(f"{place}bn.{part}", None) is not None:
+                dropped[f"{place}bn.{part}"] = f"folded into {place}conv"
     return Prepared(tensors, changed, dropped)
 
 
