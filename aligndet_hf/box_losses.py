@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .boxes import cxcywh_to_xyxy, iou_and_giou
 
+TEMPERATURE = 5.0  # softness of the distributions that D-FINE distils
+
 
 def box_losses(boxes: Tensor, target_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
@@ -70,9 +72,7 @@ def fine_grained_localization_loss(
     return -((1 - right_share) * at_left + right_share * at_right).sum(1) * iou
 
 
-def localization_distillation(
-    edge_logits: Tensor, teacher_edge_logits: Tensor, weight: Tensor, temperature: float = 5.0
-) -> Tensor:
+def localization_distillation(edge_logits: Tensor, teacher_edge_logits: Tensor, weight: Tensor) -> Tensor:
     """
     How far the edge distributions of the layers are from the last layer's, one value a query (DDF).
 
@@ -81,13 +81,12 @@ def localization_distillation(
         teacher_edge_logits (`torch.Tensor` of shape `[images, queries, 4, bins]`): the last layer's; no
             gradient flows into them.
         weight (`torch.Tensor` of shape `[sets, images, queries]`): detached weight of a query.
-        temperature (`float`, *optional*, defaults to 5.0): softness of the distributions.
 
     Returns:
         `torch.Tensor` of shape `[sets, images, queries]`: weighted Kullback-Leibler divergence times the squared
         temperature, summed over the four edges (D-FINE, Peng et al., ICLR 2025).
     """
-    student = (edge_logits / temperature).log_softmax(-1)
-    teacher = (teacher_edge_logits.detach() / temperature).log_softmax(-1)
+    student = (edge_logits / TEMPERATURE).log_softmax(-1)
+    teacher = (teacher_edge_logits.detach() / TEMPERATURE).log_softmax(-1)
     divergence = (teacher.exp() * (teacher - student)).sum((-2, -1))
-    return weight * temperature**2 * divergence
+    return weight * TEMPERATURE**2 * divergence

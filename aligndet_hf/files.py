@@ -29,6 +29,11 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file of ours, `None` if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
 @contextmanager
 def clear_write_errors(path: Path, advice: str = "The checkpoints saved before are untouched."):
     """

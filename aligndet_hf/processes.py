@@ -24,10 +24,8 @@ def device_of(use_cpu: bool) -> str:
 
 def trains_on_cpu(use_cpu: bool) -> bool:
     """Whether Accelerate is to use the CPU: not told so without a GPU, each process of a launcher trains alone."""
-    if "LOCAL_RANK" not in os.environ or torch.accelerator.is_available():
-        return use_cpu
     warn_without_gpu(use_cpu)
-    return True
+    return use_cpu or ("LOCAL_RANK" in os.environ and not torch.accelerator.is_available())
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def check_values(arguments) -> None:
         if value is None or kinds.isdisjoint({int, float}) or (isinstance(value, str) and str in kinds):
             continue
         is_list = isinstance(value, list | tuple)
-        if is_list and not value and field.default_factory is not dataclasses.MISSING and field.default_factory():
+        if is_list and not value and (field.default_factory is dataclasses.MISSING or field.default_factory()):
             raise ValueError(f"{field.name} must not be empty")
         kind, word = (numbers.Real, "") if float in kinds else (numbers.Integral, "whole ")
         for number in value if is_list else [value]:

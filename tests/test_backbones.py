@@ -430,8 +430,15 @@ def test_every_family_is_built_around_a_new_backbone_or_its_own(model_type):
 def test_build_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="unknown detector family 'detrr'"):
         build_detector("detrr")
+    with pytest.raises(ValueError, match="unknown detector family None. Supported are"):
+        build_detector(None)
     with pytest.raises(ValueError, match="no config field num_querries"):
         build_detector("detr", backbone="resnet10t", num_querries=3)
+
+
+def test_fields_of_a_backbone_go_without_its_model_type():
+    config = build_detector("rf_detr", backbone_config={"num_hidden_layers": 3}).config.backbone_config
+    assert (config.model_type, config.num_hidden_layers) == ("rf_detr_dinov2", 3)
 
 
 def test_build_gives_as_many_classes_as_names():

@@ -10,7 +10,7 @@ import forks
 import numpy as np
 import PIL.Image
 import pytest
-from tiny_detectors import tiny_detector
+from tiny_detectors import ONE_STEP, SMALL_DETR, tiny_detector
 from transformers import AutoImageProcessor, pipeline
 
 from aligndet_hf.commands.evaluate import EvaluateArguments, evaluate
@@ -139,26 +139,12 @@ def run(tmp_path_factory):
     generate_proposals(
         ProposalsArguments(dataset=str(folder / "data"), output_dir=str(folder / "proposals"), **arguments)
     )
-    tiny = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    tiny |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 5}
     finetune(
         FinetuneArguments(
             dataset=str(folder / "data"),
             output_dir=str(folder / "finetuned"),
-            detector="detr",
-            backbone="resnet10t",
-            detector_config=tiny,
-            image_sizes=[48],
-            max_steps=1,
-            per_device_train_batch_size=2,
-            dataloader_num_workers=0,
-            dataloader_persistent_workers=False,
-            report_to="none",
-            save_strategy="no",
-            num_pictures=0,
-            write_report=False,
-            disable_tqdm=True,
-            use_cpu=True,
+            detector_config=SMALL_DETR | {"num_queries": 5},
+            **ONE_STEP,
         )
     )
     return folder

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_detectors import CONFIGS, timm_backbone
+from tiny_detectors import CONFIGS, SMALL_DETR, timm_backbone
 from tiny_soco import SMALL
 
 from aligndet_hf import cli
@@ -113,10 +113,9 @@ def test_the_road_from_random_weights(argv, ran, tmp_path):
     """SoCo, AlignDet on its backbone, Direct Pre-training, fine-tuning."""
     stages, out = dict(CHAIN["stages"]), tmp_path / "out"
     backbone = {"backbone": "resnet10t"}
-    detector = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     soco = {"command": "pretrain", "method": "soco", "dataset": "${proposals}", "image_sizes": [64, 64, 32]}
     soco |= {"soco_config": SMALL | {"level_sizes": [8, 16, 32, 64]}, "max_steps": 1, **backbone}
-    pretrain = stages["pretrain"] | {"detector": "detr", "detector_config": detector, **backbone}
+    pretrain = stages["pretrain"] | {"detector": "detr", "detector_config": SMALL_DETR, **backbone}
     pretrain["backbone_weights"] = "${soco}/backbone"
     stages = {"proposals": stages.pop("proposals"), "soco": soco} | stages | {"pretrain": pretrain}
     (tmp_path / "chain.yaml").write_text(yaml.safe_dump(CHAIN | {"stages": stages}, sort_keys=False))

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import PIL.Image
 import pytest
+from tiny_detectors import ONE_STEP, SMALL_DETR
 
 from aligndet_hf.cli import main
 from aligndet_hf.commands.check import CheckArguments, check
@@ -203,27 +204,13 @@ def test_problems_are_not_given_back(tmp_path, capsys):
 def test_finetune_tells_it_before_it_starts(tmp_path, capsys):
     for split, boxes in (("train", [(1, 1, 9, 9)] * 4), ("validation", [(1, 1, 9, 9)])):
         write_coco(tmp_path / split, 2, boxes=boxes)
-    tiny = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    tiny |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 3}
     finetune(
         FinetuneArguments(
             dataset=str(tmp_path / "train" / "labels.json"),
             eval_dataset=str(tmp_path / "validation" / "labels.json"),
             output_dir=str(tmp_path / "out"),
-            detector="detr",
-            backbone="resnet10t",
-            detector_config=tiny,
-            image_sizes=[48],
-            max_steps=1,
-            per_device_train_batch_size=2,
-            dataloader_num_workers=0,
-            dataloader_persistent_workers=False,
-            report_to="none",
-            save_strategy="no",
-            num_pictures=0,
-            write_report=False,
-            disable_tqdm=True,
-            use_cpu=True,
+            detector_config=SMALL_DETR | {"num_queries": 3},
+            **ONE_STEP,
         )
     )
     text = capsys.readouterr().out

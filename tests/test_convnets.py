@@ -232,6 +232,8 @@ def test_sizes_that_are_no_multiples_of_32_are_padded(model):
     padded[..., :70, :101], mask[:, :70, :101] = pixels, 1
     with torch.no_grad():
         ours, expected = detector(pixels), detector(padded, mask)
+        in_tuple = detector(pixels, return_dict=False)
+    assert isinstance(in_tuple, tuple) and torch.equal(in_tuple[0], ours.logits)
     assert torch.equal(ours.logits, expected.logits) and torch.equal(ours.pred_boxes, expected.pred_boxes)
 
 

@@ -280,6 +280,13 @@ def test_operators_of_a_version_that_does_not_exist(opset, message, tmp_path):
         export_onnx(detector_from_config(tiny_config("rt_detr")), tmp_path / "model.onnx", (64, 64), opset=opset)
 
 
+def test_onnx_runtime_is_missed_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"ONNX Runtime: pip install .*aligndet-hf\[export\]"):
+        export_onnx(detector_from_config(tiny_config("rt_detr")), tmp_path / "model.onnx", (64, 64))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_lacking_is_named(tmp_path, capsys):
     assert main(["export", "--detector", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
     assert "is not a detector" in capsys.readouterr().err and not (tmp_path / "out").exists()

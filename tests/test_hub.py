@@ -12,7 +12,7 @@ import pytest
 import yaml
 from local_hub import USERS, LocalHub
 from safetensors.torch import load_file
-from tiny_detectors import tiny_detector
+from tiny_detectors import SMALL_DETR, tiny_detector
 from tiny_soco import SMALL
 
 from aligndet_hf.cards import BEGIN, END
@@ -21,7 +21,6 @@ from aligndet_hf.data.synthetic import write_synthetic_folder
 
 HERE = Path(__file__).parent
 WRITER, READER = USERS
-SMALL_DETR = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 
 
 class Outcome(NamedTuple):

@@ -13,11 +13,12 @@ from transformers import AutoConfig, DetrConfig, DetrImageProcessor
 
 from aligndet_hf.cards import merge_card
 from aligndet_hf.commands.finetune import settings_of
+from aligndet_hf.evaluation.coco_metrics import SUMMARY
 from aligndet_hf.evaluation.speed import measure_speed
 from aligndet_hf.flags import told_of
 from aligndet_hf.models import AlignDetConfig
 from aligndet_hf.parser import parse_arguments
-from aligndet_hf.reporting.model_card import COCO_KEYS, eval_results, model_card
+from aligndet_hf.reporting.model_card import eval_results, model_card
 from aligndet_hf.reporting.run_record import RunRecord
 from aligndet_hf.training.finetune_arguments import FinetuneArguments
 from aligndet_hf.training.pretrain_arguments import PretrainArguments
@@ -41,7 +42,7 @@ def blocks(card: ModelCard, language: str) -> list[str]:
 
 
 def test_finetuning_card(tmp_path, record):
-    metrics = {key: index / 100 + 0.0012 for index, key in enumerate(COCO_KEYS)}
+    metrics = {key: index / 100 + 0.0012 for index, key in enumerate(SUMMARY)}
     metrics |= {"APs": -1.0, "per_class": {"red cell": 0.5, "white|cell": 0.25, "platelet": -1.0}}
     data = tmp_path / "private" / "blood"
     data.mkdir(parents=True)
@@ -189,7 +190,7 @@ def test_a_card_can_be_bought_from(record):
     )  # fmt: skip
     speed = {"milliseconds": 12.34, "height": 480, "width": 640, "dtype": "float32", "device": "cpu", "threads": 2}
     best = {name: {"best_threshold": 0.25, "f1": 0.5} for name in ("red cell", "white|cell", "platelet")}
-    metrics = dict.fromkeys(COCO_KEYS, 0.5) | {"per_class": dict.fromkeys(best, 0.5)}
+    metrics = dict.fromkeys(SUMMARY, 0.5) | {"per_class": dict.fromkeys(best, 0.5)}
     made = record(
         metrics=metrics, evaluation={"dataset": "someone/cells", "split": "test", "images": 9}, pretrained=pretrained,
         base_model="outputs/pretrained/detector", parameters=41_300_000, speed=speed,

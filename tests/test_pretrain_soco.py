@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_detectors import SMALL_DETR
 from tiny_soco import SMALL, tiny_backbone, tiny_soco
 from transformers import AutoModelForObjectDetection, AutoModelForPreTraining
 from transformers.models.resnet.modeling_resnet import ResNetBackbone
@@ -16,8 +17,6 @@ from aligndet_hf.commands.pretrain import PretrainArguments, pretrain
 from aligndet_hf.data.bit_depth import record_pixel_window
 from aligndet_hf.detectors.backbones import get_backbone, tensors_of
 from aligndet_hf.training.pretrain_setup import build_optimizer
-
-DETR = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +174,7 @@ def test_straight_into_the_box_domain_stage(arguments, tmp_path):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    new = {"detector": "detr", "backbone": str(soco.backbone_dir), "detector_config": DETR}
+    new = {"detector": "detr", "backbone": str(soco.backbone_dir), "detector_config": SMALL_DETR}
     aligned = pretrain(PretrainArguments(**common, **new, output_dir=str(tmp_path / "aligned")))
     report = json.loads((aligned.output_dir / "backbone_report.json").read_text())
     assert not report["missing"] and not report["mismatched"] and not report["unused"]

@@ -57,6 +57,7 @@ class Example:
     count: int = field(default=1, metadata={"range": COUNT})
     rates: list[float] = field(default_factory=lambda: [0.5], metadata={"range": PART})
     size: int | None = None
+    sizes: list[int] | None = None
     note: str = ""
     switch: bool = False
     text_or_number: float | str = "auto"
@@ -78,6 +79,7 @@ class Example:
         ({"count": True}, "count must be a whole number, got True"),
         ({"rates": [0.5, 0]}, "rates must be above 0 and at most 1, got 0"),
         ({"rates": []}, "rates must not be empty"),
+        ({"sizes": []}, "sizes must not be empty"),
         ({"rates": ["x"]}, "rates must be a number, got 'x'"),
         ({"size": 2}, "size must be 3 or more, got 2"),
         ({"text_or_number": -1}, "text_or_number must be 0 or more, got -1"),

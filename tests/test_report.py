@@ -9,9 +9,9 @@ from tiny_detectors import tiny_detector
 from transformers import DetrConfig
 
 from aligndet_hf import AlignDetConfig, cli
+from aligndet_hf.evaluation.coco_metrics import SUMMARY
 from aligndet_hf.reporting import html_report, pictures
 from aligndet_hf.reporting.html_report import write_report
-from aligndet_hf.reporting.model_card import COCO_KEYS
 from aligndet_hf.reporting.pictures import new_figure, save_figure
 from aligndet_hf.reporting.run_record import read_run
 
@@ -61,7 +61,7 @@ def finetuned(detector, tmp_path):
     run.mkdir()
     write(run / "config.json", (detector / "config.json").read_text())
     write(run / "finetune_settings.json", {"dataset": f"/home/me/{EVIL}", "detector": "me/start", "seed": 1})
-    metrics = {key: 0.25 for key in COCO_KEYS} | {"APs": -1.0, "per_class": {EVIL: 0.5, "dog": -1.0}}
+    metrics = {key: 0.25 for key in SUMMARY} | {"APs": -1.0, "per_class": {EVIL: 0.5, "dog": -1.0}}
     evaluation = {"dataset": EVIL, "split": "validation", "images": 12}
     results = {
         "metrics": metrics,

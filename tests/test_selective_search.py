@@ -193,6 +193,8 @@ def test_other_arrays_are_refused(image):
 def test_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="tiny, default, quality"):
         selective_search(scene(), "slow")
+    with pytest.raises(ValueError, match="Unknown preset None"):
+        selective_search(scene(), None)
 
 
 def test_works_where_nothing_can_be_written(tmp_path):

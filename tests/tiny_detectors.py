@@ -28,6 +28,14 @@ from aligndet_hf.convnets.modeling_torchvision import FasterRcnnConfig, FcosConf
 
 NUM_LABELS, NUM_QUERIES = 3, 20
 
+# `detector_config` of a small DETR, and the flags of a fine-tuning of a new one that takes one step and leaves little.
+SMALL_DETR = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+ONE_STEP = {
+    "detector": "detr", "backbone": "resnet10t", "image_sizes": [48], "max_steps": 1, "per_device_train_batch_size": 2,
+    "dataloader_num_workers": 0, "dataloader_persistent_workers": False, "report_to": "none", "save_strategy": "no",
+    "num_pictures": 0, "write_report": False, "disable_tqdm": True, "use_cpu": True,
+}  # fmt: skip
+
 
 def timm_backbone(name: str = "test_resnet", out_indices: tuple[int, ...] = (4,)) -> TimmBackboneConfig:
     return TimmBackboneConfig(backbone=name, out_indices=list(out_indices), freeze_batch_norm_2d=True)

@@ -12,7 +12,7 @@ from ..data.arrow_boxes import read_boxes, read_values
 from ..data.checks import metric_note, objects_per_image, query_note
 from ..data.columns import BoxReport, arrow_batches, image_batches, validate_objects, validate_proposals
 from ..data.dataset import LabelledImages
-from ..data.door import listed
+from ..data.door import first, listed
 from ..data.errors import DataError
 from ..data.formats import (
     category_names,
@@ -369,10 +369,9 @@ def _describe(name: str, split: SplitReport) -> str:
         pairs = listed(f"{image} = {seen}" for image, seen in split.copies)
         lines.append(f"  note: {len(split.copies)} images look like another one of the split: {pairs}")
     lines += [f"  note: {note}" for note in split.notes]
-    problems = [f"  problem: {problem}" for problem in split.problems]
-    return "\n".join(
-        lines + problems[:_LISTED] + [f"  ... and {len(problems) - _LISTED} more"] * (len(problems) > _LISTED)
-    )
+    if split.problems:
+        lines.append(f"  {first([f'problem: {problem}' for problem in split.problems], _LISTED)}")
+    return "\n".join(lines)
 
 
 def _draw(dataset: datasets.Dataset, split: SplitReport, arguments: CheckArguments, path: Path) -> None:

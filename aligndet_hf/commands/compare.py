@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.formats import load_dataset_source
 from ..data.leakage import look_for_leaks
-from ..data.splits import nested_subsets
+from ..data.splits import is_same_split, nested_subsets
 from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..files import write_json
 from ..flags import flag, nearest, takes_arguments
@@ -360,23 +360,20 @@ def _refuse_other_labels(job: Job) -> None:
     """A stage before the measured one that learns from labels must not know more of them."""
     shares = ("label_fraction", "label_seed")
     for stage in job.stages[:-1]:
-        if not fields_of(stage.command).issuperset(shares) or not _is_same_data(stage, job.measured):
+        if not fields_of(stage.command).issuperset(shares):
             continue
-        if any(setting(stage, share) != setting(job.measured, share) for share in shares):
+        is_same = is_same_split(_labels_of(stage), _labels_of(job.measured))
+        if is_same and any(setting(stage, share) != setting(job.measured, share) for share in shares):
             raise ValueError(
                 f"arm {job.arm!r}, stage {stage.name!r} would learn from other labels of the same data than the "
                 "measured stage: leave label_fraction and label_seed to the comparison"
             )
 
 
-def _is_same_data(*stages: Stage) -> bool:
-    """Whether stages take their labels from the same data, however it is written."""
-    places, splits = set(), set()
-    for stage in stages:
-        prefix = "labelled_" if setting(stage, "labelled_dataset") else ""
-        places.add(Path(str(setting(stage, f"{prefix}dataset"))).expanduser().resolve())
-        splits.add(setting(stage, f"{prefix}split"))
-    return len(places) == 1 and len(splits - {None}) < 2  # no split: there is one, or all are meant
+def _labels_of(stage: Stage) -> tuple[str, str | None]:
+    """Where a stage takes its labels from: the data set and the split."""
+    prefix = "labelled_" if setting(stage, "labelled_dataset") else ""
+    return setting(stage, f"{prefix}dataset"), setting(stage, f"{prefix}split")
 
 
 # ---- the data ----

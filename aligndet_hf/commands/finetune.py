@@ -42,13 +42,13 @@ from ..evaluation.coco_metrics import format_table
 from ..evaluation.detections import EvaluationImages
 from ..evaluation.image_matches import MATCHES, ImageMatches
 from ..evaluation.speed import measure_speed
-from ..files import clear_write_errors, write_json
+from ..files import clear_write_errors, read_json, write_json
 from ..flags import local_paths, names_of, takes_arguments
 from ..hub import open_repository
 from ..objects import Given
-from ..processes import require_one_gpu, warn_without_gpu
+from ..processes import require_one_gpu
 from ..reporting.predictions import PREDICTIONS, WORST, tell_predictions
-from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED, read_json
+from ..reporting.run_record import DIAGNOSIS, RESULTS, SETTINGS, SPEED
 from ..runs import RunFolder
 from ..training.batch_size import largest_batch, trial_step
 from ..training.checkpointing import find_last_checkpoint
@@ -105,7 +105,6 @@ def finetune(arguments: FinetuneArguments) -> FinetuneResult:
         Interrupted: SIGTERM or SIGINT; a checkpoint was written.
     """
     require_one_gpu(arguments.n_gpu, "finetune")
-    warn_without_gpu(arguments.use_cpu)
     processes = PartialState()
     with training_folder(arguments, "finetune", WRITTEN, RESULTS) as folder:
         settings = settings_of(arguments)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -208,7 +207,7 @@ def _run(arguments: PredictArguments, detector, image_processor, images: ImageLi
         encode=arguments.output_dir is not None,
         masks=arguments.masks,
     )
-    disable = arguments.disable_tqdm or os.environ.get("RANK", "0") != "0"
+    disable = arguments.disable_tqdm or not Launch().is_main
     initial = len(images) - len(indices)
     modes = {part: part.training for part in detector.modules()}
     try:

@@ -1,8 +1,6 @@
 """`aligndet pseudolabel`: what a teacher finds in unlabelled images, as labels for a student."""
 
 import contextlib
-import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -29,13 +27,14 @@ from ..data.door import image_digest
 from ..data.errors import DataError
 from ..data.formats import category_names, load_dataset_source, load_labelled
 from ..data.images import decode_image
+from ..data.launch import Launch
 from ..data.shards import content_hash, data_folder, save_split
-from ..data.splits import nested_subsets
+from ..data.splits import is_same_split, nested_subsets
 from ..detectors.build import build_detector, find_detector, open_detector
 from ..evaluation.box_features import BoxFeatures
 from ..evaluation.detections import match_categories
 from ..evaluation.pseudo_labels import check_classes, crop_features, suppress
-from ..files import write_json
+from ..files import read_json, write_json
 from ..flags import flag, local_paths, names_of, takes_arguments
 from ..processes import device_of
 from ..proposals.clusters import match_labels
@@ -153,7 +152,7 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
         DataError: a dataset is broken, every image is a labelled one, or no box is left.
         ValueError: the folder is in use, or holds something else.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Launch().size > 1:
         raise ValueError("pseudolabel runs as one process: start it without a launcher")
     labelled, names, report = load_labelled(
         arguments.labelled_dataset,
@@ -183,11 +182,9 @@ def pseudolabel(arguments: PseudolabelArguments) -> datasets.Dataset:
 def _require_labels_of_teacher(arguments: PseudolabelArguments) -> None:
     """Refuses a teacher that learned, as its folder tells, from other labels of these images."""
     settings = Path(str(arguments.detector)) / SETTINGS
-    if not settings.is_file():
-        return
-    learned = json.loads(settings.read_text(encoding="utf-8"))
-    places = {Path(str(one)).expanduser().resolve() for one in (learned.get("dataset"), arguments.labelled_dataset)}
-    if len(places) > 1 or len({learned.get("split"), arguments.labelled_split} - {None}) > 1:
+    learned = read_json(settings) or {}
+    labels = (learned.get("dataset"), learned.get("split")), (arguments.labelled_dataset, arguments.labelled_split)
+    if not is_same_split(*labels):
         return
     for name in ("label_fraction", "label_seed")[: 1 if arguments.label_fraction == 1 else 2]:
         now = getattr(arguments, name)

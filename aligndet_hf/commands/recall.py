@@ -16,6 +16,8 @@ from ..data.errors import DataError, ImageError
 from ..data.formats import load_dataset_source
 from ..data.images import decode_image, image_size
 from ..data.splits import spread_rows
+from ..evaluation.diagnosis import SIZES
+from ..evaluation.image_matches import THRESHOLDS
 from ..files import write_json
 from ..flags import flag, takes_arguments
 from ..proposals.controls import grid_boxes, random_boxes
@@ -25,13 +27,9 @@ from ..reporting.drawing import contact_sheet, draw_boxes, enlarged
 from ..reporting.pictures import new_figure, plot_recall
 from ..runs import measuring_folder
 
-# pycocotools' thresholds: .50:.05:.95
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 LIMITS = (10, 50, 100, 300, 1000)
 RANKS = (1, 4, 10)  # pre-training takes no more than the first few boxes of an image
 
-# Bounds of the area in pixels, inclusive on both sides as in pycocotools.
-AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
 # Bounds of sqrt(area of the box / area of the image), the lower one inclusive.
 RELATIVE_SIZES = {"below 0.1": (0, 0.1), "0.1 to 0.3": (0.1, 0.3), "above 0.3": (0.3, np.inf)}
 _SHEET_SIDE = 480  # of a picture in pixels
@@ -140,9 +138,9 @@ class RecallMeter:
         self.first = np.zeros(len(RANKS), dtype=np.int64)  # boxes among the first k of their image
         self.right = np.zeros(len(RANKS), dtype=np.int64)
         self.images_with_objects, self.images_found = 0, np.zeros(len(RANKS), dtype=np.int64)
-        self.groups = ["all", *AREAS, *RELATIVE_SIZES]
+        self.groups = ["all", *SIZES, *RELATIVE_SIZES]
         self.objects = np.zeros(len(self.groups), dtype=np.int64)
-        self.found = np.zeros((len(self.groups), len(limits), len(IOU_THRESHOLDS)), dtype=np.int64)
+        self.found = np.zeros((len(self.groups), len(limits), len(THRESHOLDS)), dtype=np.int64)
         self.images = self.boxes = 0
 
     def update(
@@ -175,7 +173,7 @@ class RecallMeter:
 
     def _count_right(self, boxes: np.ndarray, objects: np.ndarray) -> None:
         """Adds the first boxes of an image to the counts of precision."""
-        is_right = (box_iou(boxes, objects) >= IOU_THRESHOLDS[0]).any(axis=1)
+        is_right = (box_iou(boxes, objects) >= THRESHOLDS[0]).any(axis=1)
         self.images_with_objects += len(objects) > 0
         for place, rank in enumerate(RANKS):
             self.first[place] += len(boxes[:rank])
@@ -217,7 +215,7 @@ class BoxStatistics:
 
     def __init__(self):
         self.counts = []
-        self.sizes = dict.fromkeys([*AREAS, *RELATIVE_SIZES], 0)
+        self.sizes = dict.fromkeys([*SIZES, *RELATIVE_SIZES], 0)
 
     def update(self, boxes: np.ndarray, image_size: tuple[int, int]) -> None:
         """Adds the boxes `[N, 4]` (absolute `xywh`) of an image of the size `(height, width)`."""
@@ -239,8 +237,8 @@ def format_statistics(statistics: Mapping) -> str:
     lines = [
         f"boxes an image: mean {counts['mean']:.1f}, min {counts['min']:g}, median {counts['median']:g}, "
         f"max {counts['max']:g}",
-        f"  by area: {', '.join(shares[: len(AREAS)])}",
-        f"  by size relative to the image: {', '.join(shares[len(AREAS) :])}",
+        f"  by area: {', '.join(shares[: len(SIZES)])}",
+        f"  by size relative to the image: {', '.join(shares[len(SIZES) :])}",
     ]
     return "\n".join(lines)
 
@@ -331,8 +329,8 @@ def _size_groups(
     if areas is not None:
         areas = np.asarray(areas, dtype=np.float64)
         area = np.where(np.isnan(areas), area, areas)  # a null in Arrow is NaN
-    below = np.less_equal if overlap else np.less
-    groups = {name: (low <= area) & below(area, high) for name, (low, high) in AREAS.items()}
+    below = np.less_equal if overlap else np.less  # pycocotools has both bounds inclusive
+    groups = {name: (low <= area) & below(area, high) for name, (low, high) in SIZES.items()}
     return groups | {name: (low <= size) & (size < high) for name, (low, high) in RELATIVE_SIZES.items()}
 
 
@@ -346,14 +344,14 @@ def _ranks_of_finders(boxes: np.ndarray, truth: np.ndarray, member: np.ndarray) 
     Returns:
         `np.ndarray` of shape `[groups, thresholds, M]`.
     """
-    ranks = np.full((len(member), len(IOU_THRESHOLDS), len(truth)), np.iinfo(np.int64).max)
+    ranks = np.full((len(member), len(THRESHOLDS), len(truth)), np.iinfo(np.int64).max)
     if not len(truth) or not len(boxes):
         return ranks
     # The last of equal overlaps wins in pycocotools: reversed, it is the first, which `argmax` finds.
     overlaps = box_iou(boxes, truth[::-1])
-    free = np.repeat(member[:, None, ::-1], len(IOU_THRESHOLDS), axis=1)
-    for rank in np.flatnonzero(overlaps.max(axis=1) >= IOU_THRESHOLDS[0]):
-        candidates = np.where(free & (overlaps[rank] >= IOU_THRESHOLDS[:, None]), overlaps[rank], 0)
+    free = np.repeat(member[:, None, ::-1], len(THRESHOLDS), axis=1)
+    for rank in np.flatnonzero(overlaps.max(axis=1) >= THRESHOLDS[0]):
+        candidates = np.where(free & (overlaps[rank] >= THRESHOLDS[:, None]), overlaps[rank], 0)
         group, threshold = np.nonzero(candidates.any(axis=2))
         best = candidates.argmax(axis=2)[group, threshold]
         ranks[group, threshold, best] = rank

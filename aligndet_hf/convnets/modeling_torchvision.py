@@ -44,7 +44,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 Maps = OrderedDict[str, Tensor]  # of the levels of a pyramid
 Targets = list[dict[str, Tensor]]  # labels, and the boxes as `pixels`, xyxy
@@ -491,6 +491,7 @@ class TorchvisionDetector(PreTrainedModel):
             if module.bias is not None:
                 nn.init.constant_(module.bias, math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)) if is_class_layer else 0.0)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -512,7 +513,7 @@ class TorchvisionDetector(PreTrainedModel):
                 `[n, h, w]` of the image's size, with or without padding, if masks are to be trained; images without
                 train boxes alone.
             output_hidden_states (`bool`, *optional*): whether to return `object_features`.
-            kwargs: ignored.
+            kwargs: `return_dict`, a tuple instead of the output if false; others are ignored.
         """
         height, width = pixel_values.shape[-2:]
         if pixel_mask is None:

@@ -1,6 +1,5 @@
 """The columns `image`, `proposals` and `objects`: their features, their ids, and validation."""
 
-import difflib
 import json
 from dataclasses import dataclass, field
 
@@ -8,6 +7,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from ..flags import nearest
 from .arrow_boxes import FAULTS, OUTSIDE, find_faults, is_number, read_boxes, read_values
 from .errors import DataError
 from .masks import FIELD
@@ -94,9 +94,8 @@ def category_ids(dataset: datasets.Dataset, categories: list[str]) -> list[int |
 
 def _nearest(name: str, candidates) -> str:
     """A hint for a name that is not there."""
-    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
     found = ", ".join(f"'{candidate}'" for candidate in candidates) or "none"
-    return f"found {found}" + (f"; did you mean '{near[0]}'?" if near else ".")
+    return f"found {found}{nearest(name, candidates) or '.'}"
 
 
 def require_columns(dataset: datasets.Dataset, columns: list[str], source: str = "the data set") -> None:

@@ -2,7 +2,6 @@
 
 import difflib
 import logging
-import os
 from pathlib import Path
 
 import datasets
@@ -14,6 +13,7 @@ from . import door
 from .arrow_boxes import read_values
 from .columns import BoxReport, require_columns, validate_objects
 from .errors import DataError
+from .launch import Launch
 from .readers import READERS, box_table, find_reader, image_folder, saved, yolo
 from .readers.files import list_files, list_images, read_start, split_of_folder, unwrapped
 from .readers.image_folder import has_metadata, read_labels
@@ -78,7 +78,7 @@ def load_dataset_source(
     elif reader is not None:
         names = list(found)
         chosen = names if path.is_file() and len(names) == 1 else _choose_splits(names, split, path, split_flag)
-        if path.is_dir() and reader is not image_folder and os.environ.get("RANK", "0") == "0":
+        if path.is_dir() and reader is not image_folder and Launch().is_main:
             print(f"{path}: read as {reader.NAME}. It has the splits {', '.join(names)}; used: {' + '.join(chosen)}.")
         dataset = build_dataset(reader.read(path, found, chosen, Path(image_dir) if image_dir else None), str(path))
     else:

@@ -1,6 +1,5 @@
 """Images of an evaluation split that training has seen as well: the same files, and copies that look the same."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import datasets
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .bit_depth import pixel_window
 from .door import image_digest
 from .errors import ImageError
@@ -117,7 +116,7 @@ def look_for_leaks(held_out: tuple, seen: list[tuple], content: list[str], path:
         [`find_leaks`].
     """
     sources = {"evaluation": list(held_out), "training": [list(source) for source in seen], "content": content}
-    if path.exists() and (known := json.loads(path.read_text()))["sources"] == sources:
+    if (known := read_json(path)) and known["sources"] == sources:
         return known
 
     def of(dataset: str, split: str | None, image_dir: str | None) -> Fingerprints:

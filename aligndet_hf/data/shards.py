@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from datasets.table import embed_table_storage, table_cast
 from tqdm.auto import tqdm
 
-from ..files import file_hash, seal_file, write_json
+from ..files import file_hash, read_json, seal_file, write_json
 from ..runs import Interrupted, RunFolder
 from .columns import RECORD_MARK, proposals_feature
 from .door import image_bytes
@@ -322,8 +322,7 @@ def require_all(paths: list[Path]) -> None:
 
 def read_report(folder: Path) -> dict:
     """The content of `proposals.json`; nothing if there is none."""
-    path = folder / REPORT
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(folder / REPORT) or {}
 
 
 # ---- files ----

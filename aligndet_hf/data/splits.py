@@ -1,9 +1,17 @@
 """Parts of a data set: nested subsets, to compare runs with few and many labels, and rows spread over all of it."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 
 Splits = dict[str, datasets.Dataset]  # by the names of the splits
+
+
+def is_same_split(*parts: tuple[str, str | None]) -> bool:
+    """Whether these sources and splits are the same, however the path is written; no split: there is one, or all."""
+    places = {Path(str(source)).expanduser().resolve() for source, _ in parts}
+    return len(places) == 1 and len({split for _, split in parts} - {None}) < 2
 
 
 def nested_subsets(num_rows: int, fractions: list[float], seed: int) -> dict[float, list[int]]:

@@ -1,7 +1,6 @@
 """Shards of streams: rows are stored as they come, to be searched at once and put together at the end."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import datasets
 import pyarrow as pa
 from datasets.table import embed_table_storage, table_cast
 
-from ..files import is_sound, seal_file, write_json
+from ..files import is_sound, read_json, seal_file, write_json
 from .errors import DataError
 from .launch import Launch
 from .shards import Shard, settings_hash, write_arrow
@@ -36,7 +35,7 @@ def _read_part(
         return
     number = next(number for number in itertools.count() if not _is_done(_shard_path(work, name, part, number, key)))
     end = work / f"{name}-{part:05d}-{key}.json"
-    if end.is_file() and number >= json.loads(end.read_text())["shards"]:
+    if (known := read_json(end)) and number >= known["shards"]:
         return
     rows = (table for _, table in read_shard(stream, part, number * shard_size))
     while tables := list(itertools.islice(rows, shard_size)):
@@ -68,8 +67,8 @@ def read_rows(streams: dict[str, datasets.IterableDataset], work: Path, settings
         start, path = 0, work / f"{name}-input.arrow"
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, stream.features.arrow_schema) as writer:
             for part in range(stream.num_shards):
-                end = work / f"{name}-{part:05d}-{key}.json"
-                for number in range(json.loads(end.read_text())["shards"] if end.is_file() else 1):
+                end = read_json(work / f"{name}-{part:05d}-{key}.json") or {"shards": 1}
+                for number in range(end["shards"]):
                     shard = _shard_path(work, name, part, number, key)
                     rows = 0
                     if shard.exists():

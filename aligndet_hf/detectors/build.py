@@ -136,12 +136,14 @@ def _build(
     """[`build_detector`] with the report of the weights, if it has any: of SoCo's pyramid and head a transfer's."""
     if model_type not in FAMILIES:
         raise ValueError(
-            f"unknown detector family {model_type!r}{nearest(model_type, FAMILIES)}. Supported are "
+            f"unknown detector family {model_type!r}{nearest(str(model_type), FAMILIES)}. Supported are "
             + ", ".join(sorted(FAMILIES))
         )
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
     require_config_fields(defaults, fields.keys() - {"strides"})
     fields = dict(family.defaults) | fields | class_fields(num_labels, id2label)
+    if isinstance(own := fields.get("backbone_config"), dict):
+        fields["backbone_config"] = {"model_type": defaults.backbone_config.model_type} | own
     checkpoint = ""
     if family.strides:
         of_backbone = _backbone_fields(family, defaults, backbone or "resnet50", freeze_batch_norm, fields)

@@ -63,7 +63,8 @@ def read_checkpoint(path: str | Path) -> dict:
             "safetensors.torch.save_file"
         ) from error
     except Exception as error:  # damaged files fail in as many ways as there are bytes
-        raise ValueError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} cannot be read as weights: it holds one {type(content).__name__}, not names of them")
     return dict(content)
@@ -83,10 +84,6 @@ def flatten(value: object, prefix: str = "") -> dict[str, Tensor]:
         for key, item in value.items():
             found |= flatten(item, f"{prefix}{key}.")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # --- pickles of NumPy arrays -----------------------------------------------------------------------------------------

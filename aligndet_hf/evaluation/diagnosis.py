@@ -73,7 +73,7 @@ class Diagnosis:
             sure = scores >= thresholds[labels]
             boxes, labels = boxes[sure], labels[sure]
             iou = _iou(boxes, true_boxes)
-            owner = _claims(iou, labels[:, None] == true_labels[None], FOUND_IOU)
+            owner = _claims(iou, labels[:, None] == true_labels[None])
             kinds = _kinds(iou, labels, true_labels, owner)
             taken = np.isin(np.arange(len(true_labels)), owner)
             hinted = ((iou >= NEAR_IOU) & (owner < 0)[:, None]).any(axis=0)
@@ -108,27 +108,26 @@ class Diagnosis:
             own, true_own = labels == label, true_labels == label
             iou = _iou(boxes[own], true_boxes[true_own])
             scores.append(found_scores[own])
-            right.append(_claims(iou, np.ones_like(iou, dtype=bool), FOUND_IOU) >= 0)
+            right.append(_claims(iou, np.ones_like(iou, dtype=bool)) >= 0)
             objects += int(true_own.sum())
         return np.concatenate(scores), np.concatenate(right), objects
 
 
-def agreeing(found: Mapping, truth: Mapping, threshold: float = FOUND_IOU) -> np.ndarray:
-    """Which detections take, best score first, a free object of their class with an IoU of at least `threshold`."""
+def agreeing(found: Mapping, truth: Mapping) -> np.ndarray:
+    """Which detections take, best score first, a free object of their class with an IoU of at least `FOUND_IOU`."""
     order = np.argsort(-np.asarray(found["scores"]), kind="stable")
     same = np.asarray(found["labels"])[order][:, None] == np.asarray(truth["labels"])[None]
     right = np.zeros(len(order), dtype=bool)
-    right[order] = (
-        _claims(_iou(np.asarray(found["boxes"]).reshape(-1, 4)[order], truth["boxes"]), same, threshold) >= 0
-    )
+    iou = _iou(np.asarray(found["boxes"]).reshape(-1, 4)[order], truth["boxes"])
+    right[order] = _claims(iou, same) >= 0
     return right
 
 
-def in_crowd(found: Mapping, crowds: Mapping, threshold: float = FOUND_IOU) -> np.ndarray:
-    """Which detections have at least this share of their area inside a crowd of their class."""
+def in_crowd(found: Mapping, crowds: Mapping) -> np.ndarray:
+    """Which detections have at least a share of `FOUND_IOU` of their area inside a crowd of their class."""
     shares = _iou(found["boxes"], crowds["boxes"], are_crowds=True)
     same = np.asarray(found["labels"])[:, None] == np.asarray(crowds["labels"])[None]
-    return (same & (shares >= threshold)).any(axis=1)
+    return (same & (shares >= FOUND_IOU)).any(axis=1)
 
 
 def _best(scores: np.ndarray, right: np.ndarray, objects: int) -> dict:
@@ -171,13 +170,13 @@ def _iou(boxes: np.ndarray, others: np.ndarray, are_crowds: bool = False) -> np.
     return inside / np.maximum(union, 1e-9)
 
 
-def _claims(iou: np.ndarray, allowed: np.ndarray, threshold: float) -> np.ndarray:
+def _claims(iou: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """The object that each detection claims, -1 for none: best score first, the free object with the highest IoU."""
     claims = np.full(len(iou), -1)
     free = np.ones(iou.shape[1], dtype=bool)
     for number in range(len(iou)):
         candidates = np.where(free & allowed[number], iou[number], -1)
-        if len(candidates) and candidates.max() >= threshold:
+        if len(candidates) and candidates.max() >= FOUND_IOU:
             claims[number] = candidates.argmax()
             free[claims[number]] = False
     return claims

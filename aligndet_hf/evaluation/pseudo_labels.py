@@ -67,9 +67,7 @@ def _crop(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     return cv2.warpAffine(image, matrix, (_CROP_SIZE, _CROP_SIZE), flags=method)
 
 
-def check_classes(
-    labelled: np.ndarray, classes: np.ndarray, unlabelled: np.ndarray, *, neighbours: int = 20, alpha: float = 0.99
-) -> tuple[np.ndarray, np.ndarray]:
+def check_classes(labelled: np.ndarray, classes: np.ndarray, unlabelled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     Classes of unlabelled objects by labelled ones: of the nearest one, and by label spreading (Zhou et al. 2003).
 
@@ -77,8 +75,6 @@ def check_classes(
         labelled (`np.ndarray`): float [L, D], features of the labelled objects.
         classes (`np.ndarray`): int [L], their classes.
         unlabelled (`np.ndarray`): float [N, D], features of the others.
-        neighbours (`int`, *optional*, defaults to 20): Neighbours of each object in the graph.
-        alpha (`float`, *optional*, defaults to 0.99): How far labels spread, in (0, 1).
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: int64 [N], the class of the nearest labelled object, and bool [N], whether
@@ -101,7 +97,7 @@ def check_classes(
     known = vectors[: len(labelled)], classes
     nearest = KNeighborsClassifier(1).fit(*known).predict(vectors[len(labelled) :])
     targets = np.concatenate([classes, np.full(len(unlabelled), -1)])
-    # What a round changes shrinks by alpha: it ends by itself, at 0.99 before 2,000 rounds.
-    spreading = LabelSpreading("knn", n_neighbors=min(neighbours, len(vectors) - 1), alpha=alpha, max_iter=10_000)
+    # What a round changes shrinks by alpha: it ends by itself, before 2,000 rounds.
+    spreading = LabelSpreading("knn", n_neighbors=min(20, len(vectors) - 1), alpha=0.99, max_iter=10_000)
     spread = spreading.fit(vectors, targets).transduction_[len(labelled) :]
     return nearest.astype(np.int64), nearest == spread

@@ -7,6 +7,8 @@ made small for the detector is large enough in a tile. Boxes are `xyxy` in pixel
 
 import numpy as np
 
+_MARGIN = 0.01  # a box this near to an edge, in sides of the view, ends there
+
 
 def tile_corners(height: int, width: int, tile_size: int, overlap: float = 0.2) -> np.ndarray:
     """
@@ -41,7 +43,6 @@ def merge_views(
     corners: np.ndarray,
     size: tuple[int, int],
     iou_threshold: float = 0.5,
-    margin: float = 0.01,
 ) -> dict[str, np.ndarray]:
     """
     Joins what a detector found in several views of an image: tiles that overlap and, if it is one of them, the whole.
@@ -57,7 +58,6 @@ def merge_views(
         corners (`np.ndarray`): `[views, 4]`, xyxy: where the views lie in the image.
         size (`tuple[int, int]`): Height and width of the image.
         iou_threshold (`float`, *optional*, defaults to 0.5): See above.
-        margin (`float`, *optional*, defaults to 0.01): A box this near to an edge, in sides of the view, ends there.
 
     Returns:
         `dict`: `boxes` (xyxy in pixels of the image), `scores`, `labels` and the rest, best scores first.
@@ -69,7 +69,7 @@ def merge_views(
     inner = bounds[:, :2] > 0, bounds[:, 2:] < (width, height)
     low, high = found["boxes"][:, :2], found["boxes"][:, 2:]
     sides = bounds[:, 2:] - bounds[:, :2]
-    is_cut = ((low <= margin * sides) & inner[0] | (high >= (1 - margin) * sides) & inner[1]).any(axis=1)
+    is_cut = ((low <= _MARGIN * sides) & inner[0] | (high >= (1 - _MARGIN) * sides) & inner[1]).any(axis=1)
     boxes = found["boxes"] + np.tile(bounds[:, :2], 2)
     order = np.lexsort((-found["scores"], is_cut))
     kept = []

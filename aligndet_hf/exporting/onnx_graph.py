@@ -47,7 +47,7 @@ def export_onnx(
         `list[str]`: names of the inputs.
 
     Raises:
-        ImportError: onnx or onnxscript is not installed.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
         ValueError: the detector cannot be exported: a convnet, or for what the exporter says.
     """
     if family_of(detector.config).own_loss:
@@ -59,10 +59,11 @@ def export_onnx(
     try:
         import onnx
         import onnx_ir
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
         from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
     except ImportError as error:
-        raise ImportError('Exporting needs onnx and onnxscript: pip install "aligndet-hf[export]"') from error
+        raise ImportError('Exporting needs ONNX and ONNX Runtime: pip install "aligndet-hf[export]"') from error
     if opset is not None and opset > (newest := onnx.defs.onnx_opset_version()):
         raise ValueError(f"opset must be at most {newest}, the newest that the installed onnx knows, got {opset}")
 

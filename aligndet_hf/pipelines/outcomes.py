@@ -108,7 +108,7 @@ def _steps(stage: Stage) -> int:
 
 def results_of(stage: Stage) -> dict:
     """What a finished fine-tuning run reached: its `metrics`, its learning `curve`, its `steps`."""
-    record = json.loads((stage.folder / "results.json").read_text())
+    record = json.loads((stage.folder / RESULTS).read_text())
     classes = list(record["metrics"]["per_class"])
     curve = {}
     for entry in json.loads((stage.folder / "trainer_state.json").read_text())["log_history"]:

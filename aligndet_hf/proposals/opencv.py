@@ -71,7 +71,7 @@ def opencv_selective_search(
     return select_proposals(boxes, scores, (height, width), **selection)
 
 
-def agreement_scores(boxes: np.ndarray, iou_threshold: float = _AGREEMENT_IOU) -> np.ndarray:
+def agreement_scores(boxes: np.ndarray) -> np.ndarray:
     """
     Scores boxes by how many others agree with them.
 
@@ -81,7 +81,6 @@ def agreement_scores(boxes: np.ndarray, iou_threshold: float = _AGREEMENT_IOU) -
 
     Args:
         boxes (`np.ndarray` of shape `[N, 4]`): Distinct boxes, absolute `xywh` in whole pixels.
-        iou_threshold (`float`, *optional*, defaults to 0.75): Overlap that counts as agreement.
 
     Returns:
         `np.ndarray` of shape `[N]`: Number of boxes, the box itself included, that overlap it so much, plus a fraction
@@ -97,7 +96,7 @@ def agreement_scores(boxes: np.ndarray, iou_threshold: float = _AGREEMENT_IOU) -
         y_overlap = np.minimum.outer((y + height)[rows], y + height) - np.maximum.outer(y[rows], y)
         intersection = x_overlap.clip(min=0) * y_overlap.clip(min=0)
         union = np.add.outer(area[rows], area) - intersection
-        counts[rows] = (intersection >= iou_threshold * union).sum(axis=1)
+        counts[rows] = (intersection >= _AGREEMENT_IOU * union).sum(axis=1)
     return (counts + _hash_fractions(boxes)).astype(np.float32)
 
 

@@ -89,7 +89,7 @@ def selective_search(
         `ValueError`: If the image or the preset is not as described.
     """
     image = np.asarray(image)
-    if isinstance(preset, str):
+    if not isinstance(preset, Preset):
         if preset not in PRESETS:
             raise ValueError(f"Unknown preset {preset!r}: expected one of {', '.join(PRESETS)}.")
         preset = PRESETS[preset]

@@ -14,6 +14,7 @@ from ..data.masks import Region
 from .pictures import INK, color_of, luminance
 
 JPEG_QUALITY = 88
+_CROP_SIDE = 96  # of a picture on a sheet of crops, in pixels
 _TINT = 0.45  # how much of the colour of its class covers a mask
 
 
@@ -142,10 +143,10 @@ def _free_place(corner: np.ndarray, text: tuple, size: tuple[int, int], taken: n
     return None
 
 
-def jpeg_bytes(picture: PIL.Image.Image, quality: int = JPEG_QUALITY) -> bytes:
+def jpeg_bytes(picture: PIL.Image.Image) -> bytes:
     """A picture as the content of a JPEG file."""
     buffer = BytesIO()
-    picture.save(buffer, format="JPEG", quality=quality)
+    picture.save(buffer, format="JPEG", quality=JPEG_QUALITY)
     return buffer.getvalue()
 
 
@@ -209,7 +210,7 @@ def contact_sheet(
     return sheet
 
 
-def crop_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, note: str, side: int = 96) -> Path:
+def crop_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, note: str) -> Path:
     """
     Puts rows of small pictures on one sheet, and the name of each row below its first picture.
 
@@ -217,7 +218,6 @@ def crop_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, note: str, 
         rows (`Mapping[str, Sequence[np.ndarray]]`): Name of each row and its pictures, uint8 `[height, width, 3]`.
         path (`Path`): The file to write.
         note (`str`): A text above the pictures.
-        side (`int`, *optional*, defaults to 96): The longest side of a picture on the sheet, in pixels.
 
     Returns:
         `Path`: `path`.
@@ -225,9 +225,9 @@ def crop_sheet(rows: Mapping[str, Sequence[np.ndarray]], path: Path, note: str, 
     columns, pictures, titles = max(1, *map(len, rows.values())), [], []
     for name, crops in rows.items():
         blanks = [np.full((1, 1, 3), 255, np.uint8)] * (columns - len(crops))
-        pictures += [PIL.Image.fromarray(enlarged(crop, [], side)[0]) for crop in (*crops, *blanks)]
+        pictures += [PIL.Image.fromarray(enlarged(crop, [], _CROP_SIDE)[0]) for crop in (*crops, *blanks)]
         titles += [name, *[""] * (columns - 1)]
-    contact_sheet(pictures, titles, columns, side, note).save(path)
+    contact_sheet(pictures, titles, columns, _CROP_SIDE, note).save(path)
     return path
 
 

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from ..cards import told, told_settings
 from ..data.dataset_card import describe_proposals
-from ..evaluation.coco_metrics import exists
+from ..evaluation.coco_metrics import SUMMARY, exists
+from ..files import read_json
 from ..runs import flattened
 from .comparison_page import comparison_page, is_comparison
 from .diagnosis_page import diagnosis_section
-from .model_card import COCO_KEYS, describe_backbone, describe_protocol, describe_training, percentages, run_title
+from .model_card import describe_backbone, describe_protocol, describe_training, percentages, run_title
 from .page import Section, picture_uri, write_page
 from .pictures import has_matplotlib
 from .plots import plot_curves, read_history
 from .pretraining_page import numbers_section
-from .run_record import DIAGNOSIS, RESULTS, RunRecord, read_json, read_run
+from .run_record import DIAGNOSIS, RESULTS, RunRecord, read_run
 
 REPORT = "report.html"
 PICTURES = "Pictures"  # the section with the images of the data
@@ -110,7 +111,7 @@ def _results(metrics: Mapping, text: list[str]) -> Section:
     return Section(
         "Results",
         text=text,
-        tables=[[("metric", "value"), *percentages(metrics, COCO_KEYS)]],
+        tables=[[("metric", "value"), *percentages(metrics, SUMMARY)]],
         more=[Section("AP of each class", bars=bars)],
     )
 

@@ -5,7 +5,7 @@ path of the machine it was written on.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import yaml
@@ -13,7 +13,7 @@ import yaml
 from ..cards import BEGIN, END, citations, hub_ids, inert, told, told_settings
 from ..data.dataset_card import describe_proposals
 from ..detectors.families import family_of
-from ..evaluation.coco_metrics import exists
+from ..evaluation.coco_metrics import SUMMARY, exists
 from ..evaluation.diagnosis import threshold_text
 from .run_record import RunRecord
 
@@ -21,7 +21,6 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # The numbers a leaderboard reads; the card's table has all twelve.
 INDEXED = {"AP": "AP (IoU 0.50:0.95)", "AP50": "AP50", "AP75": "AP75", "AR100": "AR (100 detections)"}
-COCO_KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 def model_card(record: RunRecord, name: str, subfolder: str | None = None, picture: str | None = None) -> str:
@@ -87,7 +86,7 @@ def model_card(record: RunRecord, name: str, subfolder: str | None = None, pictu
         settings=yaml.safe_dump(_recipe(record), sort_keys=False, allow_unicode=True, width=100).strip(),
         citations=papers(record),
         protocol=describe_protocol(record, inert),
-        results=percentages(measured, COCO_KEYS),
+        results=percentages(measured, SUMMARY),
         per_class=_per_class(record, measured),
     )
     return str(card)
@@ -192,7 +191,7 @@ def papers(record: RunRecord) -> list[str]:
     return citations(*keys, record.config.model_type, *(word for word in words if word in ("mae", "soco")))
 
 
-def percentages(values: Mapping, keys: Sequence[str] | None = None) -> list[tuple[str, str]]:
+def percentages(values: Mapping, keys: Iterable[str] | None = None) -> list[tuple[str, str]]:
     """Names and values as a table shows them, of numbers from 0 to 1."""
     keys = [key for key in (values if keys is None else keys) if key in values]
     return [(key, f"{100 * values[key]:.1f}" if exists(values[key]) else "no such object") for key in keys]

@@ -106,19 +106,19 @@ def steps_to_reach(steps: Sequence[int], values: Sequence[float], target: float)
     return next((int(step) for step, value in zip(steps, values, strict=True) if value >= target), None)
 
 
-def mean_curve(curves: Sequence[Sequence[Mapping]], key: str = "AP") -> dict[str, list]:
+def mean_curve(curves: Sequence[Sequence[Mapping]]) -> dict[str, list]:
     """
     The mean of several learning curves, and their spread, at the steps that all of them have.
 
     Where a curve has ended before others, its last value stands for it.
 
     Args:
-        curves (`Sequence[Sequence[Mapping]]`): Per seed the evaluations, each with `step` and `key`.
+        curves (`Sequence[Sequence[Mapping]]`): Per seed the evaluations, each with `step` and `AP`.
 
     Returns:
         `dict[str, list]`: `step`, `mean`, `min` and `max`.
     """
-    by_step = [{record["step"]: record[key] for record in curve} for curve in curves]
+    by_step = [{record["step"]: record["AP"] for record in curve} for curve in curves]
     for known in by_step:
         end = max(known)
         known |= {step: known[end] for other in by_step for step in other if step > end}

@@ -83,9 +83,9 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def save_figure(figure, path, title=None, title_size=11) -> Path:
+def save_figure(figure, path, title=None) -> Path:
     if title:
-        figure.suptitle(title, fontsize=title_size, color=INK, x=0.01, ha="left")
+        figure.suptitle(title, fontsize=11, color=INK, x=0.01, ha="left")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -158,20 +158,19 @@ def plot_bands(
     return save_figure(figure, path, title)
 
 
-def plot_precision(per_class: Mapping[str, Mapping], path, most: int = 9) -> Path:
+def plot_precision(per_class: Mapping[str, Mapping], path) -> Path:
     """
-    Draws the precision over the recall of the classes with the most objects, and of all classes in the mean.
+    Draws the precision over the recall of the nine classes with the most objects, and of all classes in the mean.
 
     Args:
         per_class (`Mapping[str, Mapping]`): What [`~aligndet_hf.evaluation.diagnosis.Diagnosis`] says of each class.
         path (`str` or `Path`): The file to write.
-        most (`int`, *optional*, defaults to 9): At most this many classes are drawn.
 
     Returns:
         `Path`: `path`.
     """
     known = {name: found["curve"] for name, found in per_class.items() if found["objects"]}
-    shown = sorted(known, key=lambda name: -per_class[name]["objects"])[:most]
+    shown = sorted(known, key=lambda name: -per_class[name]["objects"])[:9]
     figure = new_figure(6.4, 4.2)
     axes = figure.add_subplot()
     plain_axes(axes, "precision, %, at an IoU of 0.5", "recall, %", None)

@@ -15,10 +15,10 @@ from ..evaluation.coco_metrics import CocoMetrics
 from ..evaluation.detections import EvaluationImages, match_categories, predict_batches
 from ..evaluation.diagnosis import Diagnosis, agreeing
 from ..evaluation.predicted_rows import predicted_rows
-from ..files import write_json
+from ..files import read_json, write_json
 from .drawing import JPEG_QUALITY, contact_sheet, draw_boxes, enlarged, tint_masks
 from .pictures import color_of
-from .run_record import DIAGNOSIS, read_json
+from .run_record import DIAGNOSIS
 
 PREDICTIONS, WORST = "predictions.jpg", "worst.jpg"
 CROWDED = 12  # boxes, above which their tags name no classes

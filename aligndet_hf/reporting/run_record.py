@@ -1,6 +1,5 @@
 """What was run and what came of it, as the files of a run tell: the one source of its card and its report."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from ..cards import hub_ids, told
 from ..data.shards import read_report
 from ..detectors.families import FAMILIES
 from ..detectors.published import PUBLISHED
+from ..files import read_json
 
 SUMMARY = "pretrain_summary.json"
 PRODUCTS = {"aligndet": "detector", "soco": "backbone"}  # of pre-training, by method
@@ -186,8 +186,3 @@ def _parameters(folder: Path) -> int | None:
             names = [name for name in tensors.keys() if not name.endswith(STATISTICS)]
             count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return count or None
-
-
-def read_json(path: Path) -> dict | None:
-    """The content of a JSON file, `None` if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

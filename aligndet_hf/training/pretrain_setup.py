@@ -18,7 +18,7 @@ from ..data.sampling import EpochBatches, EpochBatchSampler, StepBatches
 from ..data.streaming import first_rows, load_stream
 from ..data.view_stream import StreamBatches, ViewStream
 from ..flags import names_of
-from ..processes import init_worker, require_one_gpu, trains_on_cpu, warn_without_gpu
+from ..processes import init_worker, require_one_gpu, trains_on_cpu
 from .pretrain_arguments import PretrainArguments
 from .sharding import require_supported
 
@@ -29,7 +29,6 @@ CHECKED_ROWS = 256
 def build_accelerator(arguments: PretrainArguments) -> Accelerator:
     if not arguments.use_cpu and not {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
         require_one_gpu(torch.cuda.device_count(), "pretrain")
-    warn_without_gpu(arguments.use_cpu)
     accelerator = Accelerator(
         cpu=trains_on_cpu(arguments.use_cpu),
         mixed_precision="bf16" if arguments.bf16 else "fp16" if arguments.fp16 else None,  # or what the launcher says

@@ -104,11 +104,12 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
     for file, text in others.items():
         named |= {PureWindowsPath(parse_json(name, str(file))).stem for name in _FILE_NAME.findall(text)}
     for folder, file in folders.items():
-        tell_unlisted(folder, named, f"are not in {file.name}")
+        tell_unlisted(folder, list_images(folder), named, f"are not in {file.name}")
     if len(contents) > 1:  # each file numbers its own images
         require_unique_ids(images)
     names = [str(category["name"]) for category in categories]
-    ids = [_own_id(category["id"]) for category in categories]
+    ids = [category["id"] for category in categories]
+    ids = [int(own) if isinstance(own, float) else own for own in ids]  # a whole number may be written as 1.0
     return Labels(images, Categories(names, ids) if any("annotations" in one for one in contents.values()) else None)
 
 
@@ -187,11 +188,6 @@ def _key(value):
     if _is_whole(value) or isinstance(value, str) and re.fullmatch(r"0|-?[1-9]\d*", value):
         return int(value)
     return value if type(value) in (float, str) else str(value)
-
-
-def _own_id(value) -> int | str:
-    """An id as the file has it; a whole number written as 1.0 is one."""
-    return int(value) if isinstance(value, float) else value
 
 
 def _check_id(value, where: str) -> None:

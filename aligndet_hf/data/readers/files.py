@@ -112,9 +112,9 @@ def list_images(folder: Path) -> Iterator[Path]:
     return (Path(path) for path, reason in door.visit(folder) if not reason)
 
 
-def tell_unlisted(folder: Path, listed: set, reason: str) -> None:
+def tell_unlisted(folder: Path, images: Iterable[Path], listed: set, reason: str) -> None:
     """Warns of the images of a folder that are left out: all but those `listed`, by path or by name without suffix."""
-    unlisted = [path for path in list_images(folder) if not {path, path.stem} & listed]
+    unlisted = [path for path in images if not {path, path.stem} & listed]
     if unlisted:
         message = "%s: %d images are left out, they %s (e.g. %s)."
         logger.warning(message, folder, len(unlisted), reason, unlisted[0].name)

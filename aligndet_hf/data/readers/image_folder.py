@@ -89,13 +89,14 @@ def read_labels(folder: Path) -> list[str] | None:
 
 
 def _read_folder(folder: Path, root: Path) -> list[LabelledImage]:
-    found = grouped((reason, path) for path, reason in door.visit(folder))
+    found = grouped((reason, Path(path)) for path, reason in door.visit(folder))
     files = found.pop(None, [])
     tell_left_out(folder, found)
     images = _read_metadata(folder, root)
     if not images:
-        return [LabelledImage(path=Path(path), where=str(folder)) for path in files]
-    tell_unlisted(folder, {image.path for image in images}, f"are not in {_metadata_files(folder, root)[0].name}")
+        return [LabelledImage(path=path, where=str(folder)) for path in files]
+    listed = {image.path for image in images}
+    tell_unlisted(folder, files, listed, f"are not in {_metadata_files(folder, root)[0].name}")
     return images
 
 

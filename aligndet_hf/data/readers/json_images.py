@@ -182,8 +182,7 @@ def _label_studio(item: dict) -> Found:
         results = [result for one in annotations for result in one["result"]]
         named = [result for result in results if result.get("type", "").endswith("labels")]
         ids = {result.get("id") for result in named}  # a shape and its label may be two results
-        if any("original_width" in result and result.get("id") not in ids for result in results):
-            raise ValueError("a region has no label")
+        named += [result for result in results if "original_width" in result and result.get("id") not in ids]
         shapes = [result | result["value"] for result in named]
     else:
         lists = (value for value in item.values() if isinstance(value, list))
@@ -270,10 +269,6 @@ def _labelme_shape(shape: dict) -> Shape:
     return points
 
 
-def _via_items(content: dict) -> Iterable:
-    return content.get("_via_img_metadata", content).values()
-
-
 # A new dialect is a row here.
 _DIALECTS = {
     "CreateML": _Dialect(
@@ -281,7 +276,8 @@ _DIALECTS = {
         "'image' and 'annotations', each with 'label' and 'coordinates' (x, y, width, height)",
     ),
     "VIA": _Dialect(
-        b"{", (b'"regions"', b'"file_attributes"'), _via_items, _via,
+        b"{", (b'"regions"', b'"file_attributes"'),
+        lambda content: content.get("_via_img_metadata", content).values(), _via,
         "'filename' and 'regions', each with 'shape_attributes' and 'region_attributes'",
     ),
     "Label Studio": _Dialect(

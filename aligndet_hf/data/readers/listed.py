@@ -12,7 +12,7 @@ from .. import door
 from ..errors import DataError
 from ..images import image_size
 from ..splits import spread_rows
-from .files import find_inside, list_files, list_images, split_of_folder, tell_unlisted
+from .files import find_inside, list_files, split_of_folder, tell_unlisted
 from .rows import Categories, LabelledImage, Labels
 
 logger = logging.getLogger(__name__)
@@ -124,11 +124,11 @@ def collect(
         image.objects["category"] = [numbers[label] for label in image.objects["category"]]
     tell_left_out(folder, finder.left_out)
     if missing is not None:
-        tell_unlisted(folder, listed, missing)
+        tell_unlisted(folder, finder.visited.get(None, []), listed, missing)
     return Labels(list(images.values()), Categories(categories) if categories else None)
 
 
-def tell_left_out(folder: Path, found: dict[str, list[str]]) -> None:
+def tell_left_out(folder: Path, found: dict[str, list[Path]]) -> None:
     """Warns of the images of a folder that are not opened: their paths by the reasons."""
     for reason, paths in found.items():
         names = door.listed(os.path.relpath(path, folder) for path in paths)
@@ -201,13 +201,18 @@ class _Finder:
         self.found: dict[tuple[str, Path, str, str | None], Path] = {}
 
     @cached_property
-    def by_name(self) -> dict[str, list[Path]]:
-        return grouped((name, path) for path in list_images(self.folder) for name in (path.name, path.stem))
+    def visited(self) -> dict[str | None, list[Path]]:
+        """All images, by the reason why they are not opened: `None` of those that are."""
+        return grouped((reason, Path(path)) for path, reason in door.visit(self.folder))
 
     @cached_property
-    def left_out(self) -> dict[str, list[str]]:
+    def by_name(self) -> dict[str, list[Path]]:
+        return grouped((name, path) for path in self.visited.get(None, []) for name in (path.name, path.stem))
+
+    @property
+    def left_out(self) -> dict[str, list[Path]]:
         """The images that are not opened, by the reasons; what commands have written is none."""
-        return grouped((reason, path) for path, reason in door.visit(self.folder) if reason not in (None, door.OUTPUT))
+        return {reason: paths for reason, paths in self.visited.items() if reason not in (None, door.OUTPUT)}
 
     def find(self, entry: Entry) -> Path:
         key = entry.image, entry.base, entry.also, entry.split
@@ -234,7 +239,7 @@ class _Finder:
             raise DataError(f"{where}: {name!r} may be {found[0]} or {found[1]}. Give the folder as image_dir.")
         if not found:
             for reason, paths in self.left_out.items():
-                if path := next((path for path in map(Path, paths) if plain in (path.name, path.stem)), None):
+                if path := next((path for path in paths if plain in (path.name, path.stem)), None):
                     raise DataError(f"{where}: the image {path} is not opened: {reason}.")
             raise DataError(f"{where}: there is no image {name!r} in {self.folder}. Give the folder as image_dir.")
         return found[0]

@@ -100,28 +100,30 @@ def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir:
     count = count if type(count) is int and count > 0 else None
     if names and count not in (None, len(names)):
         raise DataError(f"{config['']}: 'nc' is {count}, but there are {len(names)} names: correct one of the two.")
-    _tell_unused(path, root, found)
+    pairs_of = functools.cache(lambda place: list(_pairs(root, place)))
+    folders = [place for places in found.values() for place in places if place.is_dir()]
+    _tell_unused(path, root, {file for place in folders for _, file in pairs_of(place)})
     if names is None:
         below = None if config else next(filter(_read_config, list_files(root, ".yaml", ".yml")), None)
         if below is not None:
             raise DataError(
                 f"{path}: no data.yaml in it, but further down there is {below}. Give that file or its folder."
             )
-        files = [file for places in found.values() for _, file in _pairs(root, places)]
+        files = [file for places in found.values() for place in places for _, file in pairs_of(place)]
         labels = [label for file in files for _, label, _ in _lines(file, root)]
         names = list(map(str, range(count or max(labels, default=0) + 1)))
         logger.warning("%s: no data.yaml or classes.txt names the classes: they are called by their numbers.", path)
     keypoints = bool(config.get("kpt_shape"))
-    pairs = [(split, *pair) for split in splits for pair in dict(_pairs(root, found[split])).items()]
+    pairs = ((split, *pair) for split in splits for place in found[split] for pair in pairs_of(place))
+    pairs = list(dict.fromkeys(pairs))
     if pairs and not any(file.exists() for *_, file in pairs):
         logger.warning("%s: no image has a label file; %s is where the first was looked for.", path, pairs[0][2])
     entries = (_entry(*pair, root, names, keypoints) for pair in pairs)
     return collect(root, entries, splits, missing=None, categories=names)
 
 
-def _tell_unused(path: Path, root: Path, found: dict[str, list[Path]]) -> None:
+def _tell_unused(path: Path, root: Path, used: set[Path]) -> None:
     """Warns of label files without an image: those that were renamed, for one. Lists may leave some out."""
-    used = {file for places in found.values() for _, file in _pairs(root, [one for one in places if one.is_dir()])}
     files = (file for folder in sorted({file.parent for file in used}) for file in sorted(folder.glob("*.txt")))
     if unused := [file for file in files if file not in used and _is_label_file(file)]:
         left_out = (Path(image) for image, reason in visit(root) if reason not in (None, OUTPUT))
@@ -194,13 +196,14 @@ def _layout(folder: Path) -> dict[str, Path]:
 
 
 def _lists_images(file: Path, folder: Path) -> bool:
-    lines = _lines_of(file, folder) if is_file(file) and is_inside(file, folder) else []
-    return bool(lines) and is_image_name(lines[0]) and find_inside(folder, [lines[0], *tails(lines[0])]) is not None
+    text = read_text(file, folder).strip() if is_file(file) and is_inside(file, folder) else ""
+    first = text and text.splitlines()[0].strip()
+    return is_image_name(first) and find_inside(folder, [first, *tails(first)]) is not None
 
 
 def _has_labels(root: Path, place: Path) -> bool:
     """Whether there is a label file for one of the images of a folder or list, and it looks like one."""
-    return any(_is_label_file(file) for _, file in _pairs(root, [place]))
+    return any(_is_label_file(file) for _, file in _pairs(root, place))
 
 
 def _is_label_file(file: Path) -> bool:
@@ -220,18 +223,17 @@ def _place(root: Path, config: dict, name: str, key: str) -> Path:
     return found or inside(root, re.sub(r"^(\.\./)+|^/+", "", plain), where)
 
 
-def _pairs(root: Path, places: list[Path]) -> Iterator[tuple[Path, Path]]:
-    """The images of a split with their label files, which need not exist."""
-    for place in places:
-        if place.is_file():  # a list of images
-            for row, line in enumerate(read_text(place, root).splitlines(), start=1):
-                if name := line.strip():
-                    image = find_inside(root, [name, *tails(name)])
-                    if image is None:
-                        raise DataError(f"{place}, line {row}: there is no file {name!r} in {root}.")
-                    yield image, _label_file(image)
-        else:
-            yield from ((image, _label_file(image)) for image in list_images(place))
+def _pairs(root: Path, place: Path) -> Iterator[tuple[Path, Path]]:
+    """The images of a folder or a list with their label files, which need not exist."""
+    if place.is_file():  # a list of images
+        for row, line in enumerate(read_text(place, root).splitlines(), start=1):
+            if name := line.strip():
+                image = find_inside(root, [name, *tails(name)])
+                if image is None:
+                    raise DataError(f"{place}, line {row}: there is no file {name!r} in {root}.")
+                yield image, _label_file(image)
+    else:
+        yield from ((image, _label_file(image)) for image in list_images(place))
 
 
 def _label_file(image: Path) -> Path:
@@ -260,10 +262,6 @@ def _names(root: Path, config: dict) -> list[str] | None:
 def _lines_of_names(file: Path, root: Path) -> list[str]:
     """The names of a file with one in each line: an empty line between them has a number as well."""
     return [line.strip() for line in read_text(file, root).rstrip().splitlines()]
-
-
-def _lines_of(file: Path, root: Path) -> list[str]:
-    return [line.strip() for line in read_text(file, root).splitlines() if line.strip()]
 
 
 def _lines(file: Path, root: Path) -> Iterator[tuple[str, int, list[float]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .detr import PRE_NORM, class_fields, detr_fields, thirds
+from .detr import PRE_NORM, detr_fields, published_classes, thirds
 from .layout import Layout, Tensors
 from .resnet import resnet_config
 
@@ -15,7 +15,7 @@ def _config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
     patterns = tensors.get("transformer.patterns.weight")
     return {
         **fields,
-        **class_fields(tensors["class_embed.bias"].shape[0]),
+        **published_classes(tensors["class_embed.bias"].shape[0]),
         "hidden_size": fields.pop("d_model"),
         "num_patterns": 0 if patterns is None else patterns.shape[0],
         "temperature_height": options.get("pe_temperatureH", 20),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .detr import PRETEXT, TRANSFORMER, class_fields, count, detr_fields
+from .detr import PRETEXT, TRANSFORMER, count, detr_fields, published_classes
 from .layout import Layout, Tensors
 from .resnet import resnet_config
 
@@ -41,7 +41,7 @@ def _config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **fields,
         **deformable_fields(tensors, options),
-        **class_fields(tensors["class_embed.0.bias"].shape[0]),
+        **published_classes(tensors["class_embed.0.bias"].shape[0]),
         "two_stage": is_two_stage,
         "with_box_refine": count(tensors, "transformer.decoder.bbox_embed.") > 0,
     }

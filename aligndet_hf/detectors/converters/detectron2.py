@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .detr import class_fields
+from .detr import published_classes
 from .layout import COUNTERS, Layout, Prepared, Tensors
 from .mmdet_convnets import background_first
 from .resnet import resnet_config
@@ -75,7 +75,7 @@ def _config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
     classes = tensors.get("roi_heads.box_predictor.cls_score.bias")
     as_torchvision = {_trunk_name(name) for name in tensors if name.startswith(TRUNK)}
     return {
-        **class_fields(1 if classes is None else len(classes) - 1),
+        **published_classes(1 if classes is None else len(classes) - 1),
         "conventions": "mmdet",
         "hidden_size": tensors["backbone.fpn_output2.weight"].shape[0],
         "version": 2 if "backbone.fpn_output2.norm.weight" in tensors else 1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..classes import class_fields
 from .layout import Layout, Tensors
 from .resnet import resnet_config
 
@@ -70,9 +71,9 @@ def detr_fields(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def class_fields(count: int, names: Iterable[str] = ()) -> dict[str, Any]:
+def published_classes(count: int, names: Iterable[str] = ()) -> dict[str, Any]:
     """
-    Number of classes and their names, for classes that have any.
+    What [`class_fields`] gives for the classes of a published file.
 
     Args:
         count (`int`): number of classes.
@@ -80,9 +81,7 @@ def class_fields(count: int, names: Iterable[str] = ()) -> dict[str, Any]:
             by their ids; an id that COCO does not use is called `unused 12`.
     """
     names = list(names) or (coco_names() if count == COCO_CLASSES else [])
-    if len(names) != count:
-        return {"num_labels": count}
-    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    return class_fields(count, names if len(set(names)) == count else None)
 
 
 def coco_names() -> list[str]:
@@ -103,7 +102,7 @@ def detr_config(tensors: Tensors, options: Mapping[str, Any], has_background: bo
     classes = tensors["class_embed.bias"].shape[0] - has_background if "class_embed.bias" in tensors else 1
     return {
         **detr_fields(tensors, options),
-        **class_fields(classes),
+        **published_classes(classes),
         **NO_AUXILIARY_LOSS,
         "backbone_config": resnet_config(tensors, "backbone.0.body.", (4,), options.get("dilation", False)),
     }

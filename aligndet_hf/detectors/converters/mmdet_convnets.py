@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .detr import class_fields
+from .detr import published_classes
 from .layout import COUNTERS, Layout, Prepared, Tensors
 from .mmdet_detr import class_names, refuse_caffe
 from .resnet import resnet_config
@@ -39,7 +39,7 @@ FOLDED = "its norm was folded into it"
 # ---- what renaming cannot do ----
 
 
-def fold_norms(tensors: dict[str, Tensor], norm: str = "bn") -> Prepared:
+def fold_norms(tensors: dict[str, Tensor]) -> Prepared:
     """
     Folds the norms beside convolutions of pyramid and heads into them, where there are any: the family has none.
 
@@ -48,9 +48,7 @@ def fold_norms(tensors: dict[str, Tensor], norm: str = "bn") -> Prepared:
     changed, dropped = {}, {}
     for name in [name for name in tensors if re.match(r"(neck|bbox_head|rpn_head|roi_head)\..*\.conv\.weight$", name)]:
         place = name.removesuffix("conv.weight")
-        parts = {
-            part: tensors.get(f"{place}{norm}.{part}") for part in ("weight", "bias", "running_mean", "running_var")
-        }
+        parts = {part: tensors.get(f"{place}bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")}
         if any(part is None for part in parts.values()):
             continue
         factor = parts["weight"] / (parts["running_var"] + EPSILON).sqrt()
@@ -59,8 +57,8 @@ def fold_norms(tensors: dict[str, Tensor], norm: str = "bn") -> Prepared:
         tensors[f"{place}conv.bias"] = (bias - parts["running_mean"]) * factor + parts["bias"]
         changed |= {name: FOLDED, f"{place}conv.bias": FOLDED}
         for part in (*parts, "num_batches_tracked"):
-            if tensors.pop(f"{place}{norm}.{part}", None) is not None:
-                dropped[f"{place}{norm}.{part}"] = f"folded into {place}conv"
+            if tensors.pop(f"{place}bn.{part}", None) is not None:
+                dropped[f"{place}bn.{part}"] = f"folded into {place}conv"
     return Prepared(tensors, changed, dropped)
 
 
@@ -125,7 +123,7 @@ def _fields(tensors: Tensors, options: Mapping[str, Any], maps: tuple[int, ...],
     refuse_caffe(options)
     return {
         **CONVENTIONS,
-        **class_fields(classes, class_names(options)),
+        **published_classes(classes, class_names(options)),
         "hidden_size": tensors["neck.fpn_convs.0.conv.weight"].shape[0],
         "backbone_config": resnet_config(tensors, "backbone.", maps),
     }

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .detr import NO_AUXILIARY_LOSS, NORMED_TWICE, class_fields, count, thirds
+from .detr import NO_AUXILIARY_LOSS, NORMED_TWICE, count, published_classes, thirds
 from .layout import Layout, Tensors
 from .resnet import resnet_config
 
@@ -41,7 +41,7 @@ def _config(tensors: Tensors, options: Mapping[str, Any], transformer: str, ffn:
         "encoder_ffn_dim": tensors[f"{transformer}encoder.layers.0.{ffn}.layers.0.0.weight"].shape[0],
         "decoder_ffn_dim": tensors[f"{transformer}decoder.layers.0.{ffn}.layers.0.0.weight"].shape[0],
         "num_queries": tensors[queries].shape[0],
-        **class_fields(classes, class_names(options)),
+        **published_classes(classes, class_names(options)),
         **NO_AUXILIARY_LOSS,
         "backbone_config": resnet_config(tensors, "backbone.", (4,)),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .detr import COCO_CLASSES, class_fields, coco_names
+from .detr import COCO_CLASSES, coco_names, published_classes
 from .layout import COUNTERS, Layout, Prepared, Tensors
 from .resnet import resnet_config
 
@@ -41,7 +41,7 @@ def _dense_config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any
     anchors = tensors["head.regression_head.bbox_reg.bias"].shape[0] // 4
     classes = tensors["head.classification_head.cls_logits.bias"].shape[0] // anchors
     return {
-        **class_fields(classes),
+        **published_classes(classes),
         "hidden_size": tensors["backbone.fpn.layer_blocks.0.0.weight"].shape[0],
         "version": 2 if "head.classification_head.conv.0.1.weight" in tensors else 1,
         "backbone_config": resnet_config(tensors, BODY, (2, 3, 4)),
@@ -52,7 +52,7 @@ def _rcnn_config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]
     classes = tensors["roi_heads.box_predictor.cls_score.bias"].shape[0] - 1  # without the background
     is_fc = "roi_heads.box_head.fc6.weight" in tensors
     return {
-        **class_fields(classes, coco_names()[1:] if classes == COCO_CLASSES - 1 else ()),
+        **published_classes(classes, coco_names()[1:] if classes == COCO_CLASSES - 1 else ()),
         "hidden_size": tensors["backbone.fpn.layer_blocks.0.0.weight"].shape[0],
         "version": 2 if "backbone.fpn.inner_blocks.0.1.weight" in tensors else 1,
         "box_head": "fc" if is_fc else "conv",
