@@ -232,8 +232,6 @@ def test_sizes_that_are_no_multiples_of_32_are_padded(model):
     padded[..., :70, :101], mask[:, :70, :101] = pixels, 1
     with torch.no_grad():
         ours, expected = detector(pixels), detector(padded, mask)
-        in_tuple = detector(pixels, return_dict=False)
-    assert isinstance(in_tuple, tuple) and torch.equal(in_tuple[0], ours.logits)
     assert torch.equal(ours.logits, expected.logits) and torch.equal(ours.pred_boxes, expected.pred_boxes)
 
 
@@ -259,6 +257,18 @@ def test_an_image_in_which_nothing_is_found(model):
     assert not outputs.logits.sigmoid().any() and not outputs.pred_boxes.any() and not outputs.object_features.any()
     found = DeformableDetrImageProcessor().post_process_object_detection(outputs, threshold=0.0)
     assert [len(one["scores"]) for one in found] == [0, 0]
+
+
+@each_model
+def test_without_a_dictionary_the_output_is_a_tuple_in_the_order_of_its_fields(model):
+    """As of every model of transformers; unpacked, a dictionary would give its keys."""
+    detector, batch = small(model).eval(), random_batch((5, 3))
+    with torch.no_grad():
+        whole = detector(batch["pixel_values"])
+        logits, boxes, *_ = detector(batch["pixel_values"], return_dict=False)
+        loss, terms, *_ = detector(**batch, return_dict=False)
+    assert torch.equal(logits, whole.logits) and torch.equal(boxes, whole.pred_boxes)
+    assert loss.ndim == 0 and isinstance(terms, dict)
 
 
 @each_model

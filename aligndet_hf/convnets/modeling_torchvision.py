@@ -533,7 +533,7 @@ class TorchvisionDetector(PreTrainedModel):
         if not self.training and not self.rows_only:
             found = self.detect(images, maps, False)
             outputs.logits, outputs.pred_boxes, outputs.pred_masks = found.logits, found.pred_boxes, found.pred_masks
-        return outputs
+        return TorchvisionDetectorOutput(**outputs)  # in the order of its fields, as a tuple has them
 
     @staticmethod
     def _targets(labels: list[dict[str, Tensor]], sizes: list[tuple[int, int]]) -> Targets:
