@@ -26,6 +26,7 @@ from aligndet_hf.data.collate import collate_labelled, normalize_images
 from aligndet_hf.data.errors import DataError, ImageError
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.synthetic import SYNTHETIC_CATEGORIES, make_synthetic_dataset, write_synthetic_folder
+from aligndet_hf.detectors import build
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.evaluation.coco_metrics import CocoMetrics
 from aligndet_hf.evaluation.detections import (
@@ -224,7 +225,7 @@ def test_what_is_measured_is_what_pipelines_give(saved):
 def test_the_command(saved, tmp_path, capsys, monkeypatch):
     dataset = load_dataset_source(saved / "data", "validation", labels=True)
     oracle = Oracle(dataset, False, SYNTHETIC_CATEGORIES[::-1])  # classes of the same names in another order
-    monkeypatch.setattr(AutoModelForObjectDetection, "from_pretrained", lambda path: oracle)
+    monkeypatch.setattr(build, "open_checkpoint", lambda source, is_whole: oracle)
     results = evaluate(
         EvaluateArguments(
             detector=str(saved / "detector"),

@@ -135,10 +135,8 @@ def _build(
 ) -> tuple[PreTrainedModel, BackboneReport | TransferReport | None]:
     """[`build_detector`] with the report of the weights, if it has any: of SoCo's pyramid and head a transfer's."""
     if model_type not in FAMILIES:
-        raise ValueError(
-            f"unknown detector family {model_type!r}{nearest(str(model_type), FAMILIES)}. Supported are "
-            + ", ".join(sorted(FAMILIES))
-        )
+        advice = f"{nearest(str(model_type), FAMILIES)}. Supported are {', '.join(sorted(FAMILIES))}"
+        raise ValueError(f"unknown detector family {model_type!r}{advice}")
     family, defaults = FAMILIES[model_type], AutoConfig.for_model(model_type)
     require_config_fields(defaults, fields.keys() - {"strides"})
     fields = dict(family.defaults) | fields | class_fields(num_labels, id2label)

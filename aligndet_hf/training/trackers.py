@@ -11,7 +11,7 @@ def require_trackers(names: Iterable[str], known: Collection[str], installed: Co
     Args:
         names (`Iterable[str]`): What `report_to` says.
         known (`Collection[str]`): The trackers that the library below knows; it refuses others itself.
-        installed (`Collection[str]`): Those of them that are installed.
+        installed (`Collection[str]`): The trackers that are installed.
 
     Raises:
         ValueError: one is not installed.
