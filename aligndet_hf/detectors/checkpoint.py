@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForObjectDetection
 
+from .weight_files import first_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -36,9 +38,8 @@ def open_checkpoint(source: str, is_whole: bool) -> PreTrainedModel:
             source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{source}: its weights are damaged or no weights ({reason}). Fetch or save it again"
+            f"{source}: its weights are damaged or no weights ({first_line(error)}). Fetch or save it again"
         ) from error
     if wrong := sorted(info["mismatched_keys"]):
         name, found, expected = wrong[0]

@@ -63,8 +63,7 @@ def read_checkpoint(path: str | Path) -> dict:
             "safetensors.torch.save_file"
         ) from error
     except Exception as error:  # damaged files fail in as many ways as there are bytes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+        raise ValueError(f"{path} cannot be read as weights: {first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} cannot be read as weights: it holds one {type(content).__name__}, not names of them")
     return dict(content)
@@ -84,6 +83,11 @@ def flatten(value: object, prefix: str = "") -> dict[str, Tensor]:
         for key, item in value.items():
             found |= flatten(item, f"{prefix}{key}.")
     return found
+
+
+def first_line(error: Exception) -> str:
+    """What a reader of damaged weights says first; the name of its error if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # --- pickles of NumPy arrays -----------------------------------------------------------------------------------------
