@@ -4,6 +4,7 @@ One dataclass per command is its flags, its YAML keys and its Python arguments. 
 the command runs, so that `aligndet --help` answers at once.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -171,7 +172,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv or os.environ.get("ALIGNDET_DEBUG", "0") not in ("", "0")
     argv = [arg for arg in argv if arg != "--traceback"]
-    row = COMMANDS[command]
+    row, arguments = COMMANDS[command], None
     try:
         from .parser import parse_arguments  # not above: transformers takes a second, and `aligndet --help` needs none
 
@@ -184,6 +185,13 @@ def run(command: str, argv: list[str] | None = None) -> int:
         text = str(error)
         if text.startswith("Caught ") and "Original Traceback" in text:  # what torch makes of an error in a worker
             text = text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            import datasets
+
+            full = [
+                path for path in (getattr(arguments, "output_dir", None), datasets.config.HF_DATASETS_CACHE) if path
+            ]
+            text += f" at {' or '.join(map(str, full))}. Free some, and run the same command again"
         from .data.door import printable  # which loads datasets
 
         print("error: " + "\n".join(map(printable, text.split("\n"))), file=sys.stderr)

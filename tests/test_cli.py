@@ -1,11 +1,13 @@
 """The command line: flags, recipes, help and errors."""
 
+import errno
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import datasets
 import pytest
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
@@ -217,6 +219,13 @@ def test_bad_input_is_one_line_and_code_2(command, error, capsys):
     command(error)
     assert cli.main(["demo", "--source", "x"]) == 2
     assert capsys.readouterr().err == "error: row 3 is wrong\n"
+
+
+def test_a_full_disk_is_told_with_the_places_that_were_written_to(command, capsys):
+    command(OSError(errno.ENOSPC, "No space left on device"))
+    assert cli.main(["demo", "--source", "x"]) == 2
+    message = capsys.readouterr().err
+    assert str(datasets.config.HF_DATASETS_CACHE) in message and "run the same command again" in message
 
 
 class Broken(Dataset):
