@@ -109,5 +109,28 @@ def test_published_results_are_those_of_the_cards_and_the_pages():
             assert own <= measured, card.text[:200]
 
 
+def test_the_picture_of_results_shows_the_tables():
+    """`python docs/tools/curves.py` draws it."""
+    script = runpy.run_path(str(ROOT / "docs" / "tools" / "curves.py"))
+    page = """
+| draw | start | AP after 200 / 1,000 steps, 181 images | AP |
+|---|---|---|---|
+| 0 | plain | 10.0 / 40.0 | 1 |
+| 0 | four boxes | 99.0 / 99.0 | 1 |
+| 0 | one box | 20.0 / 50.0 | 1 |
+| 1 | plain | 30.0 / 50.0 | 1 |
+| 1 | one box | 20.0 / 60.0 | 1 |
+
+| draw | AP after 200 / 1,000 steps |
+|---|---|
+"""
+    (found,) = script["tables"](page)
+    assert found["plain"] == {"x": [200, 1000], "mean": [0.2, 0.45], "min": [0.1, 0.4], "max": [0.3, 0.5]}
+    assert found["pre-trained"]["max"] == [0.2, 0.6]
+    panels = script["panels"]()
+    assert list(panels) == [*script["TABLES"], *script["COMPARISONS"]]
+    assert all(list(lines) == ["plain", "pre-trained"] for lines in panels.values())
+
+
 def test_there_are_documented_commands():
     assert len(documented_commands()) >= 9
