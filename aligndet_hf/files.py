@@ -49,6 +49,11 @@ def clear_write_errors(path: Path, advice: str = "The checkpoints saved before a
         raise OSError(f"could not write {path}: {error} ({free / 1e6:.1f} MB are free there). {advice}") from error
 
 
+def first_line(error: Exception) -> str:
+    """What a reader of damaged weights says first; the name of its error if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def seal_file(unfinished: Path, path: Path) -> None:
     """
     Gives a complete file its name, synced and with a hash of its content at its end, where readers of Arrow streams

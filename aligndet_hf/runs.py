@@ -110,7 +110,10 @@ class RunFolder:
     on_main: Callable = lambda function, *args: function(*args)
 
     def __post_init__(self, output_dir: str | Path):
-        self.path = Path(output_dir).expanduser().resolve()  # one folder is one run, under whatever name
+        try:
+            self.path = Path(output_dir).expanduser().resolve()  # one folder is one run, under whatever name
+        except RuntimeError as error:  # a link to itself, or the home of nobody
+            raise ValueError(f"output_dir {str(output_dir)!r} leads nowhere ({error}): choose another") from error
         self.work = self.path.with_name(f"{self.path.name}.partial") if self.aside else self.path
         self.kept = [*self.kept, *([self.result] if self.result else [])]
         self.written = [*self.written, *self.kept]

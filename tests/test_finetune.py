@@ -272,6 +272,14 @@ def test_the_better_weights_are_kept(tmp_path):
         assert same(trainer.model.state_dict(), average.state_dict() if kept == "average" else last)
 
 
+def test_a_trainer_refuses_arguments_of_language_models(tmp_path):
+    given = {"label_smoothing_factor": 0.1, "train_sampling_strategy": "group_by_length", "neftune_noise_alpha": 5.0}
+    for name, value in given.items():
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+        with pytest.raises(ValueError, match=f"^{name} has no effect on the training of detectors"):
+            DetectionTrainer(tiny_detector("detr"), arguments)
+
+
 def test_rates_of_parts():
     detector = tiny_detector("detr")
     backbone = get_backbone(detector)

@@ -18,7 +18,7 @@ HOUSE = [
     {"recipes"},
     {"cards", "objects", "parser", "runs"},
     {"arguments"},
-    {"hub", "box_losses", "losses", "matching", "momentum", "processes"},
+    {"checkpoint", "hub", "box_losses", "losses", "matching", "momentum", "processes"},
     {"proposals"},
     {"data"},
     {"detectors"},

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,28 @@ def test_other_data_and_another_run_before_it_make_a_stage_unfinished(make, tmp_
     image.write_bytes(b"one")
     (first.folder / "run.json").write_text('{"settings": {}}')
     assert [is_finished(stage) for stage in stages] == [True, False]
+
+
+def test_finished_stages_are_known_in_a_folder_that_was_moved(make, tmp_path, monkeypatch):
+    def stages_in(folder):
+        first, other = (Stage(name, "evaluate", {"output_dir": str(folder / name)}) for name in ("first", "first-2"))
+        settings = {"output_dir": str(folder / "arm" / "second"), "detector": f"{first.folder}/checkpoint-2"}
+        second = Stage("second", "evaluate", settings | {"dataset": str(other.folder)}, needs=[first, other])
+        for stage in (first, other, second):
+            stage.settings |= {"seconds": 0.0, "code": 0, "until": ""}
+        return [first, other, second]
+
+    stages = stages_in(tmp_path / "früher")
+    (tmp_path / "früher" / "arm").mkdir(parents=True)
+    (stages[0].folder / "checkpoint-2").mkdir(parents=True)
+    assert run_stages(stages) == {}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "früher").rename("moved")
+    for folder in (Path("moved"), tmp_path / "moved"):
+        moved = stages_in(folder)
+        assert all(map(is_finished, moved))
+        moved[2].settings["detector"] = str(moved[1].folder / "checkpoint-2")
+        assert [is_finished(stage) for stage in moved] == [True, True, False]
 
 
 def test_the_images_of_a_label_file_count(tmp_path):

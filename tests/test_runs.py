@@ -90,6 +90,14 @@ def test_a_folder_of_photographs_is_refused_before_any_work_and_a_folder_of_runs
     assert (tmp_path / "outputs" / ".venv" / "icons" / "home.png").is_file()
 
 
+def test_a_place_that_leads_nowhere_is_told(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises((ValueError, OSError), match="loop"):
+        begin(tmp_path / "loop")
+    with pytest.raises(ValueError, match="output_dir '~nobody-of-this-name/run' leads nowhere"):
+        begin("~nobody-of-this-name/run")
+
+
 def test_the_same_run_goes_on_until_its_result_is_there(tmp_path):
     begin(tmp_path, "checkpoint-2", "unfinished-checkpoint-3")
     with training(tmp_path) as run:

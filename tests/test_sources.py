@@ -1,14 +1,17 @@
 """The sources of proposals: trained models, columns, files; each through `aligndet proposals`."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import datasets
+import forks
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_detectors import tiny_detector
 from transformers import (
     AutoImageProcessor,
@@ -27,6 +30,7 @@ from aligndet_hf.data.columns import proposals_feature, validate_proposals
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.proposal_files import import_proposals
+from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.proposals import trained
 from aligndet_hf.proposals.filters import select_proposals
 
@@ -129,6 +133,52 @@ def test_a_checkpoint_in_half_precision_runs_in_float32(images, detector, tmp_pa
     (boxes, scores) = trained.load_box_finder(str(tmp_path / "half"))([np.zeros((40, 60, 3), dtype=np.uint8)])[0]
     assert len(boxes) and boxes.dtype == scores.dtype == np.float32 and np.isfinite(boxes).all()
     assert (boxes != boxes.astype(np.float16)).any()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("bbox_predictor", "1 tensors hold NaN or infinite numbers, such as bbox_predictor.layers.0.bias"),
+        ("class_labels_classifier", "2 tensors have other shapes than its config.json makes, such as class_labels_"),
+        ("query_position", "lacks 1 tensors of its detector, such as model.query_position_embeddings.weight"),
+        ("", "its weights are damaged or no weights"),
+    ],
+)
+def test_weights_of_a_detector_that_are_not_sound_are_refused(images, detector, tmp_path, name, message):
+    folder = shutil.copytree(detector, tmp_path / "detector")
+    weights = load_file(folder / "model.safetensors")
+    found = sorted(key for key in weights if name in key)
+    if name == "bbox_predictor":
+        weights[found[0]] *= float("nan")
+    elif name == "class_labels_classifier":
+        weights |= {key: weights[key][:2] for key in found}
+    elif name == "query_position":
+        weights.pop(found[0])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if not name:
+        os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(ValueError, match=message):
+        generate_proposals(arguments(images, tmp_path / "out", source="detector", detector=str(folder)))
+
+
+def test_a_detector_of_this_package_is_known_from_the_start(tmp_path):
+    detector = tiny_detector("torchvision_fcos")
+    detector.save_pretrained(tmp_path / "fcos")
+    build_image_processor(detector, 64).save_pretrained(tmp_path / "fcos")
+    code = f"""
+import numpy as np
+from aligndet_hf.proposals.trained import load_box_finder
+
+find = load_box_finder({str(tmp_path / "fcos")!r}, 0.0)
+print(len(find([np.zeros((40, 60, 3), dtype=np.uint8)])[0][0]), "boxes")
+"""
+    printed = forks.run_alone(code, folder=tmp_path, package=Path(trained.__file__).parents[2])
+    assert printed.endswith(" boxes\n") and not printed.endswith(" 0 boxes\n")
+
+
+def test_a_short_name_is_a_detector_on_the_hub(images, tmp_path):
+    with pytest.raises(OSError, match="detector 'rt_detr_r18': no such folder here.*from the Hub it could not"):
+        generate_proposals(arguments(images, tmp_path / "out", source="detector", detector="rt_detr_r18"))
 
 
 def test_low_scores_are_left_out(images, detector, tmp_path):

@@ -246,13 +246,13 @@ def _open_source(arguments: ProposalsArguments) -> Search:
 
 
 def _box_finder(model: str) -> str:
-    """The model that finds boxes: of a run, its checkpoint or a published file the detector, else what is named."""
+    """The folder or Hub id of what finds boxes: of a run, its checkpoint or a published file, the detector."""
     path = Path(model).expanduser()
-    if not path.is_file() and not (path / "detector").is_dir():
-        return str(path) if path.exists() else model
+    if path.is_dir() and not (path / "detector").is_dir():
+        return str(path)
     from ..detectors.build import find_detector  # which imports torch: other sources need none
 
-    return find_detector(path)
+    return find_detector(model)
 
 
 def _print_report(report: dict, output: Path) -> None:

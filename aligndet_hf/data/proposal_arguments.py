@@ -85,7 +85,7 @@ class ProposalsArguments(
     detector: str | None = flag(
         None,
         "start",
-        "detector: folder or Hub id of any transformers detector, or of a mask generator like SAM",
+        "detector: folder, Hub id or short name of any transformers detector, or of a mask generator like SAM",
         is_path=True,
     )
     score_threshold: float | None = flag(

@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoMod
 from transformers.utils import cached_file
 
 from ..arguments import Arguments, is_trained
+from ..checkpoint import open_checkpoint
 from ..convnets.modeling_torchvision import TorchvisionDetector
 from ..files import similar_path, write_json
 from ..flags import flag, nearest
@@ -26,7 +27,6 @@ from ..objects import Given, as_source, copy_of
 from ..runs import RECORD
 from .backbone_weights import BackboneReport, load_backbone_weights
 from .backbones import build_backbone_config, check_backbone, get_backbone, image_statistics
-from .checkpoint import open_checkpoint
 from .class_losses import CLASS_LOSSES
 from .classes import class_fields
 from .families import FAMILIES, Family, backbone_path, family_of

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..files import similar_path
+from ..files import first_line, similar_path
 
 # How files of `torch.save` begin: as an archive, or before PyTorch 1.6 as the pickle of a number.
 TORCH_BEGINNINGS = (b"PK\x03\x04", bytes.fromhex("80028a0a6cfc9c46f920"))
@@ -83,11 +83,6 @@ def flatten(value: object, prefix: str = "") -> dict[str, Tensor]:
         for key, item in value.items():
             found |= flatten(item, f"{prefix}{key}.")
     return found
-
-
-def first_line(error: Exception) -> str:
-    """What a reader of damaged weights says first; the name of its error if it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # --- pickles of NumPy arrays -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -138,7 +139,22 @@ def _sound_record(stage: Stage) -> dict | None:
     except (OSError, ValueError):
         return None
     is_sound = isinstance(record, dict) and isinstance(record.get("settings"), dict) and "seconds" in record
-    return record if is_sound and stage.folder.exists() else None
+    return _of_folders_now(record, stage) if is_sound and stage.folder.exists() else None
+
+
+def _of_folders_now(record: dict, stage: Stage) -> dict:
+    """A record that names the stage's folder, and those that it needs, as now: all may have been moved or copied."""
+    before, now = record["settings"].get("output_dir"), stage.settings["output_dir"]
+    if before == now or not isinstance(before, str):
+        return record
+    folders = [str(other.folder) for other in (stage, *stage.needs)]
+    moved = {_in_json(os.path.normpath(os.path.join(before, os.path.relpath(path, now)))): path for path in folders}
+    names = "|".join(map(re.escape, sorted(moved, key=len, reverse=True)))
+    return json.loads(re.sub(names, lambda found: _in_json(moved[found[0]]), json.dumps(record)))
+
+
+def _in_json(text: str) -> str:
+    return json.dumps(text)[1:-1]
 
 
 def _refuse_to_outdate(stage: Stage, stages: list[Stage]) -> None:

@@ -27,10 +27,13 @@ def load_box_finder(model: str, score_threshold: float = 0.05) -> BoxFinder:
 
     Raises:
         `OSError`: If there is no such model, or it has no image processor.
-        `ValueError`: If the model finds neither objects nor masks, or needs code of its repository.
+        `ValueError`: If the model finds neither objects nor masks, needs code of its repository, or is a detector that
+            [`~aligndet_hf.checkpoint.open_checkpoint`] refuses.
     """
     import torch
     from transformers import AutoConfig, AutoModelForMaskGeneration, AutoModelForObjectDetection
+
+    from .. import convnets  # noqa: F401, which tells transformers of its models
 
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     device = "cpu"
@@ -48,11 +51,12 @@ def load_box_finder(model: str, score_threshold: float = 0.05) -> BoxFinder:
 
 def _load_detector(model: str, score_threshold: float, device: str) -> BoxFinder:
     import torch
-    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+    from transformers import AutoImageProcessor
+
+    from ..checkpoint import open_checkpoint
 
     image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
-    detector = AutoModelForObjectDetection.from_pretrained(model, trust_remote_code=False, dtype=torch.float32)
-    detector.to(device).eval()
+    detector = open_checkpoint(model, is_whole=True).to(device).eval()
 
     @torch.no_grad()
     def find(images):

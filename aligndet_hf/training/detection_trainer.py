@@ -23,7 +23,7 @@ from ..evaluation.detections import EvaluationImages, normalization_of, predict_
 from ..files import UNFINISHED, clear_write_errors
 from ..processes import init_worker, require_one_gpu
 from .checkpointing import STATE, damage_of, require_within, rotate, seal
-from .finetune_arguments import require_metric
+from .finetune_arguments import require_effect, require_metric
 from .interrupts import StopAfterSaving, StopSignals
 from .parameter_groups import parameter_groups
 from .plain_datasets import DEFAULT_SIZE, evaluation_images, require_items, training_images
@@ -139,6 +139,7 @@ class DetectionTrainer(Trainer):
                     "holds the CocoMetrics of the last one. For numbers of your own override `evaluate`"
                 )
         args = args or TrainingArguments(output_dir="outputs/trained", remove_unused_columns=False)
+        require_effect(args)
         processing_class = processing_class or build_image_processor(model, DEFAULT_SIZE)
         train_dataset = training_images(train_dataset, model, args, processing_class)
         if "data_collator" not in kwargs:

@@ -277,6 +277,27 @@ class FinetuneArguments(
             raise ValueError(f"{name} has no effect on the training of detectors here: leave it out")
 
 
+# Of `TrainingArguments` what changes how language models are trained, and what it is where it does nothing.
+_OF_LANGUAGE_MODELS = {
+    "label_smoothing_factor": 0.0,
+    "neftune_noise_alpha": None,
+    "train_sampling_strategy": "random",
+    "use_liger_kernel": False,
+}
+
+
+def require_effect(arguments: TrainingArguments) -> None:
+    """
+    Refuses arguments of somebody's own that detectors cannot be trained with, or that would do nothing.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    for name, neutral in _OF_LANGUAGE_MODELS.items():
+        if getattr(arguments, name, neutral) not in (neutral, None):
+            raise ValueError(f"{name} has no effect on the training of detectors here: leave it out")
+
+
 def require_metric(name: str | None, categories: list[str] | None = None) -> None:
     """
     Refuses a `metric_for_best_model` that no measurement will have, before the first epoch.

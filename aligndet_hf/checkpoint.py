@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForObjectDetection
 
-from .weight_files import first_line
+from .files import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
