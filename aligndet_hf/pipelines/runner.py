@@ -149,8 +149,9 @@ def _of_folders_now(record: dict, stage: Stage) -> dict:
         return record
     folders = [str(other.folder) for other in (stage, *stage.needs)]
     moved = {_in_json(os.path.normpath(os.path.join(before, os.path.relpath(path, now)))): path for path in folders}
-    names = "|".join(map(re.escape, sorted(moved, key=len, reverse=True)))
-    return json.loads(re.sub(names, lambda found: _in_json(moved[found[0]]), json.dumps(record)))
+    names = "|".join(map(re.escape, moved))
+    # Texts that are such a path or begin with one; keys of `inputs` are paths as well.
+    return json.loads(re.sub(rf'(?<=")({names})(?=["/\\])', lambda found: _in_json(moved[found[0]]), json.dumps(record)))
 
 
 def _in_json(text: str) -> str:
