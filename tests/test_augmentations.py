@@ -120,6 +120,14 @@ def test_transforms_of_torchvision():
         apply_transform(lambda image, target: image, sample, noise_free())
 
 
+def test_a_transform_that_takes_something_else():
+    def of_albumentations(*args, **data):
+        raise KeyError("You have to pass data to augmentations as named arguments")
+
+    with pytest.raises(TypeError, match="as those of torchvision.*, as of albumentations, .* KeyError: .*named arg"):
+        apply_transform(of_albumentations, square(), noise_free())
+
+
 def noise_free():
     return np.random.default_rng(0)
 

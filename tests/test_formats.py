@@ -560,6 +560,20 @@ def test_a_parquet_file_with_images_is_a_data_set(tmp_path, split):
     assert row["objects"]["bbox"] == [[1, 2, 3, 4]] and row["image"]["bytes"] == image_bytes()
 
 
+def test_images_as_arrays_and_columns_of_something_else():
+    rows = {"image": [np.full((3, 4, 3), 9, np.uint8).tolist()], "objects": [{"bbox": [], "category": []}]}
+    arrays = datasets.Dataset.from_dict(rows)
+    for feature in (arrays.features["image"], datasets.Array3D((3, 4, 3), "uint8")):
+        (row,) = load_dataset_source(arrays.cast_column("image", feature))
+        assert (decode_image(row["image"]) == 9).all() and decode_image(row["image"]).shape == (3, 4, 3)
+    image = PIL.Image.new("RGB", (40, 30))
+    first = datasets.Dataset.from_dict({"image": [np.zeros((3, 30, 40), np.uint8)]})
+    several = datasets.Dataset.from_dict({"image": [[image, image]]})
+    for dataset, what in ((first, "List"), (several, "List.Image")):
+        with pytest.raises(DataError, match=f"column 'image' must hold an image in each row, .*it is {what}"):
+            load_dataset_source(dataset)
+
+
 def test_a_transform_is_not_applied_and_told(caplog):
     dataset = small_dataset({"bbox": [[1, 2, 3, 4]], "category": [0]}).with_transform(lambda batch: {"image": [None]})
     (row,) = load_dataset_source(dataset)

@@ -304,6 +304,22 @@ def test_items_of_another_kind_are_refused_at_once(item, reason, detector, tmp_p
         aligndet_hf.DetectionTrainer(detector, arguments, eval_dataset=sound)
 
 
+def test_collators_of_ones_own(labelled, detector, tmp_path):
+    """They take items of any kind, but neither a transform that is not applied nor items that cannot be had."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    rows = Rows({"pixel_values": IMAGE})
+    trainer = aligndet_hf.DetectionTrainer(detector, arguments, train_dataset=rows, data_collator=list)
+    assert next(iter(trainer.get_train_dataloader())) == [rows.item] * 2
+    trainer = aligndet_hf.DetectionTrainer(detector, arguments, train_dataset=labelled, data_collator=None)
+    assert {"pixel_values", "labels"} <= set(next(iter(trainer.get_train_dataloader())))
+    with pytest.raises(ValueError, match="train_dataset has a transform, .* LabelledImages.*use_correct_loss"):
+        mine = labelled.with_transform(lambda batch: {"pixel_values": batch["image"]})
+        aligndet_hf.DetectionTrainer(detector, arguments, train_dataset=mine, data_collator=list)
+    by_number = Rows(lambda row: [IMAGE][row + 1])
+    with pytest.raises(ValueError, match=r"train_dataset\[SampleKey.*TypeError.*its index is the row"):
+        aligndet_hf.DetectionTrainer(detector, arguments, train_dataset=by_number, data_collator=list)
+
+
 def test_the_trainer_takes_no_name_of_a_model():
     with pytest.raises(ValueError, match="model must be a detector, got 'facebook/detr': .*from_pretrained"):
         aligndet_hf.DetectionTrainer(model="facebook/detr")

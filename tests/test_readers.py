@@ -232,6 +232,13 @@ def yolo_lists_alone(root):
     write_text(root / "mine.names", "\n".join(NAMES))
 
 
+def yolo_supervision(root):
+    """A `data.yaml` with nothing but names in the folder of each split."""
+    for split, name in (("train", "train"), ("validation", "valid")):
+        write_yolo(root / name / "images", root / name / "labels", split)
+        write_text(root / name / "data.yaml", f"names: {NAMES}\nnc: 3\n")
+
+
 def voc_xml(stem, size, objects, source="", shift=0):
     boxes = "".join(
         f"<object><name>{NAMES[category]}</name><difficult>0</difficult><bndbox><xmin>{x + shift}</xmin>"
@@ -292,6 +299,27 @@ def voc_labelimg(root):
         write_images(root / name, split)
         for scene in scenes(split):
             write_text(root / name / f"{scene[0]}.xml", voc_xml(*scene))
+
+
+def voc_supervision(root):
+    """Corners that count from 1, as in the challenge, which another mark tells."""
+    source = "<source><database>roboflow.ai</database></source>"
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name / "images", split)
+        for scene in scenes(split):
+            text = voc_xml(*scene, source, shift=1).replace("<folder>x</folder>", "<folder>VOC</folder>")
+            write_text(root / name / "annotations" / f"{scene[0]}.xml", text)
+
+
+def voc_masks(root):
+    """CVAT: masks that are called as the images."""
+    for split, name in (("train", "Train"), ("validation", "Validation")):
+        write_images(root / "JPEGImages", split)
+        for scene in scenes(split):
+            for folder in ("SegmentationClass", "SegmentationObject"):
+                write_image(root / folder / f"{scene[0]}.png", scene[1], 90)
+            write_text(root / "Annotations" / f"{scene[0]}.xml", voc_xml(*scene))
+        write_text(root / "ImageSets/Main" / f"{name}.txt", "".join(f"{stem}\n" for stem, _, _ in scenes(split)))
 
 
 def labelme(root):
@@ -440,6 +468,35 @@ def create_ml(root):
         write_text(root / name / "_annotations.createml.json", entries)
 
 
+def create_ml_files(root):
+    """LabelImg: a list for each image; that of one without objects is all but empty."""
+    for split, name in (("train", "train"), ("validation", "val")):
+        write_images(root / name, split)
+        for stem, _, objects in scenes(split):
+            annotations = [
+                {"label": NAMES[label], "coordinates": {"x": x + w / 2, "y": y + h / 2, "width": w, "height": h}}
+                for (x, y, w, h), label in objects
+            ]
+            content = [{"image": f"{stem}.png", "verified": False, "annotations": annotations}]
+            write_text(root / name / f"{stem}.json", content)
+
+
+def fiftyone(root):
+    """FiftyOneImageDetectionDataset: numbers of classes in one split, names in the other; corners from 0 to 1."""
+    for split in SCENES:
+        write_images(root / split / "data", split)
+        labels = {
+            stem: [
+                {"label": label if split == "train" else NAMES[label],
+                 "bounding_box": [x / width, y / height, w / width, h / height]}
+                for (x, y, w, h), label in objects
+            ]
+            for stem, (width, height), objects in scenes(split)
+        }  # fmt: skip
+        classes = NAMES if split == "train" else None
+        write_text(root / split / "labels.json", {"classes": classes, "labels": labels})
+
+
 def via_shape(box, label):
     x, y, w, h = box
     if label == 0:
@@ -535,6 +592,7 @@ def supervisely(root):
             ]
             content = {"description": "", "size": {"height": height, "width": width}, "objects": shapes}
             write_text(root / name / "ann" / f"{stem}.png.json", content)
+            write_image(root / name / "masks_machine" / f"{stem}.png", (width, height), 90)
     write_text(root / "meta.json", {"classes": [{"title": name, "shape": "rectangle"} for name in NAMES]})
 
 
@@ -592,7 +650,10 @@ LAYOUTS = {
     "yolo, Roboflow": yolo_roboflow,
     "yolo, lists": yolo_lists,
     "yolo, beside": yolo_beside,
+    "yolo, supervision": yolo_supervision,
     "voc, challenge": voc_challenge,
+    "voc, supervision": voc_supervision,
+    "voc, masks": voc_masks,
     "voc, beside": voc_labelimg,
     "voc, years": voc_years,
     "voc, folders": voc_folders,
@@ -607,6 +668,8 @@ LAYOUTS = {
     "table, without names": table_without_names,
     "table, parts": table_of_parts,
     "json, CreateML": create_ml,
+    "json, LabelImg": create_ml_files,
+    "json, FiftyOne": fiftyone,
     "json, VIA": via,
     "json, Label Studio": label_studio,
     "json, Scalabel": scalabel,
@@ -710,6 +773,26 @@ def test_names_of_classes_beside_their_numbers_and_boxes_around_groups(tmp_path)
     dataset = load_dataset_source(tmp_path, labels=True)
     assert category_names(dataset) == ["cat", "owl"] and dataset[0]["objects"]["category"] == [1, 0, 1]
     assert dataset[0]["objects"]["iscrowd"] == [0, 1, 0]
+
+
+def test_open_images_of_fiftyone(tmp_path):
+    """Tables in `labels`, and the names of their codes in `metadata`."""
+    for split, codes in (("train", ["/m/00", "/m/02", "/m/01"]), ("validation", ["/m/01", "/m/00"])):
+        write_images(tmp_path / split / "data", split)
+        write_text(tmp_path / split / "metadata" / "classes.csv", "/m/00,cat\n/m/01,dog\n/m/02,owl\n")
+        write_text(tmp_path / split / "labels" / "classifications.csv", "ImageID,Source,LabelName,Confidence\n")
+        rows = [(stem, size, box) for stem, size, objects in scenes(split) for box, _ in objects]
+        lines = ["ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsGroupOf"] + [
+            f"{stem},,{code},1,{x / width},{(x + w) / width},{y / height},{(y + h) / height},0"
+            for (stem, (width, height), (x, y, w, h)), code in zip(rows, codes, strict=True)
+        ]
+        write_text(tmp_path / split / "labels" / "detections.csv", "\n".join(lines))
+    assert sorted(split_names(tmp_path)) == ["train", "validation"]
+    for source in (tmp_path, tmp_path / "train"):
+        dataset = load_dataset_source(source, "train", labels=True)
+        assert category_names(dataset) == NAMES
+        assert [objects["category"] for objects in dataset["objects"]] == [[0, 2], [1]]
+        np.testing.assert_allclose(dataset[1]["objects"]["bbox"], [[6, 5, 12, 20]])
 
 
 def test_what_via_has_no_box_for_in_a_table_is_told(tmp_path, caplog):
@@ -825,9 +908,10 @@ def via_entry(attributes):
     return {"a": {"filename": "a.png", "file_attributes": {}, "regions": regions}}
 
 
-def label_studio_result(kind, **value):
+def label_studio_result(kind, image_rotation=0, **value):
     shape = {"x": 1, "y": 2, "width": 3, "height": 4} | value
-    result = {"id": kind, "type": kind, "value": shape, "original_width": 40, "original_height": 30}
+    size = {"original_width": 40, "original_height": 30, "image_rotation": image_rotation}
+    result = {"id": kind, "type": kind, "value": shape} | size
     return {"data": {"image": "a.png"}, "annotations": [{"result": [result]}]}
 
 
@@ -851,6 +935,12 @@ def label_studio_entry(width):
         (label_studio_entry(0), "entry 0: expected 'data' .*no sides of 0 and 30 pixels"),
         (label_studio_entry(10**400), "entry 0: expected 'data' .*no sides of"),
         ([label_studio_result("rectanglelabels", rectanglelabels=[])], r"entry 0: .*\(a region has no label\)"),
+        ([label_studio_result("rectanglelabels", rectanglelabels=["cat"], image_rotation=90)],
+         "entry 0: .*labelled with the image turned by 90 degrees: turn it back there"),
+        ({"classes": ["cat"], "labels": {"a": [{"label": 1, "bounding_box": [0, 0, 1, 1]}]}},
+         "entry 0: expected 'classes' and, in 'labels', a list for each image"),
+        ({"classes": ["cat"], "labels": {"a": [{"label": -1, "bounding_box": [0, 0, 1, 1]}]}}, "entry 0: .*got"),
+        ({"classes": ["cat"], "labels": {"a": [{"label": 0, "bounding_box": [0, 0, 1]}]}}, "entry 0: .*not enough"),
         ([label_studio_result("x") | {"data": {"thumb": "b.png", "photo": "a.png"}}],
          "entry 0: .*several images in 'data', thumb, photo: call the one that is labelled 'image'"),
         ([label_studio_result("rectangle")], r"entry 0: .*\(a region has no label\)"),
@@ -1250,7 +1340,7 @@ def test_a_folder_whose_name_holds_the_word_test_is_no_split(tmp_path):
         ("cat 0.5 0.5 0.2 0.2", "each value must be a number, got 'cat'"),
         ("0 20 15 8 6", "must be relative to the size of the image, from 0 to 1, got 20 15 8 6"),
         ("3 0.5 0.5 0.2 0.2", r"unknown class 3, expected 0 to 2 \(cat, dog, owl\)"),
-        ("0 0.5 0.5 0.2 0.2 0.9", "six values, a detection with its score"),
+        ("0 0.5 0.5 0.2 0.2 0.9", "six values, expected five: a detection with its score, or a track with its number"),
         ("0 0.5 0.5 0.2 nan", "each value must be a number, got 'nan'"),
         ("0 0.5 0.5 0.2 0.2 0.4 0.4 2 0.6 0.6 1", "got 2 in a polygon. Of key points data.yaml must give"),
     ],
@@ -1390,6 +1480,13 @@ def test_a_yaml_file_is_a_source(tmp_path):
     assert len(load_dataset_source(tmp_path / "dataset.yaml", "validation", labels=True)) == 2
 
 
+def test_splits_of_yolo_that_name_the_classes_differently(tmp_path):
+    yolo_supervision(tmp_path)
+    write_text(tmp_path / "valid/data.yaml", f"names: {NAMES[::-1]}\nnc: 3\n")
+    with pytest.raises(DataError, match="train/data.yaml and .*valid/data.yaml name the classes differently"):
+        load_dataset_source(tmp_path, "train", labels=True)
+
+
 def test_images_without_names_or_labels_of_yolo(tmp_path, caplog):
     """Without `data.yaml`: numbers for names, as far as those of all splits; no label file means no object."""
     for split, name in (("train", "train"), ("validation", "val")):
@@ -1453,6 +1550,56 @@ def test_circles_and_points_of_labelme(tmp_path, caplog):
     assert category_names(dataset) == ["ball"]
     assert dataset[0]["objects"]["bbox"] == [[15, 10, 10, 10], [2, 3, 4, 7]]
     assert "1 points, lines or brushed masks are left out" in caplog.text
+
+
+def test_parts_of_one_object_of_labelme(tmp_path):
+    write_image(tmp_path / "a.png", (40, 30), 0)
+    shapes = [
+        {"label": "cat", "shape_type": "polygon", "points": [[2, 3], [6, 3], [6, 9]], "group_id": 1},
+        {"label": "dog", "shape_type": "rectangle", "points": [[1, 1], [5, 5]], "group_id": 1},
+        {"label": "cat", "shape_type": "rectangle", "points": [[20, 12], [10, 20]], "group_id": 1},
+        {"label": "cat", "shape_type": "point", "points": [[30, 1]], "group_id": 1},
+        {"label": "dog", "shape_type": "rectangle", "points": [[1, 1], [5, 5]], "group_id": None},
+        {"label": "dog", "shape_type": "mask", "points": [[5, 9], [2, 3]], "group_id": 0},
+        {"label": "dog", "shape_type": "mask", "points": [[9, 9], [8, 3]], "group_id": 0},
+    ]
+    write_text(tmp_path / "a.json", {"shapes": shapes, "imagePath": "a.png", "imageData": None})
+    objects = load_dataset_source(tmp_path, labels=True)[0]["objects"]
+    assert objects["bbox"] == [[2, 3, 18, 17], [1, 1, 4, 4], [1, 1, 4, 4], [2, 3, 8, 7]]
+    assert objects["category"] == [0, 1, 1, 1]
+    assert json.loads(objects["segmentation"][0]) == [[2, 3, 6, 3, 6, 9], [20, 12, 10, 12, 10, 20, 20, 20]]
+
+
+def test_turned_boxes_of_cvat_in_coco_and_pascal_voc(tmp_path):
+    """There they are written as they were before they were turned, with the angle as an attribute."""
+    write_image(tmp_path / "coco/images/default/a.png", (40, 30), 0)
+    annotations = [
+        {"id": number, "image_id": 1, "category_id": 1, "bbox": [10, 12, 10, 4], "area": 40.0, "iscrowd": 0} | more
+        for number, more in enumerate(
+            [
+                {"segmentation": [], "attributes": {"occluded": False, "rotation": 90.0}},
+                {"segmentation": [], "attributes": {"occluded": False, "rotation": 0.0}},
+                {"segmentation": [[10, 12, 20, 12, 20, 16]], "attributes": {"rotation": 90.0}},
+                {"segmentation": [], "attributes": {"rotation": "strong"}},
+                {"segmentation": [], "attributes": ["rotation"]},
+            ]
+        )
+    ]
+    images, categories = [{"id": 1, "file_name": "a.png"}], [{"id": 1, "name": "cat"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_text(tmp_path / "coco/annotations/instances_default.json", content)
+    boxes = load_dataset_source(tmp_path / "coco", labels=True)[0]["objects"]["bbox"]
+    np.testing.assert_allclose(boxes, [[13, 9, 4, 10], *[[10, 12, 10, 4]] * 4], atol=1e-9)
+
+    write_image(tmp_path / "voc/JPEGImages/a.png", (40, 30), 0)
+    attribute = "<attribute><name>rotation</name><value>{}</value></attribute>"
+    text = voc_xml("a", (40, 30), [([10, 12, 10, 4], 0)])
+    for value, box in (("90.0", [13, 9, 4, 10]), ("0.0", [10, 12, 10, 4])):
+        other = "<attribute><name>x</name><value>y</value></attribute>"
+        attributes = f"</bndbox><attributes>{other}{attribute.format(value)}</attributes>"
+        write_text(tmp_path / "voc/Annotations/a.xml", text.replace("</bndbox>", attributes))
+        boxes = load_dataset_source(tmp_path / "voc", labels=True)[0]["objects"]["bbox"]
+        np.testing.assert_allclose(boxes, [box], atol=1e-9)
 
 
 def test_turned_boxes_and_other_shapes_of_cvat(tmp_path, caplog):

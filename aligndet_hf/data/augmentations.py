@@ -203,7 +203,7 @@ def apply_transform(transform: Callable, sample: Sample, rng: np.random.Generato
         [`Sample`]
 
     Raises:
-        TypeError: the transform does not return an image and a target with as many labels as boxes.
+        TypeError: the transform fails, or does not return an image and a target with as many labels as boxes.
     """
     from torchvision import tv_tensors
     from torchvision.transforms.v2.functional import convert_bounding_box_format
@@ -219,7 +219,14 @@ def apply_transform(transform: Callable, sample: Sample, rng: np.random.Generato
         target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**62)))
-        result = transform(image, target)
+        try:
+            result = transform(image, target)
+        except Exception as error:  # of somebody's code
+            raise TypeError(
+                "the transform is called with an image and {'boxes': ..., 'labels': ...}, as those of "
+                "torchvision.transforms.v2 are; put one that takes something else, as of albumentations, into a "
+                f"function. It raised {type(error).__name__}: {error}"
+            ) from error
     try:
         image, target = result
         boxes = convert_bounding_box_format(target["boxes"], new_format="XYWH")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from ..files import similar_path
 from ..objects import Given, as_source
@@ -96,8 +97,18 @@ def load_dataset_source(
         raise DataError(without_labels(path))
     require_columns(dataset, ["image"] + (["objects"] if labels else []), str(source))
     if dataset.format["type"] == "custom":
-        logger.warning("%s: its transform is not applied: the flags of views say how images are augmented.", source)
-    dataset = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
+        logger.warning(
+            "%s: its transform is not applied: the flags of views say how images are augmented, or, in Python, "
+            "LabelledImages(..., augmentations=[...]).", source,
+        )  # fmt: skip
+    dataset = dataset.with_format(None)
+    try:
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            f"{source}: column 'image' must hold an image in each row, its bytes or file, or an array [height, width, "
+            f"3] of uint8; it is {dataset.features['image']} ({error})."
+        ) from error
     if roots is not None:
         door.require_inside(dataset.data.column("image"), roots, str(source))  # those that are not selected as well
     return dataset

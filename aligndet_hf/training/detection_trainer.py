@@ -141,15 +141,15 @@ class DetectionTrainer(Trainer):
         args = args or TrainingArguments(output_dir="outputs/trained", remove_unused_columns=False)
         require_effect(args)
         processing_class = processing_class or build_image_processor(model, DEFAULT_SIZE)
-        train_dataset = training_images(train_dataset, model, args, processing_class)
-        if "data_collator" not in kwargs:
-            require_items(train_dataset)
+        is_collated = kwargs.get("data_collator") is not None
+        train_dataset = training_images(train_dataset, model, args, processing_class, is_collated)
+        require_items(train_dataset, is_collated)
         eval_dataset = evaluation_images(eval_dataset, model, processing_class)
         has_numbers_of_ours = isinstance(eval_dataset, EvaluationImages) and type(self).evaluate is Trainer.evaluate
         if args.eval_strategy != "no" and has_numbers_of_ours:
             require_metric(args.metric_for_best_model, eval_dataset.categories)  # not after an epoch
         require_one_gpu(args.n_gpu, "finetune")  # `Trainer` would take `DataParallel`, which cannot split labels
-        kwargs.setdefault("data_collator", collate_labelled)
+        kwargs["data_collator"] = kwargs.get("data_collator") or collate_labelled
         super().__init__(
             model,
             args,

@@ -25,11 +25,14 @@ def size_of(image_processor) -> int:
     return size.get("shortest_edge") or size.get("height") or DEFAULT_SIZE
 
 
-def training_images(dataset, model, args, image_processor) -> Dataset:
+def training_images(dataset, model, args, image_processor, is_collated: bool = False) -> Dataset:
     """
     A [`LabelledImages`] of a `datasets.Dataset` with the columns `image` and `objects`; anything else as it is.
 
     Images are flipped at random; their sizes are `image_sizes` of the arguments, or the size of the image processor.
+
+    Raises:
+        ValueError: it is no data set, or one with a transform whose items (`is_collated`) somebody's collator expects.
     """
     if not isinstance(dataset, datasets.Dataset):
         if not isinstance(dataset, Dataset | None) or isinstance(dataset, datasets.IterableDataset):
@@ -39,15 +42,22 @@ def training_images(dataset, model, args, image_processor) -> Dataset:
                 "features=stream.features) makes one of a stream"
             )
         return dataset
+    if is_collated and dataset.format["type"] == "custom":
+        raise ValueError(
+            "train_dataset has a transform, which is not applied here, and data_collator is made for what it gives. "
+            "Without the two, LabelledImages(dataset, ViewConfig([640]), augmentations=[...]) augments; or train with "
+            "transformers' Trainer, after use_correct_loss(model)"
+        )
     dataset, _ = _labelled(dataset, model)
     sizes = getattr(args, "image_sizes", None) or [size_of(image_processor)]
     view = ViewConfig(list(sizes), resize=family_of(model.config).resize, color=False)
     return LabelledImages(dataset, view, seed=args.seed, masks=family_of(model.config).masks)
 
 
-def require_items(dataset: Dataset | None) -> None:
+def require_items(dataset: Dataset | None, is_collated: bool = False) -> None:
     """
-    Refuses a torch data set that others have made, if its first item is not what [`LabelledImages`] would give.
+    Refuses a torch data set that others have made, if its first item is not what [`LabelledImages`] would give; for a
+    collator of somebody's own (`is_collated`) it may be anything.
 
     Raises:
         ValueError: it does not take a [`SampleKey`], or gives something else for it.
@@ -56,6 +66,8 @@ def require_items(dataset: Dataset | None) -> None:
         return
     try:
         item = dataset[SampleKey(0, 0, 0)]
+        if is_collated:
+            return
         image, labels = item["image"], item["labels"]
         reason = None if image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3 else f"image is {image!r}"
         reason = reason if {"boxes", "class_labels"} <= set(labels) else f"labels have {', '.join(map(str, labels))}"

@@ -14,7 +14,17 @@ import pyarrow.parquet as pq
 
 from ..door import is_image_name, is_inside
 from ..errors import DataError
-from .files import delimiter_of, list_files, number, parse_json, read_start, split_of_file, split_of_folder, table_rows
+from .files import (
+    delimiter_of,
+    is_file,
+    list_files,
+    number,
+    parse_json,
+    read_start,
+    split_of_file,
+    split_of_folder,
+    table_rows,
+)
 from .json_images import via_objects
 from .listed import Entry, Object, collect, require_own_splits
 from .rows import Labels
@@ -132,8 +142,9 @@ class _Table:
     @cached_property
     def descriptions(self) -> dict[str, str]:
         """What codes of classes stand for, by the file that Open Images has for them beside its tables."""
-        folder = self.path.parent
-        files = [file for file in sorted(folder.glob("*class-descriptions*.csv")) if is_inside(file, folder)]
+        folder, above = self.path.parent, _outer_folder(self.path)
+        files = [*sorted(folder.glob("*class-descriptions*.csv")), above / "metadata" / "classes.csv"]  # of FiftyOne
+        files = [file for file in files if is_file(file) and is_inside(file, above)]
         rows = (row for file in files for _, row in table_rows(file, names=["code", "name"]))
         return {row["code"]: row["name"] for row in rows if row["name"]}
 
@@ -172,8 +183,7 @@ class _Table:
 
     def split_of(self, row: dict[str, str]) -> str:
         own = row[self.split].lower() if self.split else ""
-        path = self.path
-        return split_of_folder(own) or own or split_of_file(path.stem) or split_of_folder(path.parent.name) or "train"
+        return split_of_folder(own) or own or _split_of(self.path) or "train"
 
     def label(self, row: dict[str, str], where: str) -> str:
         if self.category is None:
@@ -223,6 +233,15 @@ def _four(text: str, where: str, form: str) -> list[float]:
     return [number(part, where, "a coordinate") for part in parts]
 
 
+def _outer_folder(path: Path) -> Path:
+    """The folder of a table or, of a folder `labels`, the folder around it."""
+    return path.parent.parent if path.parent.name.lower() == "labels" else path.parent
+
+
+def _split_of(path: Path) -> str | None:
+    return split_of_file(path.stem) or split_of_folder(_outer_folder(path).name)
+
+
 def _tables(path: Path) -> list[_Table]:
     """The tables of a file or folder, which have to be of different splits."""
     tables = []
@@ -232,14 +251,15 @@ def _tables(path: Path) -> list[_Table]:
             raise DataError(f"{file}: {EXPECTED}; found {', '.join(_header(file)) or 'no names'} in the first line.")
         tables.append(table)
     paths = [table.path for table in tables]
-    splits = [(split_of_file(one.stem) or split_of_folder(one.parent.name), one) for one in paths]
+    splits = [(_split_of(one), one) for one in paths]
     require_own_splits(path, splits, "tables of boxes")
     return tables
 
 
 def find_files(folder: Path) -> list[Path]:
     """The tables at the top of a folder and in its folders."""
-    files = [path for path in list_files(folder, *SUFFIXES) if folder in (path.parent, path.parent.parent)]
+    files = list_files(folder, *SUFFIXES)
+    files = [path for path in files if folder in (path.parent, path.parent.parent, _outer_folder(path).parent)]
     # A cell `bbox` of metadata may hold the boxes of an image: `image_folder` reads it.
     tables = [(path, _columns_of(path)) for path in files]
     return [path for path, table in tables if table and (path.stem != "metadata" or len(table.coordinates) == 4)]

@@ -32,6 +32,7 @@ from .rows import (
     LabelledImage,
     Labels,
     box_around,
+    box_around_turned,
     is_box,
     names_in_lower_case,
     require_unique_ids,
@@ -365,6 +366,10 @@ def _add_annotation(annotation: dict, images: dict, labels: dict) -> None:
     box, crowd = annotation.get("bbox") or _around(segmentation), crowd or 0
     if not is_box(box):
         raise DataError(f"'bbox' must be four numbers [x, y, width, height], got {str(annotation.get('bbox'))[:80]}.")
+    attributes = annotation.get("attributes")  # of CVAT, whose 'bbox' is the box before it was turned
+    degrees = attributes.get("rotation") if isinstance(attributes, dict) and not segmentation else None
+    if type(degrees) in (int, float):
+        box = box_around_turned(box, degrees)
     if area is not None and type(area) not in (int, float):
         raise DataError(f"'area' must be a number or null, got {area!r}.")
     if crowd not in (0, 1):

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import DataError
 from .files import called, list_files, number, read_start, read_xml, split_folders, split_of_folder
 from .listed import Entry, Object, collect
-from .rows import Labels, box_around, box_around_ellipse, require_unique_ids
+from .rows import Labels, box_around, box_around_ellipse, box_around_turned, require_unique_ids
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _entry(element: ElementTree.Element, split: str, folder: Path, names: list[s
         if shape.get("label") not in names:
             raise DataError(f"{place}: unknown label {shape.get('label')!r}, expected one of {', '.join(names[:10])}.")
         box, outline = _box(shape, place)
-        objects.append(Object(box, shape.get("label"), outline))
+        objects.append(Object(box, shape.get("label"), outline and [outline]))
     bases = (folder / "images" / subset, folder / subset, folder / "images")
     base = next((place for place in bases if place.is_dir()), folder)
     own_id, width, height = (_integer(element, name, where) for name in ("id", "width", "height"))
@@ -129,19 +129,10 @@ def _box(shape: ElementTree.Element, where: str) -> tuple[list[float], list[floa
         centre_and_radii = [attribute(name) for name in ("cx", "cy", "rx", "ry")]
         return box_around_ellipse(*centre_and_radii, math.radians(degrees)), None
     if shape.tag == "box":
-        return _around_turned(*(attribute(name) for name in ("xtl", "ytl", "xbr", "ybr")), degrees), None
+        left, top, right, bottom = (attribute(name) for name in ("xtl", "ytl", "xbr", "ybr"))
+        return box_around_turned([left, top, right - left, bottom - top], degrees), None
     points = [point.split(",") for point in (shape.get("points") or "").split(";") if point]
     if not points or any(len(point) != 2 for point in points):
         raise DataError(f"{where}: 'points' must be pairs of numbers, got {(shape.get('points') or '')[:80]!r}.")
     outline = [number(part, where, "each point") for point in points for part in point]
     return box_around(outline[::2], outline[1::2]), outline if shape.tag == "polygon" else None
-
-
-def _around_turned(left: float, top: float, right: float, bottom: float, degrees: float) -> list[float]:
-    """xywh of what is around a box that is turned about its centre."""
-    if not degrees:
-        return [left, top, right - left, bottom - top]
-    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
-    width, height = right - left, bottom - top
-    around = width * cosine + height * sine, width * sine + height * cosine
-    return [(left + right - around[0]) / 2, (top + bottom - around[1]) / 2, *around]

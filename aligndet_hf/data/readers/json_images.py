@@ -1,4 +1,5 @@
-"""JSON with an entry for each image: dialects of CreateML, VIA, Label Studio, Scalabel, Supervisely and labelme."""
+"""JSON with an entry for each image: dialects of CreateML, VIA, Label Studio, Scalabel, FiftyOne, Supervisely and
+labelme."""
 
 import base64
 import io
@@ -15,7 +16,7 @@ import PIL.Image
 
 from ..door import is_image_name
 from ..errors import DataError
-from .files import read_json, read_start, split_of_file
+from .files import list_images, read_json, read_start, split_of_file
 from .listed import PIXELS, Entry, Object, collect, grouped, label_files, require_own_splits, split_above
 from .rows import Labels, box_around, box_around_ellipse
 
@@ -30,23 +31,31 @@ _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the name
 _PNG_START = 1024  # bytes
 _FAULTS = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration, zlib.error, OSError)
 
-Shape = list[float] | list[tuple[float, float]] | None  # xywh, the corners of a polygon, or what has no box
+# xywh, the corners of a polygon, those of several polygons, or what has no box.
+Shape = list[float] | list[tuple[float, float]] | tuple[list[tuple[float, float]], ...] | None
 # Image, shapes with their classes (`None`: nobody has labelled it), size.
 Found = tuple[str, list[tuple[Shape, str]] | None, tuple[int, int] | None]
 
 
 def find(path: Path) -> dict[str, list[tuple[Path, "_Dialect"]]]:
     """The files in one of the dialects, of a folder at any depth; by the splits that they or their folders name."""
-    found = []
+    found, lists = [], []
     for files in [[path]] if path.is_file() else label_files(path, ".json", _dialect_of):
         first = next(filter(None, map(_dialect_of, files)), None)
         if first and first.is_of_one_image:
             files = [file for file in files if not first.are_marked or _dialect_of(file) is first]
             found += [(split_above(file, path), (file, first)) for file in files]
         else:
-            known = ((file, _dialect_of(file)) for file in files)
-            found += [(split_of_file(file.stem) or split_above(file, path), (file, one)) for file, one in known if one]
-    lists = [(split, file) for split, (file, dialect) in found if not dialect.is_of_one_image]
+            dialects = {file: _dialect_of(file) for file in files}
+            images = {image.stem for image in list_images(files[0].parent)} if len(files) > 1 else set()
+            # LabelImg writes a list for each image, called as the image: of one without objects it has no marks.
+            own = next((one for file, one in dialects.items() if one and file.stem in images), None)
+            for file, dialect in dialects.items():
+                is_of_one = file.stem in images
+                if dialect := dialect or (own if is_of_one else None):
+                    split = (None if is_of_one else split_of_file(file.stem)) or split_above(file, path)
+                    found.append((split, (file, dialect)))
+                    lists += [] if is_of_one else [(split, file)]
     require_own_splits(path, lists, "lists of images")
     return grouped(found)
 
@@ -190,6 +199,10 @@ def _label_studio(item: dict) -> Found:
     objects, size = [], None
     for shape in shapes:
         size = shape["original_width"], shape["original_height"]
+        if shape.get("image_rotation"):  # regions are relative to the image as it was seen
+            raise ValueError(
+                f"labelled with the image turned by {shape['image_rotation']} degrees: turn it back there"
+            )
         lists = (value for key, value in shape.items() if key.endswith("labels") and isinstance(value, list))
         if not (classes := next(lists, [])):
             raise ValueError("a region has no label")
@@ -227,6 +240,21 @@ def _scalabel(item: dict) -> Found:
     return item["name"], objects, None
 
 
+def _fiftyone_items(content: dict) -> Iterator[tuple]:
+    return ((name, objects, content["classes"]) for name, objects in content["labels"].items())
+
+
+def _fiftyone(item: tuple) -> Found:
+    image, given, classes = item
+    objects = None if given is None else []
+    for one in given or []:
+        label, (x, y, width, height) = one["label"], one["bounding_box"]
+        if type(label) is int:
+            label = dict(enumerate(classes))[label]
+        objects.append(([x, y, width, height], label))
+    return image, objects, None
+
+
 def _supervisely(item: dict) -> Found:
     objects = []
     for shape in item["objects"]:
@@ -248,8 +276,25 @@ def _box_of_bitmap(data: str, origin: list[int]) -> Shape:
 
 def _labelme(item: dict) -> Found:
     size = item.get("imageWidth"), item.get("imageHeight")
-    objects = [(_labelme_shape(shape), shape["label"]) for shape in item["shapes"]]
+    # Shapes of one label with the same `group_id` are the parts of one object.
+    groups = grouped(
+        ((shape["label"], number if shape.get("group_id") is None else ("group", shape["group_id"])), shape)
+        for number, shape in enumerate(item["shapes"])
+    )
+    objects = [(_labelme_parts(shapes), label) for (label, _), shapes in groups.items()]
     return item["imagePath"], objects, size if type(size[0]) is type(size[1]) is int else None
+
+
+def _labelme_parts(shapes: list[dict]) -> Shape:
+    parts = [place for place in map(_labelme_shape, shapes) if place is not None]
+    return tuple(map(_corners, parts)) if len(parts) > 1 else next(iter(parts), None)
+
+
+def _corners(shape: Shape) -> list[tuple[float, float]]:
+    if not isinstance(shape[0], int | float):
+        return shape
+    x, y, width, height = shape
+    return [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
 
 
 def _labelme_shape(shape: dict) -> Shape:
@@ -288,6 +333,11 @@ _DIALECTS = {
         b"[{", (b'"box2d"', b'"labels"'), lambda content: content["frames"] if isinstance(content, dict) else content,
         _scalabel, "'name' and 'labels', each with 'category' and 'box2d' (x1, y1, x2, y2)",
     ),
+    "FiftyOne": _Dialect(
+        b"{", (b'"classes"', b'"labels"', b'"bounding_box"'), _fiftyone_items, _fiftyone,
+        "'classes' and, in 'labels', a list for each image, with 'label' and 'bounding_box' (x, y, width, height)",
+        parts=1.0,
+    ),
     "Supervisely": _Dialect(
         b"{", (b'"classTitle"', b'"geometryType"'), lambda content: [content], _supervisely,
         "'size' and 'objects', each with 'classTitle', 'geometryType' and 'points'", is_of_one_image=True,
@@ -309,9 +359,10 @@ def _object(shape: Shape, label: str) -> Object:
         raise ValueError("names must be texts")
     if isinstance(shape[0], int | float):
         return Object(list(map(float, shape)), label)
-    xs, ys = ([float(value) for value in values] for values in zip(*shape, strict=True))
-    outline = [value for point in zip(xs, ys, strict=True) for value in point]
-    return Object(box_around(xs, ys), label, outline if len(xs) > 2 else None)
+    parts = shape if isinstance(shape, tuple) else (shape,)
+    outlines = [[float(value) for x, y in part for value in (x, y)] for part in parts]
+    xs, ys = ([value for outline in outlines for value in outline[side::2]] for side in (0, 1))
+    return Object(box_around(xs, ys), label, outlines if min(map(len, outlines)) > 4 else None)
 
 
 # ---- the files ----

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 100  # files of each folder
 PIXELS = None  # what `Entry.parts` is of boxes in pixels
+# Where Pascal VOC, CVAT and Supervisely have masks, which are called as their images.
+_MASKS = {"segmentationclass", "segmentationobject", "masks", "masks_machine", "masks_human"}
 
 
 class Object(NamedTuple):
@@ -28,13 +30,13 @@ class Object(NamedTuple):
     Attributes:
         box (`list[float]`): xywh.
         label (`str`): Its class.
-        outline (`list[float]`, *optional*): The corners of a polygon around it, x and y in turn.
+        outlines (`list[list[float]]`, *optional*): The corners of the polygons around its parts, x and y in turn.
         is_crowd (`bool`, *optional*): Whether the box is around many objects; of all objects of an image or of none.
     """
 
     box: list[float]
     label: str
-    outline: list[float] | None = None
+    outlines: list[list[float]] | None = None
     is_crowd: bool | None = None
 
 
@@ -108,12 +110,13 @@ def collect(
         image = images[entry.split, file]
         if len({folder for folder in (_above(image.file_name), _above(entry.image)) if folder}) > 1:
             shared[file] = image.file_name, entry.image
-        for box, label, outline, is_crowd in entry.objects:
+        for box, label, outlines, is_crowd in entry.objects:
             if entry.parts is not PIXELS:
                 sides = entry.size or size_of(file)[::-1]
-                box, outline = (values and _in_pixels(values, entry.parts, sides) for values in (box, outline))
+                box = _in_pixels(box, entry.parts, sides)
+                outlines = outlines and [_in_pixels(values, entry.parts, sides) for values in outlines]
             crowd = {} if is_crowd is None else {"iscrowd": is_crowd}
-            image.add(box, label, segmentation=outline and [outline], **crowd)
+            image.add(box, label, segmentation=outlines, **crowd)
     if shared:
         message = "%s: %d images get what is said of several paths, e.g. %s of %r and %r: are files missing?"
         logger.warning(message, folder, len(shared), *next((file, *both) for file, both in shared.items()))
@@ -227,6 +230,7 @@ class _Finder:
             return path
         found = self.by_name.get(plain) or self.by_name.get(also, [])
         ways: list[Callable[[Path], int]] = [
+            lambda path: path.parent.name.lower() not in _MASKS,
             lambda path: len({base, *base.parents} & set(path.parents)),  # how far their ways go together
             lambda path: _shared_end(path.parent.parts, _above(name)),
             lambda path: split_above(path, self.folder) == split,

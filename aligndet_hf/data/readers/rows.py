@@ -221,6 +221,16 @@ def box_around_ellipse(x: float, y: float, half_width: float, half_height: float
     return [x - across, y - down, 2 * across, 2 * down]
 
 
+def box_around_turned(box: Sequence[float], degrees: float) -> list[float]:
+    """The box around a box that is turned about its centre, both xywh."""
+    left, top, width, height = box
+    if not degrees:
+        return [left, top, width, height]
+    cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+    across, down = width * cosine + height * sine, width * sine + height * cosine
+    return [left + (width - across) / 2, top + (height - down) / 2, across, down]
+
+
 def is_box(value) -> bool:
     """Whether a value is a list of four numbers, and none of them too large for one."""
     if type(value) is not list or len(value) != 4 or not _NUMBERS.issuperset(map(type, value)):

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath, PureWindowsPath
 from ..errors import DataError
 from .files import list_files, number, read_start, read_text, read_xml, split_folders, split_of_folder
 from .listed import Entry, Object, collect, grouped, split_above
-from .rows import Labels
+from .rows import Labels, box_around_turned
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,9 @@ def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir:
     """
     Reads these splits.
 
-    Corners of the challenge's own files count from 1 and are the last pixels inside; corners of other tools
-    are coordinates: a file is of the challenge if its `source` says so. Names of categories come from all
-    splits. Objects that are `difficult` are objects.
+    Corners of the files of the challenge and of supervision count from 1 and are the last pixels inside, which their
+    `source` tells; corners of other tools are coordinates. Boxes that CVAT has turned, as an attribute says, are the
+    boxes around them. Names of categories come from all splits. Objects that are `difficult` are objects.
 
     Args:
         path (`Path`): The folder.
@@ -103,7 +103,8 @@ def _list_xml(folder: Path) -> list[Path]:
 
 def _entry(file: Path, root: ElementTree.Element, split: str) -> Entry:
     objects = []
-    first = 1 if "PASCAL VOC" in (root.findtext("source/annotation") or "") else 0
+    of_supervision = root.findtext("folder") == "VOC" and root.findtext("source/database") == "roboflow.ai"
+    first = 1 if of_supervision or "PASCAL VOC" in (root.findtext("source/annotation") or "") else 0
     for position, one in enumerate(root.iter("object")):
         where = f"{file}, object {position}"
         box = one.find("bndbox")
@@ -113,7 +114,9 @@ def _entry(file: Path, root: ElementTree.Element, split: str) -> Entry:
             number(_text(box, corner, where), where, f"'{corner}'") for corner in ("xmin", "ymin", "xmax", "ymax")
         )
         box = [left - first, top - first, right - left + first, bottom - top + first]
-        objects.append(Object(box, _text(one, "name", where)))
+        turned = (own.findtext("value") for own in one.iterfind("attributes/attribute[name='rotation']"))  # of CVAT
+        degrees = number(next(turned, 0), where, "'rotation'")
+        objects.append(Object(box_around_turned(box, degrees), _text(one, "name", where)))
     size = _size(root, "width"), _size(root, "height")
     # Files that were renamed, or made from a template, keep the old name inside: then their own name counts first.
     named, own = (root.findtext("filename") or "").strip() or file.stem, file.stem

@@ -254,6 +254,12 @@ def _names(root: Path, config: dict) -> list[str] | None:
     if config.get("names") is not None:
         return list_of_names(config["names"], f"{config['']}, 'names'")
     places = [root, root / "labels", *split_folders(root).values()]
+    of_parts = [part for part in map(_config, places[2:]) if part.get("names")]  # supervision: one for each split
+    if of_parts:
+        if different := [part for part in of_parts if part["names"] != of_parts[0]["names"]]:
+            files = f"{of_parts[0]['']} and {different[0]['']}"
+            raise DataError(f"{files} name the classes differently: the splits of a data set need the same classes.")
+        return list_of_names(of_parts[0]["names"], f"{of_parts[0]['']}, 'names'")
     of_darknet = [file.name for place in places for file in sorted(place.glob("*.names"))]
     file = next((found for place in places if (found := find_file(place, *_NAME_FILES, *of_darknet))), None)
     return list_of_names(_lines_of_names(file, root), str(file)) if file else None
@@ -285,7 +291,7 @@ def _entry(split: str, image: Path, file: Path, root: Path, names: list[str], ke
             known = f"0 to {len(names) - 1} ({', '.join(names[:10])})"
             raise DataError(f"{where}: unknown class {label}, expected {known}.")
         box, outline = _shape(values, keypoints, where)
-        objects.append(Object(box, names[label], outline))
+        objects.append(Object(box, names[label], outline and [outline]))
     size = image_size(image)[::-1] if objects else None
     where = str(file if file.exists() else image)
     return Entry(where, split, image.name, image.parent, objects, size, parts=1.0)
@@ -298,7 +304,10 @@ def _shape(values: list[float], keypoints: bool, where: str) -> tuple[list[float
         x, y, width, height = values[:4]
         box = [x - width / 2, y - height / 2, width, height]
     elif len(values) == 5:
-        raise DataError(f"{where}: six values, a detection with its score; expected a label without one.")
+        raise DataError(
+            f"{where}: six values, expected five: a detection with its score, or a track with its number? Remove the "
+            "last value of each line."
+        )
     elif len(values) % 2:
         raise DataError(f"{where}: a polygon must have two numbers for each point, got {len(values)} numbers.")
     else:
