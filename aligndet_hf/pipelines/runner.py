@@ -150,8 +150,8 @@ def _of_folders_now(record: dict, stage: Stage) -> dict:
     folders = [str(other.folder) for other in (stage, *stage.needs)]
     moved = {_in_json(os.path.normpath(os.path.join(before, os.path.relpath(path, now)))): path for path in folders}
     names = "|".join(map(re.escape, moved))
-    # Texts that are such a path or begin with one; keys of `inputs` are paths as well.
-    return json.loads(re.sub(rf'(?<=")({names})(?=["/\\])', lambda found: _in_json(moved[found[0]]), json.dumps(record)))
+    paths = rf'(?<=")({names})(?=["/\\])'  # texts that are one or begin with one, keys of `inputs` among them
+    return json.loads(re.sub(paths, lambda found: _in_json(moved[found[0]]), json.dumps(record)))
 
 
 def _in_json(text: str) -> str:
