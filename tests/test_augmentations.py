@@ -124,7 +124,7 @@ def test_a_transform_that_takes_something_else():
     def of_albumentations(*args, **data):
         raise KeyError("You have to pass data to augmentations as named arguments")
 
-    with pytest.raises(TypeError, match="as those of torchvision.*, as of albumentations, .* KeyError: .*named arg"):
+    with pytest.raises(TypeError, match="as torchvision.*, as of albumentations, .* KeyError: .*named arg"):
         apply_transform(of_albumentations, square(), noise_free())
 
 

@@ -30,6 +30,7 @@ from aligndet_hf.data.columns import proposals_feature, validate_proposals
 from aligndet_hf.data.errors import DataError
 from aligndet_hf.data.formats import load_dataset_source
 from aligndet_hf.data.proposal_files import import_proposals
+from aligndet_hf.detectors import build
 from aligndet_hf.detectors.build import build_image_processor
 from aligndet_hf.proposals import trained
 from aligndet_hf.proposals.filters import select_proposals
@@ -176,8 +177,13 @@ print(len(find([np.zeros((40, 60, 3), dtype=np.uint8)])[0][0]), "boxes")
     assert printed.endswith(" boxes\n") and not printed.endswith(" 0 boxes\n")
 
 
-def test_a_short_name_is_a_detector_on_the_hub(images, tmp_path):
-    with pytest.raises(OSError, match="detector 'rt_detr_r18': no such folder here.*from the Hub it could not"):
+def test_a_short_name_is_a_detector_on_the_hub(images, tmp_path, monkeypatch):
+    def cached_file(name, file):
+        raise OSError(f"{name} is asked for")
+
+    monkeypatch.setattr(build, "cached_file", cached_file)
+    build._on_hub.cache_clear()
+    with pytest.raises(OSError, match="detector 'rt_detr_r18': no such folder.*: PekingU/rtdetr_r18vd is asked for"):
         generate_proposals(arguments(images, tmp_path / "out", source="detector", detector="rt_detr_r18"))
 
 

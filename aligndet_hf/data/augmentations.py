@@ -223,8 +223,8 @@ def apply_transform(transform: Callable, sample: Sample, rng: np.random.Generato
             result = transform(image, target)
         except Exception as error:  # of somebody's code
             raise TypeError(
-                "the transform is called with an image and {'boxes': ..., 'labels': ...}, as those of "
-                "torchvision.transforms.v2 are; put one that takes something else, as of albumentations, into a "
+                "the transform is called with an image and {'boxes': ..., 'labels': ...}, as "
+                "torchvision.transforms.v2 has it; put one that takes something else, as of albumentations, into a "
                 f"function. It raised {type(error).__name__}: {error}"
             ) from error
     try:

@@ -150,7 +150,7 @@ def _of_folders_now(record: dict, stage: Stage) -> dict:
     folders = [str(other.folder) for other in (stage, *stage.needs)]
     moved = {_in_json(os.path.normpath(os.path.join(before, os.path.relpath(path, now)))): path for path in folders}
     names = "|".join(map(re.escape, moved))
-    paths = rf'(?<=")({names})(?=["/\\])'  # texts that are one or begin with one, keys of `inputs` among them
+    paths = rf'(?<=[" ])({names})(?=["/\\])'  # texts that are one or begin with one, keys of `inputs` among them
     return json.loads(re.sub(paths, lambda found: _in_json(moved[found[0]]), json.dumps(record)))
 
 

@@ -31,7 +31,7 @@ _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the name
 _PNG_START = 1024  # bytes
 _FAULTS = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration, zlib.error, OSError)
 
-# xywh, the corners of a polygon, those of several polygons, or what has no box.
+# xywh, the corners of a polygon, the corners of several polygons, or what has no box.
 Shape = list[float] | list[tuple[float, float]] | tuple[list[tuple[float, float]], ...] | None
 # Image, shapes with their classes (`None`: nobody has labelled it), size.
 Found = tuple[str, list[tuple[Shape, str]] | None, tuple[int, int] | None]
