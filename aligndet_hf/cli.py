@@ -188,10 +188,9 @@ def run(command: str, argv: list[str] | None = None) -> int:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             import datasets
 
-            full = [
-                path for path in (getattr(arguments, "output_dir", None), datasets.config.HF_DATASETS_CACHE) if path
-            ]
-            text += f" at {' or '.join(map(str, full))}. Free some, and run the same command again"
+            places = getattr(arguments, "output_dir", None), datasets.config.HF_DATASETS_CACHE
+            full = " or ".join(str(place) for place in places if place)
+            text += f" at {full}. Free some, and run the same command again"
         from .data.door import printable  # which loads datasets
 
         print("error: " + "\n".join(map(printable, text.split("\n"))), file=sys.stderr)

@@ -274,16 +274,12 @@ class FinetuneArguments(
                 "itself. To start from a checkpoint of another run, give its folder as --detector"
             )
         for name in sorted(names_of(type(self), "refused") & set(self.given)):
-            raise ValueError(f"{name} has no effect on the training of detectors here: leave it out")
+            raise ValueError(_NO_EFFECT.format(name))
 
 
-# Of `TrainingArguments` what changes how language models are trained, and what it is where it does nothing.
-_OF_LANGUAGE_MODELS = {
-    "label_smoothing_factor": 0.0,
-    "neftune_noise_alpha": None,
-    "train_sampling_strategy": "random",
-    "use_liger_kernel": False,
-}
+_NO_EFFECT = "{} has no effect on the training of detectors here: leave it out"
+# Of `TrainingArguments` what changes how language models are trained; its defaults do nothing.
+_OF_LANGUAGE_MODELS = ("label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy", "use_liger_kernel")
 
 
 def require_effect(arguments: TrainingArguments) -> None:
@@ -293,9 +289,9 @@ def require_effect(arguments: TrainingArguments) -> None:
     Raises:
         ValueError: one of them is given.
     """
-    for name, neutral in _OF_LANGUAGE_MODELS.items():
-        if getattr(arguments, name, neutral) not in (neutral, None):
-            raise ValueError(f"{name} has no effect on the training of detectors here: leave it out")
+    for name in _OF_LANGUAGE_MODELS:
+        if getattr(arguments, name, None) not in (None, getattr(TrainingArguments, name, None)):
+            raise ValueError(_NO_EFFECT.format(name))
 
 
 def require_metric(name: str | None, categories: list[str] | None = None) -> None:

@@ -51,10 +51,8 @@ def comparison(name: str, fraction: str) -> dict[str, dict]:
     """The two arms of a comparison in `model_cards/`, with one share of the labels."""
     results = json.loads((ROOT / "model_cards" / name / "results.json").read_text(encoding="utf-8"))
     curves = {arm: found["curve"] for arm, found in results["statistics"][fraction].items()}
-    return {
-        name: {"x": curves[arm]["step"], **curves[arm]}
-        for name, arm in (("plain", "plain"), ("pre-trained", "aligndet"))
-    }
+    shown = {"plain": curves["plain"], "pre-trained": curves["aligndet"]}
+    return {start: {"x": curve["step"], **curve} for start, curve in shown.items()}
 
 
 def panels() -> dict[str, dict]:
@@ -65,4 +63,5 @@ def panels() -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    plot_bands(panels(), ROOT / "docs" / "results.png", "step", "COCO average precision after steps of fine-tuning, mean and range of three draws of the labels")
+    title = "COCO average precision after steps of fine-tuning, mean and range of three draws of the labels"
+    plot_bands(panels(), ROOT / "docs" / "results.png", "step", title)
