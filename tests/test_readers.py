@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import unicodedata
 import zlib
 from xml.sax.saxutils import quoteattr
@@ -1496,6 +1497,28 @@ def test_images_without_names_or_labels_of_yolo(tmp_path, caplog):
     assert "no data.yaml or classes.txt names the classes" in caplog.text
     (tmp_path / "labels" / "val" / "v0.txt").unlink()
     assert load_dataset_source(tmp_path, "validation", labels=True)[0]["objects"]["bbox"] == []
+
+
+@pytest.mark.parametrize("source", ["yolo", "nc", "metadata of two splits", "metadata of one", "Hub"])
+def test_a_broken_number_of_a_category_makes_no_billion_names(tmp_path, source):
+    large, where = 3_000_000_000, str(tmp_path)
+    if source in ("yolo", "nc"):
+        write_yolo(tmp_path / "images" / "train", tmp_path / "labels" / "train", "train")
+        if source == "yolo":
+            write_text(tmp_path / "labels" / "train" / "t1.txt", f"{large} 0.5 0.5 0.1 0.1\n")
+            where = "t1.txt, line 1"
+        else:
+            write_text(tmp_path / "data.yaml", f"train: images/train\nnc: {large + 1}\n")
+            where = "data.yaml, 'nc'"
+    rows = [{"file_name": "t0.png", "objects": {"bbox": [[1, 2, 3, 4]], "category": [large]}}]
+    for split in {"metadata of two splits": ["train", "validation"], "metadata of one": ["train"]}.get(source, []):
+        write_image(tmp_path / split / "t0.png", (40, 30), 0)
+        write_text(tmp_path / split / "metadata.jsonl", json.dumps(rows[0]))
+    if source == "Hub":
+        part = datasets.Dataset.from_list([{"objects": rows[0]["objects"]}])
+        datasets.DatasetDict(train=part, validation=part).save_to_disk(tmp_path)
+    with pytest.raises(DataError, match=f"{re.escape(where)}.*: the number {large} of a category without a name"):
+        category_names(load_dataset_source(tmp_path, "train", labels=True), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from .columns import BoxReport, require_columns, validate_objects
 from .errors import DataError
 from .launch import Launch
 from .readers import READERS, box_table, find_reader, image_folder, saved, yolo
-from .readers.files import list_files, list_images, read_start, split_of_folder, unwrapped
+from .readers.files import list_files, list_images, numbers_as_names, read_start, split_of_folder, unwrapped
 from .readers.image_folder import has_metadata, read_labels
 from .readers.rows import build_dataset
 from .readers.spellings import has_numbers_only, standard_objects
@@ -232,7 +232,7 @@ def category_names(dataset: datasets.Dataset, source: str | Path = "the data set
             )
         if not len(values):
             raise DataError(f"{source}: column 'objects', field 'category' is empty in all rows.")
-        names = [str(number) for number in range(int(values.max()) + 1)]
+        names = numbers_as_names(int(values.max()), str(source))
     return names
 
 

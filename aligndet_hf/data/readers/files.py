@@ -33,6 +33,7 @@ _SPLITS = {
 }
 _PARTS = ("images", "labels", "annotations")  # folders of a data set, which is around them
 _SPLIT_FOLDER = re.compile(rf"({'|'.join(_SPLITS)})[-_]?\d*", re.IGNORECASE)
+_MOST_CATEGORIES = 100_000
 
 
 def split_of_folder(name: str) -> str | None:
@@ -296,6 +297,21 @@ def list_of_names(given, where: str) -> list[str]:
             f'{{"0": name, "1": name, ...}}, got {str(given)[:80]}.'
         )
     return list(map(str, names))
+
+
+def numbers_as_names(last: int, where: str) -> list[str]:
+    """
+    Names of categories that have none: their numbers, 0 to `last`.
+
+    Raises:
+        [`DataError`]: if there are more than a detector can have, as a broken number makes them.
+    """
+    if last >= _MOST_CATEGORIES:
+        raise DataError(
+            f"{where}: the number {last} of a category without a name: more than {_MOST_CATEGORIES:,} categories. "
+            "Number the categories from 0 on, or give their names."
+        )
+    return list(map(str, range(last + 1)))
 
 
 def number(value, where: str, what: str) -> float:

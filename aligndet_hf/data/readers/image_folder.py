@@ -14,6 +14,7 @@ from .files import (
     inside,
     list_files,
     list_of_names,
+    numbers_as_names,
     parse_json,
     read_json,
     read_text,
@@ -77,7 +78,7 @@ def read(path: Path, found: dict[str, Path], splits: list[str], image_dir: Path 
         names = _number_names(everything + images_of_others, names)
         labels = [label for image in everything + images_of_others for label in _labels_of(image)]
         if names is None and others and {type(label) for label in labels} == {int}:
-            names = [str(number) for number in range(max(labels) + 1)]
+            names = numbers_as_names(max(labels), str(path))
     return Labels(everything, Categories(names) if names else None)
 
 

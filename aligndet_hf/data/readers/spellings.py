@@ -10,6 +10,7 @@ from ..columns import arrow_batches
 from ..errors import DataError
 from ..masks import FIELD, has_regions, segmentation_text
 from ..splits import Splits
+from .files import numbers_as_names
 
 _LISTS = (datasets.List, datasets.LargeList)
 FORMATS, _OURS = ("bbox_format", "box_format", "bbox_mode"), ("xywh", "coco")  # columns that say what boxes are
@@ -88,7 +89,7 @@ def standard_objects(splits: Splits, source: str) -> Splits:
     elif len(labelled) > 1 and all(dtype.startswith(("int", "uint")) for dtype in dtypes):
         used = [value for name in labelled for value in _used_categories(splits[name])]
         if used and None not in used and min(used) >= 0:
-            names = [str(number) for number in range(max(used) + 1)]
+            names = numbers_as_names(max(used), source)
             for name in labelled:
                 splits[name] = _with_names(splits[name], names)
     return splits
