@@ -412,13 +412,31 @@ def test_export_of_several_splits_without_clusters(images, tmp_path, capsys):
     assert capsys.readouterr().out.count("Exported to") == 4
 
 
+def of_annotations(change: dict) -> str:
+    annotation = {"image_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    return json.dumps({"images": [], "annotations": [annotation, annotation | change]})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "not valid JSON"),
         ("[]", "not a COCO file of proposals"),
-        ('{"images": [], "annotations": [{"bbox": [1, 2, 3, 4]}]}', "KeyError 'image_id'"),
-        ('{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2]}]}', "four numbers"),
+        ("[" * 100_000, "not valid JSON"),
+        (
+            '{"images": [{"id": 1}], "annotations": []}',
+            "entry 0 of 'images': not a COCO file of proposals: KeyError 'file_name'",
+        ),
+        ('{"images": [], "annotations": [{"bbox": [1, 2, 3, 4]}]}', "entry 0 of 'annotations': .*KeyError 'image_id'"),
+        (
+            '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2]}]}',
+            "entry 0 of 'annotations': .*four numbers",
+        ),
+        (of_annotations({"bbox": [1, 2, 10**400, 4]}), "entry 1 of 'annotations': .*OverflowError"),
+        (of_annotations({"bbox": [1, 2, float("nan"), 4]}), "entry 1 of 'annotations': .*finite numbers"),
+        (of_annotations({"bbox": [1, 2, 1e300, 4]}), "entry 1 of 'annotations': .*finite numbers"),
+        (of_annotations({"score": {}}), "entry 1 of 'annotations': .*TypeError"),
+        (of_annotations({"score": None}), "entry 1 of 'annotations': .*finite numbers"),
         ('{"images": [{"id": 1, "file_name": "y"}], "annotations": []}', "lists none of the images .*0.png"),
     ],
 )

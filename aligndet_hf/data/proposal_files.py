@@ -12,7 +12,10 @@ from .arrow_boxes import read_boxes, read_values
 from .columns import arrow_batches, image_ids, proposals_feature
 from .errors import DataError, ImageError
 from .images import image_name, image_size
+from .readers.files import read_json
 from .splits import Splits
+
+_FAULTS = (KeyError, TypeError, ValueError, OverflowError)
 
 
 def import_proposals(path: str | Path, sources: Splits) -> Splits:
@@ -46,15 +49,19 @@ def import_proposals(path: str | Path, sources: Splits) -> Splits:
         if boxes.shape != (len(owners), 4):
             raise ValueError("'bbox' must be four numbers [x, y, width, height]")
         scored = bool(annotations) and all("score" in annotation for annotation in annotations)
-        scores = np.array([annotation["score"] for annotation in annotations] if scored else np.zeros(len(boxes)))
+        scores = [annotation["score"] for annotation in annotations] if scored else np.zeros(len(boxes))
+        scores = np.array(scores, dtype=np.float64)
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise ValueError("'bbox' and 'score' must be finite numbers")
         categories = sorted(category["id"] for category in content.get("categories", []))
         numbers = {category: number for number, category in enumerate(categories)}
         clusters = None
         if len(numbers) > 1:
             clusters = np.array([numbers[annotation["category_id"]] for annotation in annotations], dtype=np.int32)
         names = {str(PurePosixPath(image["file_name"])): number for number, image in enumerate(content["images"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a COCO file of proposals: {type(error).__name__} {error}.") from error
+    except _FAULTS as error:
+        where = f"{path}{_first_fault(content)}"
+        raise DataError(f"{where}: not a COCO file of proposals: {type(error).__name__} {error}.") from error
     order = np.lexsort((-scores, owners))
     # The boxes of each image, best first, and the boxes of none.
     groups = np.split(order, np.searchsorted(owners[order], np.arange(len(numbers_of_images)) + 1))
@@ -132,13 +139,32 @@ def export_proposals(dataset: datasets.Dataset, path: str | Path) -> None:
 
 
 def _read(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{path}: not valid JSON ({error}).") from error
+    content = read_json(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise DataError(f"{path}: not a COCO file of proposals, it has no lists 'images' and 'annotations'.")
     return content
+
+
+def _first_fault(content: dict) -> str:
+    """Where the first image or annotation is that cannot be read, for the error."""
+    for name, is_right in (("images", _is_image), ("annotations", _is_proposal)):
+        for number, entry in enumerate(content[name]):
+            try:
+                right = is_right(entry)
+            except (AttributeError, *_FAULTS):
+                right = False
+            if not right:
+                return f", entry {number} of '{name}'"
+    return ""
+
+
+def _is_image(entry) -> bool:
+    return {"id", "file_name"} <= entry.keys()
+
+
+def _is_proposal(entry) -> bool:
+    values = np.array([*entry["bbox"], entry.get("score", 0)], dtype=np.float32)
+    return "image_id" in entry and len(values) == 5 and bool(np.isfinite(values).all())
 
 
 def _names(source: datasets.Dataset):
