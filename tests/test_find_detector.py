@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from tiny_detectors import tiny_detector
 from transformers import AutoModelForObjectDetection
 
 from aligndet_hf.cli import COMMANDS
+from aligndet_hf.data.collate import normalize_images
 from aligndet_hf.data.synthetic import make_synthetic_dataset
 from aligndet_hf.detectors import build
 from aligndet_hf.detectors.build import (
@@ -24,11 +26,13 @@ from aligndet_hf.detectors.build import (
     find_detector,
     load_detector,
     open_detector,
+    open_image_processor,
     save_image_processor,
 )
 from aligndet_hf.detectors.families import FAMILIES
 from aligndet_hf.detectors.published import PUBLISHED
 from aligndet_hf.detectors.transfer import transfer_detector
+from aligndet_hf.evaluation.detections import normalization_of
 from aligndet_hf.pipelines.stages import arguments_class
 
 
@@ -224,6 +228,50 @@ def test_damaged_weights_are_one_error(saved):
     (saved / "pytorch_model.bin").write_bytes(pickle.dumps(print))
     with pytest.raises(ValueError, match="its weights are damaged or no weights"):
         open_detector(saved)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"encoder_hidden_dim": 10**30}, "its config.json makes no detector"),
+        ({"feat_strides": [8, 16, None]}, "its config.json makes no detector"),
+        ({"d_model": "wide"}, "its config.json makes no detector"),
+        ({"model_type": ["rt_detr"]}, "is not a detector: it has no config.json of one"),
+    ],
+)
+def test_a_config_that_makes_no_detector_is_one_error(saved, change, message):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=f"^{saved}.*{message}"):
+        open_detector(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"image_std": value} for value in ([], [0.2, 0.2], [[0.2], [0.2], [0.2]], "wide", 10**400)),
+        *({"size": value} for value in ({"height": "a", "width": 9}, {"height": {}, "width": 9}, {"depth": 3})),
+        {"rescale_factor": "../../x"},
+        {"image_processor_type": {}},
+        None,
+    ],
+)
+def test_an_image_processor_that_prepares_no_image_is_one_error(saved, change):
+    save_image_processor(build_image_processor(open_detector(saved), 64), saved)
+    path = saved / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps([1] if change is None else content | {"do_normalize": True} | change))
+    with pytest.raises(ValueError, match=f"^{saved}: its image processor prepares no image"):
+        open_image_processor(saved)
+
+
+def test_one_number_stands_for_all_channels_of_an_image_processor(saved):
+    processor = build_image_processor(open_detector(saved), 64)
+    processor.do_normalize, processor.image_mean, processor.image_std = True, 0.5, [0.25]
+    processor.save_pretrained(saved)
+    image, mask = np.full((3, 8, 8), 200, np.uint8), torch.ones(1, 8, 8)
+    normal = normalize_images(torch.from_numpy(image)[None], mask, **normalization_of(open_image_processor(saved)))
+    assert torch.allclose(normal, torch.full((1, 3, 8, 8), (200 / 255 - 0.5) / 0.25))
 
 
 def test_weights_that_do_not_fit_are_one_error(saved):

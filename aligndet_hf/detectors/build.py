@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForObjectDetection
 from transformers.utils import cached_file
 
 from ..arguments import Arguments, is_trained
-from ..checkpoint import open_checkpoint
+from ..checkpoint import open_checkpoint, open_processor
 from ..convnets.modeling_torchvision import TorchvisionDetector
 from ..files import similar_path, write_json
 from ..flags import flag, nearest
@@ -285,7 +285,7 @@ def open_detector(source: str | Path | PreTrainedModel, is_whole: bool = True) -
 
 
 def open_image_processor(source: str | Path | BaseImageProcessor) -> BaseImageProcessor:
-    """The image processor of a path or Hub id (see [`find_detector`]), or the one that is given."""
+    """The image processor of a path or Hub id ([`open_processor`]), or the one that is given."""
     source = as_source(source)
     given = copy_of(source)
     if isinstance(given, nn.Module):
@@ -293,7 +293,7 @@ def open_image_processor(source: str | Path | BaseImageProcessor) -> BaseImagePr
             "a detector given as an object has no image processor with it: give `image_processor` as well, or the "
             "folder that both are saved in"
         )
-    return AutoImageProcessor.from_pretrained(find_detector(source)) if given is None else given
+    return open_processor(find_detector(source)) if given is None else given
 
 
 def _weights_of(arguments: DetectorArguments) -> str | None:
@@ -427,11 +427,12 @@ def _on_hub(source: str) -> str:
 
 
 def _said(path: Path, key: str) -> str | None:
-    """A value of a JSON file, `None` where it has none."""
+    """A text in a JSON file, `None` where it has none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get(key)
-    except (OSError, ValueError, AttributeError):
+        value = json.loads(path.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, RecursionError, AttributeError):
         return None
+    return value if isinstance(value, str) else None
 
 
 def _what_is_there(folder: Path, model_type: str | None) -> str:

@@ -182,10 +182,10 @@ def _pasted(logits: torch.Tensor, prediction: dict, size: tuple[int, int], lowes
 
 def normalization_of(image_processor) -> dict:
     """What [`normalize_images`] needs (`mean`, `std`, `rescale_factor`) to do what an image processor does."""
-    do_normalize = image_processor.do_normalize
+    mean, std = (image_processor.image_mean, image_processor.image_std) if image_processor.do_normalize else (0, 1)
     return {
-        "mean": list(image_processor.image_mean) if do_normalize else [0.0, 0.0, 0.0],
-        "std": list(image_processor.image_std) if do_normalize else [1.0, 1.0, 1.0],
+        "mean": np.broadcast_to(mean, 3).tolist(),  # one number stands for all channels
+        "std": np.broadcast_to(std, 3).tolist(),
         "rescale_factor": image_processor.rescale_factor if image_processor.do_rescale else 1.0,
     }
 

@@ -28,7 +28,7 @@ def load_box_finder(model: str, score_threshold: float = 0.05) -> BoxFinder:
     Raises:
         `OSError`: If there is no such model, or it has no image processor.
         `ValueError`: If the model finds neither objects nor masks, needs code of its repository, or is a detector that
-            [`~aligndet_hf.checkpoint.open_checkpoint`] refuses.
+            [`~aligndet_hf.checkpoint.open_checkpoint`] or [`~aligndet_hf.checkpoint.open_processor`] refuses.
     """
     import torch
     from transformers import AutoConfig, AutoModelForMaskGeneration, AutoModelForObjectDetection
@@ -51,11 +51,10 @@ def load_box_finder(model: str, score_threshold: float = 0.05) -> BoxFinder:
 
 def _load_detector(model: str, score_threshold: float, device: str) -> BoxFinder:
     import torch
-    from transformers import AutoImageProcessor
 
-    from ..checkpoint import open_checkpoint
+    from ..checkpoint import open_checkpoint, open_processor
 
-    image_processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+    image_processor = open_processor(model)
     detector = open_checkpoint(model, is_whole=True).to(device).eval()
 
     @torch.no_grad()
