@@ -12,7 +12,7 @@ from typing import Any
 
 from .flags import REQUIRED, TakesOldNames, default_of, flag, given_flags
 from .objects import name_objects
-from .ranges import COUNT, LIMIT, PART, POSITIVE, SEED, SHARE, check_values
+from .ranges import COUNT, LIMIT, PART, PIXELS, POSITIVE, SEED, SHARE, check_values
 
 
 @dataclass(kw_only=True)
@@ -149,10 +149,10 @@ class ViewArguments(Arguments):
         "result",
         "sizes in pixels that images are resized to at random: the shorter side, or both sides; 480 512 ... 800 if "
         "not given, smaller ones for images whose shorter side is below 480",
-        range=COUNT,
+        range=PIXELS,
     )
     max_size: int | None = flag(
-        None, "result", "longest side in pixels; 5/3 of the drawn size if not given", range=COUNT
+        None, "result", "longest side in pixels; 5/3 of the drawn size if not given", range=PIXELS
     )
 
 
@@ -186,7 +186,7 @@ class FeatureArguments(Arguments):
     strides: list[int] = flag(
         [16, 32], "result", "feature maps to use, by stride in pixels: fine ones tell small objects apart", range=COUNT
     )
-    short_side: int = flag(448, "result", "shorter side in pixels of the images that the backbone sees", range=COUNT)
+    short_side: int = flag(448, "result", "shorter side in pixels of the images that the backbone sees", range=PIXELS)
 
 
 @dataclass(kw_only=True)

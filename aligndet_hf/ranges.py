@@ -50,6 +50,7 @@ class Range:
 ANY = Range()
 NOT_NEGATIVE = Range(0)  # the range of a number whose field says nothing else
 COUNT = Range(1)
+PIXELS = Range(1, 2**15 - 1)  # of the side of an image: OpenCV warps no larger one
 POSITIVE = Range(0, above=True)
 SHARE = Range(0, 1)
 PART = Range(0, 1, above=True)

@@ -543,7 +543,7 @@ def test_bad_input_is_named(tmp_path):
     ("change", "message"),
     [
         ({"mode": "slow"}, "mode must be one of single, fast, quality, got 'slow'"),
-        ({"short_side": 0}, "short_side must be positive"),
+        ({"short_side": 0}, "short_side must be from 1 to 32767"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers must be 0 or more"),
         ({"strategy": "size3"}, "Unknown filter strategy 'size3'"),
     ],

@@ -141,6 +141,7 @@ def test_no_command_takes_a_number_that_is_none(cls, item):
         ("export", ["--images", ""], "images must not be empty: leave it out"),
         ("finetune", ["--adam_beta2", "1"], "adam_beta2 must be 0 or more and below 1, got 1.0"),
         ("proposals", ["--min_relative_size", "0.5", "--max_relative_size", "0.2"], "no box has a relative size from"),
+        ("pretrain", ["--image_sizes", "100000000"], "image_sizes must be from 1 to 32767, got 100000000"),
         ("pretrain", ["--crop_scale", "0.9", "0.5"], "crop_scale takes the smallest and the largest area"),
         ("pretrain", ["--aligndet_config", '{"base_momentum": 1.5}'], "base_momentum must be from 0 to 1, got 1.5"),
         ("finetune", ["--metric_for_best_model", "mAP"], "there is no 'mAP'; did you mean 'AP'?"),

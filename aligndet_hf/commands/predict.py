@@ -26,7 +26,7 @@ from ..files import is_sound, write_json
 from ..flags import REQUIRED, flag, given_flags, names_of
 from ..objects import folder_of
 from ..processes import device_of
-from ..ranges import BELOW_ONE, COUNT, SHARE, Range, check_values
+from ..ranges import BELOW_ONE, COUNT, PIXELS, SHARE, Range, check_values
 from ..reporting.drawing import draw_boxes, jpeg_bytes, tint_masks
 from ..reporting.predictions import write_sheet
 from ..runs import RunFolder
@@ -89,7 +89,7 @@ class PredictArguments(RunArguments, InferenceArguments, ReadyDetectorArguments)
         "with its boxes; sheet: some of them on one page",
     )
     num_pictures: int = flag(24, "output", "put this many images on the sheet, evenly spaced", range=COUNT)
-    picture_size: int = flag(1600, "output", "longest side of a picture in pixels", range=COUNT)
+    picture_size: int = flag(1600, "output", "longest side of a picture in pixels", range=PIXELS)
 
     def __post_init__(self):
         self.detector = folder_of(self.detector)

@@ -19,7 +19,7 @@ from ..hub import HubDatasetArguments
 from ..proposals.filters import parse_strategy
 from ..proposals.opencv import MODES
 from ..proposals.selective_search import PRESETS
-from ..ranges import COUNT, POSITIVE, SHARE, Range
+from ..ranges import COUNT, PIXELS, POSITIVE, SHARE, Range
 from .bit_depth import parse_rule
 from .sources import SOURCES
 from .streaming import is_stream
@@ -80,7 +80,7 @@ class ProposalsArguments(
         None, "result", "opencv: single, fast (the default) or quality (about 0.03, 0.2 and 0.8 s an image)"
     )
     short_side: int | None = flag(
-        None, "result", "opencv: search on a copy with this shorter side in pixels, 200 if not given", range=COUNT
+        None, "result", "opencv: search on a copy with this shorter side in pixels, 200 if not given", range=PIXELS
     )
     detector: str | None = flag(
         None,

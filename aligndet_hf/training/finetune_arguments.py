@@ -28,7 +28,7 @@ from ..evaluation.coco_metrics import MASK_SUMMARY, SUMMARY
 from ..flags import flag, names_of, nearest
 from ..hub import HubModelArguments
 from ..processes import trains_on_cpu
-from ..ranges import ANY, BELOW_ONE, COUNT, PART, POSITIVE, SEED, SHARE, Range
+from ..ranges import ANY, BELOW_ONE, COUNT, PART, PIXELS, POSITIVE, SEED, SHARE, Range
 from .trackers import require_trackers
 
 
@@ -130,7 +130,7 @@ class FinetuneArguments(
     )
 
     eval_size: int | None = flag(
-        None, "result", "size to measure and to deploy with; the largest of image_sizes if not given", range=COUNT
+        None, "result", "size to measure and to deploy with; the largest of image_sizes if not given", range=PIXELS
     )
     augmentations: list[str] = flag(
         [],
