@@ -343,8 +343,8 @@ def trained(coco_file, tmp_path_factory):
     return finetune(
         FinetuneArguments(
             dataset=str(coco_file), eval_dataset=str(coco_file), eval_split="train", do_eval=False,
-            detector=str(folder / "start"), output_dir=str(folder / "run"), max_steps=60, learning_rate=4e-3,
-            backbone_learning_rate=1e-3, lr_scheduler_type="constant", per_device_train_batch_size=2,
+            detector=str(folder / "start"), output_dir=str(folder / "run"), max_steps=120, learning_rate=3e-3,
+            backbone_learning_rate=1e-3, lr_scheduler_type="cosine", per_device_train_batch_size=2,
             image_sizes=[SIDE], eval_size=SIDE, color=False, crop_scale=None, use_cpu=True, save_strategy="no",
             write_report=False, disable_tqdm=True, dataloader_num_workers=0, logging_steps=20, warmup_steps=0,
         )
