@@ -111,7 +111,7 @@ def read(path: Path, found: dict[str, list[Path]], splits: list[str], image_dir:
                 f"{path}: no data.yaml in it, but further down there is {below}. Give that file or its folder."
             )
         files = [file for places in found.values() for place in places for _, file in pairs_of(place)]
-        labels = [(label, where) for file in files for where, label, _ in _lines(file, root)]
+        labels = ((label, where) for file in files for where, label, _ in _lines(file, root))
         last, where = (count - 1, f"{config['']}, 'nc'") if count else max(labels, default=(0, ""))
         names = numbers_as_names(last, where)
         logger.warning("%s: no data.yaml or classes.txt names the classes: they are called by their numbers.", path)
