@@ -17,9 +17,9 @@ TABLES = [
     "runways, RT-DETR, 2.4 %",
     "raccoons and kangaroos, RT-DETR, 20 %",
     "blood cells, RT-DETR, 10 %",
-    "blood cells, Deformable DETR, 10 %",
 ]
 COMPARISONS = {
+    "blood cells, Deformable DETR, 10 %": ("deformable_detr_bccd", "0.1"),
     "blood cells, RetinaNet, 10 %": ("retinanet_bccd", "0.1"),
     "blood cells, FCOS, 10 %": ("fcos_bccd", "0.1"),
     "blood cells, Faster R-CNN, 10 %": ("faster_rcnn_bccd", "0.1"),
