@@ -19,11 +19,14 @@ TABLES = [
     "blood cells, RT-DETR, 10 %",
 ]
 COMPARISONS = {
+    "runways, FCOS, 10 %": ("fcos_fod", "0.1"),
+    "runways, FCOS, 2.4 %": ("fcos_fod", "0.024"),
+    "runways, Faster R-CNN, 10 %": ("faster_rcnn_fod", "0.1"),
+    "runways, Faster R-CNN, 2.4 %": ("faster_rcnn_fod", "0.024"),
     "blood cells, Deformable DETR, 10 %": ("deformable_detr_bccd", "0.1"),
     "blood cells, RetinaNet, 10 %": ("retinanet_bccd", "0.1"),
     "blood cells, FCOS, 10 %": ("fcos_bccd", "0.1"),
     "blood cells, Faster R-CNN, 10 %": ("faster_rcnn_bccd", "0.1"),
-    "blood cells, Faster R-CNN, 2.4 %": ("faster_rcnn_bccd", "0.024"),
 }
 TABLE = re.compile(r"^\| draw \| start \| AP after (200 / .*) steps.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
 
