@@ -56,7 +56,7 @@ from ..training.detection_trainer import DetectionTrainer
 from ..training.finetune_arguments import FinetuneArguments, require_metric
 from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import TellForecast, finetuning_note, warmup_note
-from ..training.start import start_hashes, tell_weights, training_folder, training_view
+from ..training.start import start_hashes, tell_anchors, tell_weights, training_folder, training_view
 
 BATCH_SIZE = "batch_size.json"
 # What is written to `output_dir`, beside the results and what every training writes.
@@ -221,6 +221,7 @@ def _start(
         trainer.add_callback(EarlyStoppingCallback(arguments.early_stopping_patience))
     if note := query_note(objects_per_image(dataset)[0], num_queries(detector.config)):
         processes.print(f"note: {note}")
+    tell_anchors(detector, images)
     if family_of(detector.config).masks:
         processes.print(mask_note(dataset))
     together = f", in {processes.num_processes} processes" if processes.num_processes > 1 else ""

@@ -35,7 +35,7 @@ from ..training.pretrain_setup import (
 from ..training.publish import finished_metrics, publish_run
 from ..training.run_length import length_note, warmup_note
 from ..training.schedules import Schedules
-from ..training.start import start_hashes, tell_weights, training_folder
+from ..training.start import start_hashes, tell_anchors, tell_weights, training_folder
 
 # What is written to `output_dir`, beside the summary and what every training writes.
 WRITTEN = ["log.jsonl", "model.safetensors", "detector", "backbone", BOXES, "torchvision.safetensors"]
@@ -167,6 +167,8 @@ def _start(
     if (window := pixel_window(dataset)) is not None:
         image_processor.pixel_window = list(window)
     views, collate = method.build_views(arguments, accelerator, dataset, model.config)
+    if arguments.method == "aligndet" and not arguments.streaming:
+        tell_anchors(model.online_detector, views)
     best_boxes = None
     if arguments.write_report and arguments.method == "aligndet" and not arguments.streaming:
         best_boxes = BestBoxes(model, dataset, image_processor) if accelerator.is_main_process else None

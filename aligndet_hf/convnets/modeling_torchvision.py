@@ -76,7 +76,8 @@ class TorchvisionDetectorConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*, defaults to 256): channels of the feature pyramid.
         version (`int`, *optional*, defaults to 1): 2 for the networks of torchvision's `*_fpn_v2` builders: norms in
             the heads, and in the pyramid of R-CNNs. FCOS has one version.
-        anchor_sizes (`list[list[float]]`, *optional*): sides of the square anchors in pixels, a list for each level.
+        anchor_sizes (`list[list[float]]`, *optional*): sides of the square anchors in pixels, a list for each level:
+            one more than the backbone has maps (R-CNNs), or two more.
         aspect_ratios (`list[float]`, *optional*): height of an anchor divided by its width.
         score_threshold, nms_threshold (`float`): detections with a lower score, or a larger IoU with a better one of
             their class, are left out.
@@ -92,7 +93,8 @@ class TorchvisionDetectorConfig(PreTrainedConfig):
     """
 
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
-    levels: ClassVar[list[int]] = [2, 3, 4]  # of timm's ResNets
+    levels: ClassVar[list[int]] = [2, 3, 4]  # of timm's ResNets: strides 8 to 32
+    extra_levels: ClassVar[int] = 2  # of the pyramid, above the maps of the backbone
 
     backbone_config: dict | PreTrainedConfig | None = None
     hidden_size: int = 256
@@ -116,8 +118,15 @@ class TorchvisionDetectorConfig(PreTrainedConfig):
         if self.conventions not in ("torchvision", "mmdet"):
             raise ValueError(f"conventions are torchvision's or mmdet's, got {self.conventions!r}")
         if self.anchor_sizes is None:
-            self.anchor_sizes = [self.default_anchors(size) for size in (32, 64, 128, 256, 512)]
+            self.anchor_sizes = self.anchors_at([2 ** (level + 1) for level in self.levels])
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def anchors_at(cls, strides: list[int]) -> list[list[int]]:
+        """`anchor_sizes` for maps of these strides: torchvision's begin with 32 at its own first level."""
+        ratio = 32 // 2 ** (cls.levels[0] + 1)
+        above = [strides[-1] * 2 ** (level + 1) for level in range(cls.extra_levels)]
+        return [cls.default_anchors(ratio * stride) for stride in [*strides, *above]]
 
     @staticmethod
     def default_anchors(size: int) -> list[int]:
@@ -176,6 +185,7 @@ class FasterRcnnConfig(TorchvisionDetectorConfig):
 
     model_type = "torchvision_faster_rcnn"
     levels: ClassVar[list[int]] = [1, 2, 3, 4]
+    extra_levels: ClassVar[int] = 1
 
     box_head: str | None = None
     box_head_size: int = 1024
@@ -442,6 +452,15 @@ class Pyramid(nn.Module):
         self.body = AutoBackbone.from_config(config.backbone_config)
         self.out_channels = config.hidden_size
         channels = self.body.channels
+        if len(config.anchor_sizes) != len(channels) + config.extra_levels:
+            raise ValueError(
+                f"anchor_sizes has {len(config.anchor_sizes)} lists, and this detector {len(channels)} levels of the "
+                f"backbone and {config.extra_levels} above: give a list of sides for each"
+            )
+        # Regions are taken from these levels, and mmdetection's anchors count on their strides.
+        is_fixed = config.conventions == "mmdet" or isinstance(config, FasterRcnnConfig)
+        if is_fixed and len(channels) != len(config.levels):
+            raise ValueError(f"this detector takes {len(config.levels)} maps of its backbone, not {len(channels)}")
         self.fpn = FeaturePyramidNetwork(channels, config.hidden_size, extra(channels), norm_layer=norm)
 
     def forward(self, pixel_values: Tensor) -> OrderedDict[str, Tensor]:

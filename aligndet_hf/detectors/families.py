@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
-from .. import convnets as _convnets  # noqa: F401  (registers them, so that the mapping has them)
+# This registers them, so that the mapping has them.
+from ..convnets.modeling_torchvision import FasterRcnnConfig, FcosConfig, RetinaNetConfig, TorchvisionDetectorConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -341,6 +342,10 @@ def _deformable_fields(channels: list[int], strides: list[int], hidden_size: int
     return {"num_feature_levels": len(channels) + (len(channels) > 1)}
 
 
+def _anchor_fields(config_class: type[TorchvisionDetectorConfig]) -> Callable[[list[int], list[int], int], dict]:
+    return lambda channels, strides, hidden_size: {"anchor_sizes": config_class.anchors_at(strides)}
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _DETR = Family(
@@ -406,6 +411,7 @@ _DENSE = Family(
     object_rows=_sampled_rows,
     losses=_convnet_losses,
     strides=(8, 16, 32),
+    backbone_fields=_anchor_fields(RetinaNetConfig),
     image_processor="DeformableDetrImageProcessor",
     resize="shortest_edge",
     own_loss=True,
@@ -422,6 +428,7 @@ _R_CNN = replace(
     last_box_layers=r"detector\.roi_heads\.box_predictor\.bbox_pred\.",
     losses=partial(_convnet_losses, class_loss="softmax"),
     strides=(4, 8, 16, 32),
+    backbone_fields=_anchor_fields(FasterRcnnConfig),
     width=attrgetter("box_head_size"),
     slots=lambda config: 1,
 )
@@ -498,7 +505,7 @@ _ALL: dict[str, Family] = {
         defaults=(("auxiliary_loss", False),),
     ),
     "torchvision_retinanet": _DENSE,
-    "torchvision_fcos": replace(_DENSE, title="FCOS"),
+    "torchvision_fcos": replace(_DENSE, title="FCOS", backbone_fields=_anchor_fields(FcosConfig)),
     "torchvision_faster_rcnn": _R_CNN,
     "torchvision_mask_rcnn": replace(_R_CNN, title="Mask R-CNN", masks=True),
 }

@@ -4,11 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from ..arguments import AugmentationArguments, TrainingRunArguments
 from ..data.launch import Launch
+from ..data.sampling import SampleKey
 from ..data.sources import model_hash
 from ..data.views import ViewConfig
+from ..detectors.anchors import anchor_note
 from ..detectors.build import DetectorArguments, find_detector
 from ..files import file_hash, write_json
 from ..runs import RunFolder
@@ -17,6 +21,7 @@ from .checkpointing import CHECKPOINTS, DAMAGED
 # What every training writes, beside what is its own.
 _REPORTS = ["README.md", "report.html", "backbone_report.json", "transfer_report.json"]
 _WRITTEN = [f"{DAMAGED}{CHECKPOINTS}", "config.json", *_REPORTS]
+_LOOKED_AT = 16  # training images, to see whether the anchors fit
 
 
 def training_folder(arguments: TrainingRunArguments, command: str, written: list[str], result: str) -> RunFolder:
@@ -39,6 +44,14 @@ def tell_weights(report, folder: Path) -> None:
     if report is not None:
         PartialState().print(report)
         Launch().on_main(write_json, folder / report.file_name, asdict(report))
+
+
+def tell_anchors(detector: PreTrainedModel, images: Dataset) -> None:
+    """Says if a dense detector has too few anchors on the objects of its training images, by some of them."""
+    chosen = range(0, len(images), -(-len(images) // _LOOKED_AT))
+    items = (images[SampleKey(number, 0, 0)] for number in chosen)
+    if note := Launch().on_main(anchor_note, detector, items):
+        PartialState().print(f"note: {note}")
 
 
 def training_view(arguments: AugmentationArguments, resize: str) -> ViewConfig:
