@@ -79,7 +79,7 @@ def test_the_note_says_how_many_and_what_helps():
     small = [item((24, 24, 16, 16)), item()]
     elongated = retinanet(anchor_sizes=SIDES, aspect_ratios=[0.25, 1.0, 4.0])
     assert anchor_note(elongated, small) == (
-        "this detector will learn slowly: in an image 0.2 anchors of each shape stand for an object, of 3 shapes at "
+        "this detector may learn slowly: in an image 0.2 anchors of each shape stand for an object, of 3 shapes at "
         "every location, and fewer than 2 are few. Fewer shapes and finer feature maps help. Build it (in "
         'pre-training, if there was one) for instance with --detector_config \'{"strides": [4, 8, 16, 32], '
         '"anchor_sizes": [[16], [32], [64], [128], [256], [512]], "aspect_ratios": [1.0]}\', or give larger '
@@ -101,7 +101,7 @@ def test_both_trainings_tell_it_and_the_advice_ends_it(proposal_folder, tmp_path
     known = {name: value for name, value in shared.items() if name in PretrainArguments.__dataclass_fields__}
     pretrain(PretrainArguments(**known | unlabelled))
     told.append(capsys.readouterr().out)
-    assert [text.count("note: this detector will learn slowly") for text in told] == [int(is_told)] * 2
+    assert [text.count("note: this detector may learn slowly") for text in told] == [int(is_told)] * 2
 
 
 @pytest.mark.parametrize("family", ["torchvision_retinanet", "torchvision_fcos"])

@@ -62,7 +62,7 @@ def anchor_note(detector: PreTrainedModel, items: Iterable[dict]) -> str | None:
     if not isinstance(detector, DenseDetector) or (found := anchors_on_objects(detector, items)) >= ENOUGH_ANCHORS:
         return None
     return (
-        f"this detector will learn slowly: in an image {found:.1f} anchors of each shape stand for an object, of "
+        f"this detector may learn slowly: in an image {found:.1f} anchors of each shape stand for an object, of "
         f"{detector.config.num_anchors} shapes at every location, and fewer than {ENOUGH_ANCHORS} are few. Fewer "
         "shapes and finer feature maps help. Build it (in pre-training, if there was one) for instance with "
         '--detector_config \'{"strides": [4, 8, 16, 32], "anchor_sizes": [[16], [32], [64], [128], [256], [512]], '
