@@ -23,6 +23,8 @@ COMPARISONS = {
     "runways, FCOS, 2.4 %": ("fcos_fod", "0.024"),
     "runways, Faster R-CNN, 10 %": ("faster_rcnn_fod", "0.1"),
     "runways, Faster R-CNN, 2.4 %": ("faster_rcnn_fod", "0.024"),
+    "runways, RetinaNet, 10 %": ("retinanet_fod", "0.1"),
+    "runways, RetinaNet, 2.4 %": ("retinanet_fod", "0.024"),
     "blood cells, Deformable DETR, 10 %": ("deformable_detr_bccd", "0.1"),
     "blood cells, RetinaNet, 10 %": ("retinanet_bccd", "0.1"),
     "blood cells, FCOS, 10 %": ("fcos_bccd", "0.1"),
