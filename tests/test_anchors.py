@@ -80,10 +80,9 @@ def test_the_note_says_how_many_and_what_helps():
     elongated = retinanet(anchor_sizes=SIDES, aspect_ratios=[0.25, 1.0, 4.0])
     assert anchor_note(elongated, small) == (
         "this detector may learn slowly: in an image 0.2 anchors of each shape stand for an object, of 3 shapes at "
-        "every location, and fewer than 2 are few. Fewer shapes and finer feature maps help. Build it (in "
-        'pre-training, if there was one) for instance with --detector_config \'{"strides": [4, 8, 16, 32], '
-        '"anchor_sizes": [[16], [32], [64], [128], [256], [512]], "aspect_ratios": [1.0]}\', or give larger '
-        "--image_sizes."
+        "every location, and fewer than 2 are few. Fewer shapes and finer feature maps help. Add to --detector_config "
+        '(in pre-training, if there was one) for instance "strides": [4, 8, 16, 32], "anchor_sizes": [[16], [32], '
+        '[64], [128], [256], [512]], "aspect_ratios": [1.0], or give larger --image_sizes.'
     )
     assert anchor_note(retinanet((1, 2, 3, 4), anchor_sizes=[*SIDES, [512]], aspect_ratios=[1.0]), small) is None
     # Other detectors are not asked, and their images not looked at.

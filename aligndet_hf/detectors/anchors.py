@@ -64,7 +64,7 @@ def anchor_note(detector: PreTrainedModel, items: Iterable[dict]) -> str | None:
     return (
         f"this detector may learn slowly: in an image {found:.1f} anchors of each shape stand for an object, of "
         f"{detector.config.num_anchors} shapes at every location, and fewer than {ENOUGH_ANCHORS} are few. Fewer "
-        "shapes and finer feature maps help. Build it (in pre-training, if there was one) for instance with "
-        '--detector_config \'{"strides": [4, 8, 16, 32], "anchor_sizes": [[16], [32], [64], [128], [256], [512]], '
-        '"aspect_ratios": [1.0]}\', or give larger --image_sizes.'
+        "shapes and finer feature maps help. Add to --detector_config (in pre-training, if there was one) for "
+        'instance "strides": [4, 8, 16, 32], "anchor_sizes": [[16], [32], [64], [128], [256], [512]], '
+        '"aspect_ratios": [1.0], or give larger --image_sizes.'
     )
