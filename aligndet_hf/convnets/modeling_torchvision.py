@@ -49,6 +49,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 Maps = OrderedDict[str, Tensor]  # of the levels of a pyramid
 Targets = list[dict[str, Tensor]]  # labels, and the boxes as `pixels`, xyxy
 BACKGROUND, IGNORED = -1, -2  # in place of the index of a box
+MULTIPLE = 32  # pixels: images are padded to multiples of it, as in torchvision; the strides are quotients of sizes
 NO_LOGIT = -1000.0  # of a class that a detection is not of: a probability of 0, which no threshold lets through
 CLASS_PRIOR = 0.01  # Lin et al., ICCV 2017, 3.3
 # How torchvision starts the convolutions of the parts of a detector. By name: on loading, transformers puts functions
@@ -539,8 +540,7 @@ class TorchvisionDetector(PreTrainedModel):
             sizes = [(height, width)] * len(pixel_values)
         else:
             sizes = torch.stack([pixel_mask.amax(2).sum(1), pixel_mask.amax(1).sum(1)], 1).tolist()
-        # Strides of anchors are quotients of sizes, which have to be whole; torchvision pads as well.
-        pixel_values = F.pad(pixel_values, (0, -width % 32, 0, -height % 32))
+        pixel_values = F.pad(pixel_values, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
         images = ImageList(pixel_values, [tuple(size) for size in sizes])
         maps = self.detector.backbone(pixel_values)
         wants_rows = bool(output_hidden_states)

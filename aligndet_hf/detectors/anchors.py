@@ -5,16 +5,14 @@ from collections.abc import Iterable
 from statistics import fmean
 
 import torch
-from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models.detection.image_list import ImageList
 from transformers import PreTrainedModel
 
-from ..convnets.modeling_torchvision import DenseDetector
+from ..convnets.modeling_torchvision import MULTIPLE, DenseDetector
 
 # For each anchor shape in an image. A small RetinaNet with 0.4 of them hardly learnt, with 4 it did: docs/results.md.
 ENOUGH_ANCHORS = 2
-_PADDED_TO = 32  # pixels, by the detector
 
 
 def anchors_on_objects(detector: DenseDetector, items: Iterable[dict]) -> float:
@@ -29,26 +27,23 @@ def anchors_on_objects(detector: DenseDetector, items: Iterable[dict]) -> float:
         items (`Iterable[dict]`): Training images: `image` (uint8 [3, h, w]) and `labels`, whose `boxes` are cxcywh in
             0..1 (float32 [n, 4]).
     """
+    backbone = detector.detector.backbone
+    tensors = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
+    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
     counts, shapes = [], {}
     for item in items:
         height, width = item["image"].shape[-2:]
-        padded = tuple(-(-side // _PADDED_TO) * _PADDED_TO for side in (height, width))
+        padded = tuple(side + -side % MULTIPLE for side in (height, width))
         if padded not in shapes:
-            shapes[padded] = _map_sizes(detector.detector.backbone, padded)
+            # On the meta device only the sizes of the feature maps are found, not the maps.
+            maps = functional_call(backbone, on_meta, torch.empty(1, 3, *padded, device="meta"))
+            shapes[padded] = {name: level.shape[-2:] for name, level in maps.items()}
         images = ImageList(torch.empty(1, 3, *padded), [(height, width)])
         maps = OrderedDict((name, torch.empty(1, 1, *size)) for name, size in shapes[padded].items())
         anchors, _ = detector._anchors(images, maps)
         (target,) = detector._targets([item["labels"]], images.image_sizes)
         counts.append((detector.match(anchors, target["pixels"]) >= 0).sum().item() / detector.config.num_anchors)
     return fmean(counts)
-
-
-def _map_sizes(backbone: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Height and width of the feature maps of an image, without computing them."""
-    tensors: dict[str, Tensor] = dict(backbone.named_parameters()) | dict(backbone.named_buffers())
-    on_meta = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
-    maps = functional_call(backbone, on_meta, torch.empty(1, 3, *size, device="meta"))
-    return {name: tuple(found.shape[-2:]) for name, found in maps.items()}
 
 
 def anchor_note(detector: PreTrainedModel, items: Iterable[dict]) -> str | None:
