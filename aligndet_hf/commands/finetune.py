@@ -241,7 +241,7 @@ def _with_fitting_batch(
 ) -> FinetuneArguments:
     """The same images per step, in the largest batches that fit into memory; a resumed run keeps the size it has."""
     arguments, path = copy.copy(arguments), folder.path / BATCH_SIZE
-    arguments.auto_find_batch_size = False  # that of `Trainer` would begin anew with the weights that it has by then
+    arguments.auto_find_batch_size = False  # `Trainer`'s own would begin anew with the weights it has by then
     asked, known = arguments.per_device_train_batch_size, Launch().on_main(read_json, path)
     if known is not None:
         fitting = known["per_device_train_batch_size"]

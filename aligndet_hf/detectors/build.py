@@ -412,7 +412,7 @@ def find_detector(source: str | Path) -> str:
 
 @functools.cache
 def _on_hub(source: str) -> str:
-    """The Hub id of a detector, of which the config is there by now."""
+    """The Hub id of a detector whose config is there by now."""
     name = hub_id(source)
     try:
         cached_file(name, "config.json")

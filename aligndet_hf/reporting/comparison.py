@@ -259,7 +259,7 @@ def _protocol(results: Mapping) -> list[Part]:
         rows.append([arm, start, *("–" if part is None else f"{part / 60:.1f}" for part in minutes)])
     parts = [
         "Where the arms start from, in what they differ from the baseline, and the minutes that a run takes: the "
-        "stages before fine-tuning, of which several runs may share one (what a given checkpoint took is not known), "
+        "stages before fine-tuning (several runs may share one; what a given checkpoint took is not known), "
         "and fine-tuning.",
         _table(["arm", "start", "minutes before fine-tuning", "minutes of fine-tuning"], rows),
     ]
