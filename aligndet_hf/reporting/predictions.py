@@ -106,14 +106,15 @@ def plot_predictions(
     pictures, titles, shown = [], [], set()
     for row, (image, truth) in enumerate(zip(images, ground_truth, strict=True)):
         pictures.append(_draw(image, truth, class_names, side))
-        titles.append(f"{names[row] if names else 'truth'}: {len(truth['labels'])} objects")
+        objects = len(truth["labels"])
+        titles.append(f"{names[row] if names else 'truth'}: {objects} object{'s' * (objects != 1)}")
         shown.update(map(int, truth["labels"]))
         for name, per_image in predictions.items():
             found = {key: np.asarray(per_image[row][key]) for key in ("boxes", "labels", "scores")}
             found = _above(found, lowest)
             right = agreeing(found, truth)
             pictures.append(_draw(image, found, class_names, side, right))
-            titles.append(f"{name}: {right.sum()} of {len(truth['labels'])} found, {(~right).sum()} false")
+            titles.append(f"{name}: {right.sum()} of {objects} found, {(~right).sum()} false")
             shown.update(map(int, found["labels"]))
     least = f"{threshold:g}" if isinstance(threshold, float) else "the best threshold of a class"
     note = f"scores from {least}; solid: finds an object of its class (IoU 0.5), dashed: none, or one found before"
