@@ -92,6 +92,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def number_of_processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 @torch.no_grad()
 def mean_over_processes(values: Tensor) -> Tensor:
     """The mean of every number over all processes, or the numbers themselves in a single process."""
@@ -99,7 +104,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
         return values
     total = values.clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total / number_of_processes()
 
 
 @torch.no_grad()

@@ -79,12 +79,19 @@ def test_the_note_says_how_many_and_what_helps():
     small = [item((24, 24, 16, 16)), item()]
     elongated = retinanet(anchor_sizes=SIDES, aspect_ratios=[0.25, 1.0, 4.0])
     assert anchor_note(elongated, small) == (
-        "this detector may learn slowly: in an image 0.2 anchors of each shape stand for an object, of 3 shapes at "
-        "every location, and fewer than 2 are few. Fewer shapes and finer feature maps help. Add to --detector_config "
+        "this detector may learn slowly: in an image 0.2 anchors of each of 3 shapes stand for an object, and "
+        "fewer than 2 are few. Fewer shapes and finer feature maps help. Add to --detector_config "
         '(in pre-training, if there was one) for instance "strides": [4, 8, 16, 32], "anchor_sizes": [[16], [32], '
         '[64], [128], [256], [512]], "aspect_ratios": [1.0], or give larger --image_sizes.'
     )
     assert anchor_note(retinanet((1, 2, 3, 4), anchor_sizes=[*SIDES, [512]], aspect_ratios=[1.0]), small) is None
+    # FCOS has points, of no size and shape.
+    fcos = tiny_detector("torchvision_fcos")
+    assert anchor_note(fcos, [item((24, 24, 2, 2))]) == (
+        "this detector may learn slowly: in an image 1.0 points stand for an object, and fewer than 2 are few. Finer "
+        'feature maps help. Add to --detector_config (in pre-training, if there was one) for instance "strides": '
+        "[4, 8, 16, 32], or give larger --image_sizes."
+    )
     # Other detectors are not asked, and their images not looked at.
     assert anchor_note(tiny_detector("detr"), iter(pytest.fail, None)) is None
 
@@ -115,8 +122,15 @@ def test_anchors_follow_the_strides(family):
     assert finer.eval()(torch.zeros(1, 3, 64, 64)).logits.isfinite().all()
     with pytest.raises(ValueError, match="anchor_sizes has 5 lists, and this detector 4 levels of the backbone and 2"):
         build_detector(family, strides=[4, 8, 16, 32], anchor_sizes=usual.config.anchor_sizes, **fields)
-    with pytest.raises(ValueError, match="this detector takes 3 maps of its backbone, not 4"):
-        build_detector(family, strides=[4, 8, 16, 32], conventions="mmdet", **fields)
+    for strides in ([4, 8, 16, 32], [4, 8, 16]):
+        with pytest.raises(ValueError, match=r"by the conventions of mmdet the strides are \(8, 16, 32\), got \(4, 8"):
+            build_detector(family, strides=strides, conventions="mmdet", **fields)
+
+
+@pytest.mark.parametrize("fields", [{"anchor_sizes": [[8, 16]] * 5}, {"aspect_ratios": [0.5, 1.0]}])
+def test_points_have_one_shape(fields):
+    with pytest.raises(ValueError, match="FCOS has one point at a location: anchor_sizes takes the stride of each"):
+        FcosConfig(**fields)
 
 
 def test_regions_are_of_four_maps():

@@ -132,12 +132,13 @@ def test_mmdet_gets_its_own_names(original, published, converted, tmp_path):
     assert not read_detector(path)[1].missing
 
 
-def test_torchvision_gets_its_own_file(tmp_path):
+def test_torchvision_gets_its_own_file(tmp_path, capsys):
     detector = tiny_detector("torchvision_fcos", backbone_config=timm_backbone("resnet18", (2, 3, 4)))
     detector.save_pretrained(tmp_path / "detector")
     arguments = {"detector": str(tmp_path / "detector"), "to": "torchvision", "output_dir": str(tmp_path / "file")}
     path = convert(ConvertArguments(**arguments))
     assert path == tmp_path / "file" / "torchvision.safetensors"
+    assert f"sizes of your images: {detector.torchvision_arguments()}\n" in capsys.readouterr().out
     again, report = read_detector(path)
     assert not [name for name in report.missing if not name.endswith("num_batches_tracked")]
     for name, tensor in detector.state_dict().items():

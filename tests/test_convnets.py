@@ -24,6 +24,7 @@ from torchvision.models.detection import (
     retinanet_resnet50_fpn,
     retinanet_resnet50_fpn_v2,
 )
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
@@ -159,6 +160,30 @@ def test_detections_are_torchvisions(model, version):
             masks = outputs.pred_masks[image, :count].sigmoid()[:, None]
             pasted = paste_masks_in_image(masks, ours["boxes"], (HEIGHT, WIDTH))
             torch.testing.assert_close(pasted, expected["masks"], rtol=1e-3, atol=1e-3)
+
+
+@each_model
+def test_the_arguments_for_torchvision_make_the_same_detector(model):
+    """Anchors, thresholds and numbers, which are not in the tensors."""
+    fields = {"nms_threshold": 0.3, "score_threshold": 0.02, "detections_per_image": 120, "pre_nms_top_k": 70}
+    if model is FcosForObjectDetection:
+        fields |= {"center_sampling_radius": None}
+    else:
+        sides = [[12, 20], [24, 40], [48, 80], [96, 160], [192, 320]]
+        fields |= {"anchor_sizes": sides, "aspect_ratios": [0.7, 1.5]}
+    if not issubclass(model, DenseDetector):
+        fields |= {"box_head_size": 1024, "width": 256}  # torchvision's builders have no other
+    detector, batch = small(model, **fields), rectangle()
+    arguments = eval(f"dict({detector.torchvision_arguments()})", {"AnchorGenerator": AnchorGenerator})
+    again = type(detector.detector)(detector.detector.backbone, **arguments)
+    again.load_state_dict(detector.detector.state_dict(), strict=True)
+    found = []
+    for network in (detector.detector, again):
+        detector.detector = network
+        with torch.no_grad():
+            found.append(torchvisions(detector.eval(), batch)(False))
+    for ours, theirs in zip(*found, strict=True):
+        assert len(ours["scores"]) > 10 and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def with_resnet18(kind, levels, extra):
@@ -311,6 +336,21 @@ def test_boxes_have_weights_and_ignored_boxes_are_no_background(model):
     assert weightless["loss_ce"] > 0
 
 
+@each_network
+def test_labels_of_other_types_are_the_same_and_unknown_classes_are_named(model, version):
+    detector, batch = without_batch_statistics(small(model, version)), random_batch((4, 2))
+    expected = detector(**batch).loss
+    other = {"boxes": torch.float64, "class_labels": torch.int32}
+    labels = [label | {name: label[name].to(dtype) for name, dtype in other.items()} for label in batch["labels"]]
+    assert torch.equal(detector(**batch | {"labels": labels}).loss, expected)
+    for wrong in (-1, CLASSES):
+        labels[1]["class_labels"] = torch.tensor([0, wrong])
+        with pytest.raises(
+            ValueError, match=rf"labels\[1\] of this batch has class_labels .*{wrong}.* classes 0 to 2"
+        ):
+            detector(**batch | {"labels": labels})
+
+
 @each_model
 def test_only_rows_means_no_losses_and_the_same_rows(model):
     detector, batch = small(model).train(), random_batch((5, 3))
@@ -404,8 +444,12 @@ def test_masks_are_trained_when_labels_have_them():
     detector = small(MaskRcnnForObjectDetection).train()
     assert detector(**random_batch((5, 3))).loss_dict["loss_mask"] == 0
     batch = rectangle(masks=True)
-    detector(**batch).loss.backward()
+    terms = detector(**batch)
+    terms.loss.backward()
     assert detector.detector.roi_heads.mask_head[0][0].weight.grad.abs().sum() > 0
+    for label in batch["labels"]:
+        label["weights"] = torch.full([len(label["boxes"])], 0.25)
+    torch.testing.assert_close(detector(**batch).loss_dict["loss_mask"], terms.loss_dict["loss_mask"] / 4)
 
 
 def test_an_image_without_masks_trains_boxes_beside_one_with():

@@ -20,6 +20,7 @@ from aligndet_hf.processes import rows_of_other_processes
 from aligndet_hf.training.sharding import require_supported
 
 COUNTS = [7, 1, 2, 0]  # unequal halves, where a normaliser per process shows
+NO_BOXES = [0, 0, 0, 0]
 EIGHT_COUNTS = [7, 1, 2, 0, 0, 0, 4, 3]
 # How four processes share eight images: two each, or as it comes. The third of the even ones has no proposal.
 SHARES = {"even": [0, 2, 4, 6, 8], "uneven": [0, 3, 4, 6, 8]}
@@ -61,13 +62,13 @@ def backward(model, batch: dict, wrap) -> tuple[torch.Tensor, torch.Tensor]:
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def loss_and_gradients(model_type: str, images: slice, correct: bool, wrap=lambda model: model):
+def loss_and_gradients(model_type: str, images: slice, correct: bool, wrap=lambda model: model, counts=COUNTS):
     detector = without_chance(model_type).train()
     if correct:
         use_correct_loss(detector)
-    whole = random_batch(COUNTS)
+    whole = random_batch(counts)
     if family_of(detector.config).masks:  # which only the first process has
-        whole["labels"][0]["masks"] = torch.ones(COUNTS[0], 64, 64).tril()
+        whole["labels"][0]["masks"] = torch.ones(counts[0], 64, 64).tril()
     batch = {name: value[images] for name, value in whole.items()}
     return backward(detector, batch, wrap)
 
@@ -104,6 +105,7 @@ def one_of_several(folder: Path) -> None:
     if state.num_processes == 2:
         images = slice(2 * rank, 2 * rank + 2)
         results = {(m, c): loss_and_gradients(m, images, c, wrap) for m in CONFIGS for c in (True, False)}
+        results |= {(m, "background"): loss_and_gradients(m, images, True, wrap, NO_BOXES) for m in CONFIGS}
     else:
         images = {share: slice(*bounds[rank : rank + 2]) for share, bounds in SHARES.items()}
         results = {
@@ -130,10 +132,11 @@ def four_processes(tmp_path_factory):
     return launch(4, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.parametrize(("case", "counts"), [(True, COUNTS), ("background", NO_BOXES)])
 @pytest.mark.parametrize("model_type", CONFIGS)
-def test_two_processes_have_the_loss_and_gradients_of_one(two_processes, model_type):
-    loss, gradients = loss_and_gradients(model_type, slice(None), correct=True)
-    ranks = [results[model_type, True] for results in two_processes]
+def test_two_processes_have_the_loss_and_gradients_of_one(two_processes, model_type, case, counts):
+    loss, gradients = loss_and_gradients(model_type, slice(None), correct=True, counts=counts)
+    ranks = [results[model_type, case] for results in two_processes]
     torch.testing.assert_close((ranks[0][0] + ranks[1][0]) / 2, loss, rtol=1e-5, atol=1e-5)
     for _, averaged in ranks:
         torch.testing.assert_close(averaged, gradients, rtol=1e-5, atol=1e-5 * gradients.abs().max().item())

@@ -102,18 +102,20 @@ def test_the_truth_scores_one_hundred(kind, batch_size):
     assert all(value in (-1, pytest.approx(1.0)) for value in results["per_class"].values())
 
 
-@pytest.mark.parametrize("family", ["torchvision_fcos", "torchvision_mask_rcnn"])
-def test_what_a_detector_of_torchvision_did_not_find_is_no_detection(family):
-    """Its outputs have room for 100 detections, and for every class of each."""
+@pytest.mark.parametrize(
+    ("family", "most"), [("torchvision_fcos", 9), ("torchvision_mask_rcnn", 9), ("torchvision_fcos", 150)]
+)
+def test_what_a_detector_of_torchvision_found_is_a_detection_and_nothing_else(family, most):
+    """Its outputs have room for every class of each detection; an image processor by itself keeps 100."""
     processor = DeformableDetrImageProcessor()
-    detector = tiny_detector(family, num_labels=CLASSES, detections_per_image=9).eval()
+    detector = tiny_detector(family, num_labels=CLASSES, detections_per_image=most, score_threshold=0.0).eval()
     images = EvaluationImages(make_synthetic_dataset(3, seed=0), SYNTHETIC_CATEGORIES, processor)
     (batch,) = DataLoader(images, batch_size=3, collate_fn=collate_labelled)
     normal = normalize_images(batch["pixel_values"], batch["pixel_mask"], **normalization_of(processor))
     with torch.no_grad():
         made = detector(normal, batch["pixel_mask"]).logits > NO_LOGIT
     ((_, predictions),) = predict_batches(detector, [batch], processor, masks=True)
-    assert made.any(-1).sum() > 0 and made.sum(-1).max() == 1
+    assert made.sum((1, 2)).tolist() == [most] * 3 and made.sum(-1).max() == 1
     assert [len(found["scores"]) for found in predictions] == made.sum((1, 2)).tolist()
     assert all(len(found.get("masks", found["scores"])) == len(found["labels"]) for found in predictions)
 

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..arguments import RunArguments, again
 from ..cards import BEGIN, END, citations, describe_versions, merge_card, write_card
+from ..convnets.modeling_torchvision import TorchvisionDetector
 from ..detectors.build import DetectorArguments, open_detector
 from ..detectors.converters import read_detector
 from ..detectors.converters.folder import PUBLISHED_SIZE, export_detector, save_detector
@@ -118,6 +119,8 @@ def _write_for_other(arguments: ConvertArguments, folder: RunFolder) -> Path:
     with clear_write_errors(path, MAKE_ROOM):
         export_detector(detector, arguments.to, path)
     print(f"{path}: a {detector.config.model_type} for {arguments.to}")
+    if arguments.to == "torchvision" and isinstance(detector, TorchvisionDetector):
+        print(f"Its builder needs, beside the sizes of your images: {detector.torchvision_arguments()}")
     return path
 
 

@@ -68,7 +68,7 @@ STARTS = {
 class TorchvisionDetectorConfig(PreTrainedConfig):
     r"""
     What the four have in common. The defaults are torchvision's, but for a lower `score_threshold`, which
-    decides what average precision sees.
+    decides what average precision sees, and RetinaNet's `detections_per_image`, which are 300 there.
 
     Args:
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): a backbone of timm or transformers with three
@@ -82,7 +82,8 @@ class TorchvisionDetectorConfig(PreTrainedConfig):
         aspect_ratios (`list[float]`, *optional*): height of an anchor divided by its width.
         score_threshold, nms_threshold (`float`): detections with a lower score, or a larger IoU with a better one of
             their class, are left out.
-        detections_per_image (`int`, *optional*, defaults to 100): keep at most this many detections.
+        detections_per_image (`int`, *optional*, defaults to 100): keep at most this many detections. The pipelines of
+            transformers show 100 whatever it is.
         pre_nms_top_k (`int`, *optional*, defaults to 1000): look at this many of each level (R-CNN: proposals of each
             level in evaluation mode).
         rows_per_image (`int`, *optional*, defaults to 256): anchors or points of an image whose features are handed
@@ -168,6 +169,14 @@ class FcosConfig(TorchvisionDetectorConfig):
     @staticmethod
     def default_anchors(size: int) -> list[int]:
         return [size // 4]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.num_anchors != 1 or any(len(level) != 1 for level in self.anchor_sizes):
+            raise ValueError(
+                "FCOS has one point at a location: anchor_sizes takes the stride of each level alone, such as [[8], "
+                f"[16], [32], [64], [128]], and aspect_ratios is [1], got {self.anchor_sizes} and {self.aspect_ratios}"
+            )
 
 
 class FasterRcnnConfig(TorchvisionDetectorConfig):
@@ -355,13 +364,13 @@ def sampling_noise(labels: list[dict[str, Tensor]], length: int, training: bool 
     return ((x >> 8) & 0xFFFFFF) / 2**24
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a number over all processes."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        value = value / dist.get_world_size()
-    return value
+def mean_count(count: Tensor) -> Tensor:
+    """The mean of a count over all processes, which in all is 1 at least: they divide as a single one would."""
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if processes > 1:
+        count = count.detach().clone()
+        dist.all_reduce(count)
+    return count.clamp(min=1) / processes
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -554,18 +563,24 @@ class TorchvisionDetector(PreTrainedModel):
             outputs.logits, outputs.pred_boxes, outputs.pred_masks = found.logits, found.pred_boxes, found.pred_masks
         return TorchvisionDetectorOutput(**outputs)  # in the order of its fields, as a tuple has them
 
-    @staticmethod
-    def _targets(labels: list[dict[str, Tensor]], sizes: list[tuple[int, int]]) -> Targets:
-        """The labels with boxes in pixels, `xyxy`."""
+    def _targets(self, labels: list[dict[str, Tensor]], sizes: list[tuple[int, int]]) -> Targets:
+        """The labels with boxes in pixels, `xyxy`, of the type of the losses; classes are int64."""
+        dtype, classes = torch.promote_types(self.dtype, torch.float32), self.config.num_labels
         targets = []
-        for label, (height, width) in zip(labels, sizes, strict=True):
-            boxes = at_least_float32(label["boxes"]).reshape(-1, 4)
-            scale = boxes.new_tensor([width, height, width, height])
-            boxes = boxes * scale
-            targets.append({**label, "pixels": box_convert(boxes, "cxcywh", "xyxy")})
-            if "ignored_boxes" in label:
-                ignored = at_least_float32(label["ignored_boxes"]).reshape(-1, 4) * scale
-                targets[-1]["ignored_pixels"] = box_convert(ignored, "cxcywh", "xyxy")
+        for image, (label, (height, width)) in enumerate(zip(labels, sizes, strict=True)):
+            ids = label["class_labels"].long()
+            # On another device than the CPU this would wait for it.
+            if ids.device.type == "cpu" and ((ids < 0) | (ids >= classes)).any():
+                raise ValueError(
+                    f"labels[{image}] of this batch has class_labels from {ids.min()} to {ids.max()}, and the "
+                    f"detector the classes 0 to {classes - 1}: count from 0, and build it with as many (num_labels)"
+                )
+            target = {**label, "class_labels": ids}
+            scale = torch.tensor([width, height, width, height], dtype=dtype, device=label["boxes"].device)
+            for boxes, pixels in (("boxes", "pixels"), ("ignored_boxes", "ignored_pixels")):
+                if boxes in label:
+                    target[pixels] = box_convert(label[boxes].to(dtype).reshape(-1, 4) * scale, "cxcywh", "xyxy")
+            targets.append(target)
         return targets
 
     def _anchors(self, images: ImageList, maps: Maps) -> tuple[Tensor, list[int]]:
@@ -634,6 +649,15 @@ class TorchvisionDetector(PreTrainedModel):
             if name.endswith("running_var"):  # frozen norms do not count batches, and torchvision's do
                 tensors.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
         return tensors
+
+    def torchvision_arguments(self) -> str:
+        """The arguments of torchvision's builder, as Python text, that say what its tensors do not."""
+        sizes = tuple(map(tuple, self.config.anchor_sizes))
+        anchors = f"AnchorGenerator({sizes}, {(tuple(self.config.aspect_ratios),) * len(sizes)})"
+        fields = {"num_classes": self.config.num_labels + isinstance(self.config, FasterRcnnConfig)}
+        fields |= _fields(self.config)
+        texts = [anchors if isinstance(value, AnchorGenerator) else repr(value) for value in fields.values()]
+        return ", ".join(f"{name}={text}" for name, text in zip(fields, texts, strict=True)).replace("=inf", "=1e9")
 
 
 class DenseDetector(TorchvisionDetector):
@@ -742,7 +766,7 @@ class RetinaNetForObjectDetection(DenseDetector):
         norm = partial(nn.GroupNorm, 32) if config.version == 2 else None
         head = RetinaNetHead(width, config.num_anchors, config.num_labels, norm_layer=norm)
         head.regression_head._loss_type = "l1" if config.version == 1 else "giou"
-        return RetinaNet(pyramid, config.num_labels, head=head, **_dense_fields(config))
+        return RetinaNet(pyramid, config.num_labels, head=head, **_fields(config))
 
     def match(self, anchors: Tensor, boxes: Tensor) -> Tensor:
         """See [`match_boxes`]."""
@@ -772,7 +796,7 @@ class RetinaNetForObjectDetection(DenseDetector):
             "loss_ce": self._class_losses(predictions["logits"], matched, targets),
             name: error.new_zeros(len(targets)).index_add(0, image, error * weights),
         }
-        images = mean_over_processes(error.new_tensor(len(targets)))
+        images = mean_count(error.new_tensor(len(targets)))
         return {name: (values / count).sum() / images for name, values in by_image.items()}
 
 
@@ -784,8 +808,7 @@ class FcosForObjectDetection(DenseDetector):
     def build(self, config: FcosConfig) -> FCOS:
         width = config.hidden_size
         pyramid = Pyramid(config, lambda channels: LastLevelP6P7(width, width))
-        radius = math.inf if config.center_sampling_radius is None else config.center_sampling_radius
-        fcos = FCOS(pyramid, config.num_labels, center_sampling_radius=radius, **_dense_fields(config))
+        fcos = FCOS(pyramid, config.num_labels, **_fields(config))
         if config.conventions == "mmdet":
             fcos.head.regression_head.scales = nn.ModuleList([LevelScale() for _ in config.anchor_sizes])
         return fcos
@@ -838,7 +861,7 @@ class FcosForObjectDetection(DenseDetector):
             "loss_giou": (generalized_box_iou_loss(found, wanted) * weights).sum(),
             "loss_centerness": F.binary_cross_entropy_with_logits(logits, centerness, weights, reduction="sum"),
         }
-        count = mean_over_processes((matched >= 0).sum().to(logits.dtype)).clamp(min=1)
+        count = mean_count((matched >= 0).sum().to(logits.dtype))
         return {name: value / count for name, value in sums.items()}
 
 
@@ -877,23 +900,12 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
             box_head = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [config.box_head_size], norm_layer=norm)
         return self.network(
             Pyramid(config, lambda channels: LastLevelMaxPool(), norm),
-            rpn_anchor_generator=_anchor_generator(config),
             rpn_head=RPNHead(width, config.num_anchors, conv_depth=config.version),
-            rpn_pre_nms_top_n_train=config.rpn_pre_nms_top_k,
-            rpn_post_nms_top_n_train=config.rpn_post_nms_top_k,
-            rpn_pre_nms_top_n_test=config.pre_nms_top_k,
-            rpn_post_nms_top_n_test=config.pre_nms_top_k,
-            rpn_batch_size_per_image=config.rpn_batch_size,
-            rpn_positive_fraction=config.rpn_positive_fraction,
-            box_batch_size_per_image=config.roi_batch_size,
-            box_positive_fraction=config.roi_positive_fraction,
-            box_score_thresh=config.score_threshold,
-            box_nms_thresh=config.nms_threshold,
-            box_detections_per_img=config.detections_per_image,
             box_head=box_head,
             box_roi_pool=self._roi_pool(config, 7),
             # The first class is background.
             box_predictor=FastRCNNPredictor(config.box_head_size, config.num_labels + 1),
+            **_fields(config),
             **self._mask_parts(config, norm),
         )
 
@@ -999,7 +1011,7 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
             objectness_loss = F.binary_cross_entropy_with_logits(own_scores[rows], is_object, weights, reduction="sum")
             terms["loss_objectness"].append(objectness_loss)
             number = number + len(rows)
-        number = mean_over_processes(number).clamp(min=1)
+        number = mean_count(number)
         return {name: sum(values) / number for name, values in terms.items()}
 
     def _roi_losses(self, logits: Tensor, deltas: Tensor, regions: list[Regions]) -> dict[str, Tensor]:
@@ -1009,7 +1021,7 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         wanted = self.detector.roi_heads.box_coder.encode(*map(list, zip(*pairs, strict=True)))
         deltas = deltas.unflatten(1, (-1, 4))[labels > 0, labels[labels > 0]]
         weights = torch.cat([weights_of(own.matched, own.target) for own in regions])
-        number = mean_over_processes(logits.new_tensor(len(labels))).clamp(min=1)
+        number = mean_count(logits.new_tensor(len(labels)))
         return {
             "loss_ce": (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / number,
             "loss_bbox": _smooth_l1(deltas, torch.cat(wanted), weights[labels > 0]) / number,
@@ -1028,7 +1040,7 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
             rows = own.is_object if "masks" in own.target else torch.zeros_like(own.is_object)
             objects.append(Regions(own.boxes[rows], own.matched[rows], own.target))
         labels = torch.cat([own.labels for own in objects])
-        number = mean_over_processes(regions[0].boxes.new_tensor(len(labels))).clamp(min=1)
+        number = mean_count(regions[0].boxes.new_tensor(len(labels)))
         if not len(labels):
             roi = self.detector.roi_heads
             unused = [*roi.mask_head.parameters(), *roi.mask_predictor.parameters()]
@@ -1038,9 +1050,9 @@ class FasterRcnnForObjectDetection(TorchvisionDetector):
         for boxes, matched, target in (own for own in objects if len(own.boxes)):
             places = torch.cat([matched[:, None].to(boxes.dtype), boxes], 1)
             wanted.append(roi_align(target["masks"][:, None].to(boxes.dtype), places, tuple(logits.shape[-2:]))[:, 0])
-        return (
-            F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="none").mean((1, 2)).sum() / number
-        )
+        error = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="none").mean((1, 2))
+        weights = torch.cat([weights_of(own.matched, own.target) for own in objects])
+        return (error * weights).sum() / number
 
 
 def _smooth_l1(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
@@ -1062,14 +1074,34 @@ class MaskRcnnForObjectDetection(FasterRcnnForObjectDetection):
         }
 
 
-def _dense_fields(config: TorchvisionDetectorConfig) -> dict[str, Any]:
-    return {
+def _fields(config: TorchvisionDetectorConfig) -> dict[str, Any]:
+    """The arguments of torchvision's detectors that follow from a config alone."""
+    if isinstance(config, FasterRcnnConfig):
+        return {
+            "rpn_anchor_generator": _anchor_generator(config),
+            "rpn_pre_nms_top_n_train": config.rpn_pre_nms_top_k,
+            "rpn_post_nms_top_n_train": config.rpn_post_nms_top_k,
+            "rpn_pre_nms_top_n_test": config.pre_nms_top_k,
+            "rpn_post_nms_top_n_test": config.pre_nms_top_k,
+            "rpn_batch_size_per_image": config.rpn_batch_size,
+            "rpn_positive_fraction": config.rpn_positive_fraction,
+            "box_batch_size_per_image": config.roi_batch_size,
+            "box_positive_fraction": config.roi_positive_fraction,
+            "box_score_thresh": config.score_threshold,
+            "box_nms_thresh": config.nms_threshold,
+            "box_detections_per_img": config.detections_per_image,
+        }
+    fields = {
         "anchor_generator": _anchor_generator(config),
         "score_thresh": config.score_threshold,
         "nms_thresh": config.nms_threshold,
         "detections_per_img": config.detections_per_image,
         "topk_candidates": config.pre_nms_top_k,
     }
+    if isinstance(config, FcosConfig):
+        radius = config.center_sampling_radius
+        fields["center_sampling_radius"] = math.inf if radius is None else radius
+    return fields
 
 
 def _anchor_generator(config: TorchvisionDetectorConfig) -> AnchorGenerator:

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torchvision.models.detection.image_list import ImageList
 from transformers import PreTrainedModel
 
-from ..convnets.modeling_torchvision import MULTIPLE, DenseDetector
+from ..convnets.modeling_torchvision import MULTIPLE, DenseDetector, FcosForObjectDetection
 
 # For each anchor shape in an image. A small RetinaNet with 0.4 of them hardly learnt, with 4 it did: docs/results.md.
 ENOUGH_ANCHORS = 2
@@ -56,10 +56,13 @@ def anchor_note(detector: PreTrainedModel, items: Iterable[dict]) -> str | None:
     """
     if not isinstance(detector, DenseDetector) or (found := anchors_on_objects(detector, items)) >= ENOUGH_ANCHORS:
         return None
+    what, remedy, fields = "points", "Finer feature maps help", '"strides": [4, 8, 16, 32]'
+    if not isinstance(detector, FcosForObjectDetection):
+        what = f"anchors of each of {detector.config.num_anchors} shapes"
+        remedy = "Fewer shapes and finer feature maps help"
+        fields += ', "anchor_sizes": [[16], [32], [64], [128], [256], [512]], "aspect_ratios": [1.0]'
     return (
-        f"this detector may learn slowly: in an image {found:.1f} anchors of each shape stand for an object, of "
-        f"{detector.config.num_anchors} shapes at every location, and fewer than {ENOUGH_ANCHORS} are few. Fewer "
-        "shapes and finer feature maps help. Add to --detector_config (in pre-training, if there was one) for "
-        'instance "strides": [4, 8, 16, 32], "anchor_sizes": [[16], [32], [64], [128], [256], [512]], '
-        '"aspect_ratios": [1.0], or give larger --image_sizes.'
+        f"this detector may learn slowly: in an image {found:.1f} {what} stand for an object, and fewer than "
+        f"{ENOUGH_ANCHORS} are few. {remedy}. Add to --detector_config (in pre-training, if there was one) for "
+        f"instance {fields}, or give larger --image_sizes."
     )

@@ -174,14 +174,16 @@ def _backbone_fields(
     fields: dict[str, Any],
 ) -> dict[str, Any]:
     """The config fields of a detector that its backbone determines; takes `strides` out of the given fields."""
+    given = tuple(fields.pop("strides", ()))
+    if given not in ((), family.strides) and fields.get("conventions") == "mmdet":
+        raise ValueError(f"by the conventions of mmdet the strides are {family.strides}, got {given}")
     config, channels, strides = build_backbone_config(
         backbone,
-        tuple(fields.get("strides", family.strides)),
+        given or family.strides,
         freeze_batch_norm=freeze_batch_norm,
-        any_stride="strides" not in fields and len(family.strides) == 1,
+        any_stride=not given and len(family.strides) == 1,
         any_size=family.resize == "shortest_edge",
     )
-    fields.pop("strides", None)
     hidden_size = fields.get("d_model", fields.get("hidden_size", defaults.hidden_size))
     found = {"backbone_config": config, **family.backbone_fields(channels, strides, hidden_size)}
     if config.model_type != "timm_backbone" and hasattr(defaults, "freeze_backbone_batch_norms"):
@@ -393,9 +395,7 @@ def find_detector(source: str | Path) -> str:
         `OSError`: there is no folder of this name, and the Hub has none or cannot be asked.
     """
     if isinstance(source, Given):
-        raise ValueError(
-            "a detector in a folder is needed here, with its image processor: save both with `save_pretrained`"
-        )
+        raise ValueError("a folder of a detector and its image processor is needed: save both with `save_pretrained`")
     folder = Path(source).expanduser()
     if not folder.exists() and len(Path(source).parts) <= 2 and not str(source).startswith((".", "/", "~")):
         return _on_hub(str(source))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..box_losses import box_losses, edge_bins, fine_grained_localization_loss, localization_distillation
 from ..matching import Matching
-from ..processes import mean_over_processes
+from ..processes import mean_over_processes, number_of_processes
 from .class_losses import CLASS_LOSSES
 from .families import LossSettings, family_of, require_trainable
 from .loss_inputs import Edges, LossInputs, Predictions, Supervised
@@ -193,7 +193,9 @@ def _losses(
             normalizer[:NUM_COUNTS],
             normalizer[NUM_COUNTS:],
         )
-        num_boxes, num_pairs = (count.clamp(min=1) + NORMALIZER_EPSILON for count in (num_boxes, num_pairs))
+        # In all processes together 1 at least: the mean of images without boxes is then the loss of one process.
+        least = 1 / number_of_processes()
+        num_boxes, num_pairs = (count.clamp(min=least) + NORMALIZER_EPSILON for count in (num_boxes, num_pairs))
         by_weights = class_loss.has_background and normalize_class_loss_by == "weights"
         values = {
             class_loss.term: group_sums["class"] / (class_weights + NORMALIZER_EPSILON if by_weights else num_boxes),

@@ -20,10 +20,10 @@ from ..data.images import decode_image
 from ..data.masks import FIELD, run_lengths
 from ..detectors.classes import are_unnamed
 from ..processes import init_worker
-from ..proposals.trained import with_both_sides
+from ..proposals.trained import all_detections, with_both_sides
 from .coco_metrics import CocoMetrics
 
-# Above what a class has that a detector of torchvision did not find in a box: its 100 "queries" have one class each.
+# Above what a class has that a detector of torchvision did not find in a box: its "queries" have one class each.
 _NO_SCORE = 1e-20
 
 
@@ -137,6 +137,7 @@ def predict_batches(
     detector.eval()
     parameter = next(detector.parameters())
     normalization = normalization_of(image_processor) | {"dtype": parameter.dtype}
+    most = all_detections(image_processor, detector)
     classes = None if classes is None else np.asarray(classes)
     for batch in batches:
         pixel_values, pixel_mask = (batch[name].to(parameter.device) for name in ("pixel_values", "pixel_mask"))
@@ -147,10 +148,12 @@ def predict_batches(
         # The processors read these two only; in float32 also where the forward pass ran under autocast.
         outputs = SimpleNamespace(logits=outputs.logits.float(), pred_boxes=outputs.pred_boxes.float())
         sizes = [tuple(label["orig_size"].tolist()) for label in batch["labels"]]
-        results = image_processor.post_process_object_detection(outputs, threshold=_NO_SCORE, target_sizes=sizes)
+        results = image_processor.post_process_object_detection(
+            outputs, threshold=_NO_SCORE, target_sizes=sizes, **most
+        )
         predictions = [{name: value.cpu().numpy() for name, value in result.items()} for result in results]
         if mask_logits is not None:
-            places = _places(outputs, image_processor)
+            places = _places(outputs, image_processor, most)
             for prediction, logits, place, size in zip(predictions, mask_logits, places, sizes, strict=True):
                 prediction["masks"] = _pasted(logits[place].float().cpu(), prediction, size, lowest_mask_score)
         if classes is not None:
@@ -158,12 +161,12 @@ def predict_batches(
         yield [int(label["image_id"]) for label in batch["labels"]], predictions
 
 
-def _places(outputs: SimpleNamespace, image_processor) -> list[torch.Tensor]:
+def _places(outputs: SimpleNamespace, image_processor, most: dict[str, int]) -> list[torch.Tensor]:
     """Which query each detection of an image is of, which the processor does not tell: the boxes say it here."""
     numbers = torch.arange(outputs.logits.shape[1], device=outputs.logits.device)
     boxes = torch.stack([numbers, numbers, 0 * numbers, 0 * numbers], -1).float()
     numbered = SimpleNamespace(logits=outputs.logits, pred_boxes=boxes.expand(len(outputs.logits), -1, -1))
-    results = image_processor.post_process_object_detection(numbered, threshold=_NO_SCORE, target_sizes=None)
+    results = image_processor.post_process_object_detection(numbered, threshold=_NO_SCORE, **most)
     return [result["boxes"][:, 0].round().long() for result in results]
 
 

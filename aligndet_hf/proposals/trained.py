@@ -1,5 +1,6 @@
 """The boxes of a trained model as proposals: of a detector, perhaps of an earlier round, or of a mask generator."""
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 
@@ -62,7 +63,10 @@ def _load_detector(model: str, score_threshold: float, device: str) -> BoxFinder
         images = [with_both_sides(image, image_processor.size) for image in images]
         inputs = image_processor(images=images, input_data_format="channels_last", return_tensors="pt").to(device)
         results = image_processor.post_process_object_detection(
-            detector(**inputs), threshold=score_threshold, target_sizes=[image.shape[:2] for image in images]
+            detector(**inputs),
+            threshold=score_threshold,
+            target_sizes=[image.shape[:2] for image in images],
+            **all_detections(image_processor, detector),
         )
         return [
             (_xywh_inside(result["boxes"].cpu().numpy(), image), result["scores"].cpu().numpy())
@@ -70,6 +74,23 @@ def _load_detector(model: str, score_threshold: float, device: str) -> BoxFinder
         ]
 
     return find
+
+
+def all_detections(image_processor, detector) -> dict[str, int]:
+    """
+    What to give `post_process_object_detection` beside the outputs, so that none of a convnet's detections is lost.
+
+    The image processors of transformers keep 100 of an image.
+
+    Args:
+        image_processor (`BaseImageProcessor`): The detector's.
+        detector (`PreTrainedModel`): The detector.
+    """
+    from ..convnets.modeling_torchvision import TorchvisionDetector
+
+    takes = inspect.signature(image_processor.post_process_object_detection).parameters
+    is_convnet = isinstance(detector, TorchvisionDetector)
+    return {"top_k": detector.config.detections_per_image} if is_convnet and "top_k" in takes else {}
 
 
 def with_both_sides(image: np.ndarray, size: Mapping) -> np.ndarray:
