@@ -151,7 +151,7 @@ def test_a_data_set_in_memory_is_called_so(labelled, capsys):
 
 def test_a_command_that_needs_a_folder_says_so(detector, labelled, tmp_path):
     arguments = {"detector": detector, "dataset": labelled, "labelled_dataset": labelled.select([0])}
-    with pytest.raises(ValueError, match="in a folder is needed here, with its image processor"):
+    with pytest.raises(ValueError, match="a folder of a detector and its image processor is needed"):
         aligndet_hf.pseudolabel(aligndet_hf.PseudolabelArguments(**arguments, output_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="or the folder that both are saved in"):
         aligndet_hf.export(aligndet_hf.ExportArguments(detector=detector, output_dir=str(tmp_path)))
