@@ -568,14 +568,15 @@ class TorchvisionDetector(PreTrainedModel):
         dtype, classes = torch.promote_types(self.dtype, torch.float32), self.config.num_labels
         targets = []
         for image, (label, (height, width)) in enumerate(zip(labels, sizes, strict=True)):
-            ids = label["class_labels"].long()
-            # On another device than the CPU this would wait for it.
-            if ids.device.type == "cpu" and ((ids < 0) | (ids >= classes)).any():
-                raise ValueError(
-                    f"labels[{image}] of this batch has class_labels from {ids.min()} to {ids.max()}, and the "
-                    f"detector the classes 0 to {classes - 1}: count from 0, and build it with as many (num_labels)"
-                )
-            target = {**label, "class_labels": ids}
+            target = dict(label)
+            if "class_labels" in label:  # which the rows of a momentum detector do without
+                target["class_labels"] = ids = label["class_labels"].long()
+                # On another device than the CPU this would wait for it.
+                if ids.device.type == "cpu" and ((ids < 0) | (ids >= classes)).any():
+                    raise ValueError(
+                        f"labels[{image}] of this batch has class_labels from {ids.min()} to {ids.max()}, and the "
+                        f"detector the classes 0 to {classes - 1}: count from 0, and build it with num_labels of them"
+                    )
             scale = torch.tensor([width, height, width, height], dtype=dtype, device=label["boxes"].device)
             for boxes, pixels in (("boxes", "pixels"), ("ignored_boxes", "ignored_pixels")):
                 if boxes in label:
